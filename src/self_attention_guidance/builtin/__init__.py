@@ -1,0 +1,189 @@
+"""The small trained model that ships with the package, and its loader.
+
+A model folder may hold a file `sag_settings.json`: the settings that were measured to suit the
+model. Its sections, each optional, are `guidance` (arguments of `SelfAttentionGuidance`),
+`generation` (`guidance_scale`, `num_inference_steps`) and `compare` (`prompts`, `sag_scales`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    from ..guidance import SelfAttentionGuidance
+    from ..pipelines.stable_diffusion import StableDiffusionSAGPipeline
+
+SETTINGS_FILE = "sag_settings.json"
+
+_HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecommendedSettings:
+    """The settings that a model folder recommends for itself.
+
+    Attributes:
+        guidance: Arguments of `SelfAttentionGuidance`; empty for its defaults.
+        guidance_scale: Scale of classifier-free guidance, 1 is off; `None` leaves it open.
+        num_inference_steps: Sampling steps, at least 1; `None` leaves it open.
+        compare_prompts: Prompts that show the model well; may be empty.
+        compare_sag_scales: Guidance scales worth comparing; may be empty.
+    """
+
+    guidance: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    guidance_scale: float | None = None
+    num_inference_steps: int | None = None
+    compare_prompts: tuple[str, ...] = ()
+    compare_sag_scales: tuple[float, ...] = ()
+
+    def make_guidance(self) -> SelfAttentionGuidance:
+        """The recommended guidance.
+
+        Returns:
+            A `SelfAttentionGuidance`; the class's defaults where nothing is recommended.
+
+        Raises:
+            ValueError: A setting is unknown or outside its range.
+        """
+        from ..guidance import SelfAttentionGuidance
+
+        known = {setting.name for setting in fields(SelfAttentionGuidance)}
+        _check_keys("guidance", self.guidance, known)
+        return SelfAttentionGuidance(**self.guidance)
+
+
+def builtin_names() -> tuple[str, ...]:
+    """Names of the models that ship with the package, in alphabetical order."""
+    return tuple(sorted(path.parent.name for path in _HERE.glob("*/model_index.json")))
+
+
+def builtin_folder(name: str) -> Path:
+    """Folder of a builtin model, in diffusers format.
+
+    Args:
+        name: One of `builtin_names()`.
+
+    Raises:
+        ValueError: There is no builtin model of this name.
+    """
+    if name not in builtin_names():
+        names = ", ".join(builtin_names()) or "none in this installation"
+        raise ValueError(f"name={name!r} is not a builtin model: the builtin models are {names}")
+    return _HERE / name
+
+
+def builtin_model(
+    name: str = "emoji", **from_pretrained_arguments: object
+) -> StableDiffusionSAGPipeline:
+    """Loads a model that ships with the package, without any network access.
+
+    Args:
+        name: One of `builtin_names()`; "emoji" makes 64x64 pictures of emoji.
+        **from_pretrained_arguments: Passed to `StableDiffusionSAGPipeline.from_pretrained`, for
+            example `torch_dtype=torch.bfloat16` (the default is `torch.float32`).
+
+    Returns:
+        The pipeline, with `pipe.guidance` set to the model's recommended settings.
+
+    Raises:
+        ValueError: There is no builtin model of this name.
+    """
+    import torch
+
+    from ..pipelines.stable_diffusion import StableDiffusionSAGPipeline
+
+    folder = builtin_folder(name)
+    arguments: dict[str, object] = {"torch_dtype": torch.float32, "use_safetensors": True}
+    arguments |= {"local_files_only": True} | from_pretrained_arguments
+    pipeline = StableDiffusionSAGPipeline.from_pretrained(str(folder), **arguments)
+    pipeline.guidance = recommended_settings(folder).make_guidance()
+    return pipeline
+
+
+def recommended_settings(folder: str | Path) -> RecommendedSettings:
+    """Reads what a model folder recommends for itself from its `sag_settings.json`.
+
+    Args:
+        folder: A model folder; without the file, nothing is recommended.
+
+    Returns:
+        The checked settings.
+
+    Raises:
+        ValueError: The file is not JSON or a setting is unknown or outside its range; the
+            message names the file.
+    """
+    path = Path(folder) / SETTINGS_FILE
+    if not path.is_file():
+        return RecommendedSettings()
+    try:
+        settings = _parse(json.loads(path.read_text(encoding="utf-8")))
+        settings.make_guidance()
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    return settings
+
+
+def _parse(content: object) -> RecommendedSettings:
+    sections = _mapping("the file", content)
+    _check_keys("the file", sections, {"guidance", "generation", "compare"})
+    generation = _mapping("generation", sections.get("generation", {}))
+    _check_keys("generation", generation, {"guidance_scale", "num_inference_steps"})
+    compare = _mapping("compare", sections.get("compare", {}))
+    _check_keys("compare", compare, {"prompts", "sag_scales"})
+    return RecommendedSettings(
+        guidance=_mapping("guidance", sections.get("guidance", {})),
+        guidance_scale=_optional(generation, "guidance_scale", _is_number, "a number"),
+        num_inference_steps=_optional(
+            generation, "num_inference_steps", _is_step_count, "a whole number, at least 1"
+        ),
+        compare_prompts=_listed(compare, "prompts", _is_text, "a list of texts"),
+        compare_sag_scales=_listed(compare, "sag_scales", _is_number, "a list of numbers"),
+    )
+
+
+def _mapping(where: str, value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} must be a JSON object, not {value!r}")
+    return cast("dict[str, Any]", value)
+
+
+def _check_keys(where: str, given: Mapping[str, Any], known: set[str]) -> None:
+    for key in given:
+        if key not in known:
+            raise ValueError(f"{where}: {key!r} is unknown; known are {', '.join(sorted(known))}")
+
+
+def _optional(
+    section: Mapping[str, Any], key: str, holds: Callable[[object], bool], rule: str
+) -> Any:
+    value = section.get(key)
+    if value is not None and not holds(value):
+        raise ValueError(f"{key}={value!r} must be {rule}")
+    return value
+
+
+def _listed(
+    section: Mapping[str, Any], key: str, holds: Callable[[object], bool], rule: str
+) -> tuple[Any, ...]:
+    values: object = section.get(key, [])
+    if not isinstance(values, list) or not all(map(holds, cast("list[object]", values))):
+        raise ValueError(f"{key}={values!r} must be {rule}")
+    return tuple(cast("list[object]", values))
+
+
+def _is_number(value: object) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) < float("inf")
+
+
+def _is_step_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)

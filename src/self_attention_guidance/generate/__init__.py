@@ -1,0 +1,79 @@
+"""From prompts and seeds to pictures, files, metadata and comparison grids.
+
+Example:
+    ```python
+    from self_attention_guidance.generate import generate, load_pipeline, picture_path, save_png
+
+    loaded = load_pipeline("emoji")
+    settings = loaded.settings(num_inference_steps=25)  # else as the model recommends
+    for picture in generate(loaded.pipeline, ["red heart", "grinning face"], settings, seed=7):
+        save_png(picture.image, picture_path(".", picture.index, picture.seed), picture.parameters)
+    ```
+"""
+
+from .checks import check_count, check_prompts, seeds_of
+from .comparison import Comparison, check_scales, compare
+from .files import (
+    check_folder,
+    check_free,
+    picture_path,
+    save_png,
+)
+from .grid import draw_grid, overlay_attended
+from .metadata import (
+    Parameters,
+    format_parameters,
+    parse_parameters,
+    read_parameters,
+)
+from .models import (
+    LoadedPipeline,
+    find_device,
+    find_dtype,
+    find_model,
+    load_pipeline,
+)
+from .sampling import (
+    GeneratedImage,
+    GenerationSettings,
+    check_size,
+    generate,
+)
+from .schedulers import (
+    check_scheduler_name,
+    make_scheduler,
+    scheduler_label,
+    scheduler_names,
+)
+
+__all__ = [
+    "Comparison",
+    "GeneratedImage",
+    "GenerationSettings",
+    "LoadedPipeline",
+    "Parameters",
+    "check_count",
+    "check_folder",
+    "check_free",
+    "check_prompts",
+    "check_scales",
+    "check_scheduler_name",
+    "check_size",
+    "compare",
+    "draw_grid",
+    "find_device",
+    "find_dtype",
+    "find_model",
+    "format_parameters",
+    "generate",
+    "load_pipeline",
+    "make_scheduler",
+    "overlay_attended",
+    "parse_parameters",
+    "picture_path",
+    "read_parameters",
+    "save_png",
+    "scheduler_label",
+    "scheduler_names",
+    "seeds_of",
+]

@@ -1,0 +1,99 @@
+"""Arguments that are refused before any work, each in one line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+
+def seeds_of(seed: int, num_images: int) -> list[int]:
+    """The seeds of a prompt's pictures: `seed`, `seed + 1`, ...
+
+    Args:
+        seed: Of the first picture, at least 0.
+        num_images: How many pictures, at least 1.
+
+    Raises:
+        ValueError: An argument is outside its range.
+    """
+    check_count("seed", seed, least=0)
+    check_count("num_images", num_images)
+    if seed + num_images > 2**63:
+        raise ValueError(f"seed={seed} is too large: seeds must be below 2**63")
+    return [seed + number for number in range(num_images)]
+
+
+def check_prompts(prompts: str | Sequence[str]) -> list[str]:
+    """Prompts as a list.
+
+    Args:
+        prompts: One prompt or several.
+
+    Raises:
+        ValueError: There is none, or one is not a text.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not prompts:
+        raise ValueError('prompts=[] must hold at least one prompt ("" is one, too)')
+    for prompt in prompts:
+        check_text("prompts", prompt)
+    return prompts
+
+
+def check_count(name: str, value: int, least: int = 1) -> int:
+    """Refuses what is not a whole number, or too small.
+
+    Args:
+        name: Of the argument, for the message.
+        value: Its value.
+        least: The smallest value allowed.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: It is not a whole number, or below `least`.
+    """
+    whole: object = value
+    if not isinstance(whole, int) or isinstance(whole, bool) or whole < least:
+        raise ValueError(f"{name}={value!r} must be a whole number, at least {least}")
+    return value
+
+
+def check_finite(name: str, value: float) -> float:
+    """Refuses what is not a finite number.
+
+    Args:
+        name: Of the argument, for the message.
+        value: Its value.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: It is infinite, not a number, or of another type.
+    """
+    number: object = value
+    is_number = isinstance(number, int | float) and not isinstance(number, bool)
+    if not is_number or not math.isfinite(number):
+        raise ValueError(f"{name}={value!r} must be a finite number")
+    return value
+
+
+def check_text(name: str, value: str) -> str:
+    """Refuses what is not a text.
+
+    Args:
+        name: Of the argument, for the message.
+        value: Its value.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: It is of another type.
+    """
+    text: object = value
+    if not isinstance(text, str):
+        raise ValueError(f"{name}: {value!r} must be a text")
+    return value

@@ -1,0 +1,159 @@
+"""The same prompts and seeds at several guidance scales, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from PIL import Image
+
+from ..pipelines.stable_diffusion import StableDiffusionSAGPipeline
+from .checks import check_finite, check_prompts
+from .grid import draw_grid, overlay_attended
+from .metadata import (
+    format_parameters,
+    parse_parameters,
+)
+from .sampling import (
+    GeneratedImage,
+    GenerationSettings,
+    Progress,
+    generate,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A grid of pictures.
+
+    Attributes:
+        grid: The labelled grid.
+        columns: The pictures, scale by scale, prompt by prompt.
+        parameters: The settings of the grid, in the form of `format_parameters`.
+    """
+
+    grid: Image.Image
+    columns: Sequence[Sequence[GeneratedImage]]
+    parameters: str
+
+
+def compare(
+    pipeline: StableDiffusionSAGPipeline,
+    prompts: str | Sequence[str],
+    sag_scales: Sequence[float],
+    settings: GenerationSettings | None = None,
+    *,
+    seed: int = 0,
+    batch_size: int = 1,
+    model_name: str | None = None,
+    show_attention: bool = False,
+    on_progress: Progress | None = None,
+) -> Comparison:
+    """Draws a grid: one row a prompt, one column a guidance scale, the same seed everywhere.
+
+    Args:
+        pipeline: Its `guidance` holds the other settings of self-attention guidance.
+        prompts: One prompt or several; an empty text is a prompt, too.
+        sag_scales: Guidance scales, 0 is off.
+        settings: What all pictures share; its `sag_scale` is not used.
+        seed: Of every picture.
+        batch_size: Pictures made at once.
+        model_name: For the footer and the metadata; `None` leaves it out.
+        show_attention: Whether a column follows each guided one that shows where the pictures
+            were blurred: the stronger the colour, the more of the guided steps.
+        on_progress: As in `generate`.
+
+    Returns:
+        The grid and its pictures.
+
+    Raises:
+        ValueError: An argument is outside its range; raised before any work.
+    """
+    prompts = check_prompts(prompts)
+    scales = check_scales(sag_scales)
+    settings = settings or GenerationSettings()
+    columns = [
+        list(
+            generate(
+                pipeline,
+                prompts,
+                replace(settings, sag_scale=scale),
+                seed=seed,
+                batch_size=batch_size,
+                model_name=model_name,
+                record_attention=show_attention,
+                on_progress=on_progress,
+            )
+        )
+        for scale in scales
+    ]
+    parameters = _grid_parameters(columns, prompts, scales)
+    headings, pictures = _drawn_columns(columns, scales)
+    rows = list(zip(*pictures, strict=True))
+    return Comparison(
+        grid=draw_grid(rows, prompts, headings, _footer(parameters)),
+        columns=columns,
+        parameters=parameters,
+    )
+
+
+def check_scales(sag_scales: Sequence[float]) -> list[float]:
+    """Guidance scales as a list of finite numbers.
+
+    Args:
+        sag_scales: At least one number.
+
+    Raises:
+        ValueError: There is none, or one is not a finite number.
+    """
+    if not sag_scales:
+        raise ValueError("sag_scales=[] must hold at least one number")
+    return [float(check_finite("sag_scales", scale)) for scale in sag_scales]
+
+
+def _drawn_columns(
+    columns: Sequence[Sequence[GeneratedImage]], scales: Sequence[float]
+) -> tuple[list[str], list[list[Image.Image]]]:
+    headings: list[str] = []
+    drawn: list[list[Image.Image]] = []
+    for scale, pictures in zip(scales, columns, strict=True):
+        headings.append(f"SAG {scale:g}" if scale else "without SAG")
+        drawn.append([picture.image for picture in pictures])
+        maps = [picture.attended for picture in pictures]
+        if all(attended is not None for attended in maps):
+            headings.append(f"blurred (SAG {scale:g})")
+            drawn.append(
+                [
+                    overlay_attended(picture.image, attended)
+                    for picture, attended in zip(pictures, maps, strict=True)
+                    if attended is not None
+                ]
+            )
+    return headings, drawn
+
+
+def _grid_parameters(
+    columns: Sequence[Sequence[GeneratedImage]], prompts: Sequence[str], scales: Sequence[float]
+) -> str:
+    # A guided column, if there is one, knows all the settings of the guidance.
+    guided = [column for column, scale in zip(columns, scales, strict=True) if scale != 0]
+    parsed = parse_parameters((guided or columns)[0][0].parameters)
+    values = dict(parsed.settings)
+    values["SAG scale"] = ", ".join(f"{scale:g}" for scale in scales)
+    return format_parameters("\n".join(prompts), parsed.negative_prompt, values)
+
+
+def _footer(parameters: str) -> str:
+    values = parse_parameters(parameters).settings
+    shown = {
+        "Model": "model",
+        "Sampler": "sampler",
+        "Steps": "steps",
+        "CFG scale": "CFG",
+        "Seed": "seed",
+        "SAG blur sigma": "blur sigma",
+        "SAG threshold": "threshold",
+    }
+    return "  ·  ".join(
+        f"{label} {values[name]}" for name, label in shown.items() if name in values
+    )

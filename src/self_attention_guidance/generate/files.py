@@ -1,0 +1,104 @@
+"""Pictures to files: nothing is overwritten silently, nothing is left half-written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from .metadata import png_text
+
+
+def picture_path(folder: str | Path, index: int, seed: int) -> Path:
+    """The file of one picture, for example `00003-42.png`.
+
+    Args:
+        folder: Where the pictures go.
+        index: Number of the picture in its run, from 0.
+        seed: Seed of the picture.
+    """
+    return Path(folder) / f"{index:05d}-{seed}.png"
+
+
+def check_folder(folder: str | Path) -> Path:
+    """Makes a folder for pictures if there is none.
+
+    Args:
+        folder: Where the pictures will go.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: The path is a file, or nothing can be written there.
+    """
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(f"out={str(path)!r} is or lies below a file: name a folder") from None
+    except OSError as error:
+        raise ValueError(f"out={str(path)!r} cannot be made: {error.strerror}") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise ValueError(f"out={str(path)!r} is not writable: name another folder")
+    return path
+
+
+def check_free(paths: Sequence[Path], overwrite: bool = False) -> None:
+    """Refuses to go on if pictures would overwrite files.
+
+    Args:
+        paths: Files that will be written.
+        overwrite: Whether existing files may be replaced.
+
+    Raises:
+        ValueError: A path is a folder.
+        FileExistsError: A file exists and `overwrite` is False.
+    """
+    for path in paths:
+        if path.is_dir():
+            raise ValueError(f"out={str(path)!r} is a folder: name a file")
+    taken = [path for path in paths if os.path.lexists(path)]
+    if taken and not overwrite:
+        more = f" (and {len(taken) - 1} more)" if len(taken) > 1 else ""
+        raise FileExistsError(
+            f"out: {str(taken[0])!r} exists{more}: choose another place, or overwrite it"
+            " with --overwrite (overwrite=True)"
+        )
+
+
+def save_png(image: Image.Image, path: Path, parameters: str, overwrite: bool = False) -> None:
+    """Writes a picture in one go: the file appears whole or not at all.
+
+    Args:
+        image: The picture.
+        path: The PNG file; its folder exists.
+        parameters: Text that tells the settings, as `format_parameters` writes it.
+        overwrite: Whether an existing file may be replaced.
+
+    Raises:
+        FileExistsError: The file exists and `overwrite` is False.
+    """
+    # In the same folder, because a file can be moved in one go only within a file system.
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        image.save(part, format="PNG", pnginfo=png_text(parameters))
+        if overwrite:
+            os.replace(part, path)
+        else:
+            _move_without_overwriting(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _move_without_overwriting(part: Path, path: Path) -> None:
+    try:
+        os.link(part, path)
+    except FileExistsError:
+        check_free([path])
+        raise
+    except OSError:  # a file system without hard links
+        check_free([path])
+        os.replace(part, path)

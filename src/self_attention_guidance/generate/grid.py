@@ -1,0 +1,217 @@
+"""A labelled grid of pictures: one row a prompt, headings over the columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+_NO_PROMPT = "(empty prompt)"
+_PAPER = (255, 255, 255)
+_INK = (28, 30, 36)
+_FAINT_INK = (120, 124, 134)
+_LINE = (222, 224, 230)
+_ATTENDED = (226, 0, 116)
+_ATTENDED_OPACITY = 0.62
+_SMALLEST_CELL = 192  # pixels; smaller pictures are enlarged to at least this
+
+
+@dataclass
+class _Layout:
+    """Sizes in pixels, all derived from those of the cells."""
+
+    cell: tuple[int, int]
+    headings: Sequence[str]
+    labels: Sequence[str]
+
+    @property
+    def font_size(self) -> int:
+        return max(14, min(30, self.cell[0] // 12))
+
+    @cached_property
+    def font(self) -> Font:
+        return ImageFont.load_default(self.font_size)
+
+    @property
+    def gap(self) -> int:
+        return max(8, self.cell[0] // 20)
+
+    @property
+    def margin(self) -> int:
+        return 2 * self.gap
+
+    @cached_property
+    def wrapped_labels(self) -> list[str]:
+        most = max(1, int(self.cell[1] // (self.font_size * 1.35)))
+        width = max(120, int(self.cell[0] * 0.8))
+        labels = [label.strip() or _NO_PROMPT for label in self.labels]
+        return ["\n".join(wrap(label, width, self.font, most)) for label in labels]
+
+    @cached_property
+    def label_width(self) -> int:
+        lines = [line for label in self.wrapped_labels for line in label.split("\n")]
+        return max(int(self.font.getlength(line)) + 1 for line in lines)
+
+    @property
+    def heading_height(self) -> int:
+        return int(self.font_size * 1.9)
+
+    @property
+    def footer_height(self) -> int:
+        return int(self.font_size * 2.2)
+
+    def corner(self, row: int, column: int) -> tuple[int, int]:
+        """Left and top of a cell; row -1 is the headings', column -1 the labels'."""
+        left = self.margin + self.label_width + self.gap + column * (self.cell[0] + self.gap)
+        top = self.margin + self.heading_height + row * (self.cell[1] + self.gap)
+        return left, top
+
+    @property
+    def size(self) -> tuple[int, int]:
+        right, bottom = self.corner(len(self.labels), len(self.headings))
+        return right - self.gap + self.margin, bottom + self.footer_height
+
+
+def draw_grid(
+    rows: Sequence[Sequence[Image.Image]],
+    labels: Sequence[str],
+    headings: Sequence[str],
+    footer: str = "",
+) -> Image.Image:
+    """Draws a labelled grid of equally large pictures.
+
+    Args:
+        rows: The pictures, row by row; pictures under 192 pixels are enlarged.
+        labels: One text a row, wrapped beside it.
+        headings: One text a column.
+        footer: One line below the grid, wrapped if it is too long.
+
+    Returns:
+        The grid, RGB.
+
+    Raises:
+        ValueError: The counts of pictures, labels and headings do not match, or there are none.
+    """
+    if not rows or len(labels) != len(rows) or any(len(row) != len(headings) for row in rows):
+        raise ValueError(
+            f"rows ({len(rows)}), labels ({len(labels)}) and headings ({len(headings)}) must"
+            " match each other and the pictures"
+        )
+    factor = _enlargement(rows[0][0].size)
+    cell = (rows[0][0].width * factor, rows[0][0].height * factor)
+    layout = _Layout(cell, headings, labels)
+    grid = Image.new("RGB", layout.size, _PAPER)
+    draw = ImageDraw.Draw(grid)
+    _draw_headings(draw, layout)
+    for number, row in enumerate(rows):
+        _draw_label(draw, layout, number)
+        for column, picture in enumerate(row):
+            _draw_picture(grid, layout, (number, column), picture)
+    _draw_footer(draw, layout, footer)
+    return grid
+
+
+def overlay_attended(image: Image.Image, attended: NDArray[np.float64]) -> Image.Image:
+    """Lays the attended region over a picture as a translucent colour.
+
+    Args:
+        image: The picture.
+        attended: How strongly to colour, on a grid of any size, (height, width), 0 to 1.
+
+    Returns:
+        A picture of at least 192 pixels, RGB: the picture in grey, coloured where attended.
+    """
+    factor = _enlargement(image.size)
+    size = (image.width * factor, image.height * factor)
+    picture = image.convert("L").resize(size, Image.Resampling.LANCZOS).convert("RGB")
+    opacity = np.clip(attended, 0, 1) * _ATTENDED_OPACITY * 255
+    # Sharp edges, because the mask has them: it is a choice of whole positions.
+    mask = Image.fromarray(opacity.astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
+    picture.paste(Image.new("RGB", size, _ATTENDED), mask=mask)
+    return picture
+
+
+def _enlargement(size: tuple[int, int]) -> int:
+    return max(1, -(-_SMALLEST_CELL // min(size)))
+
+
+def _draw_headings(draw: ImageDraw.ImageDraw, layout: _Layout) -> None:
+    for column, heading in enumerate(layout.headings):
+        left, top = layout.corner(0, column)
+        centre = (left + layout.cell[0] // 2, top - layout.heading_height // 2)
+        draw.text(centre, heading, fill=_INK, font=layout.font, anchor="mm")
+
+
+def _draw_label(draw: ImageDraw.ImageDraw, layout: _Layout, row: int) -> None:
+    label = layout.wrapped_labels[row]
+    draw.multiline_text(
+        (layout.margin + layout.label_width, layout.corner(row, 0)[1] + layout.cell[1] // 2),
+        label,
+        fill=_FAINT_INK if label == _NO_PROMPT else _INK,
+        font=layout.font,
+        anchor="rm",
+        align="right",
+        spacing=layout.font_size * 0.35,
+    )
+
+
+def _draw_picture(
+    grid: Image.Image, layout: _Layout, cell: tuple[int, int], picture: Image.Image
+) -> None:
+    left, top = layout.corner(*cell)
+    picture = picture.convert("RGB").resize(layout.cell, Image.Resampling.LANCZOS)
+    grid.paste(picture, (left, top))
+    box = (left - 1, top - 1, left + layout.cell[0], top + layout.cell[1])
+    ImageDraw.Draw(grid).rectangle(box, outline=_LINE)
+
+
+def _draw_footer(draw: ImageDraw.ImageDraw, layout: _Layout, footer: str) -> None:
+    font = ImageFont.load_default(max(12, int(layout.font_size * 0.8)))
+    left = layout.margin
+    width = layout.size[0] - 2 * layout.margin
+    text = "\n".join(wrap(footer, width, font, most=2))
+    middle = layout.size[1] - layout.footer_height // 2
+    draw.multiline_text((left, middle), text, fill=_FAINT_INK, font=font, anchor="lm")
+
+
+def wrap(text: str, width: float, font: Font, most: int) -> list[str]:
+    """Breaks a text into lines.
+
+    Args:
+        text: Any text; a word that is too wide is broken, too.
+        width: Of a line, in pixels.
+        font: What the text is drawn with.
+        most: How many lines there may be; an ellipsis ends the last one if text is left over.
+
+    Returns:
+        The lines; none for an empty text.
+    """
+    lines: list[str] = []
+    for word in _fitting(text.split(), width, font):
+        joined = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(joined) <= width:
+            lines[-1] = joined
+        else:
+            lines.append(word)
+    if len(lines) <= most:
+        return lines
+    last = lines[most - 1]
+    while last and font.getlength(last + "…") > width:
+        last = last[:-1]
+    return [*lines[: most - 1], last.rstrip() + "…"]
+
+
+def _fitting(words: Iterable[str], width: float, font: Font) -> Iterable[str]:
+    for word in words:
+        start = 0
+        for end in range(1, len(word) + 1):
+            if end - start > 1 and font.getlength(word[start:end]) > width:
+                yield word[start : end - 1]
+                start = end - 1
+        yield word[start:]

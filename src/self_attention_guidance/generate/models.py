@@ -1,0 +1,228 @@
+"""Models by name, folder, file or hub id."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from ..builtin import (
+    RecommendedSettings,
+    builtin_folder,
+    builtin_names,
+    recommended_settings,
+)
+from ..pipelines.stable_diffusion import StableDiffusionSAGPipeline
+from .sampling import GenerationSettings
+
+_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedPipeline:
+    """A pipeline with what its folder says about it.
+
+    Attributes:
+        name: Short name of the model, for metadata.
+        pipeline: On its device; `pipeline.guidance` holds the recommended settings.
+        recommended: What the model recommends for itself; empty if it says nothing.
+    """
+
+    name: str
+    pipeline: StableDiffusionSAGPipeline
+    recommended: RecommendedSettings
+
+    def settings(self, **given: object) -> GenerationSettings:
+        """Generation settings: what is given, else what the model recommends.
+
+        Args:
+            **given: Arguments of `GenerationSettings`; `None` counts as not given.
+
+        Raises:
+            ValueError: A setting is outside its range.
+        """
+        recommended: dict[str, Any] = {
+            "guidance_scale": self.recommended.guidance_scale,
+            "num_inference_steps": self.recommended.num_inference_steps,
+        }
+        chosen = recommended | {name: value for name, value in given.items() if value is not None}
+        known = {name: value for name, value in chosen.items() if value is not None}
+        return GenerationSettings(**known)
+
+
+def load_pipeline(
+    model: str = "emoji", device: str = "auto", dtype: str = "auto"
+) -> LoadedPipeline:
+    """Loads a Stable Diffusion 1 or 2 model for guided sampling.
+
+    Weights are read from safetensors files only, so that no code in a checkpoint is ever run.
+
+    Args:
+        model: Name of a builtin model, a folder in diffusers format, a single `.safetensors`
+            file, or the id of a repository on the Hugging Face hub ("owner/name"). A builtin
+            name wins over a folder; write `./emoji` for the folder.
+        device: As in `find_device`.
+        dtype: As in `find_dtype`.
+
+    Returns:
+        The pipeline on its device and its recommended settings.
+
+    Raises:
+        ValueError: The model is missing or cannot be loaded, or the device or dtype is unknown.
+    """
+    target = find_device(device)
+    arguments: dict[str, Any] = {"torch_dtype": find_dtype(dtype, target)}
+    source, is_file = find_model(model)
+    try:
+        if is_file:
+            pipeline = StableDiffusionSAGPipeline.from_single_file(source, **arguments)
+        else:
+            arguments |= {"use_safetensors": True, "local_files_only": os.path.isdir(source)}
+            pipeline = StableDiffusionSAGPipeline.from_pretrained(source, **arguments)
+    except Exception as error:  # the libraries raise every kind for files that they cannot read
+        raise ValueError(_loading_failed(model, source, error)) from error
+    recommended = recommended_settings(source)
+    pipeline.guidance = recommended.make_guidance()
+    return LoadedPipeline(
+        name=Path(source).stem if is_file else Path(source).name,
+        pipeline=pipeline.to(target),
+        recommended=recommended,
+    )
+
+
+def find_model(model: str) -> tuple[str, bool]:
+    """Says what a model's name stands for, without loading it.
+
+    Args:
+        model: As in `load_pipeline`.
+
+    Returns:
+        A folder, a file or a hub id; and whether it is a file.
+
+    Raises:
+        ValueError: It is none of these, or nothing that can be loaded.
+    """
+    if model in builtin_names():
+        return str(builtin_folder(model)), False
+    path = Path(model).expanduser()
+    if path.is_dir():
+        _check_model_folder(model, path)
+        return str(path.resolve()), False
+    if path.is_file():
+        if path.suffix.lower() != ".safetensors":
+            raise ValueError(
+                f"model={model!r}: a single file must be a .safetensors file, because other"
+                " checkpoints can run code when they are loaded; convert it to safetensors"
+            )
+        return str(path.resolve()), True
+    if _HUB_ID.fullmatch(model) and path.suffix not in (".safetensors", ".ckpt", ".bin", ".pt"):
+        return model, False
+    raise ValueError(
+        f"model={model!r} does not exist: give a folder in diffusers format, a .safetensors file,"
+        f" a hub id (owner/name), or a builtin model ({_names()})"
+    )
+
+
+def find_device(device: str) -> torch.device:
+    """Checks a device's name.
+
+    Args:
+        device: "cpu", "cuda", "cuda:1", "mps", ..., or "auto" for the best one there is.
+
+    Returns:
+        The device.
+
+    Raises:
+        ValueError: There is no such device on this machine.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device={device!r} is not available here: use one of {', '.join(_devices())}"
+        ) from error
+    return found
+
+
+def find_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Checks a floating-point type's name.
+
+    Args:
+        dtype: "float32", "float16", "bfloat16" (or "fp32", "fp16", "bf16"), or "auto" for
+            float32 on a CPU and float16 elsewhere.
+        device: Where the model will run.
+
+    Returns:
+        The type.
+
+    Raises:
+        ValueError: Unknown name.
+    """
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.float16
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype={dtype!r} must be one of auto, {', '.join(_DTYPES)}")
+    return _DTYPES[dtype]
+
+
+def _devices() -> list[str]:
+    devices = ["auto", "cpu"]
+    devices += [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    return devices + (["mps"] if torch.backends.mps.is_available() else [])
+
+
+def _names() -> str:
+    return ", ".join(builtin_names()) or "none in this installation"
+
+
+def _check_model_folder(model: str, folder: Path) -> None:
+    try:
+        text = (folder / "model_index.json").read_text(encoding="utf-8")
+        index = cast("dict[str, Any]", json.loads(text))
+        components = {key for key in index if not key.startswith("_")}
+    except FileNotFoundError:
+        raise ValueError(
+            f"model={model!r} is a folder without model_index.json: give the folder that"
+            " save_pretrained wrote"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model={model!r}: model_index.json cannot be read: {error}") from error
+    known = inspect.signature(StableDiffusionSAGPipeline.__init__).parameters
+    if "unet" not in components or not components.issubset(known):
+        raise ValueError(
+            f"model={model!r} is of the class {index.get('_class_name')}: only Stable Diffusion 1"
+            " and 2 are supported"
+        )
+
+
+def _loading_failed(model: str, source: str, error: Exception) -> str:
+    if Path(source).exists():
+        return f"model={model!r} cannot be loaded: {type(error).__name__}: {_one_line(error)}"
+    return (
+        f"model={model!r} is no local folder or file and could not be loaded from the Hugging"
+        f" Face hub (is the id right, the network there, HF_HUB_OFFLINE unset?): give a local"
+        f" path or a builtin model ({_names()})"
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,136 @@
+"""Schedulers by the names that users know them by."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+
+class _Sampler(NamedTuple):
+    label: str
+    class_name: str
+    overrides: Mapping[str, Any] = {}
+
+
+_SAMPLERS = (
+    _Sampler("DDIM", "DDIMScheduler"),
+    _Sampler("DDPM", "DDPMScheduler"),
+    _Sampler("PLMS", "PNDMScheduler", {"skip_prk_steps": True}),
+    _Sampler("PNDM", "PNDMScheduler", {"skip_prk_steps": False}),
+    _Sampler("LMS", "LMSDiscreteScheduler"),
+    _Sampler("Euler", "EulerDiscreteScheduler"),
+    _Sampler("Euler a", "EulerAncestralDiscreteScheduler"),
+    _Sampler("Heun", "HeunDiscreteScheduler"),
+    _Sampler("DPM2", "KDPM2DiscreteScheduler"),
+    _Sampler("DPM2 a", "KDPM2AncestralDiscreteScheduler"),
+    _Sampler("DPM++ 2M", "DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    _Sampler("DPM++ 2M SDE", "DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    _Sampler("DPM++ 2S", "DPMSolverSinglestepScheduler"),
+    _Sampler("DPM++ SDE", "DPMSolverSDEScheduler"),
+    _Sampler("DEIS", "DEISMultistepScheduler"),
+    _Sampler("UniPC", "UniPCMultistepScheduler"),
+    _Sampler("EDM Euler", "EDMEulerScheduler"),
+)
+
+# A trailing word chooses the spacing of the noise levels.
+_SPACINGS = {
+    "karras": ("Karras", "use_karras_sigmas"),
+    "exponential": ("Exponential", "use_exponential_sigmas"),
+    "beta": ("Beta", "use_beta_sigmas"),
+}
+
+
+def scheduler_names() -> tuple[str, ...]:
+    """The friendly names of `make_scheduler`, in lower case.
+
+    " karras", " exponential" or " beta" may follow a name whose scheduler has that spacing of
+    noise levels.
+    """
+    return tuple(sampler.label.lower() for sampler in _SAMPLERS)
+
+
+def check_scheduler_name(name: str) -> None:
+    """Refuses a name that `make_scheduler` does not know, without any heavy import.
+
+    Args:
+        name: As in `make_scheduler`.
+
+    Raises:
+        ValueError: Unknown name; the message lists the nearest ones.
+    """
+    if name not in _class_names():
+        _find(name)
+
+
+def make_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
+    """Makes a scheduler from its name and another scheduler's configuration.
+
+    Args:
+        name: A friendly name as of `scheduler_names()` ("ddim", "euler-a", "dpm++ 2m karras";
+            case, spaces, hyphens and underscores do not matter), or the name of a diffusers
+            class ("UniPCMultistepScheduler"), which keeps every choice of the configuration.
+        config: The training schedule to take over, as in `pipe.scheduler.config`.
+
+    Returns:
+        A diffusers scheduler.
+
+    Raises:
+        ValueError: Unknown name, or a spacing that this scheduler does not have.
+    """
+    import diffusers
+
+    if name in _class_names():
+        return getattr(diffusers, name).from_config(config)
+    sampler, spacing = _find(name)
+    scheduler_class = getattr(diffusers, sampler.class_name)
+    known = inspect.signature(scheduler_class.__init__).parameters
+    flags = {flag: word == spacing for word, (_, flag) in _SPACINGS.items() if flag in known}
+    if spacing and _SPACINGS[spacing][1] not in known:
+        raise ValueError(f"scheduler={name!r}: {sampler.label} has no {spacing} spacing")
+    return scheduler_class.from_config(config, **flags, **sampler.overrides)
+
+
+def scheduler_label(scheduler: SchedulerMixin) -> str:
+    """The name of a scheduler as picture metadata has it.
+
+    Args:
+        scheduler: A diffusers scheduler.
+
+    Returns:
+        For example "DDIM" or "DPM++ 2M Karras"; the class's name where no friendlier one fits.
+    """
+    config = scheduler.config
+    class_name = type(scheduler).__name__
+    for sampler in _SAMPLERS:
+        chosen = all(config.get(key) == value for key, value in sampler.overrides.items())
+        if sampler.class_name == class_name and chosen:
+            spacing = [label for label, flag in _SPACINGS.values() if config.get(flag)]
+            return " ".join([sampler.label, *spacing])
+    return class_name
+
+
+def _class_names() -> set[str]:
+    return {sampler.class_name for sampler in _SAMPLERS}
+
+
+def _find(name: str) -> tuple[_Sampler, str]:
+    words = name.lower().replace("dpmpp", "dpm++").replace("-", " ").replace("_", " ").split()
+    spacing = words.pop() if words and words[-1] in _SPACINGS else ""
+    wanted = " ".join(words)
+    for sampler in _SAMPLERS:
+        if sampler.label.lower() == wanted:
+            return sampler, spacing
+    raise ValueError(f"scheduler={name!r} is unknown: {_advice(wanted, name)}")
+
+
+def _advice(wanted: str, name: str) -> str:
+    near = difflib.get_close_matches(wanted, scheduler_names(), n=3, cutoff=0.5)
+    near += difflib.get_close_matches(name, sorted(_class_names()), n=2, cutoff=0.7)
+    if near:
+        return "the nearest names are " + ", ".join(near)
+    return "the names are " + ", ".join(scheduler_names())

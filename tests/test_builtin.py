@@ -1,0 +1,100 @@
+"""The builtin model's loader and the settings that model folders recommend."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from self_attention_guidance import SelfAttentionGuidance, builtin_model
+from self_attention_guidance.builtin import (
+    RecommendedSettings,
+    builtin_folder,
+    builtin_names,
+    recommended_settings,
+)
+
+
+def write_settings(folder: Path, content: object) -> Path:
+    (folder / "sag_settings.json").write_text(json.dumps(content), encoding="utf-8")
+    return folder
+
+
+def test_emoji_loads_in_float32_with_its_recommended_settings() -> None:
+    pipe = builtin_model("emoji")
+    dtypes = {weight.dtype for weight in [*pipe.unet.parameters(), *pipe.text_encoder.parameters()]}
+    assert dtypes == {torch.float32}
+    assert pipe.guidance == recommended_settings(builtin_folder("emoji")).make_guidance()
+
+
+def test_emoji_takes_from_pretrained_arguments() -> None:
+    assert builtin_model("emoji", torch_dtype=torch.bfloat16).unet.dtype == torch.bfloat16
+
+
+def test_emoji_draws_a_coloured_picture_on_white() -> None:
+    pipe = builtin_model()
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    image = pipe(
+        "red heart", num_inference_steps=8, guidance_scale=3, generator=generator, output_type="pt"
+    ).images[0]
+    corners = image[:, [0, 0, -1, -1], [0, -1, 0, -1]]
+    assert image.shape == (3, 64, 64)
+    assert corners.mean() > 0.9
+    assert image[0].mean() - image[2].mean() > 0.05
+
+
+def test_unknown_name_lists_the_names() -> None:
+    with pytest.raises(ValueError, match=r"name='emojo'.*emoji"):
+        builtin_model("emojo")
+    assert "emoji" in builtin_names()
+
+
+def test_folder_without_settings_recommends_nothing(tmp_path: Path) -> None:
+    assert recommended_settings(tmp_path) == RecommendedSettings()
+    assert recommended_settings(tmp_path).make_guidance() == SelfAttentionGuidance()
+
+
+def test_settings_are_read(tmp_path: Path) -> None:
+    write_settings(
+        tmp_path,
+        {
+            "guidance": {"scale": 1.5, "blur_sigma": 3.0},
+            "generation": {"guidance_scale": 3, "num_inference_steps": 25},
+            "compare": {"prompts": ["red heart", ""], "sag_scales": [0, 1.5]},
+        },
+    )
+    settings = recommended_settings(tmp_path)
+    assert settings.make_guidance() == SelfAttentionGuidance(scale=1.5, blur_sigma=3.0)
+    assert (settings.guidance_scale, settings.num_inference_steps) == (3, 25)
+    assert settings.compare_prompts == ("red heart", "")
+    assert settings.compare_sag_scales == (0, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ([], "JSON object"),
+        ({"guidence": {}}, "'guidence' is unknown; known are compare, generation, guidance"),
+        ({"guidance": {"sigma": 1}}, "'sigma' is unknown; known are .*blur_sigma"),
+        ({"guidance": {"blur_sigma": -1}}, "blur_sigma"),
+        ({"guidance": 3}, "guidance must be a JSON object, not 3"),
+        ({"generation": {"num_inference_steps": 0}}, "num_inference_steps=0 must be a whole"),
+        ({"generation": {"guidance_scale": "3"}}, "guidance_scale='3' must be a number"),
+        ({"compare": {"prompts": "red heart"}}, "prompts='red heart' must be a list of texts"),
+        ({"compare": {"sag_scales": [0, None]}}, "must be a list of numbers"),
+    ],
+)
+def test_bad_settings_name_the_file_and_the_rule(
+    tmp_path: Path, content: object, told: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"sag_settings\.json: .*{told}"):
+        recommended_settings(write_settings(tmp_path, content))
+
+
+def test_settings_that_are_not_json_name_the_file(tmp_path: Path) -> None:
+    (tmp_path / "sag_settings.json").write_text("{scale: 1}")
+    with pytest.raises(ValueError, match=r"sag_settings\.json"):
+        recommended_settings(tmp_path)

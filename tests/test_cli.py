@@ -1,0 +1,318 @@
+"""The command line, run as a user runs it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from saved_model import save_tiny_model
+
+from self_attention_guidance.cli import main
+from self_attention_guidance.generate import read_parameters
+
+SETTINGS = {
+    "guidance": {"scale": 1.5, "blur_sigma": 2.0},
+    "generation": {"guidance_scale": 3.0, "num_inference_steps": 2},
+    "compare": {"prompts": ["a", "b", "c"], "sag_scales": [0, 1, 2]},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny_model(tmp_path_factory.mktemp("cli") / "tiny", SETTINGS))
+
+
+def run(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Runs a command that must fail as a user's error, and returns its one line."""
+    assert run(*arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def pixels(path: Path | str) -> np.ndarray:
+    return np.asarray(Image.open(path), dtype=np.int16)
+
+
+# generate
+
+
+def test_generate_writes_named_pictures_and_prints_their_paths(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, model: str
+) -> None:
+    out = tmp_path / "pictures"
+    assert (
+        run(
+            "generate",
+            "a",
+            "b",
+            "--model",
+            model,
+            "--num-images",
+            2,
+            "--seed",
+            7,
+            "--batch-size",
+            3,
+            "--out",
+            out,
+        )
+        == 0
+    )
+    names = ["00000-7.png", "00001-8.png", "00002-7.png", "00003-8.png"]
+    captured = capsys.readouterr()
+    assert captured.out.splitlines() == [str(out / name) for name in names]
+    assert captured.err == ""
+    assert sorted(path.name for path in out.iterdir()) == names
+    assert Image.open(out / names[0]).size == (32, 32)
+
+
+def test_generate_uses_the_models_recommendation_and_says_so(tmp_path: Path, model: str) -> None:
+    assert run("generate", "", "--model", model, "--out", tmp_path) == 0
+    read = read_parameters(tmp_path / "00000-0.png")
+    assert read.prompt == ""
+    expected = {
+        "Steps": "2",
+        "Sampler": "DDIM",
+        "CFG scale": "3",
+        "Seed": "0",
+        "Size": "32x32",
+        "Model": "tiny",
+        "SAG scale": "1.5",
+        "SAG blur sigma": "2",
+    }
+    assert expected.items() <= read.settings.items()
+
+
+def test_generate_options_reach_the_picture(tmp_path: Path, model: str) -> None:
+    assert (
+        run(
+            "generate",
+            "a",
+            "--model",
+            model,
+            "--out",
+            tmp_path,
+            "--size",
+            "48x40",
+            "--scheduler",
+            "dpm++ 2m karras",
+            "--steps",
+            3,
+            "--guidance-scale",
+            2,
+            "--negative-prompt",
+            "b, c",
+            "--sag-scale",
+            0.5,
+            "--blur-sigma",
+            1.5,
+            "--blur-kernel-size",
+            5,
+            "--threshold",
+            0.9,
+            "--branch",
+            "cond",
+            "--start",
+            0.25,
+            "--stop",
+            0.75,
+            "--dtype",
+            "float32",
+            "--device",
+            "cpu",
+        )
+        == 0
+    )
+    read = read_parameters(tmp_path / "00000-0.png")
+    assert read.negative_prompt == "b, c"
+    expected = {
+        "Steps": "3",
+        "Sampler": "DPM++ 2M Karras",
+        "CFG scale": "2",
+        "Size": "48x40",
+        "SAG scale": "0.5",
+        "SAG blur sigma": "1.5",
+        "SAG blur kernel size": "5",
+        "SAG threshold": "0.9",
+        "SAG branch": "cond",
+        "SAG start": "0.25",
+        "SAG stop": "0.75",
+    }
+    assert expected.items() <= read.settings.items()
+
+
+def test_generate_is_reproducible_and_scale_0_differs(tmp_path: Path, model: str) -> None:
+    arguments = ["generate", "a", "--model", model]
+    for name, scale in {"one": 1, "two": 1, "off": 0}.items():
+        assert run(*arguments, "--sag-scale", scale, "--out", tmp_path / name) == 0
+    one, two, off = (pixels(tmp_path / name / "00000-0.png") for name in ("one", "two", "off"))
+    assert (one == two).all()
+    assert (one != off).any()
+
+
+def test_generate_overwrites_only_when_asked(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, model: str
+) -> None:
+    taken = tmp_path / "00001-1.png"
+    taken.write_bytes(b"mine")
+    arguments = ("generate", "a", "--num-images", 2, "--model", model, "--out", tmp_path)
+    assert "00001-1.png' exists" in error_of(capsys, *arguments)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"mine"]
+    assert run(*arguments, "--overwrite") == 0
+    assert pixels(taken).shape == (32, 32, 3)
+
+
+# compare
+
+
+def test_compare_draws_the_models_own_suggestions(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, model: str
+) -> None:
+    out = tmp_path / "new" / "grid.png"
+    assert run("compare", "--model", model, "--out", out) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    read = read_parameters(out)
+    assert read.prompt == "a\nb\nc"
+    assert read.settings["SAG scale"] == "0, 1, 2"
+    width, height = Image.open(out).size
+    assert width > 3 * 192
+    assert height > 3 * 192
+
+
+def test_compare_shows_attention_in_columns_of_their_own(tmp_path: Path, model: str) -> None:
+    arguments = ("compare", "a", "", "--model", model, "--sag-scales", "0,1")
+    assert run(*arguments, "--out", tmp_path / "plain.png") == 0
+    assert run(*arguments, "--show-attention", "--out", tmp_path / "shown.png") == 0
+    plain, shown = (Image.open(tmp_path / name) for name in ("plain.png", "shown.png"))
+    assert shown.width > plain.width + 190
+    assert shown.height == plain.height
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["generate"], "PROMPT is missing"),
+        (["generate", "a", "--sag-scale", "nan"], "sag_scale=nan must be a finite number"),
+        (["generate", "a", "--sag-scale", "x"], "--sag-scale"),
+        (["generate", "a", "--guidance-scale", "inf"], "guidance_scale=inf must be a finite"),
+        (["generate", "a", "--steps", "0"], "num_inference_steps=0 must be a whole number"),
+        (["generate", "a", "--size", "64"], "size='64' must be WIDTHxHEIGHT"),
+        (["generate", "a", "--size", "60x64"], "width=60 must be a multiple of 8"),
+        (["generate", "a", "--size", "0x64"], "width=0 must be a whole number, at least 1"),
+        (["generate", "a", "--blur-sigma", "-1"], "blur_sigma"),
+        (["generate", "a", "--branch", "both"], "branch"),
+        (["generate", "a", "--scheduler", "eular"], "scheduler='eular' is unknown: the nearest"),
+        (["generate", "a", "--batch-size", "0"], "batch_size=0 must be a whole number"),
+        (["generate", "a", "--num-images", "0"], "num_images=0 must be a whole number"),
+        (["generate", "a", "--seed", "-1"], "seed=-1 must be a whole number, at least 0"),
+        (["generate", "a", "--device", "cuda:63"], "device='cuda:63' is not available here"),
+        (["generate", "a", "--dtype", "int8"], "dtype='int8' must be one of auto, float32"),
+        (["generate", "a", "--model", "./none"], "model='./none' does not exist: give a folder"),
+        (["generate", "a", "--model", "nobody/none"], "could not be loaded from the Hugging Face"),
+        (["generate", "a", "--layer", "no.such.layer"], "no.such.layer"),
+        (["generate", "a", "--nonsense"], "--nonsense"),
+        (["compare", "a", "--sag-scales", "0;1"], "sag_scales='0;1' must be numbers separated by"),
+        (["compare", "a", "--sag-scales", "0,nan"], "sag_scales=nan must be a finite number"),
+        (["paint"], "paint"),
+    ],
+)
+def test_user_errors_are_one_line(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    model: str,
+    arguments: list[str],
+    told: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if "--model" not in arguments and arguments[-1] != "paint":
+        arguments = [*arguments, "--model", model]
+    assert told in error_of(capsys, *arguments)
+    assert not list(tmp_path.glob("**/*.*"))
+
+
+def test_output_that_is_no_folder_is_an_error(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, model: str
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    generated = error_of(capsys, "generate", "a", "--model", model, "--out", tmp_path / "file")
+    assert "is or lies below a file: name a folder" in generated
+    compared = error_of(capsys, "compare", "a", "--model", model, "--out", tmp_path)
+    assert "is a folder: name a file" in compared
+    taken = error_of(capsys, "compare", "a", "--model", model, "--out", tmp_path / "file")
+    assert "exists" in taken
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+# Processes
+
+
+def in_a_process(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "self_attention_guidance.cli", *arguments]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+
+
+def test_help_and_version_need_no_heavy_library() -> None:
+    script = (
+        "import sys; from self_attention_guidance.cli import main\n"
+        "assert main([]) == 0 and main(['--version']) == 0\n"
+        "assert main(['generate', '--help']) == 0 and main(['compare', '--help']) == 0\n"
+        "print('heavy:', {'torch', 'diffusers', 'transformers', 'numpy'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("heavy: set()\n")
+    assert "Examples:" in done.stdout
+    assert "self-attention-guidance" in done.stdout
+
+
+def test_a_process_says_nothing_but_the_path(tmp_path: Path, model: str) -> None:
+    process = in_a_process("generate", "a", "--model", model, "--out", str(tmp_path))
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert (out, err) == (f"{tmp_path / '00000-0.png'}\n", "")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for other processes")
+def test_interrupt_leaves_whole_files_and_one_line(tmp_path: Path, model: str) -> None:
+    process = in_a_process(
+        "generate",
+        "a",
+        "--model",
+        model,
+        "--num-images",
+        "4000",
+        "--batch-size",
+        "1",
+        "--out",
+        str(tmp_path),
+    )
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("*.png")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err == "error: interrupted\n"
+    files = list(tmp_path.iterdir())
+    assert files
+    assert {path.suffix for path in files} == {".png"}
+    assert all(pixels(path).shape == (32, 32, 3) for path in files)
