@@ -1,0 +1,41 @@
+# `make run` draws a guided-against-unguided picture, `make test` runs the tests.
+# Each works by itself in a fresh clone: it makes .venv with the pinned versions first.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PICTURE := out/compare.png
+
+export HF_HUB_OFFLINE := 1
+
+.PHONY: run test lint clean
+
+run: $(VENV)/.run
+	$(BIN)/sag compare --show-attention --out $(PICTURE) --overwrite
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+clean:
+	rm -rf $(VENV) out build dist .pytest_cache .ruff_cache
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit("error: Python %d.%d must be 3.10 or newer; set PYTHON=" % sys.version_info[:2] if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.run: $(VENV)/.made pyproject.toml constraints.txt
+	@echo "Installing torch, diffusers and transformers into $(VENV): some minutes, only once ..."
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run pyproject.toml constraints.txt
+	@echo "Installing the development tools ..."
+	$(PIP) --editable '.[dev]'
+	@touch $@

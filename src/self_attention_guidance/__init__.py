@@ -1,0 +1,39 @@
+"""Self-Attention Guidance (Hong et al., ICCV 2023, arXiv 2210.00939) for diffusion models."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .builtin import builtin_model
+    from .guidance import SelfAttentionGuidance
+    from .handle import GuidanceHandle
+    from .pipelines.stable_diffusion import StableDiffusionSAGPipeline
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GuidanceHandle",
+    "SelfAttentionGuidance",
+    "StableDiffusionSAGPipeline",
+    "builtin_model",
+]
+
+# Importing diffusers takes seconds; the command line's --help must not pay them.
+_HOMES = {
+    "GuidanceHandle": "handle",
+    "SelfAttentionGuidance": "guidance",
+    "StableDiffusionSAGPipeline": "pipelines.stable_diffusion",
+    "builtin_model": "builtin",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,170 @@
+"""Read the queries and keys of one attention layer while it runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .maths import attention_received
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Operands of one call that computes attention scores.
+
+    Attributes:
+        query: Shape (..., queries, channels).
+        key: Shape (..., positions, channels).
+        scale: Factor of the scores; `None` is 1 / sqrt(channels).
+    """
+
+    query: Tensor
+    key: Tensor
+    scale: float | None
+
+
+class _ScoreReader(TorchFunctionMode):
+    """Notes the operands of attention kernels, and lets every call through unchanged."""
+
+    def __init__(self, scores: list[Scores]) -> None:
+        super().__init__()
+        self.scores = scores
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            query = args[0] if args else kwargs["query"]
+            key = args[1] if len(args) > 1 else kwargs["key"]
+            self.scores.append(Scores(query, key, kwargs.get("scale")))
+        elif func is torch.baddbmm:  # how sliced attention computes its scores
+            self.scores.append(Scores(args[1], args[2].transpose(-1, -2), kwargs.get("alpha", 1)))
+        return func(*args, **kwargs)
+
+
+class _ReadingProcessor:
+    """Stands in for a layer's attention processor during one forward pass."""
+
+    def __init__(self, processor: Any, scores: list[Scores]) -> None:
+        self.processor = processor
+        self.scores = scores
+        # diffusers drops every keyword that is not in the signature it finds here
+        self.__dict__["__call__"] = processor.__call__
+
+    # compiled attention must not bake in or optimise away what is read here
+    @torch.compiler.disable
+    def __call__(self, attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with _ScoreReader(self.scores):
+            return self.processor(attention, *args, **kwargs)
+
+
+class AttentionCapture:
+    """Reads one layer's queries and keys between `start` and `stop`.
+
+    The layer's processor is replaced only in between, by one that calls it, so that outputs stay
+    bit-equal, processors may be changed at any other time, and compiled modules notice.
+
+    Args:
+        attention: The layer, as `self_attention` returns it.
+    """
+
+    def __init__(self, attention: nn.Module) -> None:
+        self._attention: Any = attention
+        self._processor: Any = None
+        self._scores: list[Scores] = []
+
+    def start(self) -> None:
+        """Begin reading; what an interrupted pass left behind is undone first."""
+        self.stop()
+        self._processor = self._attention.processor
+        self._attention.set_processor(_ReadingProcessor(self._processor, self._scores))
+
+    def stop(self) -> list[Scores]:
+        """Restore the layer; idempotent.
+
+        Returns:
+            What was read since `start`.
+        """
+        if self._processor is not None:
+            self._attention.set_processor(self._processor)
+        scores, self._processor, self._scores = self._scores, None, []
+        return scores
+
+
+def received(scores: list[Scores], batch: int, rows: slice) -> Tensor:
+    """The attention that each position received (see `maths.attention_received`).
+
+    Args:
+        scores: What `AttentionCapture.stop` returned; not empty.
+        batch: Batch size of the pass that was read.
+        rows: The part of the batch that is wanted.
+
+    Returns:
+        Shape (rows, positions), float32.
+    """
+    query = torch.cat([score.query.flatten(0, -3) for score in scores])
+    key = torch.cat([score.key.flatten(0, -3) for score in scores])
+    query, key = (side.unflatten(0, (batch, -1))[rows] for side in (query, key))
+    return attention_received(query, key, scores[0].scale)
+
+
+def self_attention(denoiser: nn.Module, layer: str) -> nn.Module:
+    """The self-attention layer at a dotted path.
+
+    Args:
+        denoiser: The module that holds the layer, not compiled.
+        layer: Dotted path.
+
+    Raises:
+        ValueError: There is no self-attention layer of that name; lists those that there are.
+    """
+    try:
+        module = denoiser.get_submodule(layer)
+    except AttributeError:
+        module = None
+    if module is not None and _is_self_attention(module):
+        return module
+    layers = [name for name, other in denoiser.named_modules() if _is_self_attention(other)]
+    raise ValueError(
+        f"layer {layer!r} is not a self-attention layer of {type(denoiser).__name__}; "
+        f"it must be one of {', '.join(layers) or '(there is none)'}"
+    )
+
+
+def _is_self_attention(module: nn.Module) -> bool:
+    return hasattr(module, "set_processor") and not getattr(module, "is_cross_attention", False)
+
+
+def token_grid(positions: int, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of `positions` tokens that cover a sample, found by halving its sides.
+
+    Args:
+        positions: Number of tokens.
+        height: Height of the denoiser's input.
+        width: Width of the denoiser's input.
+
+    Raises:
+        ValueError: No halving of the sample, rounded up or down, has so many tokens.
+    """
+    for rounded in (math.ceil, math.floor):
+        factor = 1
+        while True:
+            rows, columns = max(rounded(height / factor), 1), max(rounded(width / factor), 1)
+            if rows * columns == positions:
+                return rows, columns
+            if rows * columns == 1:
+                break
+            factor *= 2
+    raise ValueError(f"{positions} attention tokens do not form a grid over {height} x {width}")

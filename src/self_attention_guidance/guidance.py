@@ -1,0 +1,128 @@
+"""The settings of Self-Attention Guidance, and what they can be attached to."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, Literal, get_args
+
+from torch import nn
+
+from .families import BatchLayout, family_of
+from .handle import GuidanceHandle, Target
+from .prediction import check_scheduler
+
+Branch = Literal["uncond", "cond"]
+
+
+@dataclass(frozen=True)
+class SelfAttentionGuidance:
+    """Settings of Self-Attention Guidance (Hong et al., ICCV 2023, arXiv 2210.00939).
+
+    Attributes:
+        scale: The paper's s (Eq. 16), any finite number: 0 is off, 0.5 to 1 is usual, negative
+            values make samples worse on purpose.
+        blur_sigma: Standard deviation of the blur, in pixels of the denoiser's input (latent
+            pixels for latent diffusion), at least 0.
+        blur_kernel_size: Taps of the blur, odd, at least 1.
+        threshold: Positions that receive more attention than this are blurred; 1.0 is the mean.
+        start: Guidance begins at this fraction of the scheduler's timesteps, 0 to 1.
+        stop: Guidance ends at this fraction, above `start`, at most 1. Image-to-image runs enter
+            the scheduler's timesteps part-way.
+        layer: Dotted path of the self-attention layer in the denoiser; `None` is the default of
+            the denoiser's family.
+        branch: Whose attention and second pass are used under classifier-free guidance:
+            "uncond" is the paper's, "cond" acts more on the subject.
+
+    Raises:
+        ValueError: A setting is out of its range or not of its type.
+    """
+
+    scale: float = 0.75
+    _: KW_ONLY
+    blur_sigma: float = 1.0
+    blur_kernel_size: int = 9
+    threshold: float = 1.0
+    start: float = 0.0
+    stop: float = 1.0
+    layer: str | None = None
+    branch: Branch = "uncond"
+
+    def __post_init__(self) -> None:
+        """Check every setting once, here."""
+        _check_number("scale", self.scale, -math.inf, math.inf)
+        _check_number("blur_sigma", self.blur_sigma, 0, math.inf)
+        _check_number("threshold", self.threshold, 0, math.inf)
+        _check_number("start", self.start, 0, 1)
+        _check_number("stop", self.stop, 0, 1)
+        size: object = self.blur_kernel_size
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1 or size % 2 == 0:
+            raise ValueError(f"blur_kernel_size={size!r} must be an odd whole number of at least 1")
+        if self.start >= self.stop:
+            raise ValueError(f"start={self.start} must be below stop={self.stop}")
+        layer: object = self.layer
+        if layer is not None and (not isinstance(layer, str) or not layer):
+            raise ValueError(f"layer={layer!r} must be a dotted module path, or None")
+        if self.branch not in get_args(Branch):
+            raise ValueError(f"branch={self.branch!r} must be 'uncond' or 'cond'")
+
+    def attach(
+        self,
+        target: Any,
+        *,
+        scheduler: Any = None,
+        batch_layout: BatchLayout | None = None,
+    ) -> GuidanceHandle:
+        """Guide every call of a denoiser until the handle is removed.
+
+        Args:
+            target: A diffusers pipeline, or a denoiser for a loop of your own.
+            scheduler: The scheduler that drives a bare denoiser. A pipeline's own is used, also
+                when it is exchanged later.
+            batch_layout: "single" (each row is an image), or the order of the halves of a batch
+                under classifier-free guidance, "uncond_first" or "cond_first". `None` asks the
+                pipeline at every step; for a bare denoiser it is "single".
+
+        Returns:
+            The handle; use it in a `with` statement, or call its `remove`.
+
+        Raises:
+            ValueError: The denoiser, its layer or the scheduler is not supported, or the
+                denoiser is guided already.
+        """
+        found = _target(target, scheduler, batch_layout)
+        check_scheduler(found.scheduler)
+        return GuidanceHandle(self, found)
+
+
+def _check_number(name: str, value: object, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name}={value!r} must be a finite number")
+    if not low <= value <= high:
+        limits = f"from {low} to {high}" if high < math.inf else f"at least {low}"
+        raise ValueError(f"{name}={value!r} must be {limits}")
+
+
+def _target(target: Any, scheduler: Any, batch_layout: BatchLayout | None) -> Target:
+    if batch_layout is not None and batch_layout not in get_args(BatchLayout):
+        raise ValueError(
+            f"batch_layout={batch_layout!r} must be one of {', '.join(get_args(BatchLayout))}"
+        )
+    if isinstance(target, nn.Module):
+        if scheduler is None:
+            raise ValueError("scheduler=None must be the scheduler that drives this denoiser")
+        return Target(target, family_of(target), scheduler, None, batch_layout or "single")
+    denoiser = getattr(target, "unet", None) or getattr(target, "transformer", None)
+    if not isinstance(denoiser, nn.Module):
+        raise ValueError(
+            f"target={type(target).__name__} must be a diffusers pipeline with a unet or a "
+            "transformer, or a denoiser"
+        )
+    if scheduler is not None:
+        raise ValueError("scheduler must not be given with a pipeline: its own is used")
+    if batch_layout is None and not hasattr(type(target), "do_classifier_free_guidance"):
+        raise ValueError(
+            f"batch_layout=None must be given for {type(target).__name__}, which does not tell "
+            "whether classifier-free guidance is on"
+        )
+    return Target(denoiser, family_of(denoiser), None, target, batch_layout)

@@ -1,0 +1,269 @@
+"""A guided denoiser.
+
+Pipelines, samplers and schedulers never learn that a denoiser is guided: hooks on it read the
+attention of its pass, run the second pass and add the guidance term to its own output
+(arXiv 2210.00939, Algorithm 1).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .capture import AttentionCapture, Scores, received, self_attention, token_grid
+from .families import BatchLayout, Family, uncompiled
+from .maths import attention_mask, degrade
+from .prediction import prediction_at, step_fraction
+
+if TYPE_CHECKING:
+    from .guidance import SelfAttentionGuidance
+
+
+@dataclass(frozen=True)
+class Target:
+    """A denoiser, and who knows its scheduler and batch layout.
+
+    Attributes:
+        denoiser: The module that is called at every step, possibly compiled.
+        family: Its row of the table.
+        own_scheduler: The scheduler of a loop of the user's own; `None` asks the pipeline.
+        pipeline: The diffusers pipeline that calls the denoiser, if any.
+        own_layout: The batch layout, if the user gave one; `None` asks the pipeline.
+    """
+
+    denoiser: nn.Module
+    family: Family
+    own_scheduler: Any
+    pipeline: Any
+    own_layout: BatchLayout | None
+
+    @property
+    def scheduler(self) -> Any:
+        """The scheduler of the present step."""
+        return self.pipeline.scheduler if self.own_scheduler is None else self.own_scheduler
+
+    @property
+    def layout(self) -> BatchLayout:
+        """The batch layout of the present step."""
+        if self.own_layout is not None:
+            return self.own_layout
+        return self.family.cfg_layout if self.pipeline.do_classifier_free_guidance else "single"
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of the denoiser: its arguments, and the part of the batch that is guided."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    sample_argument: str
+    rows: slice
+
+    @property
+    def sample(self) -> Tensor:
+        return self.args[0] if self.args else self.kwargs[self.sample_argument]
+
+    @property
+    def timestep(self) -> Any:
+        return self.args[1] if len(self.args) > 1 else self.kwargs["timestep"]
+
+    def with_sample(self, sample: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The guided rows of every argument, with `sample` in the place of x_t."""
+        batch = len(self.sample)
+        args = cast("tuple[Any, ...]", _rows_of(self.args, batch, self.rows))
+        kwargs = cast("dict[str, Any]", _rows_of(self.kwargs, batch, self.rows))
+        if args:
+            return (sample, *args[1:]), kwargs
+        return args, {**kwargs, self.sample_argument: sample}
+
+
+class GuidanceHandle:
+    """A guided denoiser: holds what the last guided step saw, and undoes the guidance.
+
+    Made by `SelfAttentionGuidance.attach`. Copies of the denoiser follow this handle. A denoiser
+    may be used by one thread at a time.
+
+    Attributes:
+        guidance: The settings.
+        attached: Whether the denoiser is guided.
+        steps: Number of denoiser calls that were guided so far.
+        attention: Attention received per position at the last guided step, (images, rows,
+            columns) float32, mean 1; `None` before it.
+        mask: The positions that were blurred there, (images, rows, columns) bool.
+    """
+
+    def __init__(self, guidance: SelfAttentionGuidance, target: Target) -> None:
+        _refuse_guided(target.denoiser)
+        self.guidance = guidance
+        self.attached = True
+        self.steps = 0
+        self.attention: Tensor | None = None
+        self.mask: Tensor | None = None
+        self._target = target
+        self._layer = guidance.layer or target.family.layer
+        self._capture: AttentionCapture | None = None
+        self._in_second_pass = False
+        self_attention(uncompiled(target.denoiser), self._layer)
+        hooks = target.denoiser
+        self._hooks = (
+            hooks.register_forward_pre_hook(self._before, with_kwargs=True),
+            hooks.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+        )
+
+    def remove(self) -> None:
+        """Restore the denoiser, bit for bit; idempotent. What the handle saw stays readable."""
+        self.attached = False
+        for hook in self._hooks:
+            hook.remove()
+        self._stop_reading()
+
+    def __enter__(self) -> GuidanceHandle:
+        """The handle; the denoiser is guided already."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Remove the guidance."""
+        self.remove()
+
+    def __deepcopy__(self, memo: object) -> GuidanceHandle:
+        """The handle itself: a copied denoiser keeps this handle, its scheduler and pipeline."""
+        return self
+
+    @torch.compiler.disable
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._in_second_pass or not self.attached:
+            return
+        self._stop_reading()
+        call = self._call(args, kwargs)
+        if self._is_guided(call.timestep):
+            self._capture = AttentionCapture(self_attention(uncompiled(module), self._layer))
+            self._capture.start()
+
+    @torch.compiler.disable
+    def _after(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        if self._in_second_pass or self._capture is None:
+            return None
+        scores = self._stop_reading()
+        if output is None:  # the pass failed, and its exception is under way
+            return None
+        if not scores:
+            raise RuntimeError(
+                f"no attention was recorded at {self._layer!r}: the layer did not run, or its "
+                "processor uses a kernel that can't be read; use diffusers' default processor "
+                "there, and if the denoiser was compiled and run before guidance was attached, "
+                "call torch.compiler.reset() first"
+            )
+        return self._guided(module, self._call(args, kwargs), output, scores)
+
+    def _is_guided(self, timestep: Any) -> bool:
+        if self.guidance.scale == 0:
+            return False
+        fraction = step_fraction(self._target.scheduler, timestep)
+        return self.guidance.start <= fraction < self.guidance.stop
+
+    def _stop_reading(self) -> list[Scores]:
+        capture, self._capture = self._capture, None
+        return [] if capture is None else capture.stop()
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+        name = self._target.family.sample_argument
+        batch = len(args[0] if args else kwargs[name])
+        rows = _guided_rows(batch, self._target.layout, self.guidance.branch)
+        return _Call(args, kwargs, name, rows)
+
+    def _guided(self, module: nn.Module, call: _Call, output: Any, scores: list[Scores]) -> Any:
+        """The denoiser's output with the guidance term added to every row."""
+        whole: Tensor = output[0]
+        # Inpainting networks see more channels than they denoise; networks that learn their
+        # variance return more than they see.
+        channels = min(call.sample.shape[1], whole.shape[1])
+        sample = call.sample[call.rows]
+        x_t = sample[:, :channels].float()
+        u = whole[call.rows, :channels].float()
+        prediction = prediction_at(self._target.scheduler, call.timestep, x_t.device)
+        prediction = prediction.rows(call.rows)
+        x0 = prediction.x0(x_t, u)
+        x0_degraded = self._degraded(prediction.clipped(x0), scores, call)
+        degraded = sample.clone()
+        degraded[:, :channels] = prediction.renoise(x_t, x0, x0_degraded).to(sample.dtype)
+        u_degraded = self._second_pass(module, call, degraded)[:, :channels].float()
+        term = self.guidance.scale * prediction.term(u, u_degraded, x0, x0_degraded)
+        guided = whole.clone()
+        copies = len(whole) // len(term)
+        guided[:, :channels] = whole[:, :channels].float() + term.repeat(copies, 1, 1, 1)
+        self.steps += 1
+        return _with_first(output, guided)
+
+    def _degraded(self, x0: Tensor, scores: list[Scores], call: _Call) -> Tensor:
+        """`x0`, blurred where the read layer attends."""
+        guidance = self.guidance
+        attention = received(scores, len(call.sample), call.rows)
+        grid = token_grid(attention.shape[1], *x0.shape[-2:])
+        self.attention = attention.unflatten(1, grid)
+        self.mask = attention_mask(self.attention, guidance.threshold)
+        return degrade(x0, self.mask, guidance.blur_sigma, guidance.blur_kernel_size)
+
+    def _second_pass(self, module: nn.Module, call: _Call, degraded: Tensor) -> Tensor:
+        args, kwargs = call.with_sample(degraded)
+        self._in_second_pass = True
+        try:
+            return module(*args, **kwargs)[0]
+        finally:
+            self._in_second_pass = False
+
+
+def _refuse_guided(denoiser: nn.Module) -> None:
+    for module in {denoiser, uncompiled(denoiser)}:
+        for hook in module._forward_hooks.values():
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, GuidanceHandle) and owner.attached:
+                raise ValueError(
+                    f"{type(module).__name__} is guided already, by {owner.guidance}; remove "
+                    "that handle first"
+                )
+        if module._compiled_call_impl is not None:
+            raise ValueError(
+                f"{type(module).__name__} was compiled in place, where hooks are ignored; attach "
+                "first, or use torch.compile(denoiser) instead of denoiser.compile()"
+            )
+
+
+def _guided_rows(batch: int, layout: BatchLayout, branch: str) -> slice:
+    """The rows whose attention and second pass are used."""
+    if layout == "single":
+        return slice(0, batch)
+    if batch % 2:
+        raise ValueError(
+            f"a batch of {batch} can't hold a conditional and an unconditional half "
+            f"(batch_layout={layout!r})"
+        )
+    first = layout == f"{branch}_first"
+    return slice(0, batch // 2) if first else slice(batch // 2, batch)
+
+
+def _rows_of(argument: Any, batch: int, rows: slice) -> Any:
+    """`argument` with every tensor of `batch` rows cut to `rows`, inside containers too."""
+    if isinstance(argument, Tensor):
+        is_batch = argument.ndim > 0 and len(argument) == batch
+        return argument[rows] if is_batch else argument
+    if isinstance(argument, Mapping):
+        entries = cast("Mapping[str, Any]", argument)
+        return {name: _rows_of(entry, batch, rows) for name, entry in entries.items()}
+    if isinstance(argument, list | tuple):
+        items = cast("list[Any] | tuple[Any, ...]", argument)
+        return type(items)(_rows_of(item, batch, rows) for item in items)
+    return argument
+
+
+def _with_first(output: Any, first: Tensor) -> Any:
+    """A tuple or model output with its first entry replaced."""
+    if isinstance(output, tuple):
+        return (first, *cast("tuple[Any, ...]", output)[1:])
+    return dataclasses.replace(output, **{next(iter(output.keys())): first})

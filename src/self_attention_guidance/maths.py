@@ -1,0 +1,108 @@
+"""The arithmetic of Self-Attention Guidance: tensors in, tensors out.
+
+Equations are those of Hong et al., "Improving Sample Quality of Diffusion Models Using
+Self-Attention Guidance", ICCV 2023, arXiv 2210.00939.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Attention over many tokens is summed in slices of about this many probabilities.
+_PROBABILITIES_AT_ONCE = 2**26
+
+
+def attention_received(query: Tensor, key: Tensor, scale: float | None = None) -> Tensor:
+    """How much self-attention each position receives.
+
+    The attention map softmax(Q K^T * scale) is averaged over heads and summed over queries
+    (Sec. 4.2), so that the mean over positions is exactly 1.
+
+    Args:
+        query: Shape (batch, heads, queries, channels).
+        key: Shape (batch, heads, positions, channels).
+        scale: Factor of the scores; `None` is 1 / sqrt(channels).
+
+    Returns:
+        Shape (batch, positions), float32, not negative.
+    """
+    batch, heads, queries, channels = query.shape
+    positions = key.shape[2]
+    scale = channels**-0.5 if scale is None else scale
+    keys = key.float().transpose(-1, -2) * scale
+    received = keys.new_zeros(batch, positions)
+    rows = max(1, _PROBABILITIES_AT_ONCE // (batch * heads * positions))
+    for part in query.float().split(rows, dim=2):
+        received += (part @ keys).softmax(dim=-1).sum(dim=2).mean(dim=1)
+    return received * (positions / queries)
+
+
+def attention_mask(received: Tensor, threshold: float = 1.0) -> Tensor:
+    """The positions that receive more attention than `threshold` (Eq. 14).
+
+    Args:
+        received: Attention received, any shape, mean 1 over positions.
+        threshold: The paper's psi, in units of the mean; 1.0 in the paper.
+
+    Returns:
+        Bool, same shape.
+    """
+    return received > threshold
+
+
+def gaussian_blur(image: Tensor, sigma: float, kernel_size: int) -> Tensor:
+    """Gaussian blur with mirrored borders (G_sigma of Sec. 4.1).
+
+    The kernel is sampled at whole pixels and normalised to sum 1. Borders are mirrored without
+    repeating the edge, as often as needed, so a picture may be smaller than the kernel.
+
+    Args:
+        image: Shape (batch, channels, height, width).
+        sigma: Standard deviation in pixels, not negative; 0 changes nothing.
+        kernel_size: Taps of the kernel, odd.
+
+    Returns:
+        Same shape and dtype.
+    """
+    if sigma == 0 or kernel_size == 1:
+        return image
+    radius = kernel_size // 2
+    taps = torch.arange(-radius, radius + 1, dtype=torch.float32, device=image.device)
+    kernel = torch.exp(-0.5 * (taps / sigma) ** 2)
+    kernel = kernel / kernel.sum()
+    channels, height, width = image.shape[1:]
+    blurred = image.float()
+    blurred = blurred[:, :, :, _mirrored(width, radius, image.device)]
+    blurred = F.conv2d(blurred, kernel.expand(channels, 1, 1, -1), groups=channels)
+    blurred = blurred[:, :, _mirrored(height, radius, image.device)]
+    blurred = F.conv2d(blurred, kernel[:, None].expand(channels, 1, -1, 1), groups=channels)
+    return blurred.to(image.dtype)
+
+
+def _mirrored(size: int, radius: int, device: torch.device) -> Tensor:
+    """Indices of a row of `size` pixels, mirrored `radius` pixels beyond both ends."""
+    period = max(2 * (size - 1), 1)
+    index = torch.arange(-radius, size + radius, device=device) % period
+    return torch.minimum(index, period - index)
+
+
+def degrade(x0: Tensor, mask: Tensor | None, blur_sigma: float, kernel_size: int) -> Tensor:
+    """Blur a predicted clean sample where the mask is set (Eq. 15).
+
+    Args:
+        x0: Shape (batch, channels, height, width).
+        mask: Bool, shape (batch, rows, columns) on any coarser grid, enlarged to the sample's
+            size by nearest neighbours; `None` blurs everywhere.
+        blur_sigma: Standard deviation in pixels of `x0`.
+        kernel_size: Taps of the kernel, odd.
+
+    Returns:
+        Same shape as `x0`; equal to it, bit for bit, where the mask is not set.
+    """
+    blurred = gaussian_blur(x0, blur_sigma, kernel_size)
+    if mask is None:
+        return blurred
+    enlarged = F.interpolate(mask[:, None].float(), size=x0.shape[-2:], mode="nearest")
+    return torch.where(enlarged.bool(), blurred, x0)

@@ -1,0 +1,1 @@
+"""Pipelines of diffusers with guidance in their call."""

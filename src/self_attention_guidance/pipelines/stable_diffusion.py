@@ -1,0 +1,158 @@
+"""Stable Diffusion 1 and 2 with Self-Attention Guidance."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from torch import Tensor
+
+from ..guidance import SelfAttentionGuidance
+from ..handle import GuidanceHandle
+
+Callback = Callable[[int, Any, Tensor], None]
+
+
+class StableDiffusionSAGPipeline(StableDiffusionPipeline):
+    """A drop-in for the class of the same name that diffusers deprecated.
+
+    It is diffusers' `StableDiffusionPipeline`, with everything that comes with it, and a
+    `sag_scale` in its call. Source: Hong et al., ICCV 2023, arXiv 2210.00939.
+
+    Attributes:
+        guidance: The other settings of guidance; assign a `SelfAttentionGuidance` to change them.
+            Its `scale` is replaced by the call's `sag_scale`.
+        guidance_handle: The handle of the running or last guided call: its mask and attention.
+    """
+
+    guidance: SelfAttentionGuidance = SelfAttentionGuidance()
+    guidance_handle: GuidanceHandle | None = None
+
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 7.5,
+        sag_scale: float = 0.75,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int | None = 1,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        ip_adapter_image: Any = None,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        callback: Callback | None = None,
+        callback_steps: int | None = 1,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        clip_skip: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Draw pictures of a prompt.
+
+        Args:
+            prompt: What to draw; one, or a list for a batch.
+            height: In pixels, a multiple of 8; `None` is the model's own size.
+            width: Like `height`.
+            num_inference_steps: Steps of denoising, at least 1.
+            guidance_scale: Weight of classifier-free guidance; 1 is off.
+            sag_scale: Weight of self-attention guidance, any finite number; 0 is off and costs
+                nothing.
+            negative_prompt: What not to draw.
+            num_images_per_prompt: Pictures of each prompt.
+            eta: Share of fresh noise in DDIM, 0 to 1.
+            generator: One, or a list with one per picture.
+            latents: Start noise, (pictures, 4, height / 8, width / 8) for Stable Diffusion.
+            prompt_embeds: Instead of `prompt`: (prompts, tokens, channels).
+            negative_prompt_embeds: Instead of `negative_prompt`, same shape.
+            ip_adapter_image: Image prompt of a loaded IP-Adapter.
+            output_type: "pil", "np", "pt" or "latent".
+            return_dict: Return an object instead of a tuple.
+            callback: Called as `callback(step, timestep, latents)`.
+            callback_steps: Call `callback` every so many steps, at least 1.
+            cross_attention_kwargs: Passed to the attention processors.
+            clip_skip: Layers of the text encoder to skip from its end.
+            **kwargs: Everything else that diffusers' `StableDiffusionPipeline` takes, such as
+                `timesteps`, `sigmas`, `guidance_rescale`, `callback_on_step_end`.
+
+        Returns:
+            `StableDiffusionPipelineOutput` with `images` and `nsfw_content_detected`, or a tuple
+            of both.
+
+        Raises:
+            ValueError: An argument is out of its range, or the scheduler or U-Net can't be guided.
+        """
+        _check_positive("num_inference_steps", num_inference_steps)
+        if callback is not None:
+            _check_positive("callback_steps", callback_steps)
+            _add_callback(callback, callback_steps or 1, num_inference_steps, kwargs)
+        arguments = {
+            "prompt": prompt,
+            "height": height,
+            "width": width,
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "negative_prompt": negative_prompt,
+            "num_images_per_prompt": num_images_per_prompt,
+            "eta": eta,
+            "generator": generator,
+            "latents": latents,
+            "prompt_embeds": prompt_embeds,
+            "negative_prompt_embeds": negative_prompt_embeds,
+            "ip_adapter_image": ip_adapter_image,
+            "output_type": output_type,
+            "return_dict": return_dict,
+            "cross_attention_kwargs": cross_attention_kwargs,
+            "clip_skip": clip_skip,
+            **kwargs,
+        }
+        guidance = self._guidance_of(sag_scale)
+        if guidance.scale == 0:
+            return super().__call__(**arguments)
+        with guidance.attach(self) as self.guidance_handle:
+            return super().__call__(**arguments)
+
+    def _guidance_of(self, sag_scale: float) -> SelfAttentionGuidance:
+        try:
+            return dataclasses.replace(self.guidance, scale=sag_scale)
+        except ValueError as error:
+            raise ValueError(f"sag_{error}") from None
+
+
+def _check_positive(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+
+
+def _add_callback(
+    callback: Callback, every: int, num_inference_steps: int, kwargs: dict[str, Any]
+) -> None:
+    """Let diffusers' present callback argument call one of the older kind as well.
+
+    The older kind is called once a step of the schedule, not once an evaluation of the denoiser.
+    """
+    present = kwargs.get("callback_on_step_end")
+    inputs = kwargs.get("callback_on_step_end_tensor_inputs", ["latents"])
+    if isinstance(present, PipelineCallback | MultiPipelineCallbacks):
+        inputs = present.tensor_inputs
+    by_hand = kwargs.get("timesteps") or kwargs.get("sigmas")
+
+    def on_step_end(pipeline: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> Any:
+        outputs = {} if present is None else present(pipeline, index, timestep, tensors)
+        order, total = pipeline.scheduler.order, pipeline.num_timesteps
+        warm_up = total - (total if by_hand else num_inference_steps) * order
+        ends_a_step = index + 1 > warm_up and (index + 1) % order == 0
+        if (ends_a_step or index == total - 1) and index % every == 0:
+            callback(index // order, timestep, outputs.get("latents", tensors["latents"]))
+        return outputs
+
+    kwargs["callback_on_step_end"] = on_step_end
+    kwargs["callback_on_step_end_tensor_inputs"] = list(dict.fromkeys(["latents", *inputs]))

@@ -1,0 +1,208 @@
+"""Noise levels, and what a network's output says about the clean sample.
+
+In the denoiser's own input space every supported model sees
+
+    x_t = alpha_t * x0 + sigma_t * eps,
+
+and its output u is linear in the clean sample: x0 = from_input * x_t + from_output * u. This is
+the one file that knows how schedulers state their noise level.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+# Where schedulers that evaluate a midpoint keep its noise level, relative to their step index.
+_MIDPOINT_OFFSETS = {"KDPM2DiscreteScheduler": 0, "KDPM2AncestralDiscreteScheduler": -1}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The linear relations between a network's input, output and clean sample at one step.
+
+    Every field is float32 of shape (batch or 1, 1, 1, 1).
+
+    Attributes:
+        alpha: Signal level of the network's input.
+        sigma: Noise level of the network's input.
+        from_input: Weight of the input x_t in x0.
+        from_output: Weight of the output u in x0.
+        correction: Weight of the change of x0 in the guidance term, (1 - from_input * alpha) /
+            from_output: 0 for epsilon, -sigma for v, 1 for sample prediction.
+        clip: x0 is limited to [-clip, clip] by the scheduler; `None` if it is not.
+    """
+
+    alpha: Tensor
+    sigma: Tensor
+    from_input: Tensor
+    from_output: Tensor
+    correction: Tensor
+    clip: float | None
+
+    def rows(self, rows: slice) -> Prediction:
+        """The relations for part of a batch; the same object if all rows share one step."""
+        if len(self.alpha) == 1:
+            return self
+        levels = (self.alpha, self.sigma, self.from_input, self.from_output, self.correction)
+        return Prediction(*(level[rows] for level in levels), clip=self.clip)
+
+    def x0(self, x_t: Tensor, output: Tensor) -> Tensor:
+        """The predicted clean sample, not clipped; shapes (batch, channels, height, width)."""
+        return self.from_input * x_t + self.from_output * output
+
+    def clipped(self, x0: Tensor) -> Tensor:
+        """`x0` as the scheduler uses it."""
+        return x0 if self.clip is None else x0.clamp(-self.clip, self.clip)
+
+    def renoise(self, x_t: Tensor, x0: Tensor, x0_degraded: Tensor) -> Tensor:
+        """alpha_t * x0_degraded + sigma_t * eps, eps being the noise in `x_t` beside `x0`.
+
+        Written as a change of `x_t`, so that it is bit-equal where nothing was degraded.
+        """
+        return x_t + self.alpha * (x0_degraded - x0)
+
+    def term(
+        self, output: Tensor, degraded_output: Tensor, x0: Tensor, x0_degraded: Tensor
+    ) -> Tensor:
+        """The guidance term eps - eps' (Eq. 16), in the units of the network's output.
+
+        Args:
+            output: u, the network's output at x_t.
+            degraded_output: u', its output at the degraded input.
+            x0: The clean sample predicted at x_t, not clipped.
+            x0_degraded: The degraded clean sample.
+
+        Returns:
+            What is added to `output`, times the scale; same shape.
+        """
+        return (output - degraded_output) + self.correction * (x0_degraded - x0)
+
+
+def prediction_at(scheduler: Any, timestep: Any, device: torch.device) -> Prediction:
+    """What `scheduler` says of the denoiser call at `timestep`.
+
+    Args:
+        scheduler: A diffusers scheduler whose timesteps are set.
+        timestep: The timestep given to the denoiser: a number or a tensor of any shape.
+        device: Where the result is wanted.
+
+    Returns:
+        The relations between input, output and clean sample.
+
+    Raises:
+        ValueError: The scheduler's prediction type is not supported.
+    """
+    check_scheduler(scheduler)
+    kind: str = scheduler.config.prediction_type
+    if hasattr(scheduler, "sigmas"):
+        sigma = torch.as_tensor(_karras_sigma(scheduler, timestep)).double().cpu().view(1, 1, 1, 1)
+        if "sigma_data" in scheduler.config:
+            return _preconditioned(sigma, kind, float(scheduler.config.sigma_data), device)
+        alpha = (1 + sigma**2).rsqrt()
+        return _variance_preserving(alpha, sigma * alpha, kind, _clip(scheduler), device)
+    steps = torch.as_tensor(timestep).flatten().long().to(scheduler.alphas_cumprod.device)
+    alpha_squared = scheduler.alphas_cumprod[steps].double().cpu().view(-1, 1, 1, 1)
+    alpha, sigma = alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
+    return _variance_preserving(alpha, sigma, kind, _clip(scheduler), device)
+
+
+def check_scheduler(scheduler: Any) -> None:
+    """Refuse schedulers whose noise level or prediction type is not known here.
+
+    Raises:
+        ValueError: Names the scheduler, what it says of itself, and what would be accepted.
+    """
+    name, config = type(scheduler).__name__, getattr(scheduler, "config", {})
+    kind = config.get("prediction_type")
+    if not (hasattr(scheduler, "sigmas") or hasattr(scheduler, "alphas_cumprod")):
+        raise ValueError(f"scheduler {name} has neither sigmas nor alphas_cumprod: not supported")
+    if kind not in PREDICTION_TYPES:
+        raise ValueError(
+            f"scheduler {name} has prediction_type={kind!r}; it must be one of "
+            f"{', '.join(PREDICTION_TYPES)}"
+        )
+    if config.get("use_flow_sigmas"):
+        raise ValueError(f"scheduler {name} has use_flow_sigmas=True: not supported")
+    if "sigma_data" in config and "beta_schedule" in config:
+        raise ValueError(
+            f"scheduler {name} was made from the config of a variance-preserving scheduler "
+            f"(beta_schedule={config['beta_schedule']!r}), but it needs a denoiser with EDM "
+            "preconditioning; use EulerDiscreteScheduler for this model"
+        )
+
+
+def step_fraction(scheduler: Any, timestep: Any) -> float:
+    """How much of the scheduler's timesteps lies before the present one, from 0 to below 1."""
+    timesteps: Tensor = scheduler.timesteps
+    index = _step_index(scheduler, timestep) if hasattr(scheduler, "sigmas") else None
+    if index is None:
+        present = torch.as_tensor(timestep, dtype=torch.float64).flatten()[0].item()
+        index = int((timesteps.double().cpu() - present).abs().argmin())
+    return index / len(timesteps)
+
+
+def _clip(scheduler: Any) -> float | None:
+    config = scheduler.config
+    return float(config.get("clip_sample_range", 1.0)) if config.get("clip_sample") else None
+
+
+def _step_index(scheduler: Any, timestep: Any) -> int:
+    # Before the first step, some schedulers have not looked up where they are.
+    if scheduler.step_index is not None:
+        return scheduler.step_index
+    if scheduler.begin_index is not None:
+        return scheduler.begin_index
+    return int(scheduler.index_for_timestep(torch.as_tensor(timestep).flatten()[0]))
+
+
+def _karras_sigma(scheduler: Any, timestep: Any) -> Tensor | float:
+    """sigma of x = x0 + sigma * eps, as the scheduler's own `scale_model_input` reads it."""
+    index = _step_index(scheduler, timestep)
+    if not getattr(scheduler, "state_in_first_order", True):
+        if hasattr(scheduler, "mid_point_sigma"):
+            return scheduler.mid_point_sigma
+        offset = _MIDPOINT_OFFSETS.get(type(scheduler).__name__)
+        if offset is not None:
+            return scheduler.sigmas_interpol[index + offset]
+    return scheduler.sigmas[index]
+
+
+def _variance_preserving(
+    alpha: Tensor, sigma: Tensor, kind: str, clip: float | None, device: torch.device
+) -> Prediction:
+    zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
+    from_input, from_output, correction = {
+        "epsilon": (1 / alpha, -sigma / alpha, zero),
+        "v_prediction": (alpha, -sigma, -sigma),
+        "sample": (zero, one, one),
+    }[kind]
+    return _float32(alpha, sigma, from_input, from_output, correction, clip, device)
+
+
+def _preconditioned(
+    sigma: Tensor, kind: str, sigma_data: float, device: torch.device
+) -> Prediction:
+    """EDM's preconditioning (Karras et al., arXiv 2206.00364, Table 1)."""
+    c_in = (sigma**2 + sigma_data**2).rsqrt()
+    c_skip = (sigma_data * c_in) ** 2
+    c_out = sigma * sigma_data * c_in * (-1 if kind == "v_prediction" else 1)
+    return _float32(c_in, sigma * c_in, c_skip / c_in, c_out, (1 - c_skip) / c_out, None, device)
+
+
+def _float32(
+    alpha: Tensor,
+    sigma: Tensor,
+    from_input: Tensor,
+    from_output: Tensor,
+    correction: Tensor,
+    clip: float | None,
+    device: torch.device,
+) -> Prediction:
+    levels = (alpha, sigma, from_input, from_output, correction)
+    return Prediction(*(level.to(device, torch.float32) for level in levels), clip=clip)
