@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from data import STYLE_SUFFIX, Picture
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
+
+from data import STYLE_SUFFIX, Picture
 
 VOCABULARY_SIZE = 2200
 MAX_TOKENS = 32
@@ -23,19 +24,19 @@ def train_tokenizer(pictures: Sequence[Picture]) -> CLIPTokenizer:
     return learned
 
 
-def draw_caption(picture: Picture, rng: random.Random) -> str:
+def draw_caption(picture: Picture, rng: random.Random, keyword_share: float) -> str:
     """One caption of `picture` as training sees it.
 
-    10 % are empty (for classifier-free guidance), 65 % the picture's own caption, 15 % have
-    one or two keywords beside the label, 10 % are keywords alone.
+    10 % are empty (for classifier-free guidance). `keyword_share` of them hold one or two
+    keywords: three in five beside the label, the others alone. The rest is the own caption.
     """
     choice = rng.random()
     if choice < 0.10:
         return ""
     suffix = STYLE_SUFFIX[picture.vendor]
-    if choice < 0.75 or not picture.keywords:
+    if choice >= 0.10 + keyword_share or not picture.keywords:
         return picture.label + suffix
     few = rng.sample(picture.keywords, k=min(len(picture.keywords), rng.randint(1, 2)))
-    if choice < 0.90:
+    if choice < 0.10 + 0.6 * keyword_share:
         return ", ".join([picture.label, *few]) + suffix
     return ", ".join(few) + suffix

@@ -9,16 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from captions import MAX_TOKENS, draw_caption
-from data import Picture
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from captions import MAX_TOKENS, draw_caption
+from data import Picture
+
 BATCH_SIZE = 32
-PEAK_LEARNING_RATE = 1e-3
-EMA_DECAY = 0.9995
 MIN_SNR = 5.0
 
 
@@ -71,6 +70,7 @@ class Model(nn.Module):
     """The two networks that learn together."""
 
     def __init__(self, tokenizer: CLIPTokenizer) -> None:
+        """New networks with random weights; the text encoder fits `tokenizer`."""
         super().__init__()
         self.text_encoder = build_text_encoder(tokenizer)
         self.unet = build_unet()
@@ -81,6 +81,43 @@ class Model(nn.Module):
         """The predicted noise, (batch, 4, 16, 16)."""
         states = self.text_encoder(tokens).last_hidden_state
         return self.unet(noisy, timesteps, states).sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """How one part of the training goes."""
+
+    peak_learning_rate: float
+    last_rate: float
+    """Learning rate at the end, as a share of the peak."""
+    ema_decay: float
+    keyword_share: float
+    """Share of captions with keywords."""
+    noise_emphasis: float
+    """0 weighs errors as Min-SNR does; 0.5 gives noisy timesteps, which decide what is drawn,
+    about as much weight in x0 as the others."""
+
+    def learning_rate(self, step: int, share: float) -> float:
+        """Linear warm-up over 300 steps, then a linear fall over the time budget."""
+        fall = 1 - share * (1 - self.last_rate)
+        return self.peak_learning_rate * min(1.0, (step + 1) / 300) * fall
+
+
+# Many pictures first, then the vocabulary alone.
+BROAD = Phase(
+    peak_learning_rate=1e-3,
+    last_rate=0.62,
+    ema_decay=0.9995,
+    keyword_share=0.25,
+    noise_emphasis=0.0,
+)
+FINAL = Phase(
+    peak_learning_rate=8e-4,
+    last_rate=0.01,
+    ema_decay=0.999,
+    keyword_share=0.10,
+    noise_emphasis=0.5,
+)
 
 
 @dataclass
@@ -102,6 +139,8 @@ def train(
     tokenizer: CLIPTokenizer,
     checkpoint: Path,
     minutes: float,
+    phase: Phase,
+    start: Path | None = None,
     seed: int = 0,
 ) -> Model:
     """Train for `minutes` of wall-clock time; resumes from `checkpoint`.
@@ -112,6 +151,8 @@ def train(
         tokenizer: Reads the captions.
         checkpoint: Written every 250 steps, with the averaged weights under "ema".
         minutes: Time to spend, over all resumed runs.
+        phase: Learning rate, weights and captions.
+        start: Checkpoint of an earlier phase, whose networks are the first ones of this.
         seed: Seeds weights, noise and captions.
 
     Returns:
@@ -119,9 +160,11 @@ def train(
     """
     torch.manual_seed(seed)
     model, average = Model(tokenizer), Model(tokenizer).eval().requires_grad_(False)
+    if start:
+        model.load_state_dict(torch.load(start, weights_only=True)["ema"])
     average.load_state_dict(model.state_dict())
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01
+        model.parameters(), lr=phase.peak_learning_rate, betas=(0.9, 0.99), weight_decay=0.01
     )
     progress = Progress()
     if checkpoint.exists():
@@ -132,19 +175,19 @@ def train(
     began, budget, losses = time.monotonic() - progress.spent, minutes * 60, []
     while progress.spent < budget:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(progress.step, progress.spent / budget)
+            group["lr"] = phase.learning_rate(progress.step, progress.spent / budget)
         rows = torch.randint(len(pictures), (BATCH_SIZE,))
         clean = latents[0, rows] + latents[1, rows] * torch.randn(BATCH_SIZE, 4, 16, 16)
-        texts = [draw_caption(pictures[row], rng) for row in rows.tolist()]
+        texts = [draw_caption(pictures[row], rng, phase.keyword_share) for row in rows.tolist()]
         tokens = tokenizer(
             texts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
         ).input_ids
-        loss = denoising_loss(model, clean, tokens, signal)
+        loss = denoising_loss(model, clean, tokens, signal, phase.noise_emphasis)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        update_average(average, model, progress.step)
+        update_average(average, model, progress.step, phase.ema_decay)
         losses.append(loss.item())
         progress.step += 1
         progress.spent = time.monotonic() - began
@@ -156,8 +199,13 @@ def train(
     return average
 
 
-def denoising_loss(model: Model, clean: Tensor, tokens: Tensor, signal: Tensor) -> Tensor:
-    """Noise-prediction error with Min-SNR weights (Hang et al., arXiv 2303.09556)."""
+def denoising_loss(
+    model: Model, clean: Tensor, tokens: Tensor, signal: Tensor, noise_emphasis: float
+) -> Tensor:
+    """Noise-prediction error with Min-SNR weights (Hang et al., arXiv 2303.09556).
+
+    The weight of an error in x0 is min(snr, 5) to the power of 1 - `noise_emphasis`.
+    """
     timesteps = stratified_timesteps(len(clean))
     alpha_squared = signal[timesteps].view(-1, 1, 1, 1)
     noise = torch.randn_like(clean)
@@ -165,19 +213,14 @@ def denoising_loss(model: Model, clean: Tensor, tokens: Tensor, signal: Tensor) 
     with torch.autocast("cpu", dtype=torch.bfloat16):
         predicted = model(noisy, timesteps, tokens)
     snr = alpha_squared / (1 - alpha_squared)
-    weight = snr.clamp(max=MIN_SNR) / snr
+    weight = snr.clamp(max=MIN_SNR) ** (1 - noise_emphasis) / snr
     return (weight * (predicted.float() - noise).square()).mean()
 
 
-def learning_rate(step: int, share: float) -> float:
-    """Linear warm-up over 300 steps, then linear decay over the time budget."""
-    return PEAK_LEARNING_RATE * min(1.0, (step + 1) / 300) * max(1 - share, 0.01)
-
-
 @torch.no_grad()
-def update_average(average: Model, model: Model, step: int) -> None:
+def update_average(average: Model, model: Model, step: int, limit: float) -> None:
     """Move the averaged weights towards the current ones, faster in the beginning."""
-    decay = min(EMA_DECAY, (1 + step) / (10 + step))
+    decay = min(limit, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 

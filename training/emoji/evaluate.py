@@ -16,13 +16,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import data
 import numpy as np
 import torch
-from data import Picture
 from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageFilter
 from torch import Tensor
+
+import data
+from data import Picture
 
 SHIPPED = Path(__file__).parents[2] / "src/self_attention_guidance/builtin/emoji"
 BLUR_SIGMA = 1.5  # pixels

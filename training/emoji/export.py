@@ -6,12 +6,13 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import denoiser
 import torch
-from data import Picture
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor2_0
 from transformers import CLIPTokenizer
+
+import denoiser
+from data import Picture
 
 
 def load_average(checkpoint: Path, tokenizer: CLIPTokenizer) -> denoiser.Model:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -17,10 +18,11 @@ class Classifier(nn.Module):
     """Four strided convolutions, 64 pooled features, one logit per picture."""
 
     def __init__(self, classes: int) -> None:
+        """A new network with random weights that tells `classes` pictures apart."""
         super().__init__()
         widths = (3, 32, 64, 96, FEATURES)
         layers: list[nn.Module] = []
-        for narrow, wide in zip(widths, widths[1:], strict=False):
+        for narrow, wide in pairwise(widths):
             layers += [nn.Conv2d(narrow, wide, 3, 2, 1), nn.GroupNorm(8, wide), nn.SiLU()]
         self.body = nn.Sequential(*layers)
         self.head = nn.Linear(FEATURES * 4, classes)

@@ -1,6 +1,6 @@
 """Write the compact reference pictures that the tests of the shipped model compare with.
 
-    python training/emoji/reference.py --work DIR
+python training/emoji/reference.py --work DIR
 """
 
 from __future__ import annotations
@@ -8,10 +8,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import data
 import numpy as np
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
+
+import data
 
 REFERENCE = Path(__file__).parents[2] / "tests/data/emoji_reference.npz"
 

@@ -9,15 +9,20 @@ their checkpoints, so an interrupted run goes on where it was when the command i
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+from transformers import CLIPTokenizer
 
 import autoencoder
 import captions
 import data
 import denoiser
-import torch
-from diffusers import AutoencoderKL
-from torch import Tensor
+import evaluate
+import export
 
 SEED = 0
 
@@ -29,14 +34,18 @@ def main() -> None:
     work: Path = options.work
     data.fetch(work / "data")
     everything = data.pictures(work / "data")
-    vocabulary = [picture for picture in everything if picture.in_vocabulary]
-    print(f"{len(everything)} pictures, {len(vocabulary)} of them in the vocabulary", flush=True)
-    autoencoder_model = autoencoder_stage(work, everything, vocabulary, options.minutes_vae)
-    latents = latents_stage(work, autoencoder_model, vocabulary)
+    broad = [picture for picture in everything if picture.in_broad]
+    print(f"{len(everything)} pictures, {len(broad)} of the kinds to learn", flush=True)
+    autoencoder_model = autoencoder_stage(work, everything, broad, options.minutes_vae)
+    latents = latents_stage(work, autoencoder_model, broad)
     tokenizer = captions.train_tokenizer(everything)
-    denoiser.train(
-        latents, vocabulary, tokenizer, work / "unet.pt", options.minutes_unet, seed=SEED
-    )
+    denoiser_stages(work, latents, broad, tokenizer, options)
+    vocabulary = [picture for picture in broad if picture.in_vocabulary]
+    model = export.load_average(work / "unet.pt", tokenizer)
+    export.export(export.assemble(model, autoencoder_model, tokenizer), vocabulary, options.out)
+    report = json.dumps(evaluate.evaluate(options.out, work, seeds=(1, 2, 3)), indent=2)
+    (work / "evaluation.json").write_text(report + "\n", encoding="utf-8")
+    print(report)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -46,32 +55,59 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--work", type=Path, required=True, help="folder for data and checkpoints")
     parser.add_argument("--minutes-vae", type=float, default=11, help="default: %(default)s")
-    parser.add_argument("--minutes-unet", type=float, default=66, help="default: %(default)s")
+    parser.add_argument("--minutes-broad", type=float, default=25, help="default: %(default)s")
+    parser.add_argument("--minutes-unet", type=float, default=35, help="default: %(default)s")
+    parser.add_argument(
+        "--out", type=Path, default=evaluate.SHIPPED, help="default: the shipped model's folder"
+    )
     parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
     return parser.parse_args()
 
 
 def autoencoder_stage(
-    work: Path, everything: list[data.Picture], vocabulary: list[data.Picture], minutes: float
+    work: Path, everything: list[data.Picture], broad: list[data.Picture], minutes: float
 ) -> AutoencoderKL:
-    """Train on every picture; normalize the latents of the vocabulary."""
+    """Train on every picture; normalize the latents of the pictures to learn."""
     folder = work / "vae"
     if not folder.exists():
-        model = autoencoder.train(
-            data.load_pixels(everything), work / "vae.pt", minutes, seed=SEED
-        )
-        autoencoder.normalize_latents(model, data.load_pixels(vocabulary))
+        model = autoencoder.train(data.load_pixels(everything), work / "vae.pt", minutes, seed=SEED)
+        autoencoder.normalize_latents(model, data.load_pixels(broad))
         model.save_pretrained(work / "vae.partial")
         (work / "vae.partial").rename(folder)
     return AutoencoderKL.from_pretrained(folder).eval()
 
 
-def latents_stage(work: Path, model: AutoencoderKL, vocabulary: list[data.Picture]) -> Tensor:
-    """Encode the vocabulary once; training the U-Net never touches pixels."""
+def latents_stage(work: Path, model: AutoencoderKL, broad: list[data.Picture]) -> Tensor:
+    """Encode the pictures once; training the U-Net never touches pixels."""
     file = work / "latents.pt"
     if not file.exists():
-        torch.save(autoencoder.encode(model, data.load_pixels(vocabulary)), file)
+        torch.save(autoencoder.encode(model, data.load_pixels(broad)), file)
     return torch.load(file, weights_only=True)
+
+
+def denoiser_stages(
+    work: Path,
+    latents: Tensor,
+    broad: list[data.Picture],
+    tokenizer: CLIPTokenizer,
+    options: argparse.Namespace,
+) -> None:
+    """Train on the broad set, then on the vocabulary alone."""
+    first, last = work / "unet-broad.pt", work / "unet.pt"
+    denoiser.train(
+        latents, broad, tokenizer, first, options.minutes_broad, denoiser.BROAD, seed=SEED
+    )
+    rows = [row for row, picture in enumerate(broad) if picture.in_vocabulary]
+    denoiser.train(
+        latents[:, rows],
+        [broad[row] for row in rows],
+        tokenizer,
+        last,
+        options.minutes_unet,
+        denoiser.FINAL,
+        start=first,
+        seed=SEED + 1,
+    )
 
 
 if __name__ == "__main__":
