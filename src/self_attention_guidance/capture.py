@@ -76,11 +76,10 @@ class AttentionCapture:
     The layer's processor is replaced only in between, by one that calls it, so that outputs stay
     bit-equal, processors may be changed at any other time, and compiled modules notice.
 
-    Args:
-        attention: The layer, as `self_attention` returns it.
     """
 
     def __init__(self, attention: nn.Module) -> None:
+        """Prepare to read `attention`, a layer as `self_attention` returns it."""
         self._attention: Any = attention
         self._processor: Any = None
         self._scores: list[Scores] = []

@@ -55,14 +55,10 @@ class SelfAttentionGuidance:
         _check_number("threshold", self.threshold, 0, math.inf)
         _check_number("start", self.start, 0, 1)
         _check_number("stop", self.stop, 0, 1)
-        size: object = self.blur_kernel_size
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1 or size % 2 == 0:
-            raise ValueError(f"blur_kernel_size={size!r} must be an odd whole number of at least 1")
+        _check_kernel_size(self.blur_kernel_size)
         if self.start >= self.stop:
             raise ValueError(f"start={self.start} must be below stop={self.stop}")
-        layer: object = self.layer
-        if layer is not None and (not isinstance(layer, str) or not layer):
-            raise ValueError(f"layer={layer!r} must be a dotted module path, or None")
+        _check_layer(self.layer)
         if self.branch not in get_args(Branch):
             raise ValueError(f"branch={self.branch!r} must be 'uncond' or 'cond'")
 
@@ -93,6 +89,16 @@ class SelfAttentionGuidance:
         found = _target(target, scheduler, batch_layout)
         check_scheduler(found.scheduler)
         return GuidanceHandle(self, found)
+
+
+def _check_kernel_size(value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1 or value % 2 == 0:
+        raise ValueError(f"blur_kernel_size={value!r} must be an odd whole number of at least 1")
+
+
+def _check_layer(value: object) -> None:
+    if value is not None and (not isinstance(value, str) or not value):
+        raise ValueError(f"layer={value!r} must be a dotted module path, or None")
 
 
 def _check_number(name: str, value: object, low: float, high: float) -> None:

@@ -8,9 +8,9 @@ attention of its pass, run the second pass and add the guidance term to its own 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,14 @@ from .prediction import prediction_at, step_fraction
 
 if TYPE_CHECKING:
     from .guidance import SelfAttentionGuidance
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _run_uncompiled(function: Function) -> Function:
+    """`torch.compiler.disable`, with the type of what it decorates."""
+    return cast("Function", torch.compiler.disable(function))
 
 
 @dataclass(frozen=True)
@@ -98,6 +106,7 @@ class GuidanceHandle:
     """
 
     def __init__(self, guidance: SelfAttentionGuidance, target: Target) -> None:
+        """Guide `target`; raises ValueError if that is not possible."""
         _refuse_guided(target.denoiser)
         self.guidance = guidance
         self.attached = True
@@ -134,7 +143,7 @@ class GuidanceHandle:
         """The handle itself: a copied denoiser keeps this handle, its scheduler and pipeline."""
         return self
 
-    @torch.compiler.disable
+    @_run_uncompiled
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._in_second_pass or not self.attached:
             return
@@ -144,7 +153,7 @@ class GuidanceHandle:
             self._capture = AttentionCapture(self_attention(uncompiled(module), self._layer))
             self._capture.start()
 
-    @torch.compiler.disable
+    @_run_uncompiled
     def _after(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:

@@ -30,8 +30,7 @@ def attention_received(query: Tensor, key: Tensor, scale: float | None = None) -
     """
     batch, heads, queries, channels = query.shape
     positions = key.shape[2]
-    scale = channels**-0.5 if scale is None else scale
-    keys = key.float().transpose(-1, -2) * scale
+    keys = key.float().transpose(-1, -2) * (channels**-0.5 if scale is None else scale)
     received = keys.new_zeros(batch, positions)
     rows = max(1, _PROBABILITIES_AT_ONCE // (batch * heads * positions))
     for part in query.float().split(rows, dim=2):

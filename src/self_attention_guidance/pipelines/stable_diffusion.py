@@ -32,7 +32,8 @@ class StableDiffusionSAGPipeline(StableDiffusionPipeline):
     guidance: SelfAttentionGuidance = SelfAttentionGuidance()
     guidance_handle: GuidanceHandle | None = None
 
-    def __call__(
+    # The positions are those of the class that this one replaces, not those of the parent.
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         prompt: str | list[str] | None = None,
         height: int | None = None,
@@ -94,7 +95,7 @@ class StableDiffusionSAGPipeline(StableDiffusionPipeline):
         if callback is not None:
             _check_positive("callback_steps", callback_steps)
             _add_callback(callback, callback_steps or 1, num_inference_steps, kwargs)
-        arguments = {
+        arguments: dict[str, Any] = {
             "prompt": prompt,
             "height": height,
             "width": width,
