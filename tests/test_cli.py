@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from saved_model import save_tiny_model
 
+from saved_model import save_tiny_model
 from self_attention_guidance.cli import main
 from self_attention_guidance.generate import read_parameters
 
@@ -47,6 +47,11 @@ def pixels(path: Path | str) -> np.ndarray:
     return np.asarray(Image.open(path), dtype=np.int16)
 
 
+def size_of(path: Path) -> tuple[int, int]:
+    with Image.open(path) as image:
+        return image.size
+
+
 # generate
 
 
@@ -77,7 +82,7 @@ def test_generate_writes_named_pictures_and_prints_their_paths(
     assert captured.out.splitlines() == [str(out / name) for name in names]
     assert captured.err == ""
     assert sorted(path.name for path in out.iterdir()) == names
-    assert Image.open(out / names[0]).size == (32, 32)
+    assert size_of(out / names[0]) == (32, 32)
 
 
 def test_generate_uses_the_models_recommendation_and_says_so(tmp_path: Path, model: str) -> None:
@@ -188,7 +193,7 @@ def test_compare_draws_the_models_own_suggestions(
     read = read_parameters(out)
     assert read.prompt == "a\nb\nc"
     assert read.settings["SAG scale"] == "0, 1, 2"
-    width, height = Image.open(out).size
+    width, height = size_of(out)
     assert width > 3 * 192
     assert height > 3 * 192
 
@@ -197,9 +202,9 @@ def test_compare_shows_attention_in_columns_of_their_own(tmp_path: Path, model: 
     arguments = ("compare", "a", "", "--model", model, "--sag-scales", "0,1")
     assert run(*arguments, "--out", tmp_path / "plain.png") == 0
     assert run(*arguments, "--show-attention", "--out", tmp_path / "shown.png") == 0
-    plain, shown = (Image.open(tmp_path / name) for name in ("plain.png", "shown.png"))
-    assert shown.width > plain.width + 190
-    assert shown.height == plain.height
+    plain, shown = (size_of(tmp_path / name) for name in ("plain.png", "shown.png"))
+    assert shown[0] > plain[0] + 190
+    assert shown[1] == plain[1]
 
 
 # Errors

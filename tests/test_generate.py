@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageChops
-from saved_model import save_tiny_model
 
+from saved_model import save_tiny_model
 from self_attention_guidance import SelfAttentionGuidance, StableDiffusionSAGPipeline
 from self_attention_guidance.generate import (
     GenerationSettings,
@@ -109,7 +109,7 @@ def test_attended_share_counts_guided_steps_only(pipe: StableDiffusionSAGPipelin
     off = next(generate(pipe, "a", dataclasses.replace(FEW, sag_scale=0), record_attention=True))
     assert full.attended is not None
     assert half.attended is not None
-    assert full.attended.shape == (16, 16)
+    assert full.attended.shape == (8, 8)
     assert 0 < full.attended.mean() < 1
     assert set(np.unique(full.attended * 4)) <= {0, 1, 2, 3, 4}
     assert set(np.unique(half.attended * 2)) <= {0, 1, 2}
@@ -249,6 +249,7 @@ def test_devices_and_dtypes() -> None:
 # Schedulers
 
 
+@pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")  # of KDPM2
 @pytest.mark.parametrize("name", scheduler_names())
 def test_every_scheduler_name_round_trips_through_its_label(
     pipe: StableDiffusionSAGPipeline, name: str
@@ -326,9 +327,9 @@ def test_files_are_not_overwritten_unless_asked(tmp_path: Path) -> None:
     path = picture_path(tmp_path, 3, 42)
     assert path.name == "00003-42.png"
     save_png(Image.new("RGB", (8, 8), "red"), path, "first")
-    with pytest.raises(FileExistsError, match="00003-42.png"):
+    with pytest.raises(FileExistsError, match="00003-42"):
         check_free([path])
-    with pytest.raises(FileExistsError, match="00003-42.png"):
+    with pytest.raises(FileExistsError, match="00003-42"):
         save_png(Image.new("RGB", (8, 8), "blue"), path, "second")
     assert Image.open(path).getpixel((0, 0)) == (255, 0, 0)
     check_free([path], overwrite=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -209,7 +209,7 @@ def _load(shared: SharedOptions) -> LoadedPipeline:
 
     _hide_loading_bars()
     loaded = load_pipeline(shared.model, shared.device, shared.dtype)
-    pipeline = loaded.pipeline
+    pipeline: Any = loaded.pipeline
     pipeline.set_progress_bar_config(disable=True)
     pipeline.guidance = replace(pipeline.guidance, **shared.guidance_arguments())
     if shared.scheduler is not None:
@@ -227,7 +227,7 @@ def _hide_loading_bars() -> None:
 
 
 @contextmanager
-def _progress(pictures: int) -> Iterator[Callable[[float], object]]:
+def _progress(pictures: int) -> Generator[Callable[[float], object]]:
     """A bar on stderr, if that is a terminal, that grows with every sampling step."""
     from tqdm import tqdm
 
@@ -246,7 +246,7 @@ def _print_path(path: Path) -> None:
 
 
 @contextmanager
-def _quiet_libraries() -> Iterator[None]:
+def _quiet_libraries() -> Generator[None]:
     """Keeps the libraries' remarks to developers from the user of a command line."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")

@@ -40,7 +40,7 @@ def check_prompts(prompts: str | Sequence[str]) -> list[str]:
     return prompts
 
 
-def check_count(name: str, value: int, least: int = 1) -> int:
+def check_count(name: str, value: object, least: int = 1) -> int:
     """Refuses what is not a whole number, or too small.
 
     Args:
@@ -54,13 +54,12 @@ def check_count(name: str, value: int, least: int = 1) -> int:
     Raises:
         ValueError: It is not a whole number, or below `least`.
     """
-    whole: object = value
-    if not isinstance(whole, int) or isinstance(whole, bool) or whole < least:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}={value!r} must be a whole number, at least {least}")
     return value
 
 
-def check_finite(name: str, value: float) -> float:
+def check_finite(name: str, value: object) -> float:
     """Refuses what is not a finite number.
 
     Args:
@@ -73,14 +72,12 @@ def check_finite(name: str, value: float) -> float:
     Raises:
         ValueError: It is infinite, not a number, or of another type.
     """
-    number: object = value
-    is_number = isinstance(number, int | float) and not isinstance(number, bool)
-    if not is_number or not math.isfinite(number):
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
         raise ValueError(f"{name}={value!r} must be a finite number")
     return value
 
 
-def check_text(name: str, value: str) -> str:
+def check_text(name: str, value: object) -> str:
     """Refuses what is not a text.
 
     Args:
@@ -93,7 +90,6 @@ def check_text(name: str, value: str) -> str:
     Raises:
         ValueError: It is of another type.
     """
-    text: object = value
-    if not isinstance(text, str):
+    if not isinstance(value, str):
         raise ValueError(f"{name}: {value!r} must be a text")
     return value

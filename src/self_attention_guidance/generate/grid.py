@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,6 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
+# Pillow's own font knows little more than ASCII; these are common on desktops and servers.
+_WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf")
 _NO_PROMPT = "(empty prompt)"
 _PAPER = (255, 255, 255)
 _INK = (28, 30, 36)
@@ -36,7 +39,7 @@ class _Layout:
 
     @cached_property
     def font(self) -> Font:
-        return ImageFont.load_default(self.font_size)
+        return _font_for("".join([*self.headings, *self.labels]), self.font_size)
 
     @property
     def gap(self) -> int:
@@ -139,6 +142,14 @@ def overlay_attended(image: Image.Image, attended: NDArray[np.float64]) -> Image
 
 def _enlargement(size: tuple[int, int]) -> int:
     return max(1, -(-_SMALLEST_CELL // min(size)))
+
+
+def _font_for(text: str, size: int) -> Font:
+    """Pillow's own font, or for text that is not ASCII the first wider one there is."""
+    for name in () if text.isascii() else _WIDE_FONTS:
+        with suppress(OSError):
+            return ImageFont.truetype(name, size)
+    return ImageFont.load_default(size)
 
 
 def _draw_headings(draw: ImageDraw.ImageDraw, layout: _Layout) -> None:

@@ -106,7 +106,7 @@ def read_parameters(path: str | Path) -> Parameters:
     """
     with Image.open(path) as image:
         image.load()
-        text = image.info.get(PARAMETERS_KEY)
+        text: object = image.info.get(PARAMETERS_KEY)
     if not isinstance(text, str):
         raise ValueError(f"path={str(path)!r} has no {PARAMETERS_KEY!r} text")
     return parse_parameters(text)

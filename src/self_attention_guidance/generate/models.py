@@ -29,7 +29,7 @@ _DTYPES = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
 }
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class LoadedPipeline:
     pipeline: StableDiffusionSAGPipeline
     recommended: RecommendedSettings
 
-    def settings(self, **given: object) -> GenerationSettings:
+    def settings(self, **given: Any) -> GenerationSettings:
         """Generation settings: what is given, else what the model recommends.
 
         Args:
@@ -99,7 +99,7 @@ def load_pipeline(
     pipeline.guidance = recommended.make_guidance()
     return LoadedPipeline(
         name=Path(source).stem if is_file else Path(source).name,
-        pipeline=pipeline.to(target),
+        pipeline=cast("StableDiffusionSAGPipeline", cast("Any", pipeline).to(target)),
         recommended=recommended,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..guidance import SelfAttentionGuidance
+from ..handle import GuidanceHandle
 from ..pipelines.stable_diffusion import StableDiffusionSAGPipeline
 from .checks import (
     check_count,
@@ -23,7 +24,7 @@ from .checks import (
 from .metadata import format_parameters, version_label
 from .schedulers import scheduler_label
 
-Progress = Callable[[float], None]
+Progress = Callable[[float], object]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +74,9 @@ class GeneratedImage:
         seed: Its seed.
         parameters: All its settings, in the form of `format_parameters`.
         flagged: Whether the model's safety checker blacked it out.
-        attended: Share of the guided steps at which a position was blurred, on the denoiser's
-            grid, (height, width), 0 to 1; `None` if not recorded or if no step was guided.
+        attended: Share of the guided steps at which a position was blurred, on the grid of the
+            attention layer, (height, width), 0 to 1; `None` if not recorded or if no step was
+            guided.
     """
 
     image: Image.Image
@@ -86,7 +88,8 @@ class GeneratedImage:
     attended: NDArray[np.float64] | None = None
 
 
-class _Job(NamedTuple):
+@dataclass(frozen=True)
+class _Job:
     index: int
     prompt: str
     seed: int
@@ -228,7 +231,6 @@ class _StepCallback:
         self.count = count
         self.record = record
         self.on_progress = on_progress
-        self.last: torch.Tensor | None = None
         self.guided_steps = 0
         self.blurred: Any = 0
 
@@ -236,18 +238,16 @@ class _StepCallback:
         self, pipe: StableDiffusionSAGPipeline, step: int, timestep: object, kwargs: dict[str, Any]
     ) -> dict[str, Any]:
         if self.record and pipe.guidance_handle is not None:
-            self._add(pipe.guidance_handle.mask)
+            self._add(pipe.guidance_handle)
         if self.on_progress is not None:
             self.on_progress(self.count / pipe.num_timesteps)
         return kwargs
 
-    def _add(self, mask: torch.Tensor | None) -> None:
+    def _add(self, handle: GuidanceHandle) -> None:
         # After a step that was not guided, the handle still holds the last guided one's mask.
-        if mask is None or mask is self.last:
-            return
-        self.last = mask
-        self.guided_steps += 1
-        self.blurred = self.blurred + mask.cpu().numpy().astype(np.float64)
+        if handle.mask is not None and handle.steps != self.guided_steps:
+            self.guided_steps = handle.steps
+            self.blurred = self.blurred + handle.mask.cpu().numpy().astype(np.float64)
 
     def attended(self, number: int) -> NDArray[np.float64] | None:
         return self.blurred[number] / self.guided_steps if self.guided_steps else None

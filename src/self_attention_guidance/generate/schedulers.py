@@ -95,7 +95,7 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
     return scheduler_class.from_config(config, **flags, **sampler.overrides)
 
 
-def scheduler_label(scheduler: SchedulerMixin) -> str:
+def scheduler_label(scheduler: Any) -> str:
     """The name of a scheduler as picture metadata has it.
 
     Args:
