@@ -89,8 +89,7 @@ def _sigma(scheduler: Any, name: str, index: int, second: bool) -> float:
         lag = 1 if name == "KDPM2AncestralDiscreteScheduler" else 0
         return float(scheduler.sigmas_interpol[index - lag].double())
     if name == "DPMSolverSDEScheduler":
-        # the second evaluation is half way between two levels in log sigma; after the last
-        # level there is none, sigma being zero
+        # the second evaluation is half way between two levels in log sigma
         here = float(sigmas[index])
         return math.sqrt(float(sigmas[index - 1]) * here) if second else here
     known = (*VARIANCE_PRESERVING_SIGMAS, *SIGMA_SCALED, *SIGMA_INTERPOLATED, "EDMEulerScheduler")
@@ -99,18 +98,16 @@ def _sigma(scheduler: Any, name: str, index: int, second: bool) -> float:
     return float(sigmas[index])
 
 
-def clean_from_output(
-    kind: str, level: Level, x: torch.Tensor, output: torch.Tensor
-) -> torch.Tensor:
-    """Return the x0 that the network's `output` at input `x` means."""
+def clean_from_output(kind: str, level: Level, x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """Return the x0 that the network's output `u` at input `x` means."""
     if level.data is not None:
         skip, out, c_in = _edm(kind, level)
-        return skip * x / c_in + out * output
+        return skip * x / c_in + out * u
     if kind == "epsilon":
-        return (x - level.sigma * output) / level.alpha
+        return (x - level.sigma * u) / level.alpha
     if kind == "v_prediction":
-        return level.alpha * x - level.sigma * output
-    return output
+        return level.alpha * x - level.sigma * u
+    return u
 
 
 def output_from_clean(
@@ -205,8 +202,7 @@ class _Watch:
 
 def _clips(scheduler: Any) -> float | None:
     config = scheduler.config
-    clips = config.get("clip_sample", False)
-    return float(config.get("clip_sample_range", 1.0)) if clips else None
+    return float(config.get("clip_sample_range", 1.0)) if config.get("clip_sample") else None
 
 
 def guided_output(
@@ -281,7 +277,8 @@ def sample(
     else:
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(begin)
-        latents = _noised(scheduler, latents, begin, timesteps[0], generator)
+        noise = torch.randn(latents.shape, generator=generator)
+        latents = _noised(scheduler, latents, begin, timesteps[0], noise)
     options = dict(step_options or {})
     if "generator" in inspect.signature(scheduler.step).parameters:
         options["generator"] = generator
@@ -297,13 +294,8 @@ def sample(
 
 
 def _noised(
-    scheduler: Any,
-    clean: torch.Tensor,
-    begin: int,
-    timestep: torch.Tensor,
-    generator: torch.Generator | None,
+    scheduler: Any, clean: torch.Tensor, begin: int, timestep: torch.Tensor, noise: torch.Tensor
 ) -> torch.Tensor:
-    noise = torch.randn(clean.shape, generator=generator)
     level = noise_level(scheduler, begin, begin, timestep)
     if type(scheduler).__name__ in (*VARIANCE_PRESERVING, *VARIANCE_PRESERVING_SIGMAS):
         return level.alpha * clean + level.sigma * noise
