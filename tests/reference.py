@@ -90,8 +90,7 @@ def _sigma(scheduler: Any, name: str, index: int, second: bool) -> float:
         return float(scheduler.sigmas_interpol[index - lag].double())
     if name == "DPMSolverSDEScheduler":
         # the second evaluation is half way between two levels in log sigma
-        here = float(sigmas[index])
-        return math.sqrt(float(sigmas[index - 1]) * here) if second else here
+        return float((sigmas[index - 1] * sigmas[index]).sqrt() if second else sigmas[index])
     known = (*VARIANCE_PRESERVING_SIGMAS, *SIGMA_SCALED, *SIGMA_INTERPOLATED, "EDMEulerScheduler")
     if name not in known:
         raise NotImplementedError(name)
@@ -245,7 +244,6 @@ def guided_output(
     second_clean = clean_from_output(kind, level, degraded.float().double(), second)
     trace.masks.append(small)
     trace.received.append(received)
-
     guided_clean = clean + sag_scale * (degraded_clean - second_clean)
     return prediction + output_from_clean(kind, level, x, guided_clean) - base
 
@@ -279,9 +277,9 @@ def sample(
             scheduler.set_begin_index(begin)
         noise = torch.randn(latents.shape, generator=generator)
         latents = _noised(scheduler, latents, begin, timesteps[0], noise)
-    options = dict(step_options or {})
-    if "generator" in inspect.signature(scheduler.step).parameters:
-        options["generator"] = generator
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    options = {"generator": generator} if takes_generator else {}
+    options.update(step_options or {})
     for number, timestep in enumerate(timesteps):
         level = noise_level(scheduler, begin + number, begin, timestep)
         x = scheduler.scale_model_input(latents, timestep)
