@@ -17,10 +17,10 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from tiny import tiny_pipeline, tiny_scheduler, tiny_unet
 from torch import Tensor
 
 from self_attention_guidance import SelfAttentionGuidance, StableDiffusionSAGPipeline
+from tiny import tiny_pipeline, tiny_scheduler, tiny_unet
 
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn1"
 

@@ -118,7 +118,7 @@ def _target(target: Any, scheduler: Any, batch_layout: BatchLayout | None) -> Ta
         if scheduler is None:
             raise ValueError("scheduler=None must be the scheduler that drives this denoiser")
         return Target(target, family_of(target), scheduler, None, batch_layout or "single")
-    denoiser = getattr(target, "unet", None) or getattr(target, "transformer", None)
+    denoiser = getattr(target, "unet", getattr(target, "transformer", None))
     if not isinstance(denoiser, nn.Module):
         raise ValueError(
             f"target={type(target).__name__} must be a diffusers pipeline with a unet or a "

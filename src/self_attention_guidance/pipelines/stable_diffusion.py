@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -121,11 +123,48 @@ class StableDiffusionSAGPipeline(StableDiffusionPipeline):
         with guidance.attach(self) as self.guidance_handle:
             return super().__call__(**arguments)
 
+    def enable_vae_slicing(self) -> None:
+        """Decode the pictures of a batch one by one, which needs less memory."""
+        self.vae.enable_slicing()
+
+    def disable_vae_slicing(self) -> None:
+        """Decode the pictures of a batch together again."""
+        self.vae.disable_slicing()
+
+    def enable_vae_tiling(self) -> None:
+        """Decode large pictures in overlapping tiles, which needs less memory."""
+        self.vae.enable_tiling()
+
+    def disable_vae_tiling(self) -> None:
+        """Decode large pictures in one piece again."""
+        self.vae.disable_tiling()
+
+    @functools.wraps(StableDiffusionPipeline.encode_prompt)
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
+        with _text_model_attribute(self.text_encoder):
+            return super().encode_prompt(*args, **kwargs)
+
     def _guidance_of(self, sag_scale: float) -> SelfAttentionGuidance:
         try:
             return dataclasses.replace(self.guidance, scale=sag_scale)
         except ValueError as error:
             raise ValueError(f"sag_{error}") from None
+
+
+@contextmanager
+def _text_model_attribute(text_encoder: Any) -> Generator[None]:
+    """Give a text encoder the attribute that diffusers' `clip_skip` expects of it.
+
+    transformers 5 moved the layers of `CLIPTextModel.text_model` to the model itself.
+    """
+    moved = hasattr(text_encoder, "final_layer_norm") and not hasattr(text_encoder, "text_model")
+    if moved:
+        text_encoder.__dict__["text_model"] = text_encoder
+    try:
+        yield
+    finally:
+        if moved:
+            del text_encoder.__dict__["text_model"]
 
 
 def _check_positive(name: str, value: object) -> None:
