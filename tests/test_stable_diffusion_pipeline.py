@@ -35,7 +35,12 @@ from tiny import (
 )
 
 # The order of diffusers 0.26.3's class.
-POSITIONS = ["prompt", "height", "width", "num_inference_steps", "guidance_scale", "sag_scale", "negative_prompt", "num_images_per_prompt", "eta", "generator", "latents", "prompt_embeds", "negative_prompt_embeds", "ip_adapter_image", "output_type", "return_dict", "callback", "callback_steps", "cross_attention_kwargs", "clip_skip"]
+POSITIONS = [
+    *("prompt", "height", "width", "num_inference_steps", "guidance_scale", "sag_scale"),
+    *("negative_prompt", "num_images_per_prompt", "eta", "generator", "latents", "prompt_embeds"),
+    *("negative_prompt_embeds", "ip_adapter_image", "output_type", "return_dict", "callback"),
+    *("callback_steps", "cross_attention_kwargs", "clip_skip"),
+]
 
 
 @pytest.fixture

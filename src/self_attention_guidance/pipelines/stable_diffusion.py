@@ -140,7 +140,9 @@ class StableDiffusionSAGPipeline(StableDiffusionPipeline):
         self.vae.disable_tiling()
 
     @functools.wraps(StableDiffusionPipeline.encode_prompt)
-    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
+    def encode_prompt(  # noqa: D102 # pyright: ignore[reportIncompatibleMethodOverride]
+        self, *args: Any, **kwargs: Any
+    ) -> Any:
         with _text_model_attribute(self.text_encoder):
             return super().encode_prompt(*args, **kwargs)
 
