@@ -420,6 +420,18 @@ def test_attach_explains_what_it_refuses(pipe: StableDiffusionPipeline) -> None:
     assert not pipe.unet._forward_hooks
 
 
+def test_a_denoiser_called_outside_its_pipeline_needs_a_layout(
+    pipe: StableDiffusionPipeline,
+) -> None:
+    pipe.scheduler.set_timesteps(2)
+    states = torch.randn(1, 7, pipe.unet.config.cross_attention_dim)
+    with (
+        SelfAttentionGuidance().attach(pipe),
+        pytest.raises(RuntimeError, match="attach to it with scheduler= and batch_layout="),
+    ):
+        pipe.unet(torch.randn(1, 4, 8, 8), pipe.scheduler.timesteps[0], states)
+
+
 def test_an_odd_batch_has_no_halves() -> None:
     unet, scheduler = tiny_unet(), tiny_scheduler()
     scheduler.set_timesteps(2)

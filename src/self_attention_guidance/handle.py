@@ -60,6 +60,12 @@ class Target:
         """The batch layout of the present step."""
         if self.own_layout is not None:
             return self.own_layout
+        if not hasattr(self.pipeline, "do_classifier_free_guidance"):
+            raise RuntimeError(
+                f"{type(self.pipeline).__name__} is not running, so its batch layout is unknown; "
+                "to call the denoiser in a loop of your own, attach to it with scheduler= and "
+                "batch_layout="
+            )
         return self.family.cfg_layout if self.pipeline.do_classifier_free_guidance else "single"
 
 
@@ -78,7 +84,7 @@ class _Call:
 
     @property
     def timestep(self) -> Any:
-        return self.args[1] if len(self.args) > 1 else self.kwargs["timestep"]
+        return _timestep(self.args, self.kwargs)
 
     def with_sample(self, sample: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The guided rows of every argument, with `sample` in the place of x_t."""
@@ -148,8 +154,8 @@ class GuidanceHandle:
         if self._in_second_pass or not self.attached:
             return
         self._stop_reading()
-        call = self._call(args, kwargs)
-        if self._is_guided(call.timestep):
+        if self._is_guided(_timestep(args, kwargs)):
+            self._call(args, kwargs)  # refuses a batch that doesn't fit before the pass is paid
             self._capture = AttentionCapture(self_attention(uncompiled(module), self._layer))
             self._capture.start()
 
@@ -226,6 +232,10 @@ class GuidanceHandle:
             return module(*args, **kwargs)[0]
         finally:
             self._in_second_pass = False
+
+
+def _timestep(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[1] if len(args) > 1 else kwargs["timestep"]
 
 
 def _refuse_guided(denoiser: nn.Module) -> None:
