@@ -40,12 +40,15 @@ MODES: dict[str, tuple[bool, float]] = {
 CANDIDATES: list[dict[str, Any]] = [
     {"scale": 0.0},
     {"scale": 0.75, "blur_sigma": 1.0, "layer": MID},
-    {"scale": 1.5, "blur_sigma": 1.0, "layer": MID},
     {"scale": 1.5, "blur_sigma": 3.0, "layer": MID},
-    {"scale": 0.75, "blur_sigma": 3.0, "layer": LAST},
     {"scale": 1.5, "blur_sigma": 3.0, "layer": LAST},
-    {"scale": 2.5, "blur_sigma": 3.0, "layer": LAST},
-    {"scale": 4.0, "blur_sigma": 3.0, "layer": LAST},
+    {"scale": 1.5, "blur_sigma": 3.0, "layer": MID, "stop": 0.6},
+    {"scale": 1.5, "blur_sigma": 3.0, "layer": LAST, "stop": 0.6},
+    {"scale": 3.0, "blur_sigma": 1.0, "layer": MID, "stop": 0.6},
+    {"scale": 3.0, "blur_sigma": 3.0, "layer": MID, "stop": 0.6},
+    {"scale": 3.0, "blur_sigma": 3.0, "layer": LAST, "stop": 0.6},
+    {"scale": 5.0, "blur_sigma": 3.0, "layer": MID, "stop": 0.4},
+    {"scale": 5.0, "blur_sigma": 3.0, "layer": LAST, "stop": 0.4},
 ]
 
 
@@ -70,10 +73,12 @@ def to_pixels(images: Sequence[Image.Image]) -> Tensor:
 
 def measure(pipe: StableDiffusionPipeline, work: Path, count: int) -> list[dict[str, Any]]:
     """The Frechet distance of every candidate in every mode, `count` samples each."""
-    pictures = [picture for picture in data.pictures(work / "data") if picture.in_vocabulary]
-    pixels = data.load_pixels(pictures)
+    broad = [picture for picture in data.pictures(work / "data") if picture.in_broad]
+    pixels = data.load_pixels(broad)
     classifier = features.train_classifier(pixels, work / "classifier.pt")
-    real = features.extract(classifier, pixels)
+    rows = [row for row, picture in enumerate(broad) if picture.in_vocabulary]
+    pictures = [broad[row] for row in rows]
+    real = features.extract(classifier, pixels[rows])
     captions = [pictures[row % len(pictures)].caption for row in range(count)]
     table: list[dict[str, Any]] = []
     for settings in CANDIDATES:
@@ -107,8 +112,7 @@ RECOMMENDED: dict[str, Any] = {
     "generation": {"guidance_scale": 3.0, "num_inference_steps": 25},
     "compare": {
         "prompts": ["", "grinning face", "red heart", "cat face", "strawberry"],
-        "seed": 0,
-        "guidance_scale": 1.0,
+        "sag_scales": [0.0, 0.75, 1.5],
     },
 }
 
