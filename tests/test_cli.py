@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from saved_model import save_tiny_model
 from self_attention_guidance.cli import main
 from self_attention_guidance.generate import read_parameters
+from tiny import save_tiny_model
 
 SETTINGS = {
     "guidance": {"scale": 1.5, "blur_sigma": 2.0},
@@ -82,7 +82,7 @@ def test_generate_writes_named_pictures_and_prints_their_paths(
     assert captured.out.splitlines() == [str(out / name) for name in names]
     assert captured.err == ""
     assert sorted(path.name for path in out.iterdir()) == names
-    assert size_of(out / names[0]) == (32, 32)
+    assert size_of(out / names[0]) == (64, 64)
 
 
 def test_generate_uses_the_models_recommendation_and_says_so(tmp_path: Path, model: str) -> None:
@@ -94,7 +94,7 @@ def test_generate_uses_the_models_recommendation_and_says_so(tmp_path: Path, mod
         "Sampler": "DDIM",
         "CFG scale": "3",
         "Seed": "0",
-        "Size": "32x32",
+        "Size": "64x64",
         "Model": "tiny",
         "SAG scale": "1.5",
         "SAG blur sigma": "2",
@@ -178,7 +178,7 @@ def test_generate_overwrites_only_when_asked(
     assert "00001-1.png' exists" in error_of(capsys, *arguments)
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"mine"]
     assert run(*arguments, "--overwrite") == 0
-    assert pixels(taken).shape == (32, 32, 3)
+    assert pixels(taken).shape == (64, 64, 3)
 
 
 # compare
@@ -320,4 +320,4 @@ def test_interrupt_leaves_whole_files_and_one_line(tmp_path: Path, model: str) -
     files = list(tmp_path.iterdir())
     assert files
     assert {path.suffix for path in files} == {".png"}
-    assert all(pixels(path).shape == (32, 32, 3) for path in files)
+    assert all(pixels(path).shape == (64, 64, 3) for path in files)

@@ -51,9 +51,10 @@ def test_guidance_attached_to_a_compiled_unet(
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-def test_compiling_a_guided_unet(
+def test_compiling_a_guided_unet_until_guidance_is_removed(
     pipe: StableDiffusionPipeline, guided: Tensor, in_place: bool
 ) -> None:
+    plain = draw(pipe)
     with SelfAttentionGuidance(1.0).attach(pipe) as handle:
         if in_place:
             pipe.unet.compile(backend=BACKEND)
@@ -61,6 +62,7 @@ def test_compiling_a_guided_unet(
             pipe.unet = torch.compile(pipe.unet, backend=BACKEND)
         assert difference(draw(pipe), guided) < 1e-4
     assert handle.steps == 3
+    assert difference(draw(pipe), plain) < 1e-4
 
 
 def test_the_pipeline_with_a_compiled_unet(guided: Tensor) -> None:

@@ -22,6 +22,7 @@ from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
     SchedulerMixin,
+    StableDiffusionPipeline,
     UNet2DConditionModel,
 )
 from diffusers.models.attention_processor import Attention
@@ -207,3 +208,11 @@ def tiny_pipeline(
     pipe = cls(**parts, requires_safety_checker=checks_safety)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def save_tiny_model(folder: Path, settings: object = None) -> Path:
+    """Save a model of 64x64 pictures, and its `sag_settings.json` if `settings` are given."""
+    tiny_pipeline(StableDiffusionPipeline).save_pretrained(folder)
+    if settings is not None:
+        (folder / "sag_settings.json").write_text(json.dumps(settings))
+    return folder
