@@ -17,6 +17,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor
 
 from self_attention_guidance import SelfAttentionGuidance, StableDiffusionSAGPipeline
@@ -298,9 +299,6 @@ def slice_attention(pipe: Any) -> None:
 
 
 def plain_attention(pipe: Any) -> None:
-    pipe.unet.set_default_attn_processor()
-    from diffusers.models.attention_processor import AttnProcessor
-
     pipe.unet.set_attn_processor(AttnProcessor())
 
 
@@ -321,6 +319,33 @@ def test_other_attention_processors_give_the_same_picture(
         if when == "after":
             change(pipe)
         assert difference(draw(pipe, seeds=(0, 1)), expected) < 1e-4
+
+
+def test_keywords_reach_the_processor_of_the_layer_that_is_read(
+    pipe: StableDiffusionPipeline,
+) -> None:
+    strengths: list[float] = []
+
+    class Noting(AttnProcessor2_0):
+        """Attention with a keyword of its own; diffusers drops those that it can't find."""
+
+        def __call__(
+            self,
+            attn: Any,
+            hidden_states: Tensor,
+            encoder_hidden_states: Tensor | None = None,
+            attention_mask: Tensor | None = None,
+            temb: Tensor | None = None,
+            strength: float = 1.0,
+        ) -> Tensor:
+            strengths.append(strength)
+            return super().__call__(attn, hidden_states, encoder_hidden_states)
+
+    pipe.unet.get_submodule(LAYER).set_processor(Noting())
+    keywords = {"cross_attention_kwargs": {"strength": 0.5}, "num_inference_steps": 1}
+    with SelfAttentionGuidance().attach(pipe):
+        draw(pipe, **keywords)
+    assert strengths == [0.5, 0.5]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
