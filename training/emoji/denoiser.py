@@ -106,7 +106,7 @@ class Phase:
 # Many pictures first, then the vocabulary alone.
 BROAD = Phase(
     peak_learning_rate=1e-3,
-    last_rate=0.62,
+    last_rate=0.6,
     ema_decay=0.9995,
     keyword_share=0.25,
     noise_emphasis=0.0,

@@ -39,16 +39,13 @@ MODES: dict[str, tuple[bool, float]] = {
 }
 CANDIDATES: list[dict[str, Any]] = [
     {"scale": 0.0},
-    {"scale": 0.75, "blur_sigma": 1.0, "layer": MID},
-    {"scale": 1.5, "blur_sigma": 3.0, "layer": MID},
-    {"scale": 1.5, "blur_sigma": 3.0, "layer": LAST},
-    {"scale": 1.5, "blur_sigma": 3.0, "layer": MID, "stop": 0.6},
-    {"scale": 1.5, "blur_sigma": 3.0, "layer": LAST, "stop": 0.6},
-    {"scale": 3.0, "blur_sigma": 1.0, "layer": MID, "stop": 0.6},
     {"scale": 3.0, "blur_sigma": 3.0, "layer": MID, "stop": 0.6},
-    {"scale": 3.0, "blur_sigma": 3.0, "layer": LAST, "stop": 0.6},
+    {"scale": 1.5, "blur_sigma": 3.0, "layer": MID, "stop": 0.6},
+    {"scale": 1.5, "blur_sigma": 3.0, "layer": MID},
+    {"scale": 1.5, "blur_sigma": 3.0, "layer": LAST, "stop": 0.6},
+    {"scale": 0.75, "blur_sigma": 1.0, "layer": MID},
     {"scale": 5.0, "blur_sigma": 3.0, "layer": MID, "stop": 0.4},
-    {"scale": 5.0, "blur_sigma": 3.0, "layer": LAST, "stop": 0.4},
+    {"scale": 3.0, "blur_sigma": 3.0, "layer": LAST, "stop": 0.6},
 ]
 
 
@@ -71,8 +68,10 @@ def to_pixels(images: Sequence[Image.Image]) -> Tensor:
     return torch.from_numpy(np.stack([np.array(image) for image in images])).permute(0, 3, 1, 2)
 
 
-def measure(pipe: StableDiffusionPipeline, work: Path, count: int) -> list[dict[str, Any]]:
-    """The Frechet distance of every candidate in every mode, `count` samples each."""
+def measure(
+    pipe: StableDiffusionPipeline, work: Path, count: int, modes: Sequence[str], candidates: int
+) -> None:
+    """Print the Frechet distance of the first `candidates`, `count` samples each, mode by mode."""
     broad = [picture for picture in data.pictures(work / "data") if picture.in_broad]
     pixels = data.load_pixels(broad)
     classifier = features.train_classifier(pixels, work / "classifier.pt")
@@ -80,17 +79,13 @@ def measure(pipe: StableDiffusionPipeline, work: Path, count: int) -> list[dict[
     pictures = [broad[row] for row in rows]
     real = features.extract(classifier, pixels[rows])
     captions = [pictures[row % len(pictures)].caption for row in range(count)]
-    table: list[dict[str, Any]] = []
-    for settings in CANDIDATES:
-        row: dict[str, Any] = dict(settings)
-        for mode, (named, guidance_scale) in MODES.items():
-            prompts = captions if named else [""] * count
+    for mode in modes:
+        named, guidance_scale = MODES[mode]
+        prompts = captions if named else [""] * count
+        for settings in CANDIDATES[:candidates]:
             drawn = to_pixels(sample(pipe, settings, prompts, guidance_scale))
             distance = features.frechet_distance(features.extract(classifier, drawn), real)
-            row[mode] = round(distance, 2)
-        print(json.dumps(row), flush=True)
-        table.append(row)
-    return table
+            print(json.dumps({"mode": mode, **settings, "frechet": round(distance, 2)}), flush=True)
 
 
 def sheet(
@@ -125,6 +120,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder of the training run")
     parser.add_argument("--model", type=Path, default=SHIPPED, help="default: the shipped model")
     parser.add_argument("--count", type=int, default=512, help="default: %(default)s")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--candidates", type=int, default=len(CANDIDATES), help="first so many")
     parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--sheet", type=Path, help="draw a contact sheet instead of measuring")
     parser.add_argument("--prompts", nargs="+", default=RECOMMENDED["compare"]["prompts"] * 2)
@@ -138,7 +135,8 @@ def main() -> None:
     elif options.sheet:
         sheet(load(options.model), options.prompts, options.guidance_scale).save(options.sheet)
     else:
-        measure(load(options.model), options.work, options.count)
+        pipe = load(options.model)
+        measure(pipe, options.work, options.count, options.modes, options.candidates)
 
 
 if __name__ == "__main__":

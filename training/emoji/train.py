@@ -55,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--work", type=Path, required=True, help="folder for data and checkpoints")
     parser.add_argument("--minutes-vae", type=float, default=11, help="default: %(default)s")
-    parser.add_argument("--minutes-broad", type=float, default=25, help="default: %(default)s")
+    parser.add_argument("--minutes-broad", type=float, default=27, help="default: %(default)s")
     parser.add_argument("--minutes-unet", type=float, default=35, help="default: %(default)s")
     parser.add_argument(
         "--out", type=Path, default=evaluate.SHIPPED, help="default: the shipped model's folder"
