@@ -103,11 +103,11 @@ def sheet(
 
 # Chosen from the table and the sheets; the model card shows both.
 RECOMMENDED: dict[str, Any] = {
-    "guidance": {"scale": 1.5, "blur_sigma": 3.0, "layer": LAST},
+    "guidance": {"scale": 3.0, "blur_sigma": 3.0, "layer": MID, "stop": 0.6},
     "generation": {"guidance_scale": 3.0, "num_inference_steps": 25},
     "compare": {
-        "prompts": ["", "grinning face", "red heart", "cat face", "strawberry"],
-        "sag_scales": [0.0, 0.75, 1.5],
+        "prompts": ["", "heart", "fruit", "monster", "strawberry"],
+        "sag_scales": [0.0, 1.5, 3.0],
     },
 }
 
