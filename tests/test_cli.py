@@ -55,6 +55,16 @@ def size_of(path: Path) -> tuple[int, int]:
 # generate
 
 
+def test_compare_draws_a_row_for_every_seed(model: str, tmp_path: Path) -> None:
+    heights = []
+    for count in ("1", "3"):
+        out = tmp_path / f"{count}.png"
+        arguments = ["compare", "", "--num-images", count, "--out", str(out)]
+        assert main([*arguments, "--model", model, "--sag-scales", "0", "--steps", "1"]) == 0
+        heights.append(pixels(out).shape[0])
+    assert heights[1] > 2 * heights[0]
+
+
 def test_generate_writes_named_pictures_and_prints_their_paths(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, model: str
 ) -> None:

@@ -97,7 +97,7 @@ def generate_command(
     if not prompts:
         raise ValueError('PROMPT is missing: give at least one ("" is one, too)')
     seeds = seeds_of(shared.seed, num_images) * len(prompts)
-    _check_before_loading(shared, sag_scale=sag_scale)
+    _check_before_loading(shared, num_images, sag_scale=sag_scale)
     paths = [picture_path(out, index, seed) for index, seed in enumerate(seeds)]
     check_folder(out)
     check_free(paths, overwrite)
@@ -129,6 +129,7 @@ def compare_command(
         str | None,
         typer.Option(metavar="S,S,...", help="[default: the model's, else 0 and its own]"),
     ] = None,
+    num_images: Annotated[int, typer.Option(help="Rows of each prompt, seed by seed.")] = 1,
     show_attention: Annotated[
         bool, typer.Option("--show-attention", help="Show where the pictures were blurred.")
     ] = False,
@@ -139,7 +140,7 @@ def compare_command(
     *,
     shared: SharedOptions,
 ) -> None:
-    """Draw a grid: one row a prompt, one column a guidance scale, the same seed everywhere.
+    """Draw a grid: one row a prompt and seed, one column a guidance scale.
 
     Without a prompt, the model's own suggestions are used. The empty prompt is a good one.
 
@@ -157,20 +158,21 @@ def compare_command(
     )
 
     given_scales = check_scales(parse_numbers(sag_scales)) if sag_scales is not None else []
-    _check_before_loading(shared)
+    _check_before_loading(shared, num_images)
     check_free([out], overwrite)
     check_folder(out.parent)
     loaded = _load(shared)
     default_scales = loaded.recommended.compare_sag_scales or (0, loaded.pipeline.guidance.scale)
     prompts = prompts or list(loaded.recommended.compare_prompts) or [""]
     scales = given_scales or default_scales
-    with _progress(len(prompts) * len(scales)) as advance:
+    with _progress(len(prompts) * num_images * len(scales)) as advance:
         comparison = compare(
             loaded.pipeline,
             prompts,
             scales,
             loaded.settings(**shared.generation_arguments()),
             seed=shared.seed,
+            num_images=num_images,
             batch_size=shared.batch_size,
             model_name=loaded.name,
             show_attention=show_attention,
@@ -180,7 +182,7 @@ def compare_command(
     _print_path(out)
 
 
-def _check_before_loading(shared: SharedOptions, **settings: object) -> None:
+def _check_before_loading(shared: SharedOptions, num_images: int, **settings: object) -> None:
     """Refuses what can be refused before a model is loaded, which takes its time."""
     from .generate import (
         GenerationSettings,
@@ -196,7 +198,7 @@ def _check_before_loading(shared: SharedOptions, **settings: object) -> None:
     given: dict[str, Any] = settings | shared.generation_arguments()
     GenerationSettings(**{name: value for name, value in given.items() if value is not None})
     SelfAttentionGuidance(**shared.guidance_arguments())
-    seeds_of(shared.seed, 1)
+    seeds_of(shared.seed, num_images)
     check_count("batch_size", shared.batch_size)
     if shared.scheduler is not None:
         check_scheduler_name(shared.scheduler)
@@ -248,6 +250,8 @@ def _print_path(path: Path) -> None:
 @contextmanager
 def _quiet_libraries() -> Generator[None]:
     """Keeps the libraries' remarks to developers from the user of a command line."""
+    # Waiting threads sleep: spinning slows small models tenfold where other programs run, too.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     with warnings.catch_warnings():

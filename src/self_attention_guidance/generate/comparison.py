@@ -9,7 +9,7 @@ from PIL import Image
 
 from ..pipelines.stable_diffusion import StableDiffusionSAGPipeline
 from .checks import check_finite, check_prompts
-from .grid import draw_grid, overlay_attended
+from .grid import EMPTY_PROMPT, draw_grid, overlay_attended
 from .metadata import (
     format_parameters,
     parse_parameters,
@@ -44,19 +44,21 @@ def compare(
     settings: GenerationSettings | None = None,
     *,
     seed: int = 0,
+    num_images: int = 1,
     batch_size: int = 1,
     model_name: str | None = None,
     show_attention: bool = False,
     on_progress: Progress | None = None,
 ) -> Comparison:
-    """Draws a grid: one row a prompt, one column a guidance scale, the same seed everywhere.
+    """Draws a grid: one row a prompt and seed, one column a guidance scale.
 
     Args:
         pipeline: Its `guidance` holds the other settings of self-attention guidance.
         prompts: One prompt or several; an empty text is a prompt, too.
         sag_scales: Guidance scales, 0 is off.
         settings: What all pictures share; its `sag_scale` is not used.
-        seed: Of every picture.
+        seed: Of every prompt's first row.
+        num_images: Rows of each prompt; row k has the seed `seed + k`.
         batch_size: Pictures made at once.
         model_name: For the footer and the metadata; `None` leaves it out.
         show_attention: Whether a column follows each guided one that shows where the pictures
@@ -79,6 +81,7 @@ def compare(
                 prompts,
                 replace(settings, sag_scale=scale),
                 seed=seed,
+                num_images=num_images,
                 batch_size=batch_size,
                 model_name=model_name,
                 record_attention=show_attention,
@@ -91,7 +94,7 @@ def compare(
     headings, pictures = _drawn_columns(columns, scales)
     rows = list(zip(*pictures, strict=True))
     return Comparison(
-        grid=draw_grid(rows, prompts, headings, _footer(parameters)),
+        grid=draw_grid(rows, _row_labels(columns[0], num_images), headings, _footer(parameters)),
         columns=columns,
         parameters=parameters,
     )
@@ -109,6 +112,12 @@ def check_scales(sag_scales: Sequence[float]) -> list[float]:
     if not sag_scales:
         raise ValueError("sag_scales=[] must hold at least one number")
     return [float(check_finite("sag_scales", scale)) for scale in sag_scales]
+
+
+def _row_labels(pictures: Sequence[GeneratedImage], num_images: int) -> list[str]:
+    if num_images == 1:
+        return [picture.prompt for picture in pictures]
+    return [f"{picture.prompt or EMPTY_PROMPT}, seed {picture.seed}" for picture in pictures]
 
 
 def _drawn_columns(

@@ -15,7 +15,7 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 # Pillow's own font knows little more than ASCII; these are common on desktops and servers.
 _WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf")
-_NO_PROMPT = "(empty prompt)"
+EMPTY_PROMPT = "(empty prompt)"
 _PAPER = (255, 255, 255)
 _INK = (28, 30, 36)
 _FAINT_INK = (120, 124, 134)
@@ -53,7 +53,7 @@ class _Layout:
     def wrapped_labels(self) -> list[str]:
         most = max(1, int(self.cell[1] // (self.font_size * 1.35)))
         width = max(120, int(self.cell[0] * 0.8))
-        labels = [label.strip() or _NO_PROMPT for label in self.labels]
+        labels = [label.strip() or EMPTY_PROMPT for label in self.labels]
         return ["\n".join(wrap(label, width, self.font, most)) for label in labels]
 
     @cached_property
@@ -164,7 +164,7 @@ def _draw_label(draw: ImageDraw.ImageDraw, layout: _Layout, row: int) -> None:
     draw.multiline_text(
         (layout.margin + layout.label_width, layout.corner(row, 0)[1] + layout.cell[1] // 2),
         label,
-        fill=_FAINT_INK if label == _NO_PROMPT else _INK,
+        fill=_FAINT_INK if label == EMPTY_PROMPT else _INK,
         font=layout.font,
         anchor="rm",
         align="right",
