@@ -38,7 +38,7 @@ def main() -> None:
     print(f"{len(everything)} pictures, {len(broad)} of the kinds to learn", flush=True)
     autoencoder_model = autoencoder_stage(work, everything, broad, options.minutes_vae)
     latents = latents_stage(work, autoencoder_model, broad)
-    tokenizer = captions.train_tokenizer(everything)
+    tokenizer = tokenizer_stage(work, everything)
     denoiser_stages(work, latents, broad, tokenizer, options)
     vocabulary = [picture for picture in broad if picture.in_vocabulary]
     model = export.load_average(work / "unet.pt", tokenizer)
@@ -75,6 +75,15 @@ def autoencoder_stage(
         model.save_pretrained(work / "vae.partial")
         (work / "vae.partial").rename(folder)
     return AutoencoderKL.from_pretrained(folder).eval()
+
+
+def tokenizer_stage(work: Path, everything: list[data.Picture]) -> CLIPTokenizer:
+    """Learn the tokenizer once: the library breaks ties at random, and the U-Net must not notice."""
+    folder = work / "tokenizer"
+    if not folder.exists():
+        captions.train_tokenizer(everything).save_pretrained(work / "tokenizer.partial")
+        (work / "tokenizer.partial").rename(folder)
+    return CLIPTokenizer.from_pretrained(folder)
 
 
 def latents_stage(work: Path, model: AutoencoderKL, broad: list[data.Picture]) -> Tensor:
