@@ -78,7 +78,7 @@ def autoencoder_stage(
 
 
 def tokenizer_stage(work: Path, everything: list[data.Picture]) -> CLIPTokenizer:
-    """Learn the tokenizer once: the library breaks ties at random, and the U-Net must not notice."""
+    """Learn the tokenizer once: the library breaks ties at random, so a second one differs."""
     folder = work / "tokenizer"
     if not folder.exists():
         captions.train_tokenizer(everything).save_pretrained(work / "tokenizer.partial")
