@@ -15,6 +15,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from safetensors import safe_open
 
 import self_attention_guidance
 
@@ -53,6 +54,11 @@ def test_files_are_small_and_safe() -> None:
 def test_loads_plainly_in_float32(pipe: StableDiffusionPipeline) -> None:
     networks = (pipe.unet, pipe.vae, pipe.text_encoder)
     assert {network.dtype for network in networks} == {torch.float32}
+
+
+def test_text_weights_have_the_names_that_every_transformers_loads() -> None:
+    with safe_open(FOLDER / "text_encoder/model.safetensors", framework="pt") as weights:
+        assert all(name.startswith("text_model.") for name in weights.keys())  # noqa: SIM118
 
 
 def test_loads_in_the_precision_asked_for() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor2_0
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
 import denoiser
@@ -44,6 +45,7 @@ def export(pipe: StableDiffusionPipeline, pictures: Sequence[Picture], folder: P
     pipe.to(dtype=torch.float16).save_pretrained(folder)
     pipe.to(dtype=torch.float32)
     declare_float32(folder / "text_encoder/config.json")
+    name_text_weights(folder / "text_encoder/model.safetensors")
     write_slow_tokenizer(folder / "tokenizer")
     entries = {picture.caption: [picture.vendor, picture.code] for picture in pictures}
     lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in entries.items()]
@@ -59,6 +61,16 @@ def declare_float32(config_file: Path) -> None:
     config = json.loads(config_file.read_text(encoding="utf-8"))
     config["dtype"] = "float32"
     config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def name_text_weights(weights_file: Path) -> None:
+    """Give the text encoder's weights the names that both transformers 4 and 5 load.
+
+    transformers 5 saves them without the prefix, and transformers 4 then starts from random ones.
+    """
+    weights = load_file(weights_file)
+    prefixed = {f"text_model.{name.removeprefix('text_model.')}": weights[name] for name in weights}
+    save_file(prefixed, weights_file, metadata={"format": "pt"})
 
 
 def write_slow_tokenizer(folder: Path) -> None:
