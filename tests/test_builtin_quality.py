@@ -51,6 +51,11 @@ def test_files_are_small_and_safe() -> None:
     assert sum(file.suffix == ".safetensors" for file in files) == 3
 
 
+def test_no_file_tells_where_it_was_made() -> None:
+    for file in FOLDER.rglob("*config.json"):
+        assert "_name_or_path" not in json.loads(file.read_text(encoding="utf-8")), file
+
+
 def test_loads_plainly_in_float32(pipe: StableDiffusionPipeline) -> None:
     networks = (pipe.unet, pipe.vae, pipe.text_encoder)
     assert {network.dtype for network in networks} == {torch.float32}

@@ -44,12 +44,20 @@ def export(pipe: StableDiffusionPipeline, pictures: Sequence[Picture], folder: P
     """Save `pipe` in half precision, and the list of its captions, into `folder`."""
     pipe.to(dtype=torch.float16).save_pretrained(folder)
     pipe.to(dtype=torch.float32)
+    forget_origin(folder / "vae/config.json")
     declare_float32(folder / "text_encoder/config.json")
     name_text_weights(folder / "text_encoder/model.safetensors")
     write_slow_tokenizer(folder / "tokenizer")
     entries = {picture.caption: [picture.vendor, picture.code] for picture in pictures}
     lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in entries.items()]
     (folder / "vocabulary.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+def forget_origin(config_file: Path) -> None:
+    """Drop the path that the network was loaded from on the machine that trained it."""
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config.pop("_name_or_path", None)
+    config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def declare_float32(config_file: Path) -> None:
