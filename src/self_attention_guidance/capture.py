@@ -112,7 +112,17 @@ def received(scores: list[Scores], batch: int, rows: slice) -> Tensor:
 
     Returns:
         Shape (rows, positions), float32.
+
+    Raises:
+        RuntimeError: The layer attended for another number of rows than the batch has.
     """
+    by_row = scores[0].query.ndim == 4
+    found = sum(len(score.query) for score in scores)
+    if found != batch if by_row else found % batch:
+        raise RuntimeError(
+            f"attention was recorded for {found} {'' if by_row else 'heads '}of {batch} rows: "
+            "another processor changed the batch; use diffusers' default processor at this layer"
+        )
     query = torch.cat([score.query.flatten(0, -3) for score in scores])
     key = torch.cat([score.key.flatten(0, -3) for score in scores])
     query, key = (side.unflatten(0, (batch, -1))[rows] for side in (query, key))

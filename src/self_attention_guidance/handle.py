@@ -66,6 +66,11 @@ class Target:
                 "to call the denoiser in a loop of your own, attach to it with scheduler= and "
                 "batch_layout="
             )
+        if getattr(self.pipeline, "do_perturbed_attention_guidance", False):
+            raise ValueError(
+                "perturbed-attention guidance is on, and its rows of the batch are not supported; "
+                "set pag_scale to 0"
+            )
         return self.family.cfg_layout if self.pipeline.do_classifier_free_guidance else "single"
 
 
@@ -113,7 +118,9 @@ class GuidanceHandle:
 
     def __init__(self, guidance: SelfAttentionGuidance, target: Target) -> None:
         """Guide `target`; raises ValueError if that is not possible."""
-        _refuse_guided(target.denoiser)
+        for module in {target.denoiser, uncompiled(target.denoiser)}:
+            _refuse_guided(module)
+            _refuse_compiled_in_place(module)
         self.guidance = guidance
         self.attached = True
         self.steps = 0
@@ -124,10 +131,10 @@ class GuidanceHandle:
         self._capture: AttentionCapture | None = None
         self._in_second_pass = False
         self_attention(uncompiled(target.denoiser), self._layer)
-        hooks = target.denoiser
+        denoiser = target.denoiser
         self._hooks = (
-            hooks.register_forward_pre_hook(self._before, with_kwargs=True),
-            hooks.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+            denoiser.register_forward_pre_hook(self._before, with_kwargs=True),
+            denoiser.register_forward_hook(self._after, with_kwargs=True, always_call=True),
         )
 
     def remove(self) -> None:
@@ -189,8 +196,8 @@ class GuidanceHandle:
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
         name = self._target.family.sample_argument
-        batch = len(args[0] if args else kwargs[name])
-        rows = _guided_rows(batch, self._target.layout, self.guidance.branch)
+        sample = args[0] if args else kwargs[name]
+        rows = _guided_rows(sample, self._target.layout, self.guidance.branch)
         return _Call(args, kwargs, name, rows)
 
     def _guided(self, module: nn.Module, call: _Call, output: Any, scores: list[Scores]) -> Any:
@@ -238,30 +245,39 @@ def _timestep(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[1] if len(args) > 1 else kwargs["timestep"]
 
 
-def _refuse_guided(denoiser: nn.Module) -> None:
-    for module in {denoiser, uncompiled(denoiser)}:
-        for hook in module._forward_hooks.values():
-            owner = getattr(hook, "__self__", None)
-            if isinstance(owner, GuidanceHandle) and owner.attached:
-                raise ValueError(
-                    f"{type(module).__name__} is guided already, by {owner.guidance}; remove "
-                    "that handle first"
-                )
-        if module._compiled_call_impl is not None:
+def _refuse_guided(module: nn.Module) -> None:
+    for hook in module._forward_hooks.values():
+        owner = getattr(hook, "__self__", None)
+        if isinstance(owner, GuidanceHandle) and owner.attached:
             raise ValueError(
-                f"{type(module).__name__} was compiled in place, where hooks are ignored; attach "
-                "first, or use torch.compile(denoiser) instead of denoiser.compile()"
+                f"{type(module).__name__} is guided already, by {owner.guidance}; remove that "
+                "handle first"
             )
 
 
-def _guided_rows(batch: int, layout: BatchLayout, branch: str) -> slice:
-    """The rows whose attention and second pass are used."""
+def _refuse_compiled_in_place(module: nn.Module) -> None:
+    if module._compiled_call_impl is not None:
+        raise ValueError(
+            f"{type(module).__name__} was compiled in place, where hooks are ignored; attach "
+            "first, or use torch.compile(denoiser) instead of denoiser.compile()"
+        )
+
+
+def _guided_rows(sample: Tensor, layout: BatchLayout, branch: str) -> slice:
+    """The rows of a batch whose attention and second pass are used."""
+    batch = len(sample)
     if layout == "single":
         return slice(0, batch)
     if batch % 2:
         raise ValueError(
             f"a batch of {batch} can't hold a conditional and an unconditional half "
             f"(batch_layout={layout!r})"
+        )
+    # The term of one half is right for the other only if both predict from the same x_t.
+    if not torch.allclose(*sample.chunk(2), rtol=0, atol=0, equal_nan=True):
+        raise ValueError(
+            "the batch has no conditional and unconditional half: its halves hold different "
+            f"samples (batch_layout={layout!r})"
         )
     first = layout == f"{branch}_first"
     return slice(0, batch // 2) if first else slice(batch // 2, batch)
