@@ -309,7 +309,7 @@ def test_ip_adapter(guidance_scale: float) -> None:
     [
         ({"sag_scale": float("nan")}, "sag_scale=nan must be a finite number"),
         ({"sag_scale": "much"}, "sag_scale='much' must be a finite number"),
-        ({"num_inference_steps": 0}, "num_inference_steps=0 must be a whole number of at least 1"),
+        ({"num_inference_steps": 0}, "num_inference_steps=0 must be a whole number, at least 1"),
         ({"callback": print, "callback_steps": 0}, "callback_steps=0 must be a whole number"),
         ({"prompt": None}, "prompt"),
         ({"prompt": 3}, "prompt"),

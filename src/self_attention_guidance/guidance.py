@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
+from .checks import check_count, check_finite
 from .families import BatchLayout, family_of
 from .handle import GuidanceHandle, Target
 from .prediction import check_scheduler
@@ -55,7 +56,8 @@ class SelfAttentionGuidance:
         _check_number("threshold", self.threshold, 0, math.inf)
         _check_number("start", self.start, 0, 1)
         _check_number("stop", self.stop, 0, 1)
-        _check_kernel_size(self.blur_kernel_size)
+        if check_count("blur_kernel_size", self.blur_kernel_size) % 2 == 0:
+            raise ValueError(f"blur_kernel_size={self.blur_kernel_size} must be odd")
         if self.start >= self.stop:
             raise ValueError(f"start={self.start} must be below stop={self.stop}")
         _check_layer(self.layer)
@@ -91,20 +93,13 @@ class SelfAttentionGuidance:
         return GuidanceHandle(self, found)
 
 
-def _check_kernel_size(value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1 or value % 2 == 0:
-        raise ValueError(f"blur_kernel_size={value!r} must be an odd whole number of at least 1")
-
-
 def _check_layer(value: object) -> None:
     if value is not None and (not isinstance(value, str) or not value):
         raise ValueError(f"layer={value!r} must be a dotted module path, or None")
 
 
 def _check_number(name: str, value: object, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name}={value!r} must be a finite number")
-    if not low <= value <= high:
+    if not low <= check_finite(name, value) <= high:
         limits = f"from {low} to {high}" if high < math.inf else f"at least {low}"
         raise ValueError(f"{name}={value!r} must be {limits}")
 

@@ -11,7 +11,7 @@ Example:
     ```
 """
 
-from .checks import check_count, check_prompts, seeds_of
+from ..checks import check_count, check_prompts, seeds_of
 from .comparison import Comparison, check_scales, compare
 from .files import (
     check_folder,

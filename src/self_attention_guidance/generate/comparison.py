@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from PIL import Image
 
+from ..checks import check_finite, check_prompts
 from ..pipelines.stable_diffusion import StableDiffusionSAGPipeline
-from .checks import check_finite, check_prompts
 from .grid import EMPTY_PROMPT, draw_grid, overlay_attended
 from .metadata import (
     format_parameters,

@@ -11,16 +11,16 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..guidance import SelfAttentionGuidance
-from ..handle import GuidanceHandle
-from ..pipelines.stable_diffusion import StableDiffusionSAGPipeline
-from .checks import (
+from ..checks import (
     check_count,
     check_finite,
     check_prompts,
     check_text,
     seeds_of,
 )
+from ..guidance import SelfAttentionGuidance
+from ..handle import GuidanceHandle
+from ..pipelines.stable_diffusion import StableDiffusionSAGPipeline
 from .metadata import format_parameters, version_label
 from .schedulers import scheduler_label
 

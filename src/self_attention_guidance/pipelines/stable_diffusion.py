@@ -13,6 +13,7 @@ from diffusers import StableDiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
+from ..checks import check_count
 from ..guidance import SelfAttentionGuidance
 from ..handle import GuidanceHandle
 
@@ -93,9 +94,9 @@ class StableDiffusionSAGPipeline(StableDiffusionPipeline):
         Raises:
             ValueError: An argument is out of its range, or the scheduler or U-Net can't be guided.
         """
-        _check_positive("num_inference_steps", num_inference_steps)
+        check_count("num_inference_steps", num_inference_steps)
         if callback is not None:
-            _check_positive("callback_steps", callback_steps)
+            check_count("callback_steps", callback_steps)
             _add_callback(callback, callback_steps or 1, num_inference_steps, kwargs)
         arguments: dict[str, Any] = {
             "prompt": prompt,
@@ -167,11 +168,6 @@ def _text_model_attribute(text_encoder: Any) -> Generator[None]:
     finally:
         if moved:
             del text_encoder.__dict__["text_model"]
-
-
-def _check_positive(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
 
 
 def _add_callback(
