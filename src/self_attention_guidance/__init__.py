@@ -7,25 +7,43 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .builtin import builtin_model
-    from .guidance import SelfAttentionGuidance
+    from .guidance import BlurGuidance, SelfAttentionGuidance
     from .handle import GuidanceHandle
+    from .originals import ADMUNet2DModel, NoisyClassifier, OriginalDiTModel, load_original
+    from .pipelines.adm import ADMPipeline
+    from .pipelines.dit import DiTSAGPipeline
     from .pipelines.stable_diffusion import StableDiffusionSAGPipeline
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "GuidanceHandle",
     "SelfAttentionGuidance",
+    "BlurGuidance",
+    "GuidanceHandle",
     "StableDiffusionSAGPipeline",
+    "ADMPipeline",
+    "DiTSAGPipeline",
+    "load_original",
     "builtin_model",
+    "ADMUNet2DModel",
+    "NoisyClassifier",
+    "OriginalDiTModel",
 ]
 
 # Importing diffusers takes seconds; the command line's --help must not pay them.
+# diffusers finds the classes of a saved model here, too.
 _HOMES = {
+    "ADMPipeline": "pipelines.adm",
+    "ADMUNet2DModel": "originals",
+    "BlurGuidance": "guidance",
+    "DiTSAGPipeline": "pipelines.dit",
     "GuidanceHandle": "handle",
+    "NoisyClassifier": "originals",
+    "OriginalDiTModel": "originals",
     "SelfAttentionGuidance": "guidance",
     "StableDiffusionSAGPipeline": "pipelines.stable_diffusion",
     "builtin_model": "builtin",
+    "load_original": "originals",
 }
 
 

@@ -1,4 +1,4 @@
-"""The settings of Self-Attention Guidance, and what they can be attached to."""
+"""The settings of guidance, and what they can be attached to."""
 
 from __future__ import annotations
 
@@ -6,63 +6,50 @@ import math
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, get_args
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .checks import check_count, check_finite
-from .families import BatchLayout, family_of
+from .families import BatchLayout, default_layer, family_of
 from .handle import GuidanceHandle, Target
+from .maths import attention_mask
 from .prediction import check_scheduler
 
 Branch = Literal["uncond", "cond"]
 
 
 @dataclass(frozen=True)
-class SelfAttentionGuidance:
-    """Settings of Self-Attention Guidance (Hong et al., ICCV 2023, arXiv 2210.00939).
-
-    Attributes:
-        scale: The paper's s (Eq. 16), any finite number: 0 is off, 0.5 to 1 is usual, negative
-            values make samples worse on purpose.
-        blur_sigma: Standard deviation of the blur, in pixels of the denoiser's input (latent
-            pixels for latent diffusion), at least 0.
-        blur_kernel_size: Taps of the blur, odd, at least 1.
-        threshold: Positions that receive more attention than this are blurred; 1.0 is the mean.
-        start: Guidance begins at this fraction of the scheduler's timesteps, 0 to 1.
-        stop: Guidance ends at this fraction, above `start`, at most 1. Image-to-image runs enter
-            the scheduler's timesteps part-way.
-        layer: Dotted path of the self-attention layer in the denoiser; `None` is the default of
-            the denoiser's family.
-        branch: Whose attention and second pass are used under classifier-free guidance:
-            "uncond" is the paper's, "cond" acts more on the subject.
-
-    Raises:
-        ValueError: A setting is out of its range or not of its type.
-    """
+class _Guidance:
+    """What all forms of guidance have in common: a blur, when, whose, and how much."""
 
     scale: float = 0.75
     _: KW_ONLY
     blur_sigma: float = 1.0
     blur_kernel_size: int = 9
-    threshold: float = 1.0
     start: float = 0.0
     stop: float = 1.0
-    layer: str | None = None
     branch: Branch = "uncond"
 
     def __post_init__(self) -> None:
         """Check every setting once, here."""
         _check_number("scale", self.scale, -math.inf, math.inf)
         _check_number("blur_sigma", self.blur_sigma, 0, math.inf)
-        _check_number("threshold", self.threshold, 0, math.inf)
         _check_number("start", self.start, 0, 1)
         _check_number("stop", self.stop, 0, 1)
         if check_count("blur_kernel_size", self.blur_kernel_size) % 2 == 0:
             raise ValueError(f"blur_kernel_size={self.blur_kernel_size} must be odd")
         if self.start >= self.stop:
             raise ValueError(f"start={self.start} must be below stop={self.stop}")
-        _check_layer(self.layer)
         if self.branch not in get_args(Branch):
             raise ValueError(f"branch={self.branch!r} must be 'uncond' or 'cond'")
+
+    def attention_layer(self, denoiser: nn.Module) -> str | None:
+        """Dotted path of the layer whose attention is read; `None` reads none."""
+        raise NotImplementedError
+
+    def mask(self, attention: Tensor) -> Tensor:
+        """The positions to blur, given the attention that each receives."""
+        raise NotImplementedError
 
     def attach(
         self,
@@ -93,6 +80,76 @@ class SelfAttentionGuidance:
         return GuidanceHandle(self, found)
 
 
+@dataclass(frozen=True)
+class SelfAttentionGuidance(_Guidance):
+    """Settings of Self-Attention Guidance (Hong et al., ICCV 2023, arXiv 2210.00939).
+
+    Attributes:
+        scale: The paper's s (Eq. 16), any finite number: 0 is off, 0.5 to 1 is usual, negative
+            values make samples worse on purpose.
+        blur_sigma: Standard deviation of the blur, in pixels of the denoiser's input (latent
+            pixels for latent diffusion), at least 0.
+        blur_kernel_size: Taps of the blur, odd, at least 1.
+        start: Guidance begins at this fraction of the scheduler's timesteps, 0 to 1.
+        stop: Guidance ends at this fraction, above `start`, at most 1. Image-to-image runs enter
+            the scheduler's timesteps part-way.
+        branch: Whose attention and second pass are used under classifier-free guidance:
+            "uncond" is the paper's, "cond" acts more on the subject.
+        threshold: Positions that receive more attention than this are blurred; 1.0 is the mean.
+        layer: Dotted path of the self-attention layer in the denoiser; `None` is the default of
+            the denoiser's family: the mid block of U-Nets, the middle block of DiT.
+
+    Raises:
+        ValueError: A setting is out of its range or not of its type.
+    """
+
+    threshold: float = 1.0
+    layer: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check every setting once, here."""
+        super().__post_init__()
+        _check_number("threshold", self.threshold, 0, math.inf)
+        _check_layer(self.layer)
+
+    def attention_layer(self, denoiser: nn.Module) -> str:
+        """Dotted path of the layer whose attention is read."""
+        return self.layer or default_layer(denoiser)
+
+    def mask(self, attention: Tensor) -> Tensor:
+        """The positions to blur, bool; `attention` is what each receives, mean 1, same shape."""
+        return attention_mask(attention, self.threshold)
+
+
+@dataclass(frozen=True)
+class BlurGuidance(_Guidance):
+    """Settings of blur guidance, the form of Sec. 4.1 that blurs everywhere and reads no attention.
+
+    It attaches like `SelfAttentionGuidance` (Hong et al., ICCV 2023, arXiv 2210.00939), which is
+    this with a mask, and needs no self-attention layer in the denoiser.
+
+    Attributes:
+        scale: Weight of the guidance, any finite number; 0 is off.
+        blur_sigma: Standard deviation of the blur, in pixels of the denoiser's input (latent
+            pixels for latent diffusion), at least 0.
+        blur_kernel_size: Taps of the blur, odd, at least 1.
+        start: Guidance begins at this fraction of the scheduler's timesteps, 0 to 1.
+        stop: Guidance ends at this fraction, above `start`, at most 1.
+        branch: Whose second pass is used under classifier-free guidance, "uncond" or "cond".
+
+    Raises:
+        ValueError: A setting is out of its range or not of its type.
+    """
+
+    def attention_layer(self, denoiser: nn.Module) -> None:
+        """None is read."""
+        return
+
+    def mask(self, attention: Tensor) -> Tensor:
+        """Every position, bool, of the shape of `attention`."""
+        return torch.ones_like(attention, dtype=torch.bool)
+
+
 def _check_layer(value: object) -> None:
     if value is not None and (not isinstance(value, str) or not value):
         raise ValueError(f"layer={value!r} must be a dotted module path, or None")
@@ -121,9 +178,11 @@ def _target(target: Any, scheduler: Any, batch_layout: BatchLayout | None) -> Ta
         )
     if scheduler is not None:
         raise ValueError("scheduler must not be given with a pipeline: its own is used")
-    if batch_layout is None and not hasattr(type(target), "do_classifier_free_guidance"):
+    family = family_of(denoiser)
+    tells = hasattr(type(target), "do_classifier_free_guidance")
+    if batch_layout is None and not tells and not family.tells_layout:
         raise ValueError(
             f"batch_layout=None must be given for {type(target).__name__}, which does not tell "
             "whether classifier-free guidance is on"
         )
-    return Target(denoiser, family_of(denoiser), None, target, batch_layout)
+    return Target(denoiser, family, None, target, batch_layout)

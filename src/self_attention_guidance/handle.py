@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from .capture import AttentionCapture, Scores, received, self_attention, token_grid
 from .families import BatchLayout, Family, uncompiled
-from .maths import attention_mask, degrade
+from .maths import degrade
 from .prediction import prediction_at, step_fraction
 
 if TYPE_CHECKING:
-    from .guidance import SelfAttentionGuidance
+    from .guidance import _Guidance
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -55,11 +55,22 @@ class Target:
         """The scheduler of the present step."""
         return self.pipeline.scheduler if self.own_scheduler is None else self.own_scheduler
 
-    @property
-    def layout(self) -> BatchLayout:
-        """The batch layout of the present step."""
+    def scheduler_timestep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The timestep of a call as the scheduler counts.
+
+        Networks that were trained with rescaled timesteps say in their config by how much what
+        they receive differs from that.
+        """
+        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
+        scale: float = uncompiled(self.denoiser).config.get("timestep_scale", 1.0)
+        return timestep if scale == 1 else torch.as_tensor(timestep, dtype=torch.float64) / scale
+
+    def layout(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BatchLayout:
+        """The batch layout of a call."""
         if self.own_layout is not None:
             return self.own_layout
+        if self.family.tells_layout:
+            return self._layout_by_labels(args, kwargs)
         if not hasattr(self.pipeline, "do_classifier_free_guidance"):
             raise RuntimeError(
                 f"{type(self.pipeline).__name__} is not running, so its batch layout is unknown; "
@@ -73,6 +84,17 @@ class Target:
             )
         return self.family.cfg_layout if self.pipeline.do_classifier_free_guidance else "single"
 
+    def _layout_by_labels(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BatchLayout:
+        """Two halves of the same samples, one without a class, are those of CFG."""
+        labels = args[2] if len(args) > 2 else kwargs.get("class_labels")
+        if self.family.null_label is None or labels is None or len(labels) % 2:
+            return "single"
+        halves = (labels == uncompiled(self.denoiser).config[self.family.null_label]).chunk(2)
+        cond, uncond = halves if self.family.cfg_layout == "cond_first" else halves[::-1]
+        sample = args[0] if args else kwargs[self.family.sample_argument]
+        is_pair = uncond.all() and not cond.any() and torch.equal(*sample.chunk(2))
+        return self.family.cfg_layout if is_pair else "single"
+
 
 @dataclass(frozen=True)
 class _Call:
@@ -81,15 +103,12 @@ class _Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     sample_argument: str
+    timestep: Any
     rows: slice
 
     @property
     def sample(self) -> Tensor:
         return self.args[0] if self.args else self.kwargs[self.sample_argument]
-
-    @property
-    def timestep(self) -> Any:
-        return _timestep(self.args, self.kwargs)
 
     def with_sample(self, sample: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The guided rows of every argument, with `sample` in the place of x_t."""
@@ -104,7 +123,7 @@ class _Call:
 class GuidanceHandle:
     """A guided denoiser: holds what the last guided step saw, and undoes the guidance.
 
-    Made by `SelfAttentionGuidance.attach`. Copies of the denoiser follow this handle. A denoiser
+    Made by the `attach` of `SelfAttentionGuidance` or `BlurGuidance`. Copies of the denoiser follow this handle. A denoiser
     may be used by one thread at a time.
 
     Attributes:
@@ -112,11 +131,11 @@ class GuidanceHandle:
         attached: Whether the denoiser is guided.
         steps: Number of denoiser calls that were guided so far.
         attention: Attention received per position at the last guided step, (images, rows,
-            columns) float32, mean 1; `None` before it.
+            columns) float32, mean 1; `None` before it and for blur guidance, which reads none.
         mask: The positions that were blurred there, (images, rows, columns) bool.
     """
 
-    def __init__(self, guidance: SelfAttentionGuidance, target: Target) -> None:
+    def __init__(self, guidance: _Guidance, target: Target) -> None:
         """Guide `target`; raises ValueError if that is not possible."""
         for module in {target.denoiser, uncompiled(target.denoiser)}:
             _refuse_guided(module)
@@ -127,11 +146,13 @@ class GuidanceHandle:
         self.attention: Tensor | None = None
         self.mask: Tensor | None = None
         self._target = target
-        self._layer = guidance.layer or target.family.layer
+        self._layer = guidance.attention_layer(target.denoiser)
         self._capture: AttentionCapture | None = None
+        self._is_guided_call = False
         self._in_second_pass = False
-        self_attention(uncompiled(target.denoiser), self._layer)
         denoiser = target.denoiser
+        if self._layer is not None:
+            self_attention(uncompiled(denoiser), self._layer)
         self._hooks = (
             denoiser.register_forward_pre_hook(self._before, with_kwargs=True),
             denoiser.register_forward_hook(self._after, with_kwargs=True, always_call=True),
@@ -161,8 +182,12 @@ class GuidanceHandle:
         if self._in_second_pass or not self.attached:
             return
         self._stop_reading()
-        if self._is_guided(_timestep(args, kwargs)):
-            self._call(args, kwargs)  # refuses a batch that doesn't fit before the pass is paid
+        timestep = self._target.scheduler_timestep(args, kwargs)
+        self._is_guided_call = self._is_guided(timestep)
+        if not self._is_guided_call:
+            return
+        self._call(args, kwargs)  # refuses a batch that doesn't fit before the pass is paid
+        if self._layer is not None:
             self._capture = AttentionCapture(self_attention(uncompiled(module), self._layer))
             self._capture.start()
 
@@ -170,12 +195,12 @@ class GuidanceHandle:
     def _after(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        if self._in_second_pass or self._capture is None:
+        if self._in_second_pass or not self._is_guided_call:
             return None
         scores = self._stop_reading()
         if output is None:  # the pass failed, and its exception is under way
             return None
-        if not scores:
+        if not scores and self._layer is not None:
             raise RuntimeError(
                 f"no attention was recorded at {self._layer!r}: the layer did not run, or its "
                 "processor uses a kernel that can't be read; use diffusers' default processor "
@@ -188,17 +213,20 @@ class GuidanceHandle:
         if self.guidance.scale == 0:
             return False
         fraction = step_fraction(self._target.scheduler, timestep)
-        return self.guidance.start <= fraction < self.guidance.stop
+        # A fraction such as 1 - 0.7 is not quite the 0.3 at which the step lies.
+        return self.guidance.start - 1e-9 <= fraction < self.guidance.stop - 1e-9
 
     def _stop_reading(self) -> list[Scores]:
+        self._is_guided_call = False
         capture, self._capture = self._capture, None
         return [] if capture is None else capture.stop()
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
         name = self._target.family.sample_argument
         sample = args[0] if args else kwargs[name]
-        rows = _guided_rows(sample, self._target.layout, self.guidance.branch)
-        return _Call(args, kwargs, name, rows)
+        rows = _guided_rows(sample, self._target.layout(args, kwargs), self.guidance.branch)
+        timestep = self._target.scheduler_timestep(args, kwargs)
+        return _Call(args, kwargs, name, timestep, rows)
 
     def _guided(self, module: nn.Module, call: _Call, output: Any, scores: list[Scores]) -> Any:
         """The denoiser's output with the guidance term added to every row."""
@@ -224,12 +252,12 @@ class GuidanceHandle:
         return _with_first(output, guided)
 
     def _degraded(self, x0: Tensor, scores: list[Scores], call: _Call) -> Tensor:
-        """`x0`, blurred where the read layer attends."""
+        """`x0`, blurred where the guidance wants it."""
         guidance = self.guidance
-        attention = received(scores, len(call.sample), call.rows)
-        grid = token_grid(attention.shape[1], *x0.shape[-2:])
-        self.attention = attention.unflatten(1, grid)
-        self.mask = attention_mask(self.attention, guidance.threshold)
+        if scores:
+            attention = received(scores, len(call.sample), call.rows)
+            self.attention = attention.unflatten(1, token_grid(attention.shape[1], *x0.shape[-2:]))
+        self.mask = guidance.mask(x0[:, 0] if self.attention is None else self.attention)
         return degrade(x0, self.mask, guidance.blur_sigma, guidance.blur_kernel_size)
 
     def _second_pass(self, module: nn.Module, call: _Call, degraded: Tensor) -> Tensor:
@@ -239,10 +267,6 @@ class GuidanceHandle:
             return module(*args, **kwargs)[0]
         finally:
             self._in_second_pass = False
-
-
-def _timestep(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return args[1] if len(args) > 1 else kwargs["timestep"]
 
 
 def _refuse_guided(module: nn.Module) -> None:

@@ -56,6 +56,10 @@ class Prediction:
         """The predicted clean sample, not clipped; shapes (batch, channels, height, width)."""
         return self.from_input * x_t + self.from_output * output
 
+    def output(self, x_t: Tensor, x0: Tensor) -> Tensor:
+        """The network's output that predicts `x0`; shapes (batch, channels, height, width)."""
+        return (x0 - self.from_input * x_t) / self.from_output
+
     def clipped(self, x0: Tensor) -> Tensor:
         """`x0` as the scheduler uses it."""
         return x0 if self.clip is None else x0.clamp(-self.clip, self.clip)
@@ -106,7 +110,8 @@ def prediction_at(scheduler: Any, timestep: Any, device: torch.device) -> Predic
             return _preconditioned(sigma, kind, float(scheduler.config.sigma_data), device)
         alpha = (1 + sigma**2).rsqrt()
         return _variance_preserving(alpha, sigma * alpha, kind, _clip(scheduler), device)
-    steps = torch.as_tensor(timestep).flatten().long().to(scheduler.alphas_cumprod.device)
+    steps = torch.as_tensor(timestep).flatten().round().long()
+    steps = steps.to(scheduler.alphas_cumprod.device)
     alpha_squared = scheduler.alphas_cumprod[steps].double().cpu().view(-1, 1, 1, 1)
     alpha, sigma = alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
     return _variance_preserving(alpha, sigma, kind, _clip(scheduler), device)

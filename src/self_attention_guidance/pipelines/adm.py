@@ -1,0 +1,279 @@
+"""Pixel-space models: ADM, IDDPM and diffusers' DDPM checkpoints, with guidance."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers import (
+    DDPMScheduler,
+    DiffusionPipeline,
+    ImagePipelineOutput,
+    SchedulerMixin,
+    UNet2DModel,
+)
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor, nn
+
+from ..checks import check_count, check_finite
+from ..guidance import BlurGuidance, SelfAttentionGuidance
+from ..handle import GuidanceHandle
+from .classifier_guidance import classifier_guided_step, log_probability_gradient
+
+Labels = int | Sequence[int] | Tensor
+StepCallback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+LEARNED_VARIANCES = ("learned", "learned_range")
+
+
+class ADMPipeline(DiffusionPipeline):
+    """Samples ADM and IDDPM networks and every other `UNet2DModel`, with or without classes.
+
+    Sources: ADM, Dhariwal and Nichol, arXiv 2105.05233; IDDPM, Nichol and Dhariwal,
+    arXiv 2102.09672; guidance, Hong et al., arXiv 2210.00939.
+
+    Attributes:
+        guidance: The settings of guidance, a `SelfAttentionGuidance` or `BlurGuidance`; assign
+            one to change them. They are the paper's for ImageNet 256x256 by default.
+        guidance_handle: The handle of the running or last guided call: its mask and attention.
+    """
+
+    model_cpu_offload_seq = "classifier->unet"
+    _optional_components = ["classifier"]  # noqa: RUF012  # diffusers reads it from the class
+
+    guidance: SelfAttentionGuidance | BlurGuidance = SelfAttentionGuidance(
+        0.5, blur_sigma=9.0, blur_kernel_size=31
+    )
+    guidance_handle: GuidanceHandle | None = None
+
+    def __init__(
+        self,
+        unet: UNet2DModel,
+        scheduler: SchedulerMixin,
+        classifier: nn.Module | None = None,
+        null_label: int | None = None,
+    ) -> None:
+        """Put a network and its scheduler together.
+
+        Args:
+            unet: Predicts noise, v or samples, (batch, channels, height, width), and behind them
+                as many channels of variance if it has learned that.
+            scheduler: A `DDPMScheduler` (its learned variance is used), a `DDIMScheduler`, or any
+                other that `SelfAttentionGuidance` supports.
+            classifier: `classifier(x_t, timesteps)` gives logits, (batch, classes), for noisy
+                samples; needed for classifier guidance only.
+            null_label: The label that stands for "no class", for networks that know one.
+        """
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler, classifier=classifier)
+        self.register_to_config(null_label=null_label)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int | None = None,
+        class_labels: Labels | None = None,
+        num_inference_steps: int = 250,
+        sag_scale: float | None = None,
+        classifier_scale: float | None = None,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
+    ) -> Any:
+        """Draw pictures.
+
+        Args:
+            batch_size: How many; `None` is as many as there are labels or latents, else 1.
+            class_labels: A class for all or one for each. Networks without classes take them for
+                the classifier alone. `None` draws without a class.
+            num_inference_steps: Steps of denoising, at least 1.
+            sag_scale: Weight of `guidance`, any finite number, 0 is off; `None` is its own.
+            classifier_scale: Weight of classifier guidance, any finite number, 0 is off; `None`
+                is 1 with a classifier.
+            eta: Share of fresh noise in DDIM, at least 0; other schedulers ignore it.
+            generator: One, or a list with one per picture.
+            latents: x_T, normal noise of shape (batch, channels, height, width).
+            output_type: "pil", "np" (batch, height, width, channels) and "pt" (batch, channels,
+                height, width) in [0, 1], or "latent", the tensor in [-1, 1].
+            return_dict: Return an object instead of a tuple.
+            callback_on_step_end: Called as `callback(pipe, step, timestep, {"latents": x})`; the
+                dictionary that it returns may replace the latents.
+
+        Returns:
+            `ImagePipelineOutput` with `images`, or a tuple of it.
+
+        Raises:
+            ValueError: An argument is out of its range or does not fit the model.
+        """
+        check_count("num_inference_steps", num_inference_steps)
+        if check_finite("eta", eta) < 0:
+            raise ValueError(f"eta={eta} must be at least 0")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(
+                f"output_type={output_type!r} must be one of {', '.join(OUTPUT_TYPES)}"
+            )
+        batch_size = _batch_size(batch_size, class_labels, latents)
+        labels = self._labels(class_labels, batch_size)
+        weight = self._classifier_weight(classifier_scale, class_labels)
+        self._check_variance()
+        x_t = self._start(batch_size, generator, latents, num_inference_steps)
+        loop = _Loop(self, labels, weight, eta, generator, callback_on_step_end)
+        guidance = self._guidance_of(sag_scale)
+        if guidance.scale == 0:
+            x_0 = loop.run(x_t)
+        else:
+            with guidance.attach(self) as self.guidance_handle:
+                x_0 = loop.run(x_t)
+        images: Any = x_0
+        if output_type != "latent":
+            images = self.image_processor.postprocess(x_0.float(), output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _guidance_of(self, sag_scale: float | None) -> SelfAttentionGuidance | BlurGuidance:
+        if sag_scale is None:
+            return self.guidance
+        try:
+            return dataclasses.replace(self.guidance, scale=sag_scale)
+        except ValueError as error:
+            raise ValueError(f"sag_{error}") from None
+
+    def _labels(self, class_labels: Labels | None, batch_size: int) -> Tensor | None:
+        """One label a picture, (batch,) int64; `None` for models without classes."""
+        classes: int | None = self.unet.config.get("num_class_embeds")
+        if class_labels is None and classes is not None:
+            class_labels = self.config.get("null_label")
+            if class_labels is None:
+                raise ValueError(
+                    f"class_labels=None must be given: the model draws classes 0 to {classes - 1}"
+                )
+        if class_labels is None:
+            return None
+        if classes is None and self.classifier is None:
+            raise ValueError(f"class_labels={class_labels!r}: the model knows no classes")
+        labels = torch.as_tensor(class_labels, device=self._execution_device).long().flatten()
+        if classes is not None and not ((labels >= 0) & (labels < classes)).all():
+            raise ValueError(f"class_labels={class_labels!r} must be from 0 to {classes - 1}")
+        return labels.expand(batch_size)
+
+    def _classifier_weight(self, scale: float | None, class_labels: Labels | None) -> float:
+        if scale is None:
+            scale = 0.0 if self.classifier is None or class_labels is None else 1.0
+        if check_finite("classifier_scale", scale) == 0:
+            return 0.0
+        if self.classifier is None:
+            raise ValueError(f"classifier_scale={scale} must be 0: the pipeline has no classifier")
+        if class_labels is None:
+            raise ValueError(f"classifier_scale={scale} needs class_labels to guide towards")
+        return scale
+
+    def _check_variance(self) -> None:
+        learned = getattr(self.scheduler, "variance_type", None) in LEARNED_VARIANCES
+        config = self.unet.config
+        if learned and config.out_channels != 2 * config.in_channels:
+            raise ValueError(
+                f"scheduler has variance_type={self.scheduler.variance_type!r}, but the network "
+                "has learned no variance; use 'fixed_small' or 'fixed_large'"
+            )
+
+    def _start(
+        self,
+        batch_size: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: Tensor | None,
+        num_inference_steps: int,
+    ) -> Tensor:
+        """x_T in the scheduler's space; sets its timesteps."""
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (batch_size, self.unet.config.in_channels, height, width)
+        if latents is not None and latents.shape[:2] != shape[:2]:
+            raise ValueError(f"latents of shape {tuple(latents.shape)} must be of shape {shape}")
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"generator: {len(generator)} given for {batch_size} pictures")
+        device = self._execution_device
+        if latents is None:
+            latents = randn_tensor(shape, generator, device, self.unet.dtype)
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        return latents.to(device, self.unet.dtype) * self.scheduler.init_noise_sigma
+
+
+class _Loop:
+    """The steps of one call."""
+
+    def __init__(
+        self,
+        pipeline: ADMPipeline,
+        labels: Tensor | None,
+        classifier_weight: float,
+        eta: float,
+        generator: torch.Generator | list[torch.Generator] | None,
+        callback: StepCallback | None,
+    ) -> None:
+        self.pipeline = pipeline
+        self.labels = labels
+        self.classifier_weight = classifier_weight
+        self.callback = callback
+        known = inspect.signature(pipeline.scheduler.step).parameters
+        # The original's DDIM derives the noise from the clipped sample.
+        offered = {"eta": eta, "generator": generator, "use_clipped_model_output": True}
+        self.step_arguments = {name: value for name, value in offered.items() if name in known}
+
+    def run(self, x_t: Tensor) -> Tensor:
+        """From x_T to the sample."""
+        timesteps: Tensor = self.pipeline.scheduler.timesteps
+        with self.pipeline.progress_bar(total=len(timesteps)) as bar:
+            for number, timestep in enumerate(timesteps):
+                x_t = self.step(x_t, timestep)
+                if self.callback is not None:
+                    tensors = self.callback(self.pipeline, number, timestep, {"latents": x_t})
+                    x_t = tensors.get("latents", x_t)
+                bar.update()
+        return x_t
+
+    def step(self, x_t: Tensor, timestep: Tensor) -> Tensor:
+        """One step of the sampler."""
+        pipeline = self.pipeline
+        unet: Any = pipeline.unet
+        scheduler: Any = pipeline.scheduler
+        x_in = scheduler.scale_model_input(x_t, timestep)
+        seen = timestep * unet.config.get("timestep_scale", 1)
+        by_class = {} if unet.class_embedding is None else {"class_labels": self.labels}
+        output = _used(scheduler, unet(x_in, seen, **by_class).sample, x_t)
+        if self.classifier_weight == 0:
+            return scheduler.step(output, timestep, x_t, **self.step_arguments).prev_sample
+        timesteps = seen.expand(len(x_in))
+        gradient = log_probability_gradient(pipeline.classifier, x_in, timesteps, self.labels)
+        shift = self.classifier_weight * gradient
+        return classifier_guided_step(
+            scheduler, output, timestep, x_t, x_in, shift, self.step_arguments
+        )
+
+
+def _used(scheduler: Any, output: Tensor, x_t: Tensor) -> Tensor:
+    """A network's output without the variance that a scheduler does not ask for."""
+    learned = getattr(scheduler, "variance_type", None) in LEARNED_VARIANCES
+    return output if learned and isinstance(scheduler, DDPMScheduler) else output[:, : x_t.shape[1]]
+
+
+def _batch_size(given: int | None, labels: Labels | None, latents: Tensor | None) -> int:
+    """The one number of pictures that all arguments agree on."""
+    lengths = {
+        "batch_size": None if given is None else check_count("batch_size", given),
+        "class_labels": None if labels is None or isinstance(labels, int) else len(labels),
+        "latents": None if latents is None else len(latents),
+    }
+    known = {name: length for name, length in lengths.items() if length is not None}
+    if len(set(known.values())) > 1:
+        told = ", ".join(f"{name} for {length}" for name, length in known.items())
+        raise ValueError(f"the number of pictures is not clear: {told}")
+    return next(iter(known.values()), 1)

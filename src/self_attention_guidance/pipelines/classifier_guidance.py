@@ -1,0 +1,115 @@
+"""Classifier guidance (Dhariwal and Nichol, arXiv 2105.05233, Algorithms 1 and 2)."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from torch import Tensor
+
+from ..prediction import prediction_at
+
+
+def classifier_guided_step(
+    scheduler: Any,
+    output: Tensor,
+    timestep: Tensor,
+    x_t: Tensor,
+    x_in: Tensor,
+    shift: Tensor,
+    step_arguments: dict[str, Any],
+) -> Tensor:
+    """One step of a scheduler, guided by a classifier.
+
+    DDPM moves the mean by variance times `shift` (Algorithm 1), every other scheduler moves the
+    predicted noise (Algorithm 2).
+
+    Args:
+        scheduler: A diffusers scheduler whose timesteps are set.
+        output: What the network returned, (batch, channels or twice as many, height, width).
+        timestep: The present one, as the scheduler counts.
+        x_t: The sample, (batch, channels, height, width).
+        x_in: What the network saw of it, scaled by the scheduler.
+        shift: The gradient of log p(y | x_in), times its scale; same shape as `x_t`.
+        step_arguments: Keywords of the scheduler's `step`.
+
+    Returns:
+        The next sample, same shape as `x_t`.
+    """
+    if isinstance(scheduler, DDPMScheduler):
+        following: Tensor = scheduler.step(output, timestep, x_t, **step_arguments).prev_sample
+        return following + (ancestral_variance(scheduler, timestep, output) * shift).to(x_t.dtype)
+    prediction = prediction_at(scheduler, timestep, x_t.device)
+    x0 = prediction.clipped(prediction.x0(x_in.float(), output.float()))
+    x0 = x0 + prediction.sigma**2 / prediction.alpha * shift
+    output = prediction.output(x_in.float(), x0).to(output.dtype)
+    # The moved sample is not clipped again.
+    scheduler = _without_clipping(scheduler) if isinstance(scheduler, DDIMScheduler) else scheduler
+    return scheduler.step(output, timestep, x_t, **step_arguments).prev_sample
+
+
+@torch.enable_grad()
+def log_probability_gradient(
+    classifier: Any, x_t: Tensor, timesteps: Tensor, labels: Tensor
+) -> Tensor:
+    """The gradient of log p(y | x_t) with respect to x_t.
+
+    Args:
+        classifier: `classifier(x_t, timesteps)` gives logits, (batch, classes).
+        x_t: Noisy samples, (batch, channels, height, width).
+        timesteps: As the network sees them, (batch,).
+        labels: The classes y, (batch,) int64.
+
+    Returns:
+        Same shape and type as `x_t`.
+    """
+    x_t = x_t.detach().requires_grad_(True)
+    log_probabilities = classifier(x_t, timesteps).float().log_softmax(dim=-1)
+    chosen = log_probabilities.gather(1, labels[:, None])
+    return torch.autograd.grad(chosen.sum(), x_t)[0]
+
+
+def ancestral_variance(scheduler: DDPMScheduler, timestep: Tensor, output: Tensor) -> Tensor:
+    """The variance of a DDPM step, as the classifier's gradient is weighted with it.
+
+    A learned variance lies between those of both extremes in log space (Nichol and Dhariwal,
+    arXiv 2102.09672, Eq. 15). The last step, where the smaller one is 0, takes that of the step
+    before it.
+
+    Args:
+        scheduler: Its timesteps are set.
+        timestep: The present one.
+        output: What the network returned; the variance is its second half, if it is learned.
+
+    Returns:
+        float32, (batch, channels, height, width) or one number.
+    """
+    posterior, beta = _variances(scheduler, timestep)
+    if posterior == 0:
+        steps = scheduler.timesteps
+        posterior = _variances(scheduler, steps[-2])[0] if len(steps) > 1 else beta
+    kind = scheduler.variance_type
+    if kind == "learned":
+        return output.chunk(2, dim=1)[1]
+    if kind == "learned_range":
+        share = (output.chunk(2, dim=1)[1].float() + 1) / 2
+        return torch.exp(share * beta.log().float() + (1 - share) * posterior.log().float())
+    return (beta if kind.startswith("fixed_large") else posterior).float()
+
+
+def _variances(scheduler: DDPMScheduler, timestep: Tensor) -> tuple[Tensor, Tensor]:
+    """Posterior variance and beta of one step of the spaced process, float64."""
+    levels = scheduler.alphas_cumprod.double()
+    before = int(scheduler.previous_timestep(timestep))
+    now, then = levels[int(timestep)], levels[before] if before >= 0 else torch.ones_like(levels[0])
+    beta = 1 - now / then
+    return (1 - then) / (1 - now) * beta, beta
+
+
+def _without_clipping(scheduler: DDIMScheduler) -> DDIMScheduler:
+    """The same scheduler, which keeps no state between steps, with clipping off."""
+    copied = copy.copy(scheduler)
+    copied.register_to_config(clip_sample=False)
+    return copied
