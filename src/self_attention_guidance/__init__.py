@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 # Importing diffusers takes seconds; the command line's --help must not pay them.
-# diffusers finds the classes of a saved model here, too.
+# diffusers finds the classes of saved models here, too.
 _HOMES = {
     "ADMPipeline": "pipelines.adm",
     "ADMUNet2DModel": "originals",
@@ -48,6 +48,9 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "ModelMixin":
+        # diffusers asks a package for the base class of the models that it loads from it.
+        return import_module("diffusers").ModelMixin
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_HOMES[name]}", __name__), name)

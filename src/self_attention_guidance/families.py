@@ -48,8 +48,8 @@ FAMILIES = {
     ),
     # The middle block, by argument: all blocks see the same grid of tokens, the first ones attend
     # to neighbours and the last ones serve the pixels, so that the middle is what the bottleneck
-    # of a U-Net is, the layer that the paper reads. Perturbed-attention guidance, the relative
-    # of this method, is recommended for the same block of transformers.
+    # of a U-Net is, the layer that the paper reads. diffusers' examples of perturbed-attention
+    # guidance, a relative of this method, take the middle block of transformers, too.
     "DiTTransformer2DModel": Family(
         layer="transformer_blocks.middle.attn1",
         sample_argument="hidden_states",

@@ -62,7 +62,8 @@ class Target:
         they receive differs from that.
         """
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
-        scale: float = uncompiled(self.denoiser).config.get("timestep_scale", 1.0)
+        config: Any = uncompiled(self.denoiser).config
+        scale: float = config.get("timestep_scale", 1.0)
         return timestep if scale == 1 else torch.as_tensor(timestep, dtype=torch.float64) / scale
 
     def layout(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BatchLayout:
@@ -89,7 +90,8 @@ class Target:
         labels = args[2] if len(args) > 2 else kwargs.get("class_labels")
         if self.family.null_label is None or labels is None or len(labels) % 2:
             return "single"
-        halves = (labels == uncompiled(self.denoiser).config[self.family.null_label]).chunk(2)
+        config: Any = uncompiled(self.denoiser).config
+        halves = (labels == config[self.family.null_label]).chunk(2)
         cond, uncond = halves if self.family.cfg_layout == "cond_first" else halves[::-1]
         sample = args[0] if args else kwargs[self.family.sample_argument]
         is_pair = uncond.all() and not cond.any() and torch.equal(*sample.chunk(2))
@@ -123,8 +125,8 @@ class _Call:
 class GuidanceHandle:
     """A guided denoiser: holds what the last guided step saw, and undoes the guidance.
 
-    Made by the `attach` of `SelfAttentionGuidance` or `BlurGuidance`. Copies of the denoiser follow this handle. A denoiser
-    may be used by one thread at a time.
+    Made by the `attach` of `SelfAttentionGuidance` or `BlurGuidance`. Copies of the denoiser
+    follow this handle. A denoiser may be used by one thread at a time.
 
     Attributes:
         guidance: The settings.
@@ -235,19 +237,19 @@ class GuidanceHandle:
         # variance return more than they see.
         channels = min(call.sample.shape[1], whole.shape[1])
         sample = call.sample[call.rows]
-        x_t = sample[:, :channels].float()
-        u = whole[call.rows, :channels].float()
+        x_t = _precise(sample[:, :channels])
+        u = _precise(whole[call.rows, :channels])
         prediction = prediction_at(self._target.scheduler, call.timestep, x_t.device)
         prediction = prediction.rows(call.rows)
         x0 = prediction.x0(x_t, u)
         x0_degraded = self._degraded(prediction.clipped(x0), scores, call)
         degraded = sample.clone()
         degraded[:, :channels] = prediction.renoise(x_t, x0, x0_degraded).to(sample.dtype)
-        u_degraded = self._second_pass(module, call, degraded)[:, :channels].float()
+        u_degraded = _precise(self._second_pass(module, call, degraded)[:, :channels])
         term = self.guidance.scale * prediction.term(u, u_degraded, x0, x0_degraded)
         guided = whole.clone()
         copies = len(whole) // len(term)
-        guided[:, :channels] = whole[:, :channels].float() + term.repeat(copies, 1, 1, 1)
+        guided[:, :channels] = _precise(whole[:, :channels]) + term.repeat(copies, 1, 1, 1)
         self.steps += 1
         return _with_first(output, guided)
 
@@ -267,6 +269,11 @@ class GuidanceHandle:
             return module(*args, **kwargs)[0]
         finally:
             self._in_second_pass = False
+
+
+def _precise(tensor: Tensor) -> Tensor:
+    """A tensor in float32, or as it is if it is more precise."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _refuse_guided(module: nn.Module) -> None:

@@ -10,10 +10,12 @@ the one file that knows how schedulers state their noise level.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -115,6 +117,35 @@ def prediction_at(scheduler: Any, timestep: Any, device: torch.device) -> Predic
     alpha_squared = scheduler.alphas_cumprod[steps].double().cpu().view(-1, 1, 1, 1)
     alpha, sigma = alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
     return _variance_preserving(alpha, sigma, kind, _clip(scheduler), device)
+
+
+def sharpen_noise_levels(scheduler: Any) -> None:
+    """Give a DDPM or DDIM scheduler its noise levels in float64, in place.
+
+    diffusers computes them in float32, in which 1 - alphas_cumprod of the least noisy steps of a
+    cosine schedule has lost most of its digits. Levels that do not follow from the config are
+    left alone.
+
+    Args:
+        scheduler: A `DDPMScheduler` or `DDIMScheduler`; others are left alone.
+    """
+    config = scheduler.config
+    if not isinstance(scheduler, DDPMScheduler | DDIMScheduler) or config.rescale_betas_zero_snr:
+        return
+    count, kind = config.num_train_timesteps, config.beta_schedule
+    if config.trained_betas is not None:
+        betas = torch.as_tensor(config.trained_betas, dtype=torch.float64)
+    elif kind == "linear":
+        betas = torch.linspace(config.beta_start, config.beta_end, count, dtype=torch.float64)
+    elif kind == "squaredcos_cap_v2":  # arXiv 2102.09672, Eq. 17
+        angle = (torch.arange(count + 1, dtype=torch.float64) / count + 0.008) / 1.008 * math.pi / 2
+        level = angle.cos() ** 2
+        betas = (1 - level[1:] / level[:-1]).clamp(max=0.999)
+    else:
+        return
+    levels = (1 - betas).cumprod(0)
+    if torch.allclose(levels, scheduler.alphas_cumprod.double().cpu(), rtol=1e-3, atol=1e-6):
+        scheduler.alphas_cumprod = levels
 
 
 def check_scheduler(scheduler: Any) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..checks import check_count, check_finite
 from ..guidance import BlurGuidance, SelfAttentionGuidance
 from ..handle import GuidanceHandle
+from ..prediction import sharpen_noise_levels
 from .classifier_guidance import classifier_guided_step, log_probability_gradient
 
 Labels = int | Sequence[int] | Tensor
@@ -203,6 +204,8 @@ class ADMPipeline(DiffusionPipeline):
         device = self._execution_device
         if latents is None:
             latents = randn_tensor(shape, generator, device, self.unet.dtype)
+        if device.type != "mps":  # which has no float64
+            sharpen_noise_levels(self.scheduler)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         return latents.to(device, self.unet.dtype) * self.scheduler.init_noise_sigma
 
@@ -231,7 +234,8 @@ class _Loop:
     def run(self, x_t: Tensor) -> Tensor:
         """From x_T to the sample."""
         timesteps: Tensor = self.pipeline.scheduler.timesteps
-        with self.pipeline.progress_bar(total=len(timesteps)) as bar:
+        progress_bar: Any = self.pipeline.progress_bar
+        with progress_bar(total=len(timesteps)) as bar:
             for number, timestep in enumerate(timesteps):
                 x_t = self.step(x_t, timestep)
                 if self.callback is not None:
@@ -249,7 +253,7 @@ class _Loop:
         seen = timestep * unet.config.get("timestep_scale", 1)
         by_class = {} if unet.class_embedding is None else {"class_labels": self.labels}
         output = _used(scheduler, unet(x_in, seen, **by_class).sample, x_t)
-        if self.classifier_weight == 0:
+        if self.classifier_weight == 0 or self.labels is None:
             return scheduler.step(output, timestep, x_t, **self.step_arguments).prev_sample
         timesteps = seen.expand(len(x_in))
         gradient = log_probability_gradient(pipeline.classifier, x_in, timesteps, self.labels)

@@ -39,12 +39,13 @@ def classifier_guided_step(
         The next sample, same shape as `x_t`.
     """
     if isinstance(scheduler, DDPMScheduler):
-        following: Tensor = scheduler.step(output, timestep, x_t, **step_arguments).prev_sample
-        return following + (ancestral_variance(scheduler, timestep, output) * shift).to(x_t.dtype)
+        variance = ancestral_variance(scheduler, timestep, output)
+        following: Any = scheduler.step(output, int(timestep), x_t, **step_arguments)
+        return following.prev_sample + (variance * shift).to(x_t.dtype)
     prediction = prediction_at(scheduler, timestep, x_t.device)
-    x0 = prediction.clipped(prediction.x0(x_in.float(), output.float()))
+    x0 = prediction.clipped(prediction.x0(x_in, output))  # float32 at least, as the levels are
     x0 = x0 + prediction.sigma**2 / prediction.alpha * shift
-    output = prediction.output(x_in.float(), x0).to(output.dtype)
+    output = prediction.output(x_in, x0).to(output.dtype)
     # The moved sample is not clipped again.
     scheduler = _without_clipping(scheduler) if isinstance(scheduler, DDIMScheduler) else scheduler
     return scheduler.step(output, timestep, x_t, **step_arguments).prev_sample
@@ -102,7 +103,7 @@ def ancestral_variance(scheduler: DDPMScheduler, timestep: Tensor, output: Tenso
 def _variances(scheduler: DDPMScheduler, timestep: Tensor) -> tuple[Tensor, Tensor]:
     """Posterior variance and beta of one step of the spaced process, float64."""
     levels = scheduler.alphas_cumprod.double()
-    before = int(scheduler.previous_timestep(timestep))
+    before = int(scheduler.previous_timestep(int(timestep)))
     now, then = levels[int(timestep)], levels[before] if before >= 0 else torch.ones_like(levels[0])
     beta = 1 - now / then
     return (1 - then) / (1 - now) * beta, beta

@@ -1,0 +1,73 @@
+"""Original checkpoints to tensors; nothing in a file is ever executed."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any, cast
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, by their names.
+
+    Args:
+        path: A file that `torch.save` wrote, holding a state dict or one under the key "ema", or
+            a `.safetensors` file.
+
+    Returns:
+        The tensors, on the CPU.
+
+    Raises:
+        ValueError: The file is not there, is damaged, holds more than tensors, or something else.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise ValueError(f"checkpoint={str(path)!r} must be a file, but there is none")
+    content = _content(path)
+    if isinstance(content, dict) and isinstance(content.get("ema"), dict):
+        content = content["ema"]
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"checkpoint={str(path)!r} must hold tensors by their names")
+    named = cast("dict[Any, Any]", content)
+    for name, value in named.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise ValueError(
+                f"checkpoint={str(path)!r} must hold tensors by their names, but {name!r} is of "
+                f"type {type(value).__name__}"
+            )
+    return named
+
+
+def _content(path: Path) -> Any:
+    try:
+        if path.suffix.lower() == ".safetensors":
+            return safetensors.torch.load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(_refusal(path, str(error))) from None
+    except SafetensorError as error:
+        raise ValueError(_damaged(path, error)) from None
+    # A damaged pickle can fail with nearly everything that Python knows.
+    except (ArithmeticError, AttributeError, EOFError, LookupError, OSError) as error:
+        raise ValueError(_damaged(path, error)) from None
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(_damaged(path, error)) from None
+
+
+def _refusal(path: Path, reason: str) -> str:
+    if "unsupported" in reason.lower():
+        return (
+            f"checkpoint={str(path)!r} holds more than tensors: loading it could run code, so it "
+            "was refused and nothing was executed"
+        )
+    return _damaged(path, reason)
+
+
+def _damaged(path: Path, error: object) -> str:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return f"checkpoint={str(path)!r} is damaged or no checkpoint: {reason[:160]}"
