@@ -252,10 +252,9 @@ def test_blur_guidance_checks_its_settings(settings: dict[str, Any]) -> None:
         BlurGuidance(1.0, **settings)
 
 
-@pytest.mark.parametrize("scheduler", [DDPMScheduler, DDIMScheduler])
-def test_a_classifier_guides_towards_its_class(scheduler: Any) -> None:
+def test_a_classifier_guides_towards_its_class() -> None:
     classifier = small_classifier()
-    pipe = pipeline(scheduler(), SelfAttentionGuidance(0), classifier=classifier)
+    pipe = pipeline(DDIMScheduler(), SelfAttentionGuidance(0), classifier=classifier)
     unguided = draw(pipe, (1, 2), class_labels=3, classifier_scale=0)
     guided = draw(pipe, (1, 2), class_labels=3, classifier_scale=300.0)
     away = draw(pipe, (1, 2), class_labels=3, classifier_scale=-300.0)
