@@ -244,14 +244,6 @@ def test_blur_guidance_needs_no_attention_layer() -> None:
         draw(pipeline(unet=without))
 
 
-@pytest.mark.parametrize(
-    "settings", [{"blur_sigma": -1}, {"blur_kernel_size": 4}, {"start": 1.0}, {"branch": "both"}]
-)
-def test_blur_guidance_checks_its_settings(settings: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=next(iter(settings))):
-        BlurGuidance(1.0, **settings)
-
-
 def test_a_classifier_guides_towards_its_class() -> None:
     classifier = small_classifier()
     pipe = pipeline(DDIMScheduler(), SelfAttentionGuidance(0), classifier=classifier)

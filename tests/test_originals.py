@@ -229,10 +229,11 @@ def test_script_and_constructor_arguments_mean_the_same() -> None:
         "num_heads": 4,
         "use_scale_shift_norm": True,
     }
-    first, second = (
-        architecture_of(complete_config("adm", form)) for form in (script, constructor)
-    )
-    assert first == second
+    by_name = {**constructor, "attention_resolutions": (2,)}  # as the constructor calls them
+    del by_name["attention_ds"]
+    forms = (script, constructor, by_name)
+    first, *others = (architecture_of(complete_config("adm", form)) for form in forms)
+    assert others == [first, first]
 
 
 def test_iddpm_scripts_rescale_timesteps_unless_told_otherwise() -> None:

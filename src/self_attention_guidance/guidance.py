@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from .checks import check_count, check_finite
 from .families import BatchLayout, default_layer, family_of
-from .handle import GuidanceHandle, Target
+from .handle import GuidanceHandle
 from .maths import attention_mask
 from .prediction import check_scheduler
+from .target import Target
 
 Branch = Literal["uncond", "cond"]
 

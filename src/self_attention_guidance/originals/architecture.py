@@ -126,6 +126,8 @@ def complete_config(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
     if in_script_form and kind == "iddpm":
         form = {**form, "rescale_timesteps": True}
     given = {name: value for name, value in config.items() if name not in _WITHOUT_EFFECT}
+    if not in_script_form and "attention_resolutions" in given:
+        given["attention_ds"] = given.pop("attention_resolutions")  # factors, in spite of its name
     _check_names(given, {*form, *_SHARED_DEFAULTS})
     complete = {**_SHARED_DEFAULTS, **form, **given}
     complete["image_size"] = complete.pop("image_size_used", complete.get("image_size"))

@@ -14,7 +14,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
 from ..checks import check_count
-from ..guidance import SelfAttentionGuidance
+from ..guidance import BlurGuidance, SelfAttentionGuidance
 from ..handle import GuidanceHandle
 
 Callback = Callable[[int, Any, Tensor], None]
@@ -27,12 +27,12 @@ class StableDiffusionSAGPipeline(StableDiffusionPipeline):
     `sag_scale` in its call. Source: Hong et al., ICCV 2023, arXiv 2210.00939.
 
     Attributes:
-        guidance: The other settings of guidance; assign a `SelfAttentionGuidance` to change them.
-            Its `scale` is replaced by the call's `sag_scale`.
+        guidance: The other settings of guidance; assign a `SelfAttentionGuidance` or a
+            `BlurGuidance` to change them. Its `scale` is replaced by the call's `sag_scale`.
         guidance_handle: The handle of the running or last guided call: its mask and attention.
     """
 
-    guidance: SelfAttentionGuidance = SelfAttentionGuidance()
+    guidance: SelfAttentionGuidance | BlurGuidance = SelfAttentionGuidance()
     guidance_handle: GuidanceHandle | None = None
 
     # The positions are those of the class that this one replaces, not those of the parent.
@@ -147,7 +147,7 @@ class StableDiffusionSAGPipeline(StableDiffusionPipeline):
         with _text_model_attribute(self.text_encoder):
             return super().encode_prompt(*args, **kwargs)
 
-    def _guidance_of(self, sag_scale: float) -> SelfAttentionGuidance:
+    def _guidance_of(self, sag_scale: float) -> SelfAttentionGuidance | BlurGuidance:
         try:
             return dataclasses.replace(self.guidance, scale=sag_scale)
         except ValueError as error:

@@ -1,0 +1,161 @@
+"""Calls of a denoiser: which step they are at, what their batch holds, how to cut it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .families import BatchLayout, Family, uncompiled
+
+
+@dataclass(frozen=True)
+class Target:
+    """A denoiser, and who knows its scheduler and batch layout.
+
+    Attributes:
+        denoiser: The module that is called at every step, possibly compiled.
+        family: Its row of the table.
+        own_scheduler: The scheduler of a loop of the user's own; `None` asks the pipeline.
+        pipeline: The diffusers pipeline that calls the denoiser, if any.
+        own_layout: The batch layout, if the user gave one; `None` asks the pipeline.
+    """
+
+    denoiser: nn.Module
+    family: Family
+    own_scheduler: Any
+    pipeline: Any
+    own_layout: BatchLayout | None
+
+    @property
+    def scheduler(self) -> Any:
+        """The scheduler of the present step."""
+        return self.pipeline.scheduler if self.own_scheduler is None else self.own_scheduler
+
+    def scheduler_timestep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The timestep of a call as the scheduler counts.
+
+        Networks that were trained with rescaled timesteps say in their config by how much what
+        they receive differs from that.
+        """
+        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
+        config: Any = uncompiled(self.denoiser).config
+        scale: float = config.get("timestep_scale", 1.0)
+        return timestep if scale == 1 else torch.as_tensor(timestep).cpu().double() / scale
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], branch: str) -> Call:
+        """A call of the denoiser as guidance sees it.
+
+        Args:
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+            branch: Whose rows are guided under classifier-free guidance, "uncond" or "cond".
+
+        Raises:
+            ValueError: The batch does not fit its layout.
+        """
+        name = self.family.sample_argument
+        sample = args[0] if args else kwargs[name]
+        rows = _guided_rows(sample, self.layout(args, kwargs), branch)
+        return Call(args, kwargs, name, self.scheduler_timestep(args, kwargs), rows)
+
+    def layout(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BatchLayout:
+        """The batch layout of a call."""
+        if self.own_layout is not None:
+            return self.own_layout
+        if self.family.tells_layout:
+            return self._layout_by_labels(args, kwargs)
+        if not hasattr(self.pipeline, "do_classifier_free_guidance"):
+            raise RuntimeError(
+                f"{type(self.pipeline).__name__} is not running, so its batch layout is unknown; "
+                "to call the denoiser in a loop of your own, attach to it with scheduler= and "
+                "batch_layout="
+            )
+        if getattr(self.pipeline, "do_perturbed_attention_guidance", False):
+            raise ValueError(
+                "perturbed-attention guidance is on, and its rows of the batch are not supported; "
+                "set pag_scale to 0"
+            )
+        return self.family.cfg_layout if self.pipeline.do_classifier_free_guidance else "single"
+
+    def _layout_by_labels(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BatchLayout:
+        """Two halves of the same samples, one without a class, are those of CFG."""
+        labels = args[2] if len(args) > 2 else kwargs.get("class_labels")
+        if self.family.null_label is None or labels is None or len(labels) % 2:
+            return "single"
+        config: Any = uncompiled(self.denoiser).config
+        halves = (labels == config[self.family.null_label]).chunk(2)
+        cond, uncond = halves if self.family.cfg_layout == "cond_first" else halves[::-1]
+        sample = args[0] if args else kwargs[self.family.sample_argument]
+        is_pair = uncond.all() and not cond.any() and torch.equal(*sample.chunk(2))
+        return self.family.cfg_layout if is_pair else "single"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the denoiser, and the part of the batch that is guided.
+
+    Attributes:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        sample_argument: Name of the argument that holds x_t.
+        timestep: As the scheduler counts.
+        rows: The part of the batch whose attention and second pass are used.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    sample_argument: str
+    timestep: Any
+    rows: slice
+
+    @property
+    def sample(self) -> Tensor:
+        """x_t, of the whole batch."""
+        return self.args[0] if self.args else self.kwargs[self.sample_argument]
+
+    def with_sample(self, sample: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The guided rows of every argument, with `sample` in the place of x_t."""
+        batch = len(self.sample)
+        args = cast("tuple[Any, ...]", _rows_of(self.args, batch, self.rows))
+        kwargs = cast("dict[str, Any]", _rows_of(self.kwargs, batch, self.rows))
+        if args:
+            return (sample, *args[1:]), kwargs
+        return args, {**kwargs, self.sample_argument: sample}
+
+
+def _guided_rows(sample: Tensor, layout: BatchLayout, branch: str) -> slice:
+    """The rows of a batch whose attention and second pass are used."""
+    batch = len(sample)
+    if layout == "single":
+        return slice(0, batch)
+    if batch % 2:
+        raise ValueError(
+            f"a batch of {batch} can't hold a conditional and an unconditional half "
+            f"(batch_layout={layout!r})"
+        )
+    # The term of one half is right for the other only if both predict from the same x_t.
+    if not torch.allclose(*sample.chunk(2), rtol=0, atol=0, equal_nan=True):
+        raise ValueError(
+            "the batch has no conditional and unconditional half: its halves hold different "
+            f"samples (batch_layout={layout!r})"
+        )
+    first = layout == f"{branch}_first"
+    return slice(0, batch // 2) if first else slice(batch // 2, batch)
+
+
+def _rows_of(argument: Any, batch: int, rows: slice) -> Any:
+    """`argument` with every tensor of `batch` rows cut to `rows`, inside containers too."""
+    if isinstance(argument, Tensor):
+        is_batch = argument.ndim > 0 and len(argument) == batch
+        return argument[rows] if is_batch else argument
+    if isinstance(argument, Mapping):
+        entries = cast("Mapping[str, Any]", argument)
+        return {name: _rows_of(entry, batch, rows) for name, entry in entries.items()}
+    if isinstance(argument, list | tuple):
+        items = cast("list[Any] | tuple[Any, ...]", argument)
+        return type(items)(_rows_of(item, batch, rows) for item in items)
+    return argument
