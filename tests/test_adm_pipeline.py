@@ -31,7 +31,7 @@ from self_attention_guidance import (
 )
 from self_attention_guidance.maths import degrade
 from self_attention_guidance.originals import original_scheduler
-from tiny import seeded
+from tiny import aligned, seeded
 
 GUIDANCE = SelfAttentionGuidance(1.0, blur_sigma=3.0, blur_kernel_size=13)
 SMALL: dict[str, Any] = {
@@ -353,7 +353,7 @@ def test_saved_pipelines_load_with_their_classifier_and_label(tmp_path: Path) ->
     scheduler = original_scheduler("adm", config("adm"))
     saved = ADMPipeline(network("adm"), scheduler, network("classifier"), null_label=9)
     saved.save_pretrained(tmp_path)
-    loaded = ADMPipeline.from_pretrained(tmp_path)
+    loaded = aligned(ADMPipeline.from_pretrained(tmp_path))
     assert isinstance(loaded.unet, ADMUNet2DModel)
     assert isinstance(loaded.classifier, NoisyClassifier)
     arguments: dict[str, Any] = {"num_inference_steps": 2, "output_type": "latent"}

@@ -27,6 +27,7 @@ from self_attention_guidance import StableDiffusionSAGPipeline
 from test_guidance import difference, draw
 from tiny import (
     TEXT_WIDTH,
+    aligned,
     tiny_feature_extractor,
     tiny_image_encoder,
     tiny_pipeline,
@@ -76,7 +77,7 @@ def test_saving_and_loading(sag: StableDiffusionSAGPipeline, tmp_path: Path) -> 
     expected = draw(sag)
     sag.save_pretrained(tmp_path)
     for cls in (StableDiffusionSAGPipeline, StableDiffusionPipeline):
-        loaded = cls.from_pretrained(tmp_path, safety_checker=None)
+        loaded = aligned(cls.from_pretrained(tmp_path, safety_checker=None))
         loaded.set_progress_bar_config(disable=True)
         assert list(loaded.components) == list(sag.components)
         if cls is StableDiffusionSAGPipeline:

@@ -86,6 +86,20 @@ def tiny_unet(
     return unet
 
 
+def aligned(model: Any) -> Any:
+    """Copy the weights of a loaded model, or of a pipeline's, to memory of torch's own.
+
+    Those of a safetensors file may lie anywhere in memory, and on some processors kernels round
+    differently by where it is.
+    """
+    parts = getattr(model, "components", {"": model}).values()
+    for part in parts:
+        if isinstance(part, torch.nn.Module):
+            for parameter in part.parameters():
+                parameter.data = parameter.data.clone()
+    return model
+
+
 def tiny_vae(*, seed: int = 0) -> AutoencoderKL:
     """Return an autoencoder of factor 8 with 4 latent channels."""
     with seeded(seed):

@@ -5,27 +5,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, cast, get_type_hints
+from typing import Annotated, Any, TypeVar, cast, get_type_hints
 
 import typer
 
+OptionsType = TypeVar("OptionsType", bound="SamplingOptions")
+
 
 @dataclass(frozen=True, kw_only=True)
-class SharedOptions:
-    """The options that `generate` and `compare` have in common; `None` was not given."""
+class SamplingOptions:
+    """The options that all commands that draw pictures have; `None` was not given."""
 
-    negative_prompt: Annotated[str, typer.Option(help="What to guide away from.")] = ""
-    model: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME|FOLDER|FILE|HUB_ID",
-            help="A builtin model, a diffusers folder, a .safetensors file or a hub id.",
-        ),
-    ] = "emoji"
-    guidance_scale: Annotated[
-        float | None,
-        typer.Option(help="Classifier-free guidance; 1 is off. [default: the model's, else 7.5]"),
-    ] = None
+    model: str
     steps: Annotated[
         int | None, typer.Option(help="Sampling steps. [default: the model's, else 50]")
     ] = None
@@ -33,10 +24,7 @@ class SharedOptions:
         str | None,
         typer.Option(help="For example ddim, euler-a, 'dpm++ 2m karras'. [default: the model's]"),
     ] = None
-    size: Annotated[
-        str | None, typer.Option(metavar="WxH", help="In pixels. [default: the model's]")
-    ] = None
-    seed: Annotated[int, typer.Option(help="Seed of each prompt's first picture.")] = 0
+    seed: Annotated[int, typer.Option(help="Seed of the first picture.")] = 0
     batch_size: Annotated[int, typer.Option(help="Pictures made at once.")] = 4
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto"
     dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto"
@@ -53,9 +41,6 @@ class SharedOptions:
     layer: Annotated[
         str | None, typer.Option(help="SAG: the attention layer. [default: the model's]")
     ] = None
-    branch: Annotated[
-        str | None, typer.Option(help="SAG: uncond or cond. [default: the model's, else uncond]")
-    ] = None
     start: Annotated[
         float | None, typer.Option(help="SAG: first guided part of the steps, 0 to 1.")
     ] = None
@@ -65,9 +50,39 @@ class SharedOptions:
 
     def guidance_arguments(self) -> dict[str, Any]:
         """The settings of `SelfAttentionGuidance` that were given."""
-        names = ("blur_sigma", "blur_kernel_size", "threshold", "layer", "branch", "start", "stop")
+        names = ("blur_sigma", "blur_kernel_size", "threshold", "layer", "start", "stop")
         given = {name: getattr(self, name) for name in names}
         return {name: value for name, value in given.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions(SamplingOptions):
+    """The options that `generate` and `compare` have in common; `None` was not given."""
+
+    model: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME|FOLDER|FILE|HUB_ID",
+            help="A builtin model, a diffusers folder, a .safetensors file or a hub id.",
+        ),
+    ] = "emoji"
+    seed: Annotated[int, typer.Option(help="Seed of each prompt's first picture.")] = 0
+    negative_prompt: Annotated[str, typer.Option(help="What to guide away from.")] = ""
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(help="Classifier-free guidance; 1 is off. [default: the model's, else 7.5]"),
+    ] = None
+    size: Annotated[
+        str | None, typer.Option(metavar="WxH", help="In pixels. [default: the model's]")
+    ] = None
+    branch: Annotated[
+        str | None, typer.Option(help="SAG: uncond or cond. [default: the model's, else uncond]")
+    ] = None
+
+    def guidance_arguments(self) -> dict[str, Any]:
+        """The settings of `SelfAttentionGuidance` that were given."""
+        branch = {} if self.branch is None else {"branch": self.branch}
+        return super().guidance_arguments() | branch
 
     def generation_arguments(self) -> dict[str, Any]:
         """Arguments of `GenerationSettings`; `None` was not given."""
@@ -81,36 +96,44 @@ class SharedOptions:
         }
 
 
-def with_shared_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Replaces a command's parameter `shared` by the options of `SharedOptions`.
+def with_options(
+    options_class: type[OptionsType],
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Replaces a command's parameter `options` by the options of a dataclass.
 
     Args:
-        command: A function that takes a keyword argument `shared`.
+        options_class: The dataclass; its annotations are those of typer.
 
     Returns:
-        The function as typer shall see it.
+        A decorator: from a function that takes a keyword argument `options` to the function as
+        typer shall see it.
     """
-    own = inspect.signature(command, eval_str=True).parameters.values()
-    hints = get_type_hints(SharedOptions, include_extras=True)
+    hints = get_type_hints(options_class, include_extras=True)
     keyword = inspect.Parameter.KEYWORD_ONLY
     options = [
         inspect.Parameter(
             option.name, keyword, default=option.default, annotation=hints[option.name]
         )
-        for option in fields(SharedOptions)
+        for option in fields(options_class)
     ]
-    kept = [parameter for parameter in own if parameter.name != "shared"]
-    parameters = [parameter.replace(kind=keyword) for parameter in kept] + options
 
-    def with_options(**arguments: object) -> None:
-        given = {option.name: arguments.pop(option.name) for option in options}
-        shared = SharedOptions(**cast("dict[str, Any]", given))
-        command(shared=shared, **arguments)
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True).parameters.values()
+        kept = [parameter for parameter in own if parameter.name != "options"]
+        parameters = [parameter.replace(kind=keyword) for parameter in kept] + options
 
-    with_options.__doc__ = command.__doc__
-    with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    with_options.__annotations__ = {option.name: option.annotation for option in parameters}
-    return with_options
+        def command_with_options(**arguments: object) -> None:
+            given = {option.name: arguments.pop(option.name) for option in options}
+            command(options=options_class(**cast("dict[str, Any]", given)), **arguments)
+
+        command_with_options.__doc__ = command.__doc__
+        command_with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command_with_options.__annotations__ = {
+            option.name: option.annotation for option in parameters
+        }
+        return command_with_options
+
+    return decorate
 
 
 def parse_size(size: str) -> tuple[int, int]:
@@ -145,4 +168,21 @@ def parse_numbers(text: str) -> list[float]:
     except ValueError:
         raise ValueError(
             f"sag_scales={text!r} must be numbers separated by commas, for example 0,0.5,1"
+        ) from None
+
+
+def parse_classes(text: str) -> tuple[int, ...]:
+    """Reads classes like "207,360,387".
+
+    Args:
+        text: Whole numbers, separated by commas.
+
+    Raises:
+        ValueError: It has another form.
+    """
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(
+            f"classes={text!r} must be whole numbers separated by commas, for example 207,360"
         ) from None

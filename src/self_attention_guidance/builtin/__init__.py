@@ -1,4 +1,4 @@
-"""The small trained model that ships with the package, and its loader.
+"""The small trained models that ship with the package, and their loader.
 
 A model folder may hold a file `sag_settings.json`: the settings that were measured to suit the
 model. Its sections, each optional, are `guidance` (arguments of `SelfAttentionGuidance`),
@@ -12,10 +12,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 if TYPE_CHECKING:
     from ..guidance import SelfAttentionGuidance
+    from ..pipelines.adm import ADMPipeline
     from ..pipelines.stable_diffusion import StableDiffusionSAGPipeline
 
 SETTINGS_FILE = "sag_settings.json"
@@ -77,15 +78,28 @@ def builtin_folder(name: str) -> Path:
     return _HERE / name
 
 
+@overload
+def builtin_model(
+    name: Literal["emoji"] = "emoji", **from_pretrained_arguments: object
+) -> StableDiffusionSAGPipeline: ...
+@overload
+def builtin_model(
+    name: Literal["emoji-adm"], **from_pretrained_arguments: object
+) -> ADMPipeline: ...
+@overload
+def builtin_model(
+    name: str, **from_pretrained_arguments: object
+) -> StableDiffusionSAGPipeline | ADMPipeline: ...
 def builtin_model(
     name: str = "emoji", **from_pretrained_arguments: object
-) -> StableDiffusionSAGPipeline:
+) -> StableDiffusionSAGPipeline | ADMPipeline:
     """Loads a model that ships with the package, without any network access.
 
     Args:
-        name: One of `builtin_names()`; "emoji" makes 64x64 pictures of emoji.
-        **from_pretrained_arguments: Passed to `StableDiffusionSAGPipeline.from_pretrained`, for
-            example `torch_dtype=torch.bfloat16` (the default is `torch.float32`).
+        name: One of `builtin_names()`; "emoji" makes 64x64 pictures of emoji from prompts,
+            "emoji-adm" makes them without, as a pixel-space model.
+        **from_pretrained_arguments: Passed to the pipeline's `from_pretrained`, for example
+            `torch_dtype=torch.bfloat16` (the default is `torch.float32`).
 
     Returns:
         The pipeline, with `pipe.guidance` set to the model's recommended settings.
@@ -95,14 +109,25 @@ def builtin_model(
     """
     import torch
 
-    from ..pipelines.stable_diffusion import StableDiffusionSAGPipeline
-
     folder = builtin_folder(name)
     arguments: dict[str, object] = {"torch_dtype": torch.float32, "use_safetensors": True}
     arguments |= {"local_files_only": True} | from_pretrained_arguments
-    pipeline = StableDiffusionSAGPipeline.from_pretrained(str(folder), **arguments)
-    pipeline.guidance = recommended_settings(folder).make_guidance()
+    pipeline = _pipeline_class(folder).from_pretrained(str(folder), **arguments)
+    recommended = recommended_settings(folder)
+    if recommended.guidance:
+        pipeline.guidance = recommended.make_guidance()
     return pipeline
+
+
+def _pipeline_class(folder: Path) -> type[StableDiffusionSAGPipeline] | type[ADMPipeline]:
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    if index["_class_name"] == "ADMPipeline":
+        from ..pipelines.adm import ADMPipeline
+
+        return ADMPipeline
+    from ..pipelines.stable_diffusion import StableDiffusionSAGPipeline
+
+    return StableDiffusionSAGPipeline
 
 
 def recommended_settings(folder: str | Path) -> RecommendedSettings:

@@ -1,4 +1,4 @@
-"""From prompts and seeds to pictures, files, metadata and comparison grids.
+"""From prompts and seeds to pictures, files, metadata, comparison grids and files of samples.
 
 Example:
     ```python
@@ -19,7 +19,7 @@ from .files import (
     picture_path,
     save_png,
 )
-from .grid import draw_grid, overlay_attended
+from .grid import draw_grid, draw_tiles, overlay_attended
 from .metadata import (
     Parameters,
     format_parameters,
@@ -33,6 +33,19 @@ from .models import (
     find_model,
     load_pipeline,
 )
+from .pixel_models import (
+    LoadedPixelModel,
+    find_classifier,
+    find_pixel_model,
+    load_pixel_model,
+)
+from .sample_settings import SampleSettings
+from .samples import (
+    FinishedSamples,
+    SampleRun,
+    check_samples_path,
+    to_uint8,
+)
 from .sampling import (
     GeneratedImage,
     GenerationSettings,
@@ -41,6 +54,7 @@ from .sampling import (
 )
 from .schedulers import (
     check_scheduler_name,
+    make_pixel_scheduler,
     make_scheduler,
     scheduler_label,
     scheduler_names,
@@ -48,25 +62,35 @@ from .schedulers import (
 
 __all__ = [
     "Comparison",
+    "FinishedSamples",
     "GeneratedImage",
     "GenerationSettings",
     "LoadedPipeline",
+    "LoadedPixelModel",
     "Parameters",
+    "SampleRun",
+    "SampleSettings",
     "check_count",
     "check_folder",
     "check_free",
     "check_prompts",
+    "check_samples_path",
     "check_scales",
     "check_scheduler_name",
     "check_size",
     "compare",
     "draw_grid",
+    "draw_tiles",
+    "find_classifier",
     "find_device",
     "find_dtype",
     "find_model",
+    "find_pixel_model",
     "format_parameters",
     "generate",
     "load_pipeline",
+    "load_pixel_model",
+    "make_pixel_scheduler",
     "make_scheduler",
     "overlay_attended",
     "parse_parameters",
@@ -76,4 +100,5 @@ __all__ = [
     "scheduler_label",
     "scheduler_names",
     "seeds_of",
+    "to_uint8",
 ]

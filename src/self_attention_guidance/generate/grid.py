@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ _LINE = (222, 224, 230)
 _ATTENDED = (226, 0, 116)
 _ATTENDED_OPACITY = 0.62
 _SMALLEST_CELL = 192  # pixels; smaller pictures are enlarged to at least this
+_TILE_GAP = 4  # pixels
 
 
 @dataclass
@@ -118,6 +120,35 @@ def draw_grid(
             _draw_picture(grid, layout, (number, column), picture)
     _draw_footer(draw, layout, footer)
     return grid
+
+
+def draw_tiles(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Draws equally large pictures side by side in rows, as near to a square as they go.
+
+    Args:
+        pictures: At least one; pictures under 192 pixels are enlarged.
+
+    Returns:
+        The tiles, RGB.
+
+    Raises:
+        ValueError: There is no picture.
+    """
+    if not pictures:
+        raise ValueError("pictures=[] must hold at least one picture")
+    factor = _enlargement(pictures[0].size)
+    width, height = (side * factor for side in pictures[0].size)
+    columns = math.ceil(math.sqrt(len(pictures)))
+    rows = -(-len(pictures) // columns)
+    pitch = (width + _TILE_GAP, height + _TILE_GAP)
+    size = (columns * pitch[0] + _TILE_GAP, rows * pitch[1] + _TILE_GAP)
+    tiles = Image.new("RGB", size, _PAPER)
+    for number, picture in enumerate(pictures):
+        row, column = divmod(number, columns)
+        corner = (_TILE_GAP + column * pitch[0], _TILE_GAP + row * pitch[1])
+        enlarged = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+        tiles.paste(enlarged, corner)
+    return tiles
 
 
 def overlay_attended(image: Image.Image, attended: NDArray[np.float64]) -> Image.Image:

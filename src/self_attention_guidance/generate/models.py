@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -30,6 +31,10 @@ _DTYPES = {
     "bf16": torch.bfloat16,
 }
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+
+PIXEL_CLASSES = ("ADMPipeline", "DDPMPipeline", "DDIMPipeline")
+
+IndexCheck = Callable[[str, Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +99,7 @@ def load_pipeline(
             arguments |= {"use_safetensors": True, "local_files_only": os.path.isdir(source)}
             pipeline = StableDiffusionSAGPipeline.from_pretrained(source, **arguments)
     except Exception as error:  # the libraries raise every kind for files that they cannot read
-        raise ValueError(_loading_failed(model, source, error)) from error
+        raise ValueError(loading_failed(model, source, error)) from error
     recommended = recommended_settings(source)
     pipeline.guidance = recommended.make_guidance()
     return LoadedPipeline(
@@ -116,24 +121,42 @@ def find_model(model: str) -> tuple[str, bool]:
     Raises:
         ValueError: It is none of these, or nothing that can be loaded.
     """
-    if model in builtin_names():
-        return str(builtin_folder(model)), False
     path = Path(model).expanduser()
-    if path.is_dir():
-        _check_model_folder(model, path)
-        return str(path.resolve()), False
-    if path.is_file():
+    if model not in builtin_names() and path.is_file():
         if path.suffix.lower() != ".safetensors":
             raise ValueError(
                 f"model={model!r}: a single file must be a .safetensors file, because other"
                 " checkpoints can run code when they are loaded; convert it to safetensors"
             )
         return str(path.resolve()), True
-    if _HUB_ID.fullmatch(model) and path.suffix not in (".safetensors", ".ckpt", ".bin", ".pt"):
-        return model, False
+    return find_folder(model, _check_index, "a .safetensors file, "), False
+
+
+def find_folder(model: str, check_index: IndexCheck, or_else: str = "") -> str:
+    """Says what the name of a model in diffusers format stands for, without loading it.
+
+    Args:
+        model: Name of a builtin model, a folder, or a hub id.
+        check_index: Called with `model` and the content of a folder's `model_index.json`;
+            raises `ValueError` if the model is of another kind.
+        or_else: What else the caller accepts, for the message.
+
+    Returns:
+        A folder or a hub id.
+
+    Raises:
+        ValueError: It is neither, or nothing that can be loaded.
+    """
+    path = builtin_folder(model) if model in builtin_names() else Path(model).expanduser()
+    if path.is_dir():
+        check_index(model, _model_index(model, path))
+        return str(path.resolve())
+    is_weights = path.suffix in (".safetensors", ".ckpt", ".bin", ".pt")
+    if _HUB_ID.fullmatch(model) and not is_weights:
+        return model
     raise ValueError(
-        f"model={model!r} does not exist: give a folder in diffusers format, a .safetensors file,"
-        f" a hub id (owner/name), or a builtin model ({_names()})"
+        f"model={model!r} does not exist: give a folder in diffusers format, {or_else}"
+        f"a hub id (owner/name), or a builtin model ({_names()})"
     )
 
 
@@ -194,11 +217,10 @@ def _names() -> str:
     return ", ".join(builtin_names()) or "none in this installation"
 
 
-def _check_model_folder(model: str, folder: Path) -> None:
+def _model_index(model: str, folder: Path) -> dict[str, Any]:
     try:
         text = (folder / "model_index.json").read_text(encoding="utf-8")
-        index = cast("dict[str, Any]", json.loads(text))
-        components = {key for key in index if not key.startswith("_")}
+        index: object = json.loads(text)
     except FileNotFoundError:
         raise ValueError(
             f"model={model!r} is a folder without model_index.json: give the folder that"
@@ -206,15 +228,44 @@ def _check_model_folder(model: str, folder: Path) -> None:
         ) from None
     except (OSError, ValueError) as error:
         raise ValueError(f"model={model!r}: model_index.json cannot be read: {error}") from error
-    known = inspect.signature(StableDiffusionSAGPipeline.__init__).parameters
-    if "unet" not in components or not components.issubset(known):
+    if not isinstance(index, dict):
+        raise ValueError(f"model={model!r}: model_index.json must hold a JSON object")
+    return cast("dict[str, Any]", index)
+
+
+def _check_index(model: str, index: Mapping[str, Any]) -> None:
+    class_name = index.get("_class_name")
+    if class_name in PIXEL_CLASSES:
         raise ValueError(
-            f"model={model!r} is of the class {index.get('_class_name')}: only Stable Diffusion 1"
-            " and 2 are supported"
+            f"model={model!r} is a pixel-space model ({class_name}), which takes no prompts:"
+            " draw from it with `sag sample`"
+        )
+    if not is_stable_diffusion(index):
+        raise ValueError(
+            f"model={model!r} is of the class {class_name}: only Stable Diffusion 1 and 2 are"
+            " supported"
         )
 
 
-def _loading_failed(model: str, source: str, error: Exception) -> str:
+def is_stable_diffusion(index: Mapping[str, Any]) -> bool:
+    """Whether a `model_index.json` lists components of Stable Diffusion 1 and 2 only.
+
+    Args:
+        index: Its content.
+    """
+    components = {key for key in index if not key.startswith("_")}
+    known = inspect.signature(StableDiffusionSAGPipeline.__init__).parameters
+    return "unet" in components and components.issubset(known)
+
+
+def loading_failed(model: str, source: str, error: Exception) -> str:
+    """Says in one line why a model could not be loaded.
+
+    Args:
+        model: As the user gave it.
+        source: What that stands for, a path or a hub id.
+        error: What the libraries raised.
+    """
     if Path(source).exists():
         return f"model={model!r} cannot be loaded: {type(error).__name__}: {_one_line(error)}"
     return (

@@ -18,7 +18,7 @@ from ..checks import (
     check_text,
     seeds_of,
 )
-from ..guidance import SelfAttentionGuidance
+from ..guidance import BlurGuidance, SelfAttentionGuidance
 from ..handle import GuidanceHandle
 from ..pipelines.stable_diffusion import StableDiffusionSAGPipeline
 from .metadata import format_parameters, version_label
@@ -180,13 +180,10 @@ class _Run:
     def sample(self, jobs: Sequence[_Job]) -> Iterator[GeneratedImage]:
         callback = _StepCallback(len(jobs), self.record_attention, self.on_progress)
         seeds = [job.seed for job in jobs]
-        if hasattr(self.pipeline.scheduler, "noise_sampler_seed"):
-            # DPM-Solver-SDE takes its noise from these seeds and not from the generators.
-            self.pipeline.scheduler.noise_sampler_seed = seeds
         output: Any = self.pipeline(
             prompt=[job.prompt for job in jobs],
             negative_prompt=[self.settings.negative_prompt] * len(jobs),
-            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+            generator=seeded_generators(self.pipeline.scheduler, seeds),
             width=self.settings.width,
             height=self.settings.height,
             num_inference_steps=self.settings.num_inference_steps,
@@ -224,6 +221,22 @@ class _Run:
         return format_parameters(job.prompt, self.settings.negative_prompt, values)
 
 
+def seeded_generators(scheduler: Any, seeds: Sequence[int]) -> list[torch.Generator]:
+    """Generators of random numbers, one a picture, on the CPU so that all devices draw the same.
+
+    Args:
+        scheduler: A diffusers scheduler; if it has seeds of its own, they are set, too.
+        seeds: One a picture.
+
+    Returns:
+        For the `generator` argument of a pipeline.
+    """
+    if hasattr(scheduler, "noise_sampler_seed"):
+        # DPM-Solver-SDE takes its noise from these seeds and not from the generators.
+        scheduler.noise_sampler_seed = list(seeds)
+    return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+
+
 class _StepCallback:
     """Called by the pipeline after each step: records attention and reports progress."""
 
@@ -259,13 +272,15 @@ def _jobs(prompts: Sequence[str], seed: int, num_images: int) -> list[_Job]:
     return [_Job(index, prompt, number) for index, (prompt, number) in enumerate(pairs)]
 
 
-def _guidance_values(guidance: SelfAttentionGuidance) -> dict[str, Any]:
+def _guidance_values(guidance: SelfAttentionGuidance | BlurGuidance) -> dict[str, Any]:
+    with_mask = isinstance(guidance, SelfAttentionGuidance)
     return {
+        "SAG form": None if with_mask else "blur guidance",
         "SAG blur sigma": float(guidance.blur_sigma),
         "SAG blur kernel size": guidance.blur_kernel_size,
-        "SAG threshold": float(guidance.threshold),
+        "SAG threshold": float(guidance.threshold) if with_mask else None,
         "SAG start": float(guidance.start),
         "SAG stop": float(guidance.stop),
         "SAG branch": guidance.branch,
-        "SAG layer": guidance.layer,
+        "SAG layer": guidance.layer if with_mask else None,
     }

@@ -95,6 +95,40 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
     return scheduler_class.from_config(config, **flags, **sampler.overrides)
 
 
+def make_pixel_scheduler(
+    name: str, config: Mapping[str, Any], learned_variance: bool
+) -> SchedulerMixin:
+    """Like `make_scheduler`, with the step spacing of ADM's and IDDPM's own samplers.
+
+    DDIM counts from timestep 0 in whole strides. DDPM uses a learned variance and then spreads
+    the steps evenly from the first timestep to the last. The others keep the configuration.
+
+    Args:
+        name: As in `make_scheduler`.
+        config: The training schedule to take over.
+        learned_variance: Whether the network predicts its variance, too.
+
+    Returns:
+        A diffusers scheduler.
+
+    Raises:
+        ValueError: Unknown name, or a spacing that this scheduler does not have.
+    """
+    chosen: Any = make_scheduler(name, config)
+    class_name = type(chosen).__name__
+    if class_name == "DDIMScheduler":
+        # With set_alpha_to_one, the step that ends at 0 ends at the clean sample.
+        own = {"timestep_spacing": "leading", "steps_offset": 0, "set_alpha_to_one": True}
+    elif class_name == "DDPMScheduler" and learned_variance:
+        own = {"timestep_spacing": "linspace", "variance_type": "learned_range"}
+    else:
+        own = {}
+    kept = dict(chosen.config)
+    if class_name != "DDPMScheduler":
+        kept.pop("variance_type", None)  # DDPM's; the pipeline cuts a learned one off for others
+    return type(chosen).from_config(kept, **own)
+
+
 def scheduler_label(scheduler: Any) -> str:
     """The name of a scheduler as picture metadata has it.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,9 +20,9 @@ from torch import Tensor, nn
 
 from ..checks import check_count, check_finite
 from ..guidance import BlurGuidance, SelfAttentionGuidance
-from ..handle import GuidanceHandle
 from ..prediction import sharpen_noise_levels
 from .classifier_guidance import classifier_guided_step, log_probability_gradient
+from .guided import GuidedPipelineMixin
 
 Labels = int | Sequence[int] | Tensor
 StepCallback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
@@ -32,16 +31,13 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 LEARNED_VARIANCES = ("learned", "learned_range")
 
 
-class ADMPipeline(DiffusionPipeline):
+class ADMPipeline(GuidedPipelineMixin, DiffusionPipeline):
     """Samples ADM and IDDPM networks and every other `UNet2DModel`, with or without classes.
 
     Sources: ADM, Dhariwal and Nichol, arXiv 2105.05233; IDDPM, Nichol and Dhariwal,
-    arXiv 2102.09672; guidance, Hong et al., arXiv 2210.00939.
-
-    Attributes:
-        guidance: The settings of guidance, a `SelfAttentionGuidance` or `BlurGuidance`; assign
-            one to change them. They are the paper's for ImageNet 256x256 by default.
-        guidance_handle: The handle of the running or last guided call: its mask and attention.
+    arXiv 2102.09672; guidance, Hong et al., arXiv 2210.00939. Its `guidance` and
+    `guidance_handle` are those of `GuidedPipelineMixin`; the settings are the paper's for ImageNet
+    256x256 by default.
     """
 
     model_cpu_offload_seq = "classifier->unet"
@@ -50,7 +46,6 @@ class ADMPipeline(DiffusionPipeline):
     guidance: SelfAttentionGuidance | BlurGuidance = SelfAttentionGuidance(
         0.5, blur_sigma=9.0, blur_kernel_size=31
     )
-    guidance_handle: GuidanceHandle | None = None
 
     def __init__(
         self,
@@ -66,8 +61,8 @@ class ADMPipeline(DiffusionPipeline):
                 as many channels of variance if it has learned that.
             scheduler: A `DDPMScheduler` (its learned variance is used), a `DDIMScheduler`, or any
                 other that `SelfAttentionGuidance` supports.
-            classifier: `classifier(x_t, timesteps)` gives logits, (batch, classes), for noisy
-                samples; needed for classifier guidance only.
+            classifier: A `NoisyClassifier` or another diffusers model: `classifier(x_t,
+                timesteps)` gives logits, (batch, classes); for classifier guidance only.
             null_label: The label that stands for "no class", for networks that know one.
         """
         super().__init__()
@@ -128,25 +123,13 @@ class ADMPipeline(DiffusionPipeline):
         self._check_variance()
         x_t = self._start(batch_size, generator, latents, num_inference_steps)
         loop = _Loop(self, labels, weight, eta, generator, callback_on_step_end)
-        guidance = self._guidance_of(sag_scale)
-        if guidance.scale == 0:
+        with self.guided(sag_scale):
             x_0 = loop.run(x_t)
-        else:
-            with guidance.attach(self) as self.guidance_handle:
-                x_0 = loop.run(x_t)
         images: Any = x_0
         if output_type != "latent":
             images = self.image_processor.postprocess(x_0.float(), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-    def _guidance_of(self, sag_scale: float | None) -> SelfAttentionGuidance | BlurGuidance:
-        if sag_scale is None:
-            return self.guidance
-        try:
-            return dataclasses.replace(self.guidance, scale=sag_scale)
-        except ValueError as error:
-            raise ValueError(f"sag_{error}") from None
 
     def _labels(self, class_labels: Labels | None, batch_size: int) -> Tensor | None:
         """One label a picture, (batch,) int64; `None` for models without classes."""

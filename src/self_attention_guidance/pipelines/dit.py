@@ -11,26 +11,19 @@ import torch
 from diffusers import DiTPipeline
 from torch import nn
 
-from ..guidance import BlurGuidance, SelfAttentionGuidance
-from ..handle import GuidanceHandle
+from .guided import GuidedPipelineMixin
 
 # The original guides three of the four channels, "for exact reproducibility" as it says.
 CFG_CHANNELS = 3
 
 
-class DiTSAGPipeline(DiTPipeline):
+class DiTSAGPipeline(GuidedPipelineMixin, DiTPipeline):
     """diffusers' `DiTPipeline` with a `sag_scale` and the original's classifier-free guidance.
 
     Self-Attention Guidance alone needs no class of its own: `SelfAttentionGuidance.attach` takes a
-    `DiTPipeline`, too. Source: Hong et al., ICCV 2023, arXiv 2210.00939.
-
-    Attributes:
-        guidance: The other settings of guidance; its `scale` is replaced by the call's.
-        guidance_handle: The handle of the running or last guided call: its mask and attention.
+    `DiTPipeline`, too. Its `guidance` and `guidance_handle` are those of `GuidedPipelineMixin`.
+    Source: Hong et al., ICCV 2023, arXiv 2210.00939.
     """
-
-    guidance: SelfAttentionGuidance | BlurGuidance = SelfAttentionGuidance()
-    guidance_handle: GuidanceHandle | None = None
 
     def __call__(
         self,
@@ -63,15 +56,10 @@ class DiTSAGPipeline(DiTPipeline):
         Raises:
             ValueError: An argument is out of its range, or the scheduler can't be guided.
         """
-        try:
-            guidance = dataclasses.replace(self.guidance, scale=sag_scale)
-        except ValueError as error:
-            raise ValueError(f"sag_{error}") from None
         transformer: nn.Module = self.transformer
         with ExitStack() as stack:
             stack.enter_context(_own_null_label(transformer))
-            if guidance.scale != 0:
-                self.guidance_handle = stack.enter_context(guidance.attach(self))
+            stack.enter_context(self.guided(sag_scale))
             if guidance_scale > 1 and cfg_channels is not None:
                 rows = 2 * len(class_labels)
                 stack.enter_context(_cfg_on_first_channels(transformer, rows, cfg_channels))

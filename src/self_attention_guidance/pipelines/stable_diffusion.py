@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -14,26 +13,18 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
 from ..checks import check_count
-from ..guidance import BlurGuidance, SelfAttentionGuidance
-from ..handle import GuidanceHandle
+from .guided import GuidedPipelineMixin
 
 Callback = Callable[[int, Any, Tensor], None]
 
 
-class StableDiffusionSAGPipeline(StableDiffusionPipeline):
+class StableDiffusionSAGPipeline(GuidedPipelineMixin, StableDiffusionPipeline):
     """A drop-in for the class of the same name that diffusers deprecated.
 
     It is diffusers' `StableDiffusionPipeline`, with everything that comes with it, and a
     `sag_scale` in its call. Source: Hong et al., ICCV 2023, arXiv 2210.00939.
-
-    Attributes:
-        guidance: The other settings of guidance; assign a `SelfAttentionGuidance` or a
-            `BlurGuidance` to change them. Its `scale` is replaced by the call's `sag_scale`.
-        guidance_handle: The handle of the running or last guided call: its mask and attention.
+    Its `guidance` and `guidance_handle` are those of `GuidedPipelineMixin`.
     """
-
-    guidance: SelfAttentionGuidance | BlurGuidance = SelfAttentionGuidance()
-    guidance_handle: GuidanceHandle | None = None
 
     # The positions are those of the class that this one replaces, not those of the parent.
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -118,10 +109,7 @@ class StableDiffusionSAGPipeline(StableDiffusionPipeline):
             "clip_skip": clip_skip,
             **kwargs,
         }
-        guidance = self._guidance_of(sag_scale)
-        if guidance.scale == 0:
-            return super().__call__(**arguments)
-        with guidance.attach(self) as self.guidance_handle:
+        with self.guided(sag_scale):
             return super().__call__(**arguments)
 
     def enable_vae_slicing(self) -> None:
@@ -146,12 +134,6 @@ class StableDiffusionSAGPipeline(StableDiffusionPipeline):
     ) -> Any:
         with _text_model_attribute(self.text_encoder):
             return super().encode_prompt(*args, **kwargs)
-
-    def _guidance_of(self, sag_scale: float) -> SelfAttentionGuidance | BlurGuidance:
-        try:
-            return dataclasses.replace(self.guidance, scale=sag_scale)
-        except ValueError as error:
-            raise ValueError(f"sag_{error}") from None
 
 
 @contextmanager

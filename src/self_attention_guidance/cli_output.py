@@ -1,0 +1,77 @@
+"""What the commands of the command line say while they work."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def hide_loading_bars() -> None:
+    """Hides the libraries' bars: loading from a disk takes a second. Downloads keep theirs."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
+@contextmanager
+def progress(pictures: int) -> Generator[Callable[[float], object]]:
+    """A bar on stderr, if that is a terminal, that grows with every sampling step.
+
+    Args:
+        pictures: How many there will be.
+
+    Yields:
+        A function that takes how many pictures' work was done since it was last called.
+    """
+    from tqdm import tqdm
+
+    form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+    description = f"{pictures} picture" + ("s" if pictures != 1 else "")
+    # disable=None: not where stderr is a file or a pipe.
+    with tqdm(total=pictures, desc=description, bar_format=form, disable=None) as bar:
+        yield bar.update
+
+
+@contextmanager
+def counting_progress(pictures: int, drawn: int) -> Generator[Callable[[float], object]]:
+    """A bar like that of `progress` that also tells how many are drawn, and how fast.
+
+    Args:
+        pictures: How many there will be.
+        drawn: How many were drawn by an earlier run.
+
+    Yields:
+        A function that takes how many pictures' work was done since it was last called.
+    """
+    from tqdm import tqdm
+
+    form = (
+        "{percentage:3.0f}%|{bar}| {n:.1f} of {total} pictures, {rate_noinv_fmt},"
+        " {elapsed}<{remaining}"
+    )
+    with tqdm(
+        total=pictures,
+        initial=drawn,
+        unit=" pictures",
+        bar_format=form,
+        smoothing=0.05,
+        disable=None,
+    ) as bar:
+        # Shares of pictures add up to a little more or less than the whole.
+        yield lambda share: bar.update(min(share, pictures - bar.n))
+
+
+def print_line(line: str | Path) -> None:
+    """Prints a line on stdout, above a bar if there is one.
+
+    Args:
+        line: A path or a text.
+    """
+    from tqdm import tqdm
+
+    tqdm.write(str(line), file=sys.stdout)
+    sys.stdout.flush()

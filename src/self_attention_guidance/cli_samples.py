@@ -1,0 +1,258 @@
+"""The commands `sample` and `convert`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from .cli_options import SamplingOptions, parse_classes, with_options
+from .cli_output import counting_progress, hide_loading_bars, print_line
+
+if TYPE_CHECKING:
+    from .generate import FinishedSamples, LoadedPixelModel
+    from .guidance import BlurGuidance, SelfAttentionGuidance
+
+
+_KINDS = ("adm", "iddpm", "dit", "classifier")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions(SamplingOptions):
+    """The options of `sample` that say how a picture looks; `None` was not given."""
+
+    model: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME|FOLDER|HUB_ID",
+            help="A builtin model, a folder of a pixel-space model, or a hub id.",
+        ),
+    ] = "emoji-adm"
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="C,C,...",
+            help="In turn. [default: random ones, or none if the model can do without]",
+        ),
+    ] = None
+    steps: Annotated[
+        int | None, typer.Option(help="Sampling steps. [default: the model's, else 250]")
+    ] = None
+    eta: Annotated[float, typer.Option(help="DDIM: share of fresh noise.")] = 0.0
+    seed: Annotated[int, typer.Option(help="Picture i, from 0, has the seed SEED + i.")] = 0
+    batch_size: Annotated[int, typer.Option(help="Pictures made at once.")] = 8
+    sag_scale: Annotated[
+        float | None, typer.Option(help="SAG: 0 is off. [default: the model's, else 0.5]")
+    ] = None
+    blur_guidance: Annotated[
+        bool, typer.Option("--blur-guidance", help="Blur everywhere: guidance without a mask.")
+    ] = False
+    blur_sigma: Annotated[
+        float | None, typer.Option(help="SAG: width of the blur. [default: the model's, else 9]")
+    ] = None
+    blur_kernel_size: Annotated[
+        int | None, typer.Option(help="SAG: odd. [default: the model's, else 31]")
+    ] = None
+    classifier: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="A classifier that `sag convert` wrote, to guide."),
+    ] = None
+    classifier_scale: Annotated[
+        float | None, typer.Option(help="Classifier guidance: 0 is off. [default: 1]")
+    ] = None
+
+    def sample_arguments(self) -> dict[str, Any]:
+        """Arguments of `SampleSettings`; `None` was not given."""
+        return {
+            "num_inference_steps": self.steps,
+            "classes": None if self.classes is None else parse_classes(self.classes),
+            "sag_scale": self.sag_scale,
+            "classifier_scale": self.classifier_scale,
+            "eta": self.eta,
+        }
+
+
+@with_options(SampleOptions)
+def sample_command(
+    num_samples: Annotated[int, typer.Option(help="How many pictures.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The .npz file.")] = Path("samples.npz"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
+    *,
+    options: SampleOptions,
+) -> None:
+    """Draw samples of a pixel-space model into one .npz file that evaluators read.
+
+    The file holds arr_0 (uint8, NHWC) and, of classes, arr_1. A .png beside it shows the first 64.
+    If it is interrupted or killed, the same command goes on where it was.
+
+    \b
+    Examples:
+      sag sample --num-samples 64 --steps 25 --scheduler ddim
+      sag sample --model ./imagenet128 --num-samples 8 --classes 207,360 --sag-scale 0.1
+      sag sample --model ./imagenet256 --num-samples 50000 --batch-size 16 --out in256.npz
+    """
+    from .generate import SampleRun
+
+    _check_before_loading(options, num_samples, out, overwrite)
+    loaded = _load(options)
+    run = SampleRun(
+        loaded.pipeline,
+        out,
+        num_samples,
+        loaded.settings(**options.sample_arguments()),
+        seed=options.seed,
+        overwrite=overwrite,
+        model_name=loaded.name,
+    )
+    with counting_progress(num_samples, run.drawn) as advance:
+        finished = run.finish(options.batch_size, advance)
+    print_line(finished.path)
+    print_line(finished.grid)
+    print_line(_summary(finished))
+
+
+def _check_before_loading(
+    options: SampleOptions, num_samples: int, out: Path, overwrite: bool
+) -> None:
+    """Refuses what can be refused before a model is loaded, which takes its time."""
+    from .generate import (
+        SampleSettings,
+        check_count,
+        check_samples_path,
+        check_scheduler_name,
+        find_classifier,
+        find_device,
+        find_dtype,
+        find_pixel_model,
+        seeds_of,
+    )
+    from .guidance import SelfAttentionGuidance
+
+    given = options.sample_arguments()
+    SampleSettings(**{name: value for name, value in given.items() if value is not None})
+    SelfAttentionGuidance(**options.guidance_arguments())
+    for name in ("threshold", "layer") if options.blur_guidance else ():
+        if getattr(options, name) is not None:
+            raise ValueError(
+                f"{name}={getattr(options, name)!r} must not be given with --blur-guidance, which"
+                " reads no attention"
+            )
+    check_count("num_samples", num_samples)
+    check_count("batch_size", options.batch_size)
+    seeds_of(options.seed, num_samples)
+    if options.scheduler is not None:
+        check_scheduler_name(options.scheduler)
+    find_dtype(options.dtype, find_device(options.device))
+    find_pixel_model(options.model)
+    if options.classifier is not None:
+        find_classifier(options.classifier)
+    check_samples_path(out, overwrite)
+
+
+def _load(options: SampleOptions) -> LoadedPixelModel:
+    from .generate import load_pixel_model, make_pixel_scheduler
+
+    hide_loading_bars()
+    loaded = load_pixel_model(options.model, options.device, options.dtype, options.classifier)
+    pipeline: Any = loaded.pipeline
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.guidance = _guidance(pipeline.guidance, options)
+    if options.scheduler is not None:
+        config = pipeline.unet.config
+        pipeline.scheduler = make_pixel_scheduler(
+            options.scheduler,
+            pipeline.scheduler.config,
+            learned_variance=config.out_channels == 2 * config.in_channels,
+        )
+    return loaded
+
+
+def _guidance(
+    recommended: SelfAttentionGuidance | BlurGuidance, options: SampleOptions
+) -> SelfAttentionGuidance | BlurGuidance:
+    from .guidance import BlurGuidance
+
+    chosen = replace(recommended, **options.guidance_arguments())
+    if not options.blur_guidance:
+        return chosen
+    return BlurGuidance(
+        **{field.name: getattr(chosen, field.name) for field in fields(BlurGuidance)}
+    )
+
+
+def _summary(finished: FinishedSamples) -> str:
+    count = f"{finished.count} picture" + ("s" if finished.count != 1 else "")
+    if finished.drawn == 0:
+        return f"{count}, all of them drawn before"
+    before = finished.count - finished.drawn
+    earlier = f", {before} of them drawn before, {finished.drawn} now" if before else ""
+    rate = finished.drawn / finished.seconds
+    return f"{count}{earlier} in {finished.seconds:.1f} s, {rate:.3g} a second"
+
+
+def convert_command(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="adm, iddpm, dit or classifier.")],
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="The original file.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of the model.")],
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="JSON: the arguments of the original script."),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="The published file's name, for a renamed one; an unknown name lists them.",
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Write into a folder that is not empty.")
+    ] = False,
+) -> None:
+    """Convert an original checkpoint to a folder in diffusers format and print its path.
+
+    No code in the checkpoint is ever run. Published files are known by their names.
+
+    \b
+    Examples:
+      sag convert adm 256x256_diffusion_uncond.pt ./imagenet256-uncond
+      sag convert classifier renamed.pt ./classifier --preset 128x128_classifier
+    """
+    if kind not in _KINDS:
+        raise ValueError(f"kind={kind!r} must be one of {', '.join(_KINDS)}")
+    _check_paths(checkpoint, out, overwrite)
+    if config is not None and preset is not None:
+        raise ValueError("config and preset must not be given both")
+    chosen = preset if config is None else _read_config(config)
+
+    from .originals import convert_original, preset_names
+
+    names = preset_names(kind)
+    if preset is not None and preset not in names:
+        raise ValueError(f"preset={preset!r} must be one of {', '.join(names)}")
+    print_line(convert_original(cast("Any", kind), checkpoint, out, chosen))
+
+
+def _check_paths(checkpoint: Path, out: Path, overwrite: bool) -> None:
+    if not checkpoint.is_file():
+        raise ValueError(f"checkpoint={str(checkpoint)!r} must be a file: there is none")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out={str(out)!r} is a file: name a folder")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise FileExistsError(
+            f"out: {str(out)!r} exists and is not empty: choose another place, or overwrite it"
+            " with --overwrite"
+        )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config: object = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"config={str(path)!r} cannot be read as JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"config={str(path)!r} must hold a JSON object")
+    return config  # pyright: ignore[reportUnknownVariableType]  # JSON's names are texts

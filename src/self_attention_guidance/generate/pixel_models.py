@@ -1,0 +1,182 @@
+"""Pixel-space models by name, folder or hub id."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..builtin import RecommendedSettings, builtin_names, recommended_settings
+from ..pipelines.adm import ADMPipeline
+from .models import (
+    PIXEL_CLASSES,
+    find_device,
+    find_dtype,
+    find_folder,
+    is_stable_diffusion,
+    loading_failed,
+)
+from .sample_settings import SampleSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedPixelModel:
+    """A pipeline with what its folder says about it.
+
+    Attributes:
+        name: Short name of the model, for metadata.
+        pipeline: On its device; `pipeline.guidance` holds the recommended settings, if there are
+            any.
+        recommended: What the model recommends for itself; empty if it says nothing.
+    """
+
+    name: str
+    pipeline: ADMPipeline
+    recommended: RecommendedSettings
+
+    def settings(self, **given: Any) -> SampleSettings:
+        """Settings of samples: what is given, else what the model recommends.
+
+        Args:
+            **given: Arguments of `SampleSettings`; `None` counts as not given.
+
+        Raises:
+            ValueError: A setting is outside its range.
+        """
+        recommended: dict[str, Any] = {"num_inference_steps": self.recommended.num_inference_steps}
+        chosen = recommended | {name: value for name, value in given.items() if value is not None}
+        return SampleSettings(**{name: v for name, v in chosen.items() if v is not None})
+
+
+def load_pixel_model(
+    model: str = "emoji-adm",
+    device: str = "auto",
+    dtype: str = "auto",
+    classifier: str | Path | None = None,
+) -> LoadedPixelModel:
+    """Loads a pixel-space model for guided sampling.
+
+    Weights are read from safetensors files only, so that no code in a checkpoint is ever run.
+
+    Args:
+        model: Name of a builtin model, the folder of an `ADMPipeline`, `DDPMPipeline` or
+            `DDIMPipeline`, or the id of a repository on the Hugging Face hub ("owner/name").
+        device: As in `find_device`.
+        dtype: As in `find_dtype`; but "auto" is float32 for models that compute in float16 by
+            themselves, as ADM's converted checkpoints do.
+        classifier: Folder of a `NoisyClassifier`; `None` keeps the model's own, if it has one.
+
+    Returns:
+        The pipeline on its device and its recommended settings.
+
+    Raises:
+        ValueError: The model is missing or cannot be loaded, or the device or dtype is unknown.
+    """
+    target = find_device(device)
+    wanted = find_dtype(dtype, target)
+    source = find_pixel_model(model)
+    pipeline = _load_pipeline(model, source)
+    if classifier is not None:
+        size = pipeline.unet.config.sample_size
+        pipeline.register_modules(classifier=_load_classifier(classifier, size))
+    if dtype == "auto" and pipeline.unet.config.get("use_fp16"):
+        wanted = torch.float32
+    recommended = recommended_settings(source)
+    if recommended.guidance:
+        pipeline.guidance = recommended.make_guidance()
+    return LoadedPixelModel(
+        name=Path(source).name, pipeline=pipeline.to(target, wanted), recommended=recommended
+    )
+
+
+def find_pixel_model(model: str) -> str:
+    """Says what a pixel-space model's name stands for, without loading it.
+
+    Args:
+        model: As in `load_pixel_model`.
+
+    Returns:
+        A folder or a hub id.
+
+    Raises:
+        ValueError: It is neither, or nothing that can be loaded.
+    """
+    if model not in builtin_names() and Path(model).expanduser().is_file():
+        raise ValueError(
+            f"model={model!r} is a file: give a folder; `sag convert` makes one of an original"
+            " checkpoint"
+        )
+    return find_folder(model, _check_index)
+
+
+def find_classifier(folder: str | Path) -> Path:
+    """Checks the folder of a classifier, without loading it.
+
+    Args:
+        folder: What `save_pretrained` of a `NoisyClassifier` wrote.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: It is no such folder.
+    """
+    path = Path(folder).expanduser()
+    if not (path / "config.json").is_file():
+        raise ValueError(
+            f"classifier={str(folder)!r} must be a folder that `sag convert classifier` wrote"
+        )
+    return path
+
+
+def _load_pipeline(model: str, source: str) -> Any:
+    local = os.path.isdir(source)
+    try:
+        index: Any = {} if local else ADMPipeline.load_config(source)
+    except Exception as error:  # the libraries raise every kind for what they cannot read
+        raise ValueError(loading_failed(model, source, error)) from error
+    if not local:  # a folder's index was checked when it was found
+        _check_index(model, index)
+    try:
+        return ADMPipeline.from_pretrained(
+            source, torch_dtype=torch.float32, use_safetensors=True, local_files_only=local
+        )
+    except Exception as error:
+        raise ValueError(loading_failed(model, source, error)) from error
+
+
+def _load_classifier(folder: str | Path, size: int) -> Any:
+    from ..originals import NoisyClassifier
+
+    path = find_classifier(folder)
+    try:
+        classifier: Any = NoisyClassifier.from_pretrained(
+            str(path), use_safetensors=True, local_files_only=True
+        )
+    except Exception as error:  # the libraries raise every kind for files that they cannot read
+        told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ValueError(f"classifier={str(folder)!r} cannot be loaded: {told}") from error
+    if classifier.config.sample_size != size:
+        raise ValueError(
+            f"classifier={str(folder)!r} is for pictures of {classifier.config.sample_size} pixels,"
+            f" the model draws {size}"
+        )
+    return classifier.eval()
+
+
+def _check_index(model: str, index: Mapping[str, Any]) -> None:
+    class_name = index.get("_class_name")
+    if class_name in PIXEL_CLASSES:
+        return
+    if is_stable_diffusion(index):
+        raise ValueError(
+            f"model={model!r} is a Stable Diffusion model: draw from it with `sag generate`"
+        )
+    raise ValueError(
+        f"model={model!r} is of the class {class_name}: it must be one of"
+        f" {', '.join(PIXEL_CLASSES)}"
+    )

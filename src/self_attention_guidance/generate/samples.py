@@ -1,0 +1,266 @@
+"""Many samples of a pixel-space model to one file that evaluators read.
+
+Example:
+    ```python
+    from self_attention_guidance.generate import SampleRun, load_pixel_model
+
+    loaded = load_pixel_model("./imagenet128")
+    run = SampleRun(loaded.pipeline, "samples.npz", 50_000, loaded.settings(sag_scale=0.1))
+    run.finish(batch_size=16)  # goes on where an earlier, killed run ended
+    ```
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from ..checks import check_count, seeds_of
+from ..pipelines.adm import ADMPipeline
+from ..prediction import check_scheduler
+from .files import check_folder, check_free, save_png
+from .grid import draw_tiles
+from .metadata import format_parameters, version_label
+from .npz import StreamedArray, write_npz
+from .parts import Parts
+from .run_identity import describe_run
+from .sample_settings import SampleSettings, choose_labels
+from .sampling import Progress, seeded_generators
+from .schedulers import scheduler_label
+
+_MOST_TILES = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishedSamples:
+    """What a finished run wrote.
+
+    Attributes:
+        path: The `.npz` file.
+        grid: The PNG file that shows the first samples.
+        count: Samples in the file.
+        drawn: Samples that the last call drew; the others were there.
+        seconds: How long the last call drew.
+    """
+
+    path: Path
+    grid: Path
+    count: int
+    drawn: int
+    seconds: float
+
+
+class SampleRun:
+    """Draws samples into a file; killed at any moment, the same run goes on where it was.
+
+    Sample i has the seed `seed + i` and its own generator of random numbers on the CPU, so it
+    depends neither on the batch size nor on the other samples, up to the rounding of the kernels.
+    Finished batches wait in the folder `OUT.parts` until all are there.
+
+    Attributes:
+        drawn: How many of the samples an earlier run left.
+    """
+
+    def __init__(
+        self,
+        pipeline: ADMPipeline,
+        out: str | Path,
+        num_samples: int,
+        settings: SampleSettings | None = None,
+        *,
+        seed: int = 0,
+        overwrite: bool = False,
+        model_name: str | None = None,
+    ) -> None:
+        """Looks at what there is, and refuses what cannot be done; draws nothing.
+
+        Args:
+            pipeline: Its `guidance` and `scheduler` are part of the settings.
+            out: A `.npz` file: `arr_0`, the samples, uint8, (samples, height, width, channels),
+                and `arr_1`, their classes, int64, (samples,), if they have any. A PNG file beside
+                it shows the first 64.
+            num_samples: How many.
+            settings: What all samples share; `None` is the defaults.
+            seed: Of the first sample.
+            overwrite: Whether `out`, and what a run with other settings left, may be replaced.
+            model_name: For the metadata of the PNG file; `None` leaves it out.
+
+        Raises:
+            ValueError: An argument is outside its range or does not fit the model, or an
+                unfinished run with other settings is in the way.
+            FileExistsError: `out` exists and `overwrite` is False.
+        """
+        self.pipeline: Any = pipeline
+        self.out = check_samples_path(out, overwrite)
+        self.num_samples = check_count("num_samples", num_samples)
+        self.settings = settings or SampleSettings()
+        self.seeds = seeds_of(seed, num_samples)
+        self.model_name = model_name
+        check_scheduler(pipeline.scheduler)
+        self.labels = choose_labels(pipeline, self.settings, self.seeds)
+        self.parts = Parts(parts_folder(self.out), describe_run(pipeline, self.settings, seed))
+        difference = self.parts.difference()
+        if difference is not None and not overwrite:
+            raise ValueError(
+                f"out: {str(self.parts.folder)!r} holds an unfinished run with {difference}: go on"
+                " with its settings, choose another place, or begin anew with --overwrite"
+                " (overwrite=True)"
+            )
+        drawn = self.parts.drawn if difference is None else 0
+        self.is_written = self.out.exists() and self.parts.is_finished(num_samples)
+        self.drawn = num_samples if self.is_written else min(drawn, num_samples)
+        if self.drawn < num_samples:
+            check_free([self.out], overwrite)
+
+    def finish(self, batch_size: int = 8, on_progress: Progress | None = None) -> FinishedSamples:
+        """Draws what is missing and writes the files. Call it once.
+
+        Args:
+            batch_size: Samples drawn at once; it does not have to be that of the earlier run.
+            on_progress: Called after each step with the share of one sample's work that was done,
+                summed over the batch: its arguments add up to the samples that were missing.
+
+        Returns:
+            What was written.
+
+        Raises:
+            ValueError: An argument is outside its range or does not fit the model.
+        """
+        check_count("batch_size", batch_size)
+        started = time.monotonic()
+        missing = range(self.drawn, self.num_samples)
+        if self.drawn == 0:
+            self.parts.remove()  # what a run with other settings left
+        for first in missing[::batch_size]:
+            rows = slice(first, min(first + batch_size, self.num_samples))
+            self.parts.save(first, self._draw(rows, on_progress))
+            self.drawn = rows.stop
+        seconds = time.monotonic() - started
+        if not self.is_written:
+            self._write_grid()
+            self._write_samples()
+            self.parts.mark_finished(self.num_samples)
+        self.parts.remove()
+        return FinishedSamples(
+            path=self.out,
+            grid=grid_path(self.out),
+            count=self.num_samples,
+            drawn=len(missing),
+            seconds=seconds,
+        )
+
+    def _draw(self, rows: slice, on_progress: Progress | None) -> NDArray[np.uint8]:
+        seeds = self.seeds[rows]
+
+        def report(pipe: Any, step: int, timestep: object, tensors: dict[str, Any]) -> Any:
+            if on_progress is not None:
+                on_progress(len(seeds) / len(pipe.scheduler.timesteps))
+            return tensors
+
+        output = self.pipeline(
+            batch_size=len(seeds),
+            class_labels=None if self.labels is None else self.labels[rows],
+            num_inference_steps=self.settings.num_inference_steps,
+            sag_scale=self.settings.sag_scale,
+            classifier_scale=self.settings.classifier_scale,
+            eta=self.settings.eta,
+            generator=seeded_generators(self.pipeline.scheduler, seeds),
+            output_type="latent",
+            callback_on_step_end=report,
+        )
+        return to_uint8(output.images)
+
+    def _write_samples(self) -> None:
+        size = next(self.parts.read(1)).shape[1:]
+        pictures = self.parts.read(self.num_samples)
+        arrays = {"arr_0": StreamedArray((self.num_samples, *size), "uint8", pictures)}
+        if self.labels is not None:
+            labels = np.array(self.labels, dtype=np.int64)
+            arrays["arr_1"] = StreamedArray(labels.shape, "int64", [labels])
+        whole = self.parts.temporary_path(self.out.name)
+        write_npz(whole, arrays)
+        os.replace(whole, self.out)
+
+    def _write_grid(self) -> None:
+        first = self.parts.read(min(self.num_samples, _MOST_TILES))
+        pictures = [_image(picture) for batch in first for picture in batch]
+        scale = self.settings.sag_scale
+        values = {
+            "Steps": self.settings.num_inference_steps,
+            "Sampler": scheduler_label(self.pipeline.scheduler),
+            "Seed": self.seeds[0],
+            "Size": "{}x{}".format(*pictures[0].size),
+            "Model": self.model_name,
+            "SAG scale": float(self.pipeline.guidance.scale if scale is None else scale),
+            "Version": version_label(),
+        }
+        text = format_parameters("", "", values)
+        save_png(draw_tiles(pictures), grid_path(self.out), text, overwrite=True)
+
+
+def check_samples_path(out: str | Path, overwrite: bool = False) -> Path:
+    """Checks where samples will go, and makes the folder that they go to.
+
+    Args:
+        out: The `.npz` file.
+        overwrite: Whether it and the PNG file beside it may be replaced.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: It is no `.npz` file, or nothing can be written there.
+        FileExistsError: It exists, no unfinished run is beside it, and `overwrite` is False.
+    """
+    path = Path(out).expanduser()
+    if path.suffix != ".npz":
+        raise ValueError(f"out={str(out)!r} must end in .npz")
+    check_folder(path.parent)
+    # A run that was killed may have written the files already, just before it was done.
+    check_free([path, grid_path(path)], overwrite or parts_folder(path).is_dir())
+    return path
+
+
+def parts_folder(out: Path) -> Path:
+    """The folder of an unfinished run's batches.
+
+    Args:
+        out: The `.npz` file.
+    """
+    return out.with_name(out.name + ".parts")
+
+
+def grid_path(out: Path) -> Path:
+    """The PNG file that shows the first samples.
+
+    Args:
+        out: The `.npz` file.
+    """
+    return out.with_suffix(".png")
+
+
+def to_uint8(samples: Tensor) -> NDArray[np.uint8]:
+    """Samples to bytes as the original's scripts do.
+
+    Args:
+        samples: In [-1, 1], (samples, channels, height, width).
+
+    Returns:
+        (samples, height, width, channels).
+    """
+    pixels = ((samples.float() + 1) * 127.5).clamp(0, 255).to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def _image(pixels: NDArray[np.uint8]) -> Image.Image:
+    """A picture; of what is not RGB, the first channel."""
+    return Image.fromarray(pixels if pixels.shape[-1] == 3 else pixels[..., 0])

@@ -1,0 +1,35 @@
+"""Stable Diffusion XL with Self-Attention Guidance."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers import StableDiffusionXLPipeline
+
+from .guided import GuidedPipelineMixin
+
+
+class StableDiffusionXLSAGPipeline(GuidedPipelineMixin, StableDiffusionXLPipeline):
+    """diffusers' `StableDiffusionXLPipeline` with a `sag_scale` in its call.
+
+    Its `guidance` and `guidance_handle` are those of `GuidedPipelineMixin`. Source: Hong et al.,
+    ICCV 2023, arXiv 2210.00939.
+    """
+
+    def __call__(self, *args: Any, sag_scale: float = 0.75, **kwargs: Any) -> Any:
+        """Draw pictures of a prompt.
+
+        Args:
+            *args: As diffusers' class has them.
+            sag_scale: Weight of self-attention guidance, any finite number; 0 is off and costs
+                nothing.
+            **kwargs: As diffusers' class has them.
+
+        Returns:
+            `StableDiffusionXLPipelineOutput` with `images`, or a tuple of it.
+
+        Raises:
+            ValueError: An argument is out of its range, or the scheduler or U-Net can't be guided.
+        """
+        with self.guided(sag_scale):
+            return super().__call__(*args, **kwargs)

@@ -1,0 +1,274 @@
+"""The commands `sample` and `convert`, run as a user runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import self_attention_guidance.builtin as builtin
+from self_attention_guidance import (
+    ADMPipeline,
+    NoisyClassifier,
+    SelfAttentionGuidance,
+    builtin_model,
+)
+from self_attention_guidance.generate import (
+    find_model,
+    load_pixel_model,
+)
+from tiny import seeded
+from tiny_pixels import (
+    arrays_of,
+    error_of,
+    interrupt,
+    one_thread,
+    pictures_of,
+    run,
+    save_tiny_pixels,
+    tiny_pipeline,
+)
+
+ORIGINALS = Path(__file__).parent / "data" / "originals"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def on_one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tiny_pixels(tmp_path_factory.mktemp("samples") / "tiny")
+
+
+# sample
+
+
+def test_command_prints_paths_and_rate(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, model: str
+) -> None:
+    out = tmp_path / "a.npz"
+    arguments = ["sample", "--model", model, "--out", out, "--classes", "4,0,6"]
+    assert run(*arguments, "--num-samples", "7", "--batch-size", "4") == 0
+    captured = capsys.readouterr()
+    *paths, rate = captured.out.splitlines()
+    assert paths == [str(out), str(tmp_path / "a.png")]
+    assert rate.startswith("7 pictures in ")
+    assert rate.endswith(" a second")
+    assert captured.err == ""
+    assert arrays_of(out)["arr_1"].tolist() == [4, 0, 6, 4, 0, 6, 4]
+    assert "a.npz' exists" in error_of(capsys, *arguments, "--num-samples", "7")
+
+
+def test_options_reach_the_samples(tmp_path: Path, model: str) -> None:
+    arguments = ["sample", "--model", model, "--num-samples", "2", "--classes", "1", "--out"]
+    options: dict[str, list[object]] = {
+        "plain": [],
+        "scale": ["--sag-scale", 3],
+        "blur": ["--blur-guidance"],
+        "sigma": ["--blur-sigma", 5],
+        "kernel": ["--blur-kernel-size", 3],
+        "threshold": ["--threshold", 0],
+        "layer": ["--layer", "up_blocks.0.attentions.0"],
+        "start": ["--start", 0.5],
+        "stop": ["--stop", 0.5],
+        "steps": ["--steps", 3],
+        "seed": ["--seed", 9],
+        "class": ["--classes", 2],
+        "ddpm": ["--scheduler", "ddpm"],
+        "eta": ["--eta", 0.5],
+        "dtype": ["--dtype", "bfloat16"],
+    }
+    for name, given in options.items():
+        assert run(*arguments, tmp_path / f"{name}.npz", *given) == 0, name
+    different = {pictures_of(path).tobytes() for path in tmp_path.glob("*.npz")}
+    assert len(different) == len(options) - 1  # a threshold of 0 blurs everywhere, too
+
+
+def test_other_settings_are_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, model: str
+) -> None:
+    out = tmp_path / "a.npz"
+    arguments = ["sample", "--model", model, "--num-samples", 5, "--out", out]
+    loaded = load_pixel_model(model, "cpu")
+    loaded.pipeline.set_progress_bar_config(disable=True)
+    interrupt(loaded.pipeline, out, 2, loaded.settings())
+    told = error_of(capsys, *arguments, "--seed", 4)
+    assert "holds an unfinished run with seed=0, not 4" in told
+    assert "--overwrite" in told
+    assert run(*arguments) == 0
+    assert "5 pictures, 2 of them drawn before, 3 now in " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--num-samples", "0"], "num_samples=0 must be a whole number, at least 1"),
+        (["--num-samples", "x"], "--num-samples"),
+        (["--classes", "1;2"], "classes='1;2' must be whole numbers separated by commas"),
+        (["--classes", "-1"], "classes=-1 must be a whole number, at least 0"),
+        (["--classes", "7"], "classes=7 must be from 0 to 6"),
+        (["--out", "a.txt"], "out='a.txt' must end in .npz"),
+        (["--steps", "0"], "num_inference_steps=0 must be a whole number, at least 1"),
+        (["--scheduler", "eular"], "scheduler='eular' is unknown: the nearest"),
+        (["--scheduler", "edm euler"], "needs a denoiser with EDM"),
+        (["--eta", "-1"], "eta=-1.0 must be at least 0"),
+        (["--sag-scale", "nan"], "sag_scale=nan must be a finite number"),
+        (["--classifier-scale", "2"], "classifier_scale=2.0 must be 0: there is no classifier"),
+        (["--classifier", "none"], "classifier='none' must be a folder that `sag convert"),
+        (["--blur-kernel-size", "2"], "blur_kernel_size=2 must be odd"),
+        (["--blur-guidance", "--layer", "x"], "layer='x' must not be given with --blur-guidance"),
+        (["--layer", "no.such.layer"], "no.such.layer"),
+        (["--seed", "-1"], "seed=-1 must be a whole number, at least 0"),
+        (["--batch-size", "0"], "batch_size=0 must be a whole number, at least 1"),
+        (["--device", "cuda:63"], "device='cuda:63' is not available here"),
+        (["--dtype", "int8"], "dtype='int8' must be one of auto, float32"),
+        (["--model", "./none"], "model='./none' does not exist: give a folder"),
+        (["--model", "emoji"], "is a Stable Diffusion model: draw from it with `sag generate`"),
+        (["--model", __file__], "is a file: give a folder; `sag convert` makes one"),
+        (["--model", "nobody/none"], "could not be loaded from the Hugging Face"),
+    ],
+)
+def test_user_errors_are_one_line(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    model: str,
+    arguments: list[str],
+    told: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if "--num-samples" not in arguments:
+        arguments = [*arguments, "--num-samples", "2"]
+    if "--model" not in arguments:
+        arguments = [*arguments, "--model", model]
+    assert told in error_of(capsys, "sample", *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_number_of_samples_must_be_given(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--num-samples" in error_of(capsys, "sample")
+
+
+def test_classes_of_models_without_are_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    tiny_pipeline().save_pretrained(tmp_path / "tiny")
+    arguments = ["sample", "--model", tmp_path / "tiny", "--num-samples", 1, "--classes", 1]
+    told = error_of(capsys, *arguments, "--out", tmp_path / "a.npz")
+    assert "classes=[1] must not be given: the model knows no classes" in told
+
+
+def test_foreign_folders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["sample", "--num-samples", 1, "--out", tmp_path / "a.npz", "--model", tmp_path]
+    assert "without model_index.json" in error_of(capsys, *arguments)
+    index = tmp_path / "model_index.json"
+    for content, told in {
+        "{": "model_index.json cannot be read",
+        "[]": "must hold a JSON object",
+        '{"_class_name": "KandinskyPipeline", "movq": []}': "must be one of ADMPipeline",
+        '{"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]}': "cannot be loaded",
+    }.items():
+        index.write_text(content)
+        assert told in error_of(capsys, *arguments)
+
+
+# Models
+
+
+def test_builtin_pixel_model(
+    tmp_path: Path,
+    model: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "emoji-adm").symlink_to(model, target_is_directory=True)
+    monkeypatch.setattr(builtin, "_HERE", tmp_path)
+    pipe = builtin_model("emoji-adm")
+    assert type(pipe) is ADMPipeline
+    assert pipe.guidance == SelfAttentionGuidance(1.5)
+    with pytest.raises(ValueError, match="takes no prompts: draw from it with `sag sample`"):
+        find_model("emoji-adm")
+    told = error_of(capsys, "generate", "a", "--model", "emoji-adm", "--out", tmp_path / "out")
+    assert "`sag sample`" in told
+    assert run("sample", "--num-samples", "1", "--out", tmp_path / "a.npz") == 0
+
+
+def test_classifier_comes_from_its_folder(tmp_path: Path, model: str) -> None:
+    with seeded(0):
+        for size in (16, 8):
+            NoisyClassifier(
+                num_classes=5,
+                sample_size=size,
+                block_out_channels=(32, 64),
+                layers_per_block=1,
+                attention_head_dim=32,
+                down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+                downsample_type="conv",
+                timestep_channels=32,
+            ).save_pretrained(tmp_path / str(size))
+    arguments = ["sample", "--model", model, "--num-samples", 9, "--sag-scale", 0, "--classifier"]
+    for scale in (0, 5):
+        out = tmp_path / f"{scale}.npz"
+        given = [*arguments, tmp_path / "16", "--classifier-scale", scale, "--out", out]
+        assert run(*given) == 0
+    assert arrays_of(tmp_path / "0.npz")["arr_1"].max() > 4
+    assert arrays_of(tmp_path / "5.npz")["arr_1"].max() == 4  # known to both
+    assert (pictures_of(tmp_path / "0.npz") != pictures_of(tmp_path / "5.npz")).any()
+    with pytest.raises(ValueError, match="is for pictures of 8 pixels, the model draws 16"):
+        load_pixel_model(model, "cpu", classifier=tmp_path / "8")
+
+
+# convert
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["gan", "a.pt", "new"], "kind='gan' must be one of adm, iddpm, dit, classifier"),
+        (["adm", "none.pt", "new"], "checkpoint='none.pt' must be a file"),
+        (["adm", "a.pt", "a.pt"], "out='a.pt' is a file: name a folder"),
+        (["adm", "a.pt", "full"], "out: 'full' exists and is not empty"),
+        (["adm", "a.pt", "new", "--config", "a.json", "--preset", "x"], "must not be given both"),
+        (["adm", "a.pt", "new", "--config", "none.json"], "config='none.json' cannot be read as"),
+        (["adm", "a.pt", "new", "--config", "a.pt"], "config='a.pt' cannot be read as JSON"),
+        (["adm", "a.pt", "new", "--config", "list.json"], "must hold a JSON object"),
+        (["adm", "a.pt", "new", "--preset", "x"], "preset='x' must be one of "),
+        (["adm", "a.pt"], "OUT"),
+    ],
+)
+def test_wrong_conversions_are_one_line(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    arguments: list[str],
+    told: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.pt").write_bytes(b"nothing")
+    Path("a.json").write_text("{}")
+    Path("list.json").write_text("[]")
+    Path("full").mkdir()
+    Path("full", "mine").write_text("mine")
+    assert told in error_of(capsys, "convert", *arguments)
+    assert not Path("new").exists()
+
+
+@pytest.mark.parametrize("kind", ["adm", "iddpm"])
+def test_converted_checkpoints_draw(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, kind: str
+) -> None:
+    original, out = ORIGINALS / kind, tmp_path / "converted"
+    arguments = ["convert", kind, original / "model.pt", out]
+    assert "config=None must be given" in error_of(capsys, *arguments)
+    assert run(*arguments, "--config", original / "config.json") == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    drawn = ["sample", "--model", out, "--num-samples", 1, "--steps", 2, "--sag-scale", 0]
+    for scheduler in ("ddpm", "ddim"):
+        given = [*drawn, "--scheduler", scheduler, "--out", tmp_path / f"{scheduler}.npz"]
+        assert run(*given) == 0
+    pictures = [pictures_of(tmp_path / f"{name}.npz") for name in ("ddpm", "ddim")]
+    assert (pictures[0] != pictures[1]).any()
