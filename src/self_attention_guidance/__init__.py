@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .pipelines.adm import ADMPipeline
     from .pipelines.dit import DiTSAGPipeline
     from .pipelines.stable_diffusion import StableDiffusionSAGPipeline
+    from .pipelines.stable_diffusion_xl import StableDiffusionXLSAGPipeline
 
 __version__ = "0.1.0"
 
@@ -21,6 +22,7 @@ __all__ = [
     "BlurGuidance",
     "GuidanceHandle",
     "StableDiffusionSAGPipeline",
+    "StableDiffusionXLSAGPipeline",
     "ADMPipeline",
     "DiTSAGPipeline",
     "load_original",
@@ -42,6 +44,7 @@ _HOMES = {
     "OriginalDiTModel": "originals",
     "SelfAttentionGuidance": "guidance",
     "StableDiffusionSAGPipeline": "pipelines.stable_diffusion",
+    "StableDiffusionXLSAGPipeline": "pipelines.stable_diffusion_xl",
     "builtin_model": "builtin",
     "load_original": "originals",
 }
