@@ -56,7 +56,9 @@ def small_unet(cls: Any = UNet2DModel, **changes: Any) -> Any:
 def pipeline(
     scheduler: Any = None, guidance: Any = GUIDANCE, unet: Any = None, **parts: Any
 ) -> ADMPipeline:
-    pipe = ADMPipeline(unet or small_unet(), scheduler or DDIMScheduler(), **parts)
+    pipe = ADMPipeline(
+        small_unet() if unet is None else unet, scheduler or DDIMScheduler(), **parts
+    )
     pipe.set_progress_bar_config(disable=True)
     pipe.guidance = guidance
     return pipe

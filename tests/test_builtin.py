@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from self_attention_guidance import SelfAttentionGuidance, builtin_model
+from self_attention_guidance import ADMPipeline, SelfAttentionGuidance, builtin_model
 from self_attention_guidance.builtin import (
     RecommendedSettings,
     builtin_folder,
@@ -44,6 +45,51 @@ def test_emoji_draws_a_coloured_picture_on_white() -> None:
     assert image.shape == (3, 64, 64)
     assert corners.mean() > 0.9
     assert image[0].mean() - image[2].mean() > 0.05
+
+
+@pytest.fixture(scope="module")
+def pixels() -> ADMPipeline:
+    pipe = builtin_model("emoji-adm")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw_pixels(pipe: ADMPipeline, **arguments: Any) -> torch.Tensor:
+    generators = [torch.Generator().manual_seed(seed) for seed in range(8)]
+    return pipe(
+        batch_size=8, num_inference_steps=10, generator=generators, output_type="pt", **arguments
+    ).images
+
+
+def test_emoji_adm_is_small_and_recommends_its_settings(pixels: ADMPipeline) -> None:
+    folder = builtin_folder("emoji-adm")
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 8_000_000
+    assert {weight.dtype for weight in pixels.unet.parameters()} == {torch.float32}
+    assert pixels.guidance == recommended_settings(folder).make_guidance()
+    classes = json.loads((folder / "classes.json").read_text(encoding="utf-8"))
+    assert len(classes) == pixels.config["null_label"] == pixels.unet.config.num_class_embeds - 1
+
+
+def test_emoji_adm_draws_on_white_and_guidance_shows(pixels: ADMPipeline) -> None:
+    unguided, guided = draw_pixels(pixels, sag_scale=0), draw_pixels(pixels)
+    for pictures in (unguided, guided):
+        assert pictures.shape == (8, 3, 32, 32)
+        assert pictures[:, :, [0, 0, -1, -1], [0, -1, 0, -1]].mean() > 0.8
+    assert (guided - unguided).abs().mean() > 0.01
+    handle = pixels.guidance_handle
+    assert handle is not None
+    assert handle.attention is not None
+    assert handle.attention.std() > 0.1  # where to blur is a choice, not chance
+
+
+def test_emoji_adm_draws_what_its_classes_say(pixels: ADMPipeline) -> None:
+    classes = json.loads((builtin_folder("emoji-adm") / "classes.json").read_text())
+    faces = draw_pixels(pixels, class_labels=classes.index("face-smiling"))
+    plants = draw_pixels(pixels, class_labels=classes.index("plant-other"))
+    yellow = faces[:, :2].mean() - faces[:, 2].mean()
+    green = plants[:, 1].mean() - plants[:, 0].mean()
+    assert yellow > 0.15
+    assert green > faces[:, 1].mean() - faces[:, 0].mean()
 
 
 def test_unknown_name_lists_the_names() -> None:

@@ -85,6 +85,7 @@ class Picture:
     keywords: tuple[str, ...]
     vendor: str
     code: str
+    subgroup: str
     path: Path
     in_broad: bool
     in_vocabulary: bool
@@ -141,6 +142,7 @@ def pictures(folder: Path) -> list[Picture]:
                 keywords=tuple(tag.lower() for tag in named.get("tags", ()) if tag != label),
                 vendor=vendor,
                 code=code,
+                subgroup=entry["subcategory"],
                 path=folder / vendor / "img" / vendor / "64" / entry["image"],
                 in_broad=entry["subcategory"] in BROAD_SUBGROUPS,
                 in_vocabulary=label in VOCABULARY,
