@@ -31,22 +31,21 @@ from shared import data, features
 from shipping import SHIPPED, write_json
 
 STEPS = 25
-GRID_SEEDS = 8
+GRID_SEEDS = 10
 
 MID = "mid_block.attentions.0"  # 8x8
 LAST = "up_blocks.1.attentions.2"  # 16x16
 BLUR: dict[str, Any] = {"blur_sigma": 3.0, "blur_kernel_size": 9}
 EARLY: dict[str, Any] = {"scale": 4.0, **BLUR, "stop": 0.3}
 UNGUIDED = SelfAttentionGuidance(0.0)
-RECOMMENDED = SelfAttentionGuidance(**EARLY, layer=LAST)
+RECOMMENDED = SelfAttentionGuidance(1.0, **BLUR, layer=LAST)
 CANDIDATES: list[SelfAttentionGuidance | BlurGuidance] = [
     UNGUIDED,
     RECOMMENDED,
+    SelfAttentionGuidance(1.0, **BLUR, layer=MID),
+    SelfAttentionGuidance(**EARLY, layer=LAST),
     SelfAttentionGuidance(**EARLY, layer=MID),
     BlurGuidance(**EARLY),
-    SelfAttentionGuidance(1.0, **BLUR, layer=LAST),
-    SelfAttentionGuidance(1.0, **BLUR, layer=MID),
-    SelfAttentionGuidance(2.0, **BLUR, layer=LAST, start=0.3),
 ]
 SETTINGS: dict[str, Any] = {
     "guidance": {
