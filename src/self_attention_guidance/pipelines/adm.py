@@ -161,9 +161,9 @@ class ADMPipeline(GuidedPipelineMixin, DiffusionPipeline):
         return scale
 
     def _check_variance(self) -> None:
-        learned = getattr(self.scheduler, "variance_type", None) in LEARNED_VARIANCES
         config = self.unet.config
-        if learned and config.out_channels != 2 * config.in_channels:
+        learned = config.out_channels == 2 * config.in_channels
+        if _uses_learned_variance(self.scheduler) and not learned:
             raise ValueError(
                 f"scheduler has variance_type={self.scheduler.variance_type!r}, but the network "
                 "has learned no variance; use 'fixed_small' or 'fixed_large'"
@@ -246,10 +246,13 @@ class _Loop:
         )
 
 
+def _uses_learned_variance(scheduler: Any) -> bool:
+    return isinstance(scheduler, DDPMScheduler) and scheduler.variance_type in LEARNED_VARIANCES
+
+
 def _used(scheduler: Any, output: Tensor, x_t: Tensor) -> Tensor:
     """A network's output without the variance that a scheduler does not ask for."""
-    learned = getattr(scheduler, "variance_type", None) in LEARNED_VARIANCES
-    return output if learned and isinstance(scheduler, DDPMScheduler) else output[:, : x_t.shape[1]]
+    return output if _uses_learned_variance(scheduler) else output[:, : x_t.shape[1]]
 
 
 def _batch_size(given: int | None, labels: Labels | None, latents: Tensor | None) -> int:
