@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from command_line import error_of, run
 from self_attention_guidance.cli import main
 from self_attention_guidance.generate import read_parameters
 from tiny import save_tiny_model
@@ -27,20 +28,6 @@ SETTINGS = {
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_tiny_model(tmp_path_factory.mktemp("cli") / "tiny", SETTINGS))
-
-
-def run(*arguments: object) -> int:
-    return main([str(argument) for argument in arguments])
-
-
-def error_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """Runs a command that must fail as a user's error, and returns its one line."""
-    assert run(*arguments) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("error: ")
-    assert captured.err.count("\n") == 1
-    return captured.err
 
 
 def pixels(path: Path | str) -> np.ndarray:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import self_attention_guidance.builtin as builtin
+from command_line import error_of, run
 from self_attention_guidance import (
     ADMPipeline,
     NoisyClassifier,
@@ -21,11 +22,9 @@ from self_attention_guidance.generate import (
 from tiny import seeded
 from tiny_pixels import (
     arrays_of,
-    error_of,
     interrupt,
     one_thread,
     pictures_of,
-    run,
     save_tiny_pixels,
     tiny_pipeline,
 )

@@ -17,6 +17,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
+from command_line import run
 from self_attention_guidance.generate import (
     SampleRun,
     SampleSettings,
@@ -29,7 +30,6 @@ from tiny_pixels import (
     interrupt,
     one_thread,
     pictures_of,
-    run,
     save_tiny_pixels,
     tiny_pipeline,
 )

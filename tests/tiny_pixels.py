@@ -18,7 +18,6 @@ from self_attention_guidance import (
     ADMPipeline,
     SelfAttentionGuidance,
 )
-from self_attention_guidance.cli import main
 from self_attention_guidance.generate import (
     FinishedSamples,
     SampleRun,
@@ -75,20 +74,6 @@ def save_tiny_pixels(folder: Path) -> str:
     settings = {"guidance": {"scale": 1.5}, "generation": {"num_inference_steps": 2}}
     (folder / "sag_settings.json").write_text(json.dumps(settings))
     return str(folder)
-
-
-def run(*arguments: object) -> int:
-    return main([str(argument) for argument in arguments])
-
-
-def error_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """Runs a command that must fail as a user's error, and returns its one line."""
-    assert run(*arguments) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("error: ")
-    assert captured.err.count("\n") == 1
-    return captured.err
 
 
 def arrays_of(path: Path) -> dict[str, np.ndarray]:

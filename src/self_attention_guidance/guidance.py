@@ -98,7 +98,8 @@ class SelfAttentionGuidance(_Guidance):
             "uncond" is the paper's, "cond" acts more on the subject.
         threshold: Positions that receive more attention than this are blurred; 1.0 is the mean.
         layer: Dotted path of the self-attention layer in the denoiser; `None` is the default of
-            the denoiser's family: the mid block of U-Nets, the middle block of DiT.
+            the denoiser's family: the mid block of U-Nets, the middle block of DiT (by argument,
+            not by measurement: it is to DiT's blocks what the bottleneck is to a U-Net's).
 
     Raises:
         ValueError: A setting is out of its range or not of its type.

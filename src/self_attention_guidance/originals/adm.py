@@ -59,6 +59,7 @@ def original_scheduler(kind: str, config: Mapping[str, Any]) -> DDPMScheduler:
     steps, name = complete["diffusion_steps"], complete["noise_schedule"]
     if name not in _BETA_SCHEDULES:
         raise ValueError(f"config: noise_schedule={name!r} must be 'linear' or 'cosine'")
+    learned = complete["out_channels"] == 2 * complete["in_channels"]
     fixed = "fixed_small" if complete["sigma_small"] else "fixed_large"
     return DDPMScheduler(
         num_train_timesteps=steps,
@@ -66,7 +67,7 @@ def original_scheduler(kind: str, config: Mapping[str, Any]) -> DDPMScheduler:
         # the endpoints are those of 1000 steps, and scale with their number
         beta_start=0.1 / steps,
         beta_end=20 / steps,
-        variance_type="learned_range" if complete["out_channels"] == 6 else fixed,
+        variance_type="learned_range" if learned else fixed,
         prediction_type="sample" if complete["predict_xstart"] else "epsilon",
         clip_sample=True,
         timestep_spacing="linspace",

@@ -14,6 +14,7 @@ from ..checks import check_count
 from ..pipelines.dit import CFG_CHANNELS
 from .rules import Rule, convert, qkv_by_part
 
+# Those of the original constructor, which make DiT-XL/2.
 _DEFAULTS: Mapping[str, Any] = {
     "input_size": 32,
     "patch_size": 2,
