@@ -23,11 +23,13 @@ class Scores:
         query: Shape (..., queries, channels).
         key: Shape (..., positions, channels).
         scale: Factor of the scores; `None` is 1 / sqrt(channels).
+        bias: Added to the scores, or where they count if bool; `None` if there is none.
     """
 
     query: Tensor
     key: Tensor
     scale: float | None
+    bias: Tensor | None = None
 
 
 class _ScoreReader(TorchFunctionMode):
@@ -48,7 +50,8 @@ class _ScoreReader(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             query = args[0] if args else kwargs["query"]
             key = args[1] if len(args) > 1 else kwargs["key"]
-            self.scores.append(Scores(query, key, kwargs.get("scale")))
+            bias = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+            self.scores.append(Scores(query, key, kwargs.get("scale"), bias))
         elif func is torch.baddbmm:  # how sliced attention computes its scores
             self.scores.append(Scores(args[1], args[2].transpose(-1, -2), kwargs.get("alpha", 1)))
         return func(*args, **kwargs)
@@ -102,13 +105,14 @@ class AttentionCapture:
         return scores
 
 
-def received(scores: list[Scores], batch: int, rows: slice) -> Tensor:
+def received(scores: list[Scores], batch: int, rows: slice, picture: slice | None = None) -> Tensor:
     """The attention that each position received (see `maths.attention_received`).
 
     Args:
         scores: What `AttentionCapture.stop` returned; not empty.
         batch: Batch size of the pass that was read.
         rows: The part of the batch that is wanted.
+        picture: The positions that are wanted; `None` is all.
 
     Returns:
         Shape (rows, positions), float32.
@@ -126,7 +130,10 @@ def received(scores: list[Scores], batch: int, rows: slice) -> Tensor:
     query = torch.cat([score.query.flatten(0, -3) for score in scores])
     key = torch.cat([score.key.flatten(0, -3) for score in scores])
     query, key = (side.unflatten(0, (batch, -1))[rows] for side in (query, key))
-    return attention_received(query, key, scores[0].scale)
+    bias = scores[0].bias
+    if bias is not None and len(scores) == 1:
+        bias = bias[rows] if bias.ndim == 4 and len(bias) == batch else bias
+    return attention_received(query, key, scores[0].scale, bias, picture)
 
 
 def self_attention(denoiser: nn.Module, layer: str) -> nn.Module:

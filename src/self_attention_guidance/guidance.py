@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_count, check_finite
-from .families import BatchLayout, default_layer, family_of
+from .families import FAMILIES, BatchLayout, default_layer, family_of
 from .handle import GuidanceHandle
 from .maths import attention_mask
 from .prediction import check_scheduler
@@ -65,9 +65,10 @@ class _Guidance:
             target: A diffusers pipeline, or a denoiser for a loop of your own.
             scheduler: The scheduler that drives a bare denoiser. A pipeline's own is used, also
                 when it is exchanged later.
-            batch_layout: "single" (each row is an image), or the order of the halves of a batch
-                under classifier-free guidance, "uncond_first" or "cond_first". `None` asks the
-                pipeline at every step; for a bare denoiser it is "single".
+            batch_layout: What a call holds under classifier-free guidance: a batch of two halves
+                in this order, "uncond_first" or "cond_first", or the first of two calls of a
+                step, "cond_call_first"; "single" without it (each row is an image). `None` asks
+                the pipeline at every step; for a bare denoiser it is "single".
 
         Returns:
             The handle; use it in a `with` statement, or call its `remove`.
@@ -176,15 +177,9 @@ def _target(target: Any, scheduler: Any, batch_layout: BatchLayout | None) -> Ta
     if not isinstance(denoiser, nn.Module):
         raise ValueError(
             f"target={type(target).__name__} must be a diffusers pipeline with a unet or a "
-            "transformer, or a denoiser"
+            f"transformer, or a denoiser; supported denoisers: {', '.join(FAMILIES)}"
         )
     if scheduler is not None:
         raise ValueError("scheduler must not be given with a pipeline: its own is used")
     family = family_of(denoiser)
-    tells = hasattr(type(target), "do_classifier_free_guidance")
-    if batch_layout is None and not tells and not family.tells_layout:
-        raise ValueError(
-            f"batch_layout=None must be given for {type(target).__name__}, which does not tell "
-            "whether classifier-free guidance is on"
-        )
     return Target(denoiser, family, None, target, batch_layout)

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from .canvas import canvas, picture_tokens
 from .capture import AttentionCapture, Scores, received, self_attention, token_grid
-from .families import uncompiled
+from .families import BatchLayout, uncompiled
 from .maths import degrade
 from .prediction import prediction_at, step_fraction
+from .separate_calls import SeparateCalls
 from .target import Call, Target
 
 if TYPE_CHECKING:
@@ -45,6 +47,8 @@ class GuidanceHandle:
         attention: Attention received per position at the last guided step, (images, rows,
             columns) float32, mean 1; `None` before it and for blur guidance, which reads none.
         mask: The positions that were blurred there, (images, rows, columns) bool.
+        term: What guidance added there, times scale, in units of the denoiser's output: (images,
+            channels, height, width), at least float32.
     """
 
     def __init__(self, guidance: _Guidance, target: Target) -> None:
@@ -57,10 +61,15 @@ class GuidanceHandle:
         self.steps = 0
         self.attention: Tensor | None = None
         self.mask: Tensor | None = None
+        self.term: Tensor | None = None
         self._target = target
         self._layer = guidance.attention_layer(target.denoiser)
         self._capture: AttentionCapture | None = None
-        self._is_guided_call = False
+        self._call: Call | None = None
+        self._needs_term = True
+        self._calls = SeparateCalls(guidance.branch)
+        self._run: Any = None
+        self._layout: BatchLayout = "single"
         self._in_second_pass = False
         denoiser = target.denoiser
         if self._layer is not None:
@@ -76,6 +85,7 @@ class GuidanceHandle:
         for hook in self._hooks:
             hook.remove()
         self._stop_reading()
+        self._calls = SeparateCalls(self.guidance.branch)
 
     def __enter__(self) -> GuidanceHandle:
         """The handle; the denoiser is guided already."""
@@ -95,13 +105,15 @@ class GuidanceHandle:
             return
         self._stop_reading()
         timestep = self._target.scheduler_timestep(args, kwargs)
-        self._is_guided_call = self._is_guided(timestep)
-        if not self._is_guided_call:
+        if not self._is_guided(timestep):
             return
-        self._target.call(
-            args, kwargs, self.guidance.branch
-        )  # refuses a batch that doesn't fit before the pass is paid
-        if self._layer is not None:
+        # A batch that doesn't fit is refused before the pass is paid.
+        call = self._target.call(args, kwargs, self.guidance.branch)
+        self._refuse_lost_halves(call)
+        if call.layout == "cond_call_first":
+            self._needs_term = self._calls.begin(self._target.scheduler, timestep, call.sample)
+        self._call = call
+        if self._layer is not None and self._needs_term:
             self._capture = AttentionCapture(self_attention(uncompiled(module), self._layer))
             self._capture.start()
 
@@ -109,21 +121,21 @@ class GuidanceHandle:
     def _after(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        if self._in_second_pass or not self._is_guided_call:
+        if self._in_second_pass or self._call is None:
             return None
+        call, needs_term = self._call, self._needs_term
         scores = self._stop_reading()
         if output is None:  # the pass failed, and its exception is under way
             return None
-        if not scores and self._layer is not None:
+        if not scores and self._layer is not None and needs_term:
             raise RuntimeError(
                 f"no attention was recorded at {self._layer!r}: the layer did not run, or its "
                 "processor uses a kernel that can't be read; use diffusers' default processor "
                 "there, and if the denoiser was compiled and run before guidance was attached, "
                 "call torch.compiler.reset() first"
             )
-        return self._guided(
-            module, self._target.call(args, kwargs, self.guidance.branch), output, scores
-        )
+        term = self._whole_term(module, call, output[0], scores) if needs_term else None
+        return _with_first(output, self._guided(call, output[0], term))
 
     def _is_guided(self, timestep: Any) -> bool:
         if self.guidance.scale == 0:
@@ -132,42 +144,66 @@ class GuidanceHandle:
         # A fraction such as 1 - 0.7 is not quite the 0.3 at which the step lies.
         return self.guidance.start - 1e-9 <= fraction < self.guidance.stop - 1e-9
 
+    def _refuse_lost_halves(self, call: Call) -> None:
+        """Notice that what looked like the halves of a batch were pictures of the same seed."""
+        run = self._target.scheduler.timesteps
+        if run is self._run and call.layout == "single" and self._layout != "single":
+            raise ValueError(
+                "the halves of the batch held the same samples, but no longer do: without "
+                "classifier-free guidance, attach with batch_layout='single'"
+            )
+        self._run, self._layout = run, call.layout
+
     def _stop_reading(self) -> list[Scores]:
-        self._is_guided_call = False
+        self._call, self._needs_term = None, True
         capture, self._capture = self._capture, None
         return [] if capture is None else capture.stop()
 
-    def _guided(self, module: nn.Module, call: Call, output: Any, scores: list[Scores]) -> Any:
-        """The denoiser's output with the guidance term added to every row."""
-        whole: Tensor = output[0]
-        # Inpainting networks see more channels than they denoise; networks that learn their
-        # variance return more than they see.
-        channels = min(call.sample.shape[1], whole.shape[1])
+    def _guided(self, call: Call, whole: Tensor, term: Tensor | None) -> Tensor:
+        """The denoiser's output with the guidance term, of the same shape, added."""
+        if call.layout == "cond_call_first":
+            return self._calls.finish(whole, term)
+        return whole if term is None else (_precise(whole) + term).to(whole.dtype)
+
+    def _whole_term(
+        self, module: nn.Module, call: Call, whole: Tensor, scores: list[Scores]
+    ) -> Tensor:
+        """What is added to the denoiser's output: the guidance term for every row, times scale."""
+        place = canvas(self._target.family, call.arguments, whole)
         sample = call.sample[call.rows]
-        x_t = _precise(sample[:, :channels])
-        u = _precise(whole[call.rows, :channels])
+        x_t = _precise(place.read(sample))
+        u = _precise(place.read(whole[call.rows]))
         prediction = prediction_at(self._target.scheduler, call.timestep, x_t.device)
         prediction = prediction.rows(call.rows)
         x0 = prediction.x0(x_t, u)
         x0_degraded = self._degraded(prediction.clipped(x0), scores, call)
-        degraded = sample.clone()
-        degraded[:, :channels] = prediction.renoise(x_t, x0, x0_degraded).to(sample.dtype)
-        u_degraded = _precise(self._second_pass(module, call, degraded)[:, :channels])
-        term = self.guidance.scale * prediction.term(u, u_degraded, x0, x0_degraded)
-        guided = whole.clone()
-        copies = len(whole) // len(term)
-        guided[:, :channels] = _precise(whole[:, :channels]) + term.repeat(copies, 1, 1, 1)
+        degraded = place.written(sample, prediction.renoise(x_t, x0, x0_degraded))
+        u_degraded = _precise(place.read(self._second_pass(module, call, degraded)))
+        self.term = self.guidance.scale * prediction.term(u, u_degraded, x0, x0_degraded)
         self.steps += 1
-        return _with_first(output, guided)
+        copies = len(whole) // len(self.term)
+        nothing = torch.zeros_like(whole, dtype=self.term.dtype)
+        return place.written(nothing, self.term.repeat(copies, 1, 1, 1))
 
     def _degraded(self, x0: Tensor, scores: list[Scores], call: Call) -> Tensor:
         """`x0`, blurred where the guidance wants it."""
         guidance = self.guidance
         if scores:
-            attention = received(scores, len(call.sample), call.rows)
-            self.attention = attention.unflatten(1, token_grid(attention.shape[1], *x0.shape[-2:]))
+            self.attention = self._attention(scores, call, *x0.shape[-2:])
         self.mask = guidance.mask(x0[:, 0] if self.attention is None else self.attention)
         return degrade(x0, self.mask, guidance.blur_sigma, guidance.blur_kernel_size)
+
+    def _attention(self, scores: list[Scores], call: Call, height: int, width: int) -> Tensor:
+        """Attention received by each of the picture's tokens, (rows, token rows, columns)."""
+        config: Any = uncompiled(self._target.denoiser).config
+        picture, grid = picture_tokens(
+            self._target.family,
+            call.arguments,
+            scores[0].key.shape[-2],
+            config.get("patch_size", 1),
+        )
+        attention = received(scores, len(call.sample), call.rows, picture if grid else None)
+        return attention.unflatten(1, grid or token_grid(attention.shape[1], height, width))
 
     def _second_pass(self, module: nn.Module, call: Call, degraded: Tensor) -> Tensor:
         args, kwargs = call.with_sample(degraded)

@@ -6,6 +6,8 @@ Self-Attention Guidance", ICCV 2023, arXiv 2210.00939.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,28 +16,58 @@ from torch import Tensor
 _PROBABILITIES_AT_ONCE = 2**26
 
 
-def attention_received(query: Tensor, key: Tensor, scale: float | None = None) -> Tensor:
+def attention_received(
+    query: Tensor,
+    key: Tensor,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    picture: slice | None = None,
+) -> Tensor:
     """How much self-attention each position receives.
 
-    The attention map softmax(Q K^T * scale) is averaged over heads and summed over queries
-    (Sec. 4.2), so that the mean over positions is exactly 1.
+    The attention map softmax(Q K^T * scale + bias) is averaged over heads and summed over queries
+    (Sec. 4.2), so that the mean over positions is exactly 1. Where attention is over text, too,
+    what the picture's positions receive from each other is divided by its mean.
 
     Args:
         query: Shape (batch, heads, queries, channels).
         key: Shape (batch, heads, positions, channels).
         scale: Factor of the scores; `None` is 1 / sqrt(channels).
+        bias: Added to the scores; broadcasts to (batch, heads, queries, positions). If bool,
+            scores are left out where it is false.
+        picture: The queries and positions that are the picture's; `None` is all.
 
     Returns:
-        Shape (batch, positions), float32, not negative.
+        Shape (batch, positions), or those of the picture; float32, not negative.
     """
-    batch, heads, queries, channels = query.shape
+    batch, heads, _, channels = query.shape
     positions = key.shape[2]
+    inside = slice(0, positions) if picture is None else picture
     keys = key.float().transpose(-1, -2) * (channels**-0.5 if scale is None else scale)
-    received = keys.new_zeros(batch, positions)
+    query = query if picture is None else query[:, :, picture]
+    received = keys.new_zeros(batch, len(range(positions)[inside]))
     rows = max(1, _PROBABILITIES_AT_ONCE // (batch * heads * positions))
-    for part in query.float().split(rows, dim=2):
-        received += (part @ keys).softmax(dim=-1).sum(dim=2).mean(dim=1)
-    return received * (positions / queries)
+    biases = _query_slices(bias, inside, query.shape[2], rows)
+    for part, offset in zip(query.float().split(rows, dim=2), biases, strict=True):
+        scores = part @ keys if offset is None else _biased(part @ keys, offset)
+        received += scores.softmax(dim=-1)[..., inside].sum(dim=2).mean(dim=1)
+    if picture is None:
+        return received * (positions / query.shape[2])
+    return received / received.mean(dim=1, keepdim=True)
+
+
+def _query_slices(
+    bias: Tensor | None, inside: slice, queries: int, rows: int
+) -> Sequence[Tensor | None]:
+    """The parts of `bias` that belong to every `rows` of the queries."""
+    count = -(-queries // rows)
+    if bias is None or bias.shape[-2] == 1:
+        return [bias] * count
+    return bias[..., inside, :].split(rows, dim=-2)
+
+
+def _biased(scores: Tensor, bias: Tensor) -> Tensor:
+    return scores.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else scores + bias
 
 
 def attention_mask(received: Tensor, threshold: float = 1.0) -> Tensor:

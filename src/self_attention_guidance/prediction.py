@@ -18,7 +18,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 
 # Where schedulers that evaluate a midpoint keep its noise level, relative to their step index.
 _MIDPOINT_OFFSETS = {"KDPM2DiscreteScheduler": 0, "KDPM2AncestralDiscreteScheduler": -1}
@@ -36,7 +36,7 @@ class Prediction:
         from_input: Weight of the input x_t in x0.
         from_output: Weight of the output u in x0.
         correction: Weight of the change of x0 in the guidance term, (1 - from_input * alpha) /
-            from_output: 0 for epsilon, -sigma for v, 1 for sample prediction.
+            from_output: 0 for epsilon, -sigma for v, 1 for sample, -1 for flow prediction.
         clip: x0 is limited to [-clip, clip] by the scheduler; `None` if it is not.
     """
 
@@ -105,9 +105,11 @@ def prediction_at(scheduler: Any, timestep: Any, device: torch.device) -> Predic
         ValueError: The scheduler's prediction type is not supported.
     """
     check_scheduler(scheduler)
-    kind: str = scheduler.config.prediction_type
+    kind = _prediction_type(scheduler)
     if hasattr(scheduler, "sigmas"):
-        sigma = torch.as_tensor(_karras_sigma(scheduler, timestep)).double().cpu().view(1, 1, 1, 1)
+        sigma = torch.as_tensor(_present_sigma(scheduler, timestep)).double().cpu().view(1, 1, 1, 1)
+        if kind == "flow_prediction":
+            return _flow_matching(sigma, device)
         if "sigma_data" in scheduler.config:
             return _preconditioned(sigma, kind, float(scheduler.config.sigma_data), device)
         alpha = (1 + sigma**2).rsqrt()
@@ -155,16 +157,22 @@ def check_scheduler(scheduler: Any) -> None:
         ValueError: Names the scheduler, what it says of itself, and what would be accepted.
     """
     name, config = type(scheduler).__name__, getattr(scheduler, "config", {})
-    kind = config.get("prediction_type")
     if not (hasattr(scheduler, "sigmas") or hasattr(scheduler, "alphas_cumprod")):
         raise ValueError(f"scheduler {name} has neither sigmas nor alphas_cumprod: not supported")
+    kind = _prediction_type(scheduler)
     if kind not in PREDICTION_TYPES:
         raise ValueError(
             f"scheduler {name} has prediction_type={kind!r}; it must be one of "
             f"{', '.join(PREDICTION_TYPES)}"
         )
-    if config.get("use_flow_sigmas"):
-        raise ValueError(f"scheduler {name} has use_flow_sigmas=True: not supported")
+    is_flow = _is_flow_matching(scheduler)
+    if is_flow != (kind == "flow_prediction"):
+        raise ValueError(
+            f"scheduler {name} has prediction_type={kind!r} with "
+            f"use_flow_sigmas={is_flow}; flow_prediction needs flow sigmas, and they need it"
+        )
+    if config.get("invert_sigmas"):
+        raise ValueError(f"scheduler {name} has invert_sigmas=True: not supported")
     if "sigma_data" in config and "beta_schedule" in config:
         raise ValueError(
             f"scheduler {name} was made from the config of a variance-preserving scheduler "
@@ -183,6 +191,17 @@ def step_fraction(scheduler: Any, timestep: Any) -> float:
     return index / len(timesteps)
 
 
+def _is_flow_matching(scheduler: Any) -> bool:
+    # Schedulers made for flow matching have no setting that says so.
+    is_made_for_it = type(scheduler).__name__.startswith("FlowMatch")
+    return is_made_for_it or bool(getattr(scheduler, "config", {}).get("use_flow_sigmas"))
+
+
+def _prediction_type(scheduler: Any) -> Any:
+    default = "flow_prediction" if _is_flow_matching(scheduler) else None
+    return getattr(scheduler, "config", {}).get("prediction_type", default)
+
+
 def _clip(scheduler: Any) -> float | None:
     config = scheduler.config
     return float(config.get("clip_sample_range", 1.0)) if config.get("clip_sample") else None
@@ -194,11 +213,14 @@ def _step_index(scheduler: Any, timestep: Any) -> int:
         return scheduler.step_index
     if scheduler.begin_index is not None:
         return scheduler.begin_index
-    return int(scheduler.index_for_timestep(torch.as_tensor(timestep).flatten()[0]))
+    # Networks that receive rescaled timesteps get them rounded.
+    present = torch.as_tensor(timestep).flatten()[0].double().cpu()
+    nearest = (scheduler.timesteps.double().cpu() - present).abs().argmin()
+    return int(scheduler.index_for_timestep(scheduler.timesteps[nearest]))
 
 
-def _karras_sigma(scheduler: Any, timestep: Any) -> Tensor | float:
-    """sigma of x = x0 + sigma * eps, as the scheduler's own `scale_model_input` reads it."""
+def _present_sigma(scheduler: Any, timestep: Any) -> Tensor | float:
+    """The scheduler's sigma: that of x0 + sigma * eps, or of (1 - sigma) * x0 + sigma * eps."""
     index = _step_index(scheduler, timestep)
     if not getattr(scheduler, "state_in_first_order", True):
         if hasattr(scheduler, "mid_point_sigma"):
@@ -229,6 +251,12 @@ def _preconditioned(
     c_skip = (sigma_data * c_in) ** 2
     c_out = sigma * sigma_data * c_in * (-1 if kind == "v_prediction" else 1)
     return _float32(c_in, sigma * c_in, c_skip / c_in, c_out, (1 - c_skip) / c_out, None, device)
+
+
+def _flow_matching(sigma: Tensor, device: torch.device) -> Prediction:
+    """Rectified flow: x = (1 - sigma) * x0 + sigma * eps, u = eps - x0 (arXiv 2209.03003)."""
+    one = torch.ones_like(sigma)
+    return _float32(1 - sigma, sigma, one, -sigma, -one, None, device)
 
 
 def _float32(

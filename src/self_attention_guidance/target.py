@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -10,6 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from .families import BatchLayout, Family, uncompiled
+
+_OTHER_GUIDANCE = (
+    ("perturbed-attention", "do_perturbed_attention_guidance", "set pag_scale to 0"),
+    ("skip-layer", "skip_guidance_layers", "leave out skip_guidance_layers"),
+)
 
 
 @dataclass(frozen=True)
@@ -39,11 +46,11 @@ class Target:
         """The timestep of a call as the scheduler counts.
 
         Networks that were trained with rescaled timesteps say in their config by how much what
-        they receive differs from that.
+        they receive differs from that; for others, the table says what their pipelines do.
         """
-        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
+        timestep = self._arguments(args, kwargs)["timestep"]
         config: Any = uncompiled(self.denoiser).config
-        scale: float = config.get("timestep_scale", 1.0)
+        scale: float = config.get("timestep_scale", self.family.timestep_scale)
         return timestep if scale == 1 else torch.as_tensor(timestep).cpu().double() / scale
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], branch: str) -> Call:
@@ -58,39 +65,46 @@ class Target:
             ValueError: The batch does not fit its layout.
         """
         name = self.family.sample_argument
-        sample = args[0] if args else kwargs[name]
-        rows = _guided_rows(sample, self.layout(args, kwargs), branch)
-        return Call(args, kwargs, name, self.scheduler_timestep(args, kwargs), rows)
+        arguments = self._arguments(args, kwargs)
+        layout = self._layout(arguments)
+        rows = _guided_rows(arguments[name], layout, branch)
+        timestep = self.scheduler_timestep(args, kwargs)
+        return Call(args, kwargs, arguments, name, timestep, layout, rows)
 
-    def layout(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BatchLayout:
-        """The batch layout of a call."""
+    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by name."""
+        names = _parameters(type(uncompiled(self.denoiser)))
+        return {**dict(zip(names, args, strict=False)), **kwargs}
+
+    def _layout(self, arguments: dict[str, Any]) -> BatchLayout:
         if self.own_layout is not None:
             return self.own_layout
+        _refuse_other_guidance(self.pipeline)
+        if self.family.null_label is not None:
+            return self._layout_by_labels(arguments, self.family.null_label)
         if self.family.tells_layout:
-            return self._layout_by_labels(args, kwargs)
+            return self.family.cfg_layout
+        if not hasattr(type(self.pipeline), "do_classifier_free_guidance"):
+            halves = _are_halves_equal(arguments[self.family.sample_argument])
+            return self.family.cfg_layout if halves else "single"
         if not hasattr(self.pipeline, "do_classifier_free_guidance"):
             raise RuntimeError(
                 f"{type(self.pipeline).__name__} is not running, so its batch layout is unknown; "
                 "to call the denoiser in a loop of your own, attach to it with scheduler= and "
                 "batch_layout="
             )
-        if getattr(self.pipeline, "do_perturbed_attention_guidance", False):
-            raise ValueError(
-                "perturbed-attention guidance is on, and its rows of the batch are not supported; "
-                "set pag_scale to 0"
-            )
         return self.family.cfg_layout if self.pipeline.do_classifier_free_guidance else "single"
 
-    def _layout_by_labels(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BatchLayout:
+    def _layout_by_labels(self, arguments: dict[str, Any], null_label: str) -> BatchLayout:
         """Two halves of the same samples, one without a class, are those of CFG."""
-        labels = args[2] if len(args) > 2 else kwargs.get("class_labels")
-        if self.family.null_label is None or labels is None or len(labels) % 2:
+        labels = arguments.get("class_labels")
+        if labels is None or len(labels) % 2:
             return "single"
         config: Any = uncompiled(self.denoiser).config
-        halves = (labels == config[self.family.null_label]).chunk(2)
+        halves = (labels == config[null_label]).chunk(2)
         cond, uncond = halves if self.family.cfg_layout == "cond_first" else halves[::-1]
-        sample = args[0] if args else kwargs[self.family.sample_argument]
-        is_pair = uncond.all() and not cond.any() and torch.equal(*sample.chunk(2))
+        same = _are_halves_equal(arguments[self.family.sample_argument])
+        is_pair = uncond.all() and not cond.any() and same
         return self.family.cfg_layout if is_pair else "single"
 
 
@@ -101,21 +115,25 @@ class Call:
     Attributes:
         args: Positional arguments.
         kwargs: Keyword arguments.
+        arguments: All of them, by name.
         sample_argument: Name of the argument that holds x_t.
         timestep: As the scheduler counts.
+        layout: What the batch holds.
         rows: The part of the batch whose attention and second pass are used.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    arguments: dict[str, Any]
     sample_argument: str
     timestep: Any
+    layout: BatchLayout
     rows: slice
 
     @property
     def sample(self) -> Tensor:
         """x_t, of the whole batch."""
-        return self.args[0] if self.args else self.kwargs[self.sample_argument]
+        return self.arguments[self.sample_argument]
 
     def with_sample(self, sample: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The guided rows of every argument, with `sample` in the place of x_t."""
@@ -127,10 +145,32 @@ class Call:
         return args, {**kwargs, self.sample_argument: sample}
 
 
+@functools.cache
+def _parameters(denoiser: type[nn.Module]) -> list[str]:
+    """Names of the arguments of a denoiser's call, in order."""
+    return list(inspect.signature(denoiser.forward).parameters)[1:]
+
+
+def _refuse_other_guidance(pipeline: Any) -> None:
+    """Refuse guidance of the pipeline that adds rows or calls which are not those of CFG."""
+    for name, attribute, remedy in _OTHER_GUIDANCE:
+        if getattr(pipeline, attribute, None):
+            raise ValueError(
+                f"{name} guidance is on, and its rows of the batch are not supported; {remedy}"
+            )
+
+
+def _are_halves_equal(sample: Tensor) -> bool:
+    """Whether a batch holds the same samples twice, one after the other."""
+    if len(sample) % 2:
+        return False
+    return torch.allclose(*sample.chunk(2), rtol=0, atol=0, equal_nan=True)
+
+
 def _guided_rows(sample: Tensor, layout: BatchLayout, branch: str) -> slice:
     """The rows of a batch whose attention and second pass are used."""
     batch = len(sample)
-    if layout == "single":
+    if layout in ("single", "cond_call_first"):
         return slice(0, batch)
     if batch % 2:
         raise ValueError(
@@ -138,7 +178,7 @@ def _guided_rows(sample: Tensor, layout: BatchLayout, branch: str) -> slice:
             f"(batch_layout={layout!r})"
         )
     # The term of one half is right for the other only if both predict from the same x_t.
-    if not torch.allclose(*sample.chunk(2), rtol=0, atol=0, equal_nan=True):
+    if not _are_halves_equal(sample):
         raise ValueError(
             "the batch has no conditional and unconditional half: its halves hold different "
             f"samples (batch_layout={layout!r})"
