@@ -6,55 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from self_attention_guidance import SelfAttentionGuidance, StableDiffusionXLSAGPipeline
 from self_attention_guidance.maths import degrade
-from tiny import (
-    TEXT_WIDTH,
-    seeded,
-    tiny_scheduler,
-    tiny_text_encoder,
-    tiny_tokenizer,
-    tiny_unet,
-    tiny_vae,
-)
-
-TIME_IDS = 6 * 8  # six numbers, embedded in eight channels each
-
-
-def xl_unet() -> Any:
-    return tiny_unet(
-        cross_attention_dim=2 * TEXT_WIDTH,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        transformer_layers_per_block=(1, 2),
-        projection_class_embeddings_input_dim=TEXT_WIDTH + TIME_IDS,
-    )
-
-
-def second_text_encoder() -> CLIPTextModelWithProjection:
-    first = tiny_text_encoder().config.to_dict()
-    with seeded(1):
-        return CLIPTextModelWithProjection(CLIPTextConfig(**first)).eval()
+from tiny import TEXT_WIDTH, tiny_scheduler
+from tiny_xl import xl_pipeline, xl_unet
 
 
 @pytest.fixture
 def pipe() -> StableDiffusionXLPipeline:
-    pipe = StableDiffusionXLPipeline(
-        tiny_vae(),
-        tiny_text_encoder(),
-        second_text_encoder(),
-        tiny_tokenizer(),
-        tiny_tokenizer(),
-        xl_unet(),
-        tiny_scheduler(EulerDiscreteScheduler),
-        add_watermarker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return xl_pipeline(StableDiffusionXLPipeline)
 
 
 def draw(pipe: Any, seeds: tuple[int, ...] = (0,), **arguments: Any) -> Tensor:

@@ -43,7 +43,8 @@ class GuidanceHandle:
     Attributes:
         guidance: The settings.
         attached: Whether the denoiser is guided.
-        steps: Number of denoiser calls that were guided so far.
+        steps: Number of second passes so far: one a guided step, and another one at the first
+            step of a run where the conditional prediction is a call of its own.
         attention: Attention received per position at the last guided step, (images, rows,
             columns) float32, mean 1; `None` before it and for blur guidance, which reads none.
         mask: The positions that were blurred there, (images, rows, columns) bool.

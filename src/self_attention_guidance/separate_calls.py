@@ -22,7 +22,7 @@ class SeparateCalls:
         self._branch = branch
         self._run: Any = None
         self._moment: Any = None
-        self._sample: Any = None
+        self._sample: Tensor | None = None
         self._is_second = False
         self._expects_second = False
         self._owes_guidance = False
@@ -46,8 +46,10 @@ class SeparateCalls:
         """
         moment = (getattr(scheduler, "step_index", None), torch.as_tensor(timestep).flatten()[0])
         is_new_run = scheduler.timesteps is not self._run
-        follows = not (is_new_run or self._is_second or self._sample is None)
-        self._is_second = follows and moment == self._moment and torch.equal(sample, self._sample)
+        is_second = False
+        if not (is_new_run or self._is_second or self._sample is None):
+            is_second = moment == self._moment and torch.equal(sample, self._sample)
+        self._is_second = is_second
         if is_new_run:
             self._expects_second = self._owes_guidance = False
         elif self._is_second:

@@ -1,0 +1,287 @@
+"""Tiny pipelines of diffusion transformers with random weights, without text encoders.
+
+`TRANSFORMERS` holds, by name, how to make each pipeline and the embeddings to call it with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import (
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    HunyuanDiT2DModel,
+    HunyuanDiTPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from torch import Tensor
+
+from tiny import BETAS, seeded
+
+WIDTH = 32
+"""Heads times channels of each, and channels of text."""
+HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
+TEXT = 6
+"""Tokens of a text."""
+SIZE: dict[str, Any] = {"height": 64, "width": 96}
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """How to make a pipeline, and the arguments of its call.
+
+    Attributes:
+        make: A new pipeline.
+        embeddings: Arguments for a list of texts, each a seed, and whether they are negative.
+        scale: Name of the argument that turns classifier-free guidance on.
+    """
+
+    make: Callable[[], Any]
+    embeddings: Callable[[list[int], str], dict[str, Any]]
+    scale: str = "guidance_scale"
+
+
+def texts(seeds: list[int], tokens: int = TEXT, width: int = WIDTH) -> Tensor:
+    """Embeddings of one text for each seed, (texts, tokens, width)."""
+    rows = [torch.randn(tokens, width, generator=torch.Generator().manual_seed(s)) for s in seeds]
+    return torch.stack(rows)
+
+
+def masks(seeds: list[int], tokens: int = TEXT) -> Tensor:
+    """Which tokens of each text count: the longer the higher its seed, at least two."""
+    lengths = torch.tensor([2 + seed % (tokens - 2) for seed in seeds])
+    return (torch.arange(tokens) < lengths[:, None]).long()
+
+
+@torch.no_grad()
+def lively(network: torch.nn.Module) -> torch.nn.Module:
+    """Make attention peaked and outputs of the size of noise, as in trained networks.
+
+    Their initial weights make attention uniform, and some zero all that depends on the time.
+    """
+    for name, parameter in network.named_parameters():
+        if parameter.ndim >= 2:
+            torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+        elif "norm_q" in name or "norm_k" in name:
+            parameter.fill_(2.0)
+    for name, module in network.named_modules():
+        if name.endswith(("to_q", "to_k")):
+            module.weight.mul_(3.0)
+    return network.eval()
+
+
+def build(pipeline: type, network: type, scheduler: Any, unused: str, **config: Any) -> Any:
+    with seeded(0):
+        transformer = lively(network(**config))
+    parts = dict.fromkeys(unused.split())
+    pipe = pipeline(transformer=transformer, scheduler=scheduler, **parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def pixart() -> Any:
+    """PixArt-Sigma."""
+    return build(
+        PixArtSigmaPipeline,
+        PixArtTransformer2DModel,
+        DPMSolverMultistepScheduler(**BETAS),
+        "vae text_encoder tokenizer",
+        **HEADS,
+        num_layers=3,
+        cross_attention_dim=WIDTH,
+        caption_channels=WIDTH,
+        sample_size=8,
+        use_additional_conditions=False,
+    )
+
+
+def stable_diffusion_3() -> Any:
+    """Stable Diffusion 3.5, whose first blocks attend to the picture alone as well."""
+    return build(
+        StableDiffusion3Pipeline,
+        SD3Transformer2DModel,
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        "vae text_encoder text_encoder_2 text_encoder_3 tokenizer tokenizer_2 tokenizer_3",
+        **HEADS,
+        num_layers=3,
+        in_channels=4,
+        out_channels=4,
+        sample_size=8,
+        joint_attention_dim=WIDTH,
+        caption_projection_dim=WIDTH,
+        pooled_projection_dim=WIDTH,
+        pos_embed_max_size=16,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+
+
+def hunyuan_dit() -> Any:
+    """Hunyuan-DiT."""
+    return build(
+        HunyuanDiTPipeline,
+        HunyuanDiT2DModel,
+        DDPMScheduler(**BETAS, prediction_type="v_prediction", clip_sample=False),
+        "vae text_encoder tokenizer text_encoder_2 tokenizer_2 safety_checker feature_extractor",
+        **HEADS,
+        num_layers=4,
+        in_channels=4,
+        patch_size=2,
+        sample_size=8,
+        hidden_size=WIDTH,
+        cross_attention_dim=WIDTH,
+        cross_attention_dim_t5=WIDTH,
+        pooled_projection_dim=WIDTH,
+        text_len=TEXT,
+        text_len_t5=TEXT,
+    )
+
+
+def aura_flow() -> Any:
+    """AuraFlow."""
+    return build(
+        AuraFlowPipeline,
+        AuraFlowTransformer2DModel,
+        FlowMatchEulerDiscreteScheduler(shift=1.73),
+        "vae text_encoder tokenizer",
+        **HEADS,
+        num_mmdit_layers=1,
+        num_single_dit_layers=3,
+        sample_size=8,
+        joint_attention_dim=WIDTH,
+        caption_projection_dim=WIDTH,
+        pos_embed_max_size=64,
+    )
+
+
+def flux() -> Any:
+    """Flux."""
+    return build(
+        FluxPipeline,
+        FluxTransformer2DModel,
+        FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        "vae text_encoder tokenizer text_encoder_2 tokenizer_2",
+        **HEADS,
+        num_layers=1,
+        num_single_layers=3,
+        in_channels=16,
+        joint_attention_dim=WIDTH,
+        pooled_projection_dim=WIDTH,
+        axes_dims_rope=(4, 6, 6),
+        guidance_embeds=True,
+    )
+
+
+def chroma() -> Any:
+    """Chroma."""
+    return build(
+        ChromaPipeline,
+        ChromaTransformer2DModel,
+        FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        "vae text_encoder tokenizer",
+        **HEADS,
+        num_layers=1,
+        num_single_layers=3,
+        in_channels=16,
+        joint_attention_dim=WIDTH,
+        axes_dims_rope=(4, 6, 6),
+        approximator_num_channels=8,
+        approximator_hidden_dim=WIDTH,
+        approximator_layers=1,
+    )
+
+
+def qwen_image() -> Any:
+    """Qwen-Image."""
+    return build(
+        QwenImagePipeline,
+        QwenImageTransformer2DModel,
+        FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.02),
+        "vae text_encoder tokenizer",
+        **HEADS,
+        num_layers=3,
+        in_channels=16,
+        out_channels=4,
+        joint_attention_dim=WIDTH,
+        axes_dims_rope=(4, 6, 6),
+    )
+
+
+def plain_embeddings(seeds: list[int], prefix: str) -> dict[str, Any]:
+    return {f"{prefix}prompt_embeds": texts(seeds)}
+
+
+def pooled_embeddings(seeds: list[int], prefix: str) -> dict[str, Any]:
+    pooled = texts(seeds, 1)[:, 0]
+    return {f"{prefix}prompt_embeds": texts(seeds), f"{prefix}pooled_prompt_embeds": pooled}
+
+
+def masked_embeddings(seeds: list[int], prefix: str) -> dict[str, Any]:
+    mask = {f"{prefix}prompt_attention_mask": masks(seeds)}
+    return {f"{prefix}prompt_embeds": texts(seeds), **mask}
+
+
+def chroma_embeddings(seeds: list[int], prefix: str) -> dict[str, Any]:
+    mask = {f"{prefix}prompt_attention_mask": masks(seeds).bool()}
+    return {f"{prefix}prompt_embeds": texts(seeds), **mask}
+
+
+def two_embeddings(seeds: list[int], prefix: str) -> dict[str, Any]:
+    second = {
+        f"{prefix}prompt_embeds_2": texts([seed + 100 for seed in seeds]),
+        f"{prefix}prompt_attention_mask_2": masks(seeds),
+    }
+    return {**masked_embeddings(seeds, prefix), **second}
+
+
+def qwen_embeddings(seeds: list[int], prefix: str) -> dict[str, Any]:
+    mask = {f"{prefix}prompt_embeds_mask": masks(seeds)}
+    return {f"{prefix}prompt_embeds": texts(seeds), **mask}
+
+
+TRANSFORMERS = {
+    "PixArt-Sigma": Transformer(pixart, masked_embeddings),
+    "Stable Diffusion 3.5": Transformer(stable_diffusion_3, pooled_embeddings),
+    "Hunyuan-DiT": Transformer(hunyuan_dit, two_embeddings),
+    "AuraFlow": Transformer(aura_flow, masked_embeddings),
+    "Flux": Transformer(flux, pooled_embeddings, "true_cfg_scale"),
+    "Chroma": Transformer(chroma, chroma_embeddings),
+    "Qwen-Image": Transformer(qwen_image, qwen_embeddings, "true_cfg_scale"),
+}
+
+
+def draw(
+    name: str, pipe: Any, seeds: tuple[int, ...], cfg: float = 3.0, **arguments: Any
+) -> Tensor:
+    """Final latents, as the pipeline gives them, of a prompt and a seed each."""
+    transformer = TRANSFORMERS[name]
+    usual: dict[str, Any] = {
+        "num_inference_steps": 3,
+        "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
+        "output_type": "latent",
+        transformer.scale: cfg,
+        **SIZE,
+    }
+    if name in ("PixArt-Sigma", "Hunyuan-DiT"):
+        usual["use_resolution_binning"] = False
+    if name == "PixArt-Sigma":
+        usual["negative_prompt"] = None  # its default does not go with embeddings
+    usual |= transformer.embeddings(list(seeds), "")
+    if cfg > 1:
+        usual |= transformer.embeddings([50 + seed for seed in seeds], "negative_")
+    return pipe(**{**usual, **arguments}).images
