@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from self_attention_guidance import SelfAttentionGuidance
-from test_stable_diffusion_tasks import GUIDANCE, MASK, PICTURE, SIZE, Task, adapter, draw
+from test_stable_diffusion_tasks import GUIDANCE, MASK, PICTURE, SIZE, Task, adapter
 from tiny import TEXT_WIDTH, seeded
 from tiny_xl import xl_pipeline, xl_unet
 
@@ -42,8 +42,11 @@ def refiner() -> Any:
 
 
 TASKS: dict[str, Task] = {
-    "image to image": lambda: (xl_pipeline(StableDiffusionXLImg2ImgPipeline), {"image": PICTURE}),
-    "refiner": lambda: (refiner(), {"image": PICTURE, "strength": 0.9}),
+    "image to image": lambda: (
+        xl_pipeline(StableDiffusionXLImg2ImgPipeline),
+        {"image": PICTURE, "strength": 0.8},
+    ),
+    "refiner": lambda: (refiner(), {"image": PICTURE, "strength": 0.8}),
     "inpainting with a text-to-image network": lambda: (
         xl_pipeline(StableDiffusionXLInpaintPipeline),
         {"image": PICTURE, "mask_image": MASK, **SIZE},
@@ -71,6 +74,18 @@ TASKS: dict[str, Task] = {
 }
 
 
+def draw(pipe: Any, seeds: tuple[int, ...], arguments: dict[str, Any], steps: int = 3) -> Tensor:
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return pipe(
+        "red",
+        num_images_per_prompt=len(seeds),
+        num_inference_steps=steps,
+        generator=generators,
+        output_type="latent",
+        **arguments,
+    ).images
+
+
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
 @pytest.mark.parametrize("task", TASKS)
 def test_guidance_acts_leaves_no_trace_and_keeps_rows_apart(
@@ -84,11 +99,10 @@ def test_guidance_acts_leaves_no_trace_and_keeps_rows_apart(
     assert off.steps == 0
     with GUIDANCE.attach(pipe) as handle:
         guided = draw(pipe, (3, 4), arguments)
-        assert handle.steps >= 3 if "strength" in arguments else 1
+        assert handle.steps >= 2
         assert (guided - plain).abs().max() > 1e-2
         # the first one: diffusers' inpainting itself gives the others other noise in a batch
         alone = draw(pipe, (3,), arguments)
-        print((alone - guided[:1]).abs().max() / guided.abs().max(), handle.steps)
         assert (alone - guided[:1]).abs().max() < 1e-4 * guided.abs().max()
     assert torch.equal(draw(pipe, (3, 4), arguments), plain)
 
@@ -101,20 +115,17 @@ def test_the_second_pass_sees_all_that_its_branch_sees(task: str, branch: Any) -
 
     def note(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         sample, timestep = args
-        tensors = [leaf for leaf in tree_leaves(kwargs) if isinstance(leaf, Tensor)]
-        seen.append(
-            [sample[:, :4], sample[:, 4:], timestep.reshape(1).expand(len(sample)), *tensors]
-        )
+        inputs = [sample[:, :4], sample[:, 4:], timestep.expand(len(sample))]
+        seen.append(inputs + [leaf for leaf in tree_leaves(kwargs) if isinstance(leaf, Tensor)])
 
     pipe.unet.register_forward_pre_hook(note, with_kwargs=True)
     with SelfAttentionGuidance(1.0, branch=branch).attach(pipe):
-        draw(pipe, (3, 4), {**arguments, "guidance_scale": 5.0})
+        draw(pipe, (3, 4), {**arguments, "guidance_scale": 5.0}, steps=2)
     (x, *whole), (x_degraded, *degraded) = seen[:2]
     rows = slice(0, 2) if branch == "uncond" else slice(2, 4)
     assert x_degraded.shape == x[rows].shape
     assert not torch.equal(x_degraded, x[rows])
     assert len(whole) == len(degraded) >= 5
-    print(len(whole))
     for first, second in zip(whole, degraded, strict=True):
         assert torch.equal(second, first[rows])
 
@@ -123,7 +134,7 @@ def test_the_second_pass_sees_all_that_its_branch_sees(task: str, branch: Any) -
 def test_three_conditions_are_refused_whatever_the_batch(pictures: int) -> None:
     pipe = xl_pipeline(StableDiffusionXLInstructPix2PixPipeline, unet=xl_unet(in_channels=8))
     arguments = {"image": PICTURE, **SIZE}
-    plain = draw(pipe, range(pictures), arguments)
-    with pytest.raises(ValueError), GUIDANCE.attach(pipe):
-        draw(pipe, range(pictures), arguments)
-    assert torch.equal(draw(pipe, range(pictures), arguments), plain)
+    plain = draw(pipe, tuple(range(pictures)), arguments)
+    with pytest.raises(ValueError, match="batch"), GUIDANCE.attach(pipe):
+        draw(pipe, tuple(range(pictures)), arguments)
+    assert torch.equal(draw(pipe, tuple(range(pictures)), arguments), plain)

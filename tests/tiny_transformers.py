@@ -169,8 +169,8 @@ def aura_flow() -> Any:
     )
 
 
-def flux() -> Any:
-    """Flux."""
+def flux(in_channels: int = 16) -> Any:
+    """Flux; `in_channels` of a token are more than the 16 that are denoised for FLUX.1 Fill."""
     return build(
         FluxPipeline,
         FluxTransformer2DModel,
@@ -179,7 +179,8 @@ def flux() -> Any:
         **HEADS,
         num_layers=1,
         num_single_layers=3,
-        in_channels=16,
+        in_channels=in_channels,
+        out_channels=16,
         joint_attention_dim=WIDTH,
         pooled_projection_dim=WIDTH,
         axes_dims_rope=(4, 6, 6),
@@ -266,22 +267,34 @@ TRANSFORMERS = {
 
 
 def draw(
-    name: str, pipe: Any, seeds: tuple[int, ...], cfg: float = 3.0, **arguments: Any
+    name: str,
+    pipe: Any,
+    seeds: tuple[int, ...],
+    cfg: float | None = 3.0,
+    dtype: torch.dtype = torch.float32,
+    **arguments: Any,
 ) -> Tensor:
-    """Final latents, as the pipeline gives them, of a prompt and a seed each."""
+    """Final latents, as the pipeline gives them, of a prompt and a seed each.
+
+    `cfg` is the weight of classifier-free guidance, `None` where the pipeline has none.
+    """
     transformer = TRANSFORMERS[name]
     usual: dict[str, Any] = {
         "num_inference_steps": 3,
         "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
         "output_type": "latent",
-        transformer.scale: cfg,
         **SIZE,
     }
+    if cfg is not None:
+        usual[transformer.scale] = cfg
     if name in ("PixArt-Sigma", "Hunyuan-DiT"):
         usual["use_resolution_binning"] = False
     if name == "PixArt-Sigma":
         usual["negative_prompt"] = None  # its default does not go with embeddings
     usual |= transformer.embeddings(list(seeds), "")
-    if cfg > 1:
+    if cfg is not None and cfg > 1:
         usual |= transformer.embeddings([50 + seed for seed in seeds], "negative_")
+    for key, value in usual.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            usual[key] = value.to(dtype)
     return pipe(**{**usual, **arguments}).images

@@ -13,11 +13,6 @@ from torch import Tensor, nn
 
 from .families import BatchLayout, Family, uncompiled
 
-_OTHER_GUIDANCE = (
-    ("perturbed-attention", "do_perturbed_attention_guidance", "set pag_scale to 0"),
-    ("skip-layer", "skip_guidance_layers", "leave out skip_guidance_layers"),
-)
-
 
 @dataclass(frozen=True)
 class Target:
@@ -79,7 +74,7 @@ class Target:
     def _layout(self, arguments: dict[str, Any]) -> BatchLayout:
         if self.own_layout is not None:
             return self.own_layout
-        _refuse_other_guidance(self.pipeline)
+        _refuse_other_guidance(self.pipeline, arguments)
         if self.family.null_label is not None:
             return self._layout_by_labels(arguments, self.family.null_label)
         if self.family.tells_layout:
@@ -151,13 +146,18 @@ def _parameters(denoiser: type[nn.Module]) -> list[str]:
     return list(inspect.signature(denoiser.forward).parameters)[1:]
 
 
-def _refuse_other_guidance(pipeline: Any) -> None:
+def _refuse_other_guidance(pipeline: Any, arguments: dict[str, Any]) -> None:
     """Refuse guidance of the pipeline that adds rows or calls which are not those of CFG."""
-    for name, attribute, remedy in _OTHER_GUIDANCE:
-        if getattr(pipeline, attribute, None):
-            raise ValueError(
-                f"{name} guidance is on, and its rows of the batch are not supported; {remedy}"
-            )
+    if getattr(pipeline, "do_perturbed_attention_guidance", False):
+        raise ValueError(
+            "perturbed-attention guidance is on, and its rows of the batch are not supported; "
+            "set pag_scale to 0"
+        )
+    if arguments.get("skip_layers") is not None:
+        raise ValueError(
+            "skip-layer guidance is on, and its call is not supported; leave out "
+            "skip_guidance_layers"
+        )
 
 
 def _are_halves_equal(sample: Tensor) -> bool:

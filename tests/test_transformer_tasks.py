@@ -1,0 +1,199 @@
+"""`attach` on diffusers' other pipelines of transformers, and what it refuses."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FluxFillPipeline,
+    FluxImg2ImgPipeline,
+    FluxInpaintPipeline,
+    FluxKontextPipeline,
+    SanaTransformer2DModel,
+    StableCascadeUNet,
+    StableDiffusion3Img2ImgPipeline,
+)
+from PIL import Image
+from torch import Tensor
+
+from self_attention_guidance import BlurGuidance, SelfAttentionGuidance
+from tiny import BETAS, tiny_vae
+from tiny_transformers import TRANSFORMERS, draw, flux, pixart, stable_diffusion_3
+
+PICTURE = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
+MASK = Image.new("L", (96, 64), 0)
+MASK.paste(255, (16, 16, 64, 48))
+FILL = 16 + 16 + 8 * 8 * 4
+"""Channels of a token that FLUX.1 Fill sees: latents, masked picture, mask."""
+
+
+def task(pipeline: type, source: Callable[..., Any], **config: Any) -> Any:
+    """A pipeline of class `pipeline` with the components of another one, and an autoencoder."""
+    vae = tiny_vae()
+    vae.register_to_config(shift_factor=0.1)
+    parts = {**source(**config).components, "vae": vae}
+    known = inspect.signature(pipeline).parameters
+    pipe = pipeline(**{name: part for name, part in parts.items() if name in known})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+TASKS: dict[str, tuple[str, Callable[[], Any], dict[str, Any]]] = {
+    "Flux, image to image": (
+        "Flux",
+        lambda: task(FluxImg2ImgPipeline, flux),
+        {"image": PICTURE, "strength": 0.9},
+    ),
+    "Flux, inpainting": (
+        "Flux",
+        lambda: task(FluxInpaintPipeline, flux),
+        {"image": PICTURE, "mask_image": MASK, "strength": 0.9},
+    ),
+    "Flux Fill": (
+        "Flux",
+        lambda: task(FluxFillPipeline, flux, in_channels=FILL),
+        {"image": PICTURE, "mask_image": MASK},
+    ),
+    "Flux Kontext": (
+        "Flux",
+        lambda: task(FluxKontextPipeline, flux),
+        {"image": PICTURE, "_auto_resize": False, "max_area": 64 * 96},
+    ),
+    "Stable Diffusion 3.5, image to image": (
+        "Stable Diffusion 3.5",
+        lambda: task(StableDiffusion3Img2ImgPipeline, stable_diffusion_3),
+        {"image": PICTURE, "strength": 0.9},
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "cfg"),
+    [("Flux Fill", None), *itertools.product(sorted({*TASKS} - {"Flux Fill"}), (1.0, 3.0))],
+)
+def test_guidance_acts_leaves_no_trace_and_keeps_rows_apart(name: str, cfg: float | None) -> None:
+    family, make, arguments = TASKS[name]
+    pipe = make()
+
+    def latents(*seeds: int) -> Tensor:
+        pictures = {"image": [PICTURE] * len(seeds)}
+        return draw(family, pipe, seeds, cfg, **{**arguments, **pictures})
+
+    plain = latents(3, 4)
+    with SelfAttentionGuidance(0).attach(pipe):
+        assert torch.equal(latents(3, 4), plain)
+    with SelfAttentionGuidance(1.0, blur_sigma=2.0).attach(pipe) as handle:
+        guided = latents(3, 4)
+        assert handle.mask is not None
+        assert handle.mask.shape == (2, 4, 6)
+        assert (guided - plain).abs().max() > 1e-2
+        assert (latents(3) - guided[:1]).abs().max() < 1e-4 * guided.abs().max()
+    assert torch.equal(latents(3, 4), plain)
+
+
+def test_only_the_denoised_part_of_packed_tokens_is_blurred() -> None:
+    _, make, arguments = TASKS["Flux Kontext"]
+    pipe = make()
+    seen: list[Tensor] = []
+    pipe.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True
+    )
+    with SelfAttentionGuidance(1.0).attach(pipe):
+        draw("Flux", pipe, (3,), 1.0, **arguments)
+    whole, degraded = seen[2:4]
+    assert whole.shape[1] == 48
+    assert torch.equal(degraded[:, 24:], whole[:, 24:])
+    assert not torch.equal(degraded[:, :24], whole[:, :24])
+
+
+@pytest.mark.parametrize("branch", ["uncond", "cond"])
+def test_two_calls_of_a_step_cost_one_more_row(branch: Any) -> None:
+    pipe = flux()
+    rows: list[int] = []
+    pipe.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(len(kwargs["hidden_states"])), with_kwargs=True
+    )
+    with SelfAttentionGuidance(1.0, branch=branch).attach(pipe):
+        draw("Flux", pipe, (3,), num_inference_steps=4)
+    # Whether a second call follows is not known before it came once.
+    assert sum(rows) == 4 * 3 + (branch == "uncond")
+
+
+def test_two_calls_of_a_step_in_a_loop_of_ones_own() -> None:
+    pipe = stable_diffusion_3()
+    network, scheduler = pipe.transformer, pipe.scheduler
+    scheduler.set_timesteps(3)
+    states, pooled = torch.randn(2, 2, 6, 32), torch.randn(2, 2, 32)
+    x, t = torch.randn(2, 4, 8, 8), scheduler.timesteps[0]
+    settings = {"scheduler": scheduler, "batch_layout": "cond_call_first"}
+
+    def call(half: int) -> Tensor:
+        return network(x, states[half], pooled[half], t.expand(2), return_dict=False)[0]
+
+    def batch() -> Tensor:
+        halves = (torch.cat([x, x]), states.flatten(0, 1), pooled.flatten(0, 1), t.expand(4))
+        return network(*halves, return_dict=False)[0]
+
+    with torch.no_grad():
+        for branch in ("uncond", "cond"):
+            guidance = SelfAttentionGuidance(1.0, branch=branch)
+            with guidance.attach(network, **settings):
+                cond, uncond = call(0), call(1)
+            layout = {"scheduler": scheduler, "batch_layout": "cond_first"}
+            with guidance.attach(network, **layout):
+                expected = batch()
+            assert (torch.cat([cond, uncond]) - expected).abs().max() < 1e-5
+        with (
+            SelfAttentionGuidance(1.0).attach(network, **settings),
+            pytest.raises(RuntimeError, match="use branch='cond'"),
+        ):
+            call(0).sum()
+            call(1)
+
+
+def test_pictures_of_one_seed_without_classifier_free_guidance() -> None:
+    pipe = pixart()
+    same = [torch.Generator().manual_seed(0) for _ in range(2)]
+    with SelfAttentionGuidance(1.0).attach(pipe), pytest.raises(ValueError, match="no longer do"):
+        draw("PixArt-Sigma", pipe, (3, 4), 1.0, generator=same)
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_half_precision(name: str) -> None:
+    pipe = TRANSFORMERS[name].make()
+    pipe.transformer.bfloat16()
+    plain = draw(name, pipe, (3,), dtype=torch.bfloat16)
+    with SelfAttentionGuidance(1.0).attach(pipe):
+        guided = draw(name, pipe, (3,), dtype=torch.bfloat16)
+    assert guided.isfinite().all()
+    assert plain.dtype == guided.dtype
+    assert (guided.float() - plain.float()).abs().max() > 1e-2 * plain.abs().max()
+
+
+def test_blur_guidance_of_packed_latents_blurs_everywhere() -> None:
+    pipe = flux()
+    with BlurGuidance(1.0).attach(pipe) as handle:
+        draw("Flux", pipe, (3,))
+    assert handle.mask is not None
+    assert handle.mask.all()
+
+
+def test_skip_layer_guidance_is_refused() -> None:
+    pipe, late = stable_diffusion_3(), {"skip_layer_guidance_stop": 1.0}
+    with SelfAttentionGuidance(1.0).attach(pipe), pytest.raises(ValueError, match="skip-layer"):
+        draw("Stable Diffusion 3.5", pipe, (3,), skip_guidance_layers=[1], **late)
+
+
+@pytest.mark.parametrize("network", [SanaTransformer2DModel, StableCascadeUNet])
+def test_denoisers_without_softmax_attention_are_refused_by_name(network: type) -> None:
+    with torch.device("meta"):
+        denoiser = network.__new__(network)
+        torch.nn.Module.__init__(denoiser)
+    with pytest.raises(ValueError, match=f"{network.__name__} is not supported; supported: UNet"):
+        SelfAttentionGuidance().attach(denoiser, scheduler=DPMSolverMultistepScheduler(**BETAS))
