@@ -70,8 +70,8 @@ def recorded(pipe: Any) -> Iterator[list[Step]]:
 
 def level_of(scheduler: Any, t: Tensor, index: int) -> tuple[str, reference.Level]:
     """The kind of prediction and the noise level of a step."""
-    kind = scheduler.config.get("prediction_type", "flow")
-    if kind == "flow":
+    kind = scheduler.config.get("prediction_type", "flow_prediction")
+    if kind == "flow_prediction":
         sigma = float(scheduler.sigmas[index])
         return kind, reference.Level(1 - sigma, sigma)
     return kind, reference.noise_level(scheduler, index, 0, t)
@@ -174,7 +174,7 @@ def packed(latents: Tensor, like: Tensor) -> Tensor:
 def clean(step: Step, x: Tensor, u: Tensor) -> Tensor:
     level = step.level
     assert level is not None
-    if step.kind == "flow":
+    if step.kind == "flow_prediction":
         return x - level.sigma * u
     return reference.clean_from_output(step.kind, level, x, u)
 
