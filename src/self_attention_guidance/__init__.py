@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .builtin import builtin_model
     from .guidance import BlurGuidance, SelfAttentionGuidance
+    from .guider import SelfAttentionGuider
     from .handle import GuidanceHandle
     from .originals import ADMUNet2DModel, NoisyClassifier, OriginalDiTModel, load_original
     from .pipelines.adm import ADMPipeline
@@ -21,6 +22,7 @@ __all__ = [
     "SelfAttentionGuidance",
     "BlurGuidance",
     "GuidanceHandle",
+    "SelfAttentionGuider",
     "StableDiffusionSAGPipeline",
     "StableDiffusionXLSAGPipeline",
     "ADMPipeline",
@@ -43,6 +45,7 @@ _HOMES = {
     "NoisyClassifier": "originals",
     "OriginalDiTModel": "originals",
     "SelfAttentionGuidance": "guidance",
+    "SelfAttentionGuider": "guider",
     "StableDiffusionSAGPipeline": "pipelines.stable_diffusion",
     "StableDiffusionXLSAGPipeline": "pipelines.stable_diffusion_xl",
     "builtin_model": "builtin",

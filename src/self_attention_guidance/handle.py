@@ -48,8 +48,8 @@ class GuidanceHandle:
         attention: Attention received per position at the last guided step, (images, rows,
             columns) float32, mean 1; `None` before it and for blur guidance, which reads none.
         mask: The positions that were blurred there, (images, rows, columns) bool.
-        term: What guidance added there, times scale, in units of the denoiser's output: (images,
-            channels, height, width), at least float32.
+        term: What guidance added there to each image's rows of the denoiser's output, of their
+            shape, times scale; at least float32.
     """
 
     def __init__(self, guidance: _Guidance, target: Target) -> None:
@@ -72,6 +72,7 @@ class GuidanceHandle:
         self._run: Any = None
         self._layout: BatchLayout = "single"
         self._in_second_pass = False
+        self._is_for_one_call = False
         denoiser = target.denoiser
         if self._layer is not None:
             self_attention(uncompiled(denoiser), self._layer)
@@ -87,6 +88,10 @@ class GuidanceHandle:
             hook.remove()
         self._stop_reading()
         self._calls = SeparateCalls(self.guidance.branch)
+
+    def remove_after_call(self) -> None:
+        """Remove the guidance after the next call of the denoiser, also if that fails."""
+        self._is_for_one_call = True
 
     def __enter__(self) -> GuidanceHandle:
         """The handle; the denoiser is guided already."""
@@ -122,11 +127,19 @@ class GuidanceHandle:
     def _after(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        if self._in_second_pass or self._call is None:
+        if self._in_second_pass:
             return None
+        try:
+            return self._output(module, output)
+        finally:
+            if self._is_for_one_call:
+                self.remove()
+
+    def _output(self, module: nn.Module, output: Any) -> Any:
+        """What the denoiser returns instead of `output`; `None` is that."""
         call, needs_term = self._call, self._needs_term
         scores = self._stop_reading()
-        if output is None:  # the pass failed, and its exception is under way
+        if call is None or output is None:  # the pass failed, and its exception is under way
             return None
         if not scores and self._layer is not None and needs_term:
             raise RuntimeError(
@@ -180,11 +193,11 @@ class GuidanceHandle:
         x0_degraded = self._degraded(prediction.clipped(x0), scores, call)
         degraded = place.written(sample, prediction.renoise(x_t, x0, x0_degraded))
         u_degraded = _precise(place.read(self._second_pass(module, call, degraded)))
-        self.term = self.guidance.scale * prediction.term(u, u_degraded, x0, x0_degraded)
+        term = self.guidance.scale * prediction.term(u, u_degraded, x0, x0_degraded)
+        nothing = torch.zeros_like(whole[call.rows], dtype=term.dtype)
+        self.term = place.written(nothing, term)
         self.steps += 1
-        copies = len(whole) // len(self.term)
-        nothing = torch.zeros_like(whole, dtype=self.term.dtype)
-        return place.written(nothing, self.term.repeat(copies, 1, 1, 1))
+        return self.term.repeat(len(whole) // len(term), *[1] * (whole.ndim - 1))
 
     def _degraded(self, x0: Tensor, scores: list[Scores], call: Call) -> Tensor:
         """`x0`, blurred where the guidance wants it."""

@@ -181,6 +181,18 @@ def check_scheduler(scheduler: Any) -> None:
         )
 
 
+def is_at(scheduler: Any, timestep: Any) -> bool:
+    """Whether a scheduler's state is that of a step at `timestep`, so that it may be the one."""
+    timesteps = getattr(scheduler, "timesteps", None)
+    if timesteps is None or getattr(scheduler, "num_inference_steps", None) is None:
+        return False
+    matches = timesteps.cpu() == torch.as_tensor(timestep).cpu()
+    if not matches.any() or not hasattr(scheduler, "sigmas"):
+        return bool(matches.any())
+    index = _step_index(scheduler, timestep)
+    return index < len(timesteps) and bool(matches[index])
+
+
 def step_fraction(scheduler: Any, timestep: Any) -> float:
     """How much of the scheduler's timesteps lies before the present one, from 0 to below 1."""
     timesteps: Tensor = scheduler.timesteps
