@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from self_attention_guidance import SelfAttentionGuidance, StableDiffusionSAGPipeline
-from test_guidance import difference, draw
-from tiny import tiny_pipeline
+from test_guidance import LAYER, difference, draw
+from tiny import tiny_pipeline, tiny_unet
 
 # "aot_eager" compiles as "inductor" does up to the code generator, which takes minutes here.
 BACKEND = "aot_eager"
@@ -22,71 +25,184 @@ pytestmark = pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `fun
 @pytest.fixture(autouse=True)
 def forget_compiled_code() -> Iterator[None]:
     torch.compiler.reset()
+    counters.clear()
     yield
     torch.compiler.reset()
 
 
-@pytest.fixture
-def pipe() -> StableDiffusionPipeline:
-    return tiny_pipeline(StableDiffusionPipeline)
+def small_pipeline(cls: type = StableDiffusionPipeline) -> Any:
+    """A pipeline whose denoiser is compiled in about a second."""
+    return tiny_pipeline(cls, unet=tiny_unet(levels=1))
 
 
 @pytest.fixture
-def guided(pipe: StableDiffusionPipeline) -> Tensor:
+def pipe() -> Any:
+    return small_pipeline()
+
+
+@pytest.fixture(scope="module")
+def plain() -> Tensor:
+    return draw(small_pipeline())
+
+
+@pytest.fixture(scope="module")
+def guided() -> Tensor:
+    pipe = small_pipeline()
     with SelfAttentionGuidance(1.0).attach(pipe):
         return draw(pipe)
 
 
+def compile_a_wrapper(pipe: Any, **settings: Any) -> None:
+    pipe.unet = torch.compile(pipe.unet, backend=BACKEND, **settings)
+
+
+def compile_in_place(pipe: Any, **settings: Any) -> None:
+    pipe.unet.compile(backend=BACKEND, **settings)
+
+
+def compile_blocks(pipe: Any, **settings: Any) -> None:
+    pipe.unet.compile_repeated_blocks(backend=BACKEND, **settings)
+
+
+def compile_forward(pipe: Any, **settings: Any) -> None:
+    pipe.unet.forward = torch.compile(pipe.unet.forward, backend=BACKEND, **settings)
+
+
+def graphs() -> int:
+    """How many graphs were compiled; raises if one was broken up."""
+    assert not counters["graph_break"]
+    return counters["stats"]["unique_graphs"]
+
+
+WAYS = [compile_a_wrapper, compile_in_place, compile_blocks, compile_forward]
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("runs_before", [0, 1])
 def test_guidance_attached_to_a_compiled_unet(
-    pipe: StableDiffusionPipeline, guided: Tensor, runs_before: int
+    pipe: Any, guided: Tensor, plain: Tensor, way: Callable[..., None], runs_before: int
 ) -> None:
-    pipe.unet = torch.compile(pipe.unet, backend=BACKEND)
+    way(pipe, fullgraph=True)
     for _ in range(runs_before):
         draw(pipe)
-    with SelfAttentionGuidance(1.0).attach(pipe) as handle:
-        assert difference(draw(pipe), guided) < 1e-4
-        assert difference(draw(pipe), guided) < 1e-4
-    assert handle.steps == 6
-
-
-@pytest.mark.parametrize("in_place", [False, True])
-def test_compiling_a_guided_unet_until_guidance_is_removed(
-    pipe: StableDiffusionPipeline, guided: Tensor, in_place: bool
-) -> None:
-    plain = draw(pipe)
-    with SelfAttentionGuidance(1.0).attach(pipe) as handle:
-        if in_place:
-            pipe.unet.compile(backend=BACKEND)
-        else:
-            pipe.unet = torch.compile(pipe.unet, backend=BACKEND)
-        assert difference(draw(pipe), guided) < 1e-4
-    assert handle.steps == 3
+    compiled = []
+    for _ in range(3):
+        with SelfAttentionGuidance(1.0).attach(pipe) as handle:
+            assert difference(draw(pipe), guided) < 1e-4
+        assert handle.steps == 3
+        compiled.append(graphs())
+    assert 0 < compiled[0] == compiled[1] == compiled[2]
     assert difference(draw(pipe), plain) < 1e-4
 
 
-def test_the_pipeline_with_a_compiled_unet(guided: Tensor) -> None:
-    sag: Any = tiny_pipeline(StableDiffusionSAGPipeline)
-    sag.unet = torch.compile(sag.unet, backend=BACKEND)
+@pytest.mark.parametrize("way", WAYS)
+def test_compiling_a_guided_unet_until_guidance_is_removed(
+    pipe: Any, guided: Tensor, plain: Tensor, way: Callable[..., None]
+) -> None:
+    with SelfAttentionGuidance(1.0).attach(pipe) as handle:
+        way(pipe, fullgraph=True)
+        assert difference(draw(pipe), guided) < 1e-4
+        compiled = graphs()
+        assert difference(draw(pipe), guided) < 1e-4
+    assert handle.steps == 6
+    assert 0 < compiled == graphs()
+    assert difference(draw(pipe), plain) < 1e-4
+    with SelfAttentionGuidance(1.0).attach(pipe):
+        assert difference(draw(pipe), guided) < 1e-4
+
+
+def test_the_pipeline_with_a_compiled_unet_that_guides_some_steps(guided: Tensor) -> None:
+    sag = small_pipeline(StableDiffusionSAGPipeline)
+    compile_a_wrapper(sag, fullgraph=True)
     draw(sag, sag_scale=0)
     assert difference(draw(sag, sag_scale=1.0), guided) < 1e-4
+    compiled = graphs()
+    assert difference(draw(sag, sag_scale=1.0, sag_stop=0.5), guided) > 1e-4
+    assert difference(draw(sag, sag_scale=1.0), guided) < 1e-4
+    assert graphs() == compiled
 
 
-def test_a_unet_compiled_in_place_before_is_refused(pipe: StableDiffusionPipeline) -> None:
-    pipe.unet.compile(backend=BACKEND)
-    draw(pipe)
-    with pytest.raises(ValueError, match="was compiled in place, where hooks are ignored"):
-        SelfAttentionGuidance(1.0).attach(pipe)
+def test_removal_leaves_a_unet_that_was_compiled_in_place_as_it_was(pipe: Any) -> None:
+    compile_in_place(pipe)
+    before, call = draw(pipe), pipe.unet._compiled_call_impl
+    compiled = graphs()
+    SelfAttentionGuidance(1.0).attach(pipe).remove()
+    assert pipe.unet._compiled_call_impl is call
+    assert torch.equal(draw(pipe), before)
+    assert graphs() == compiled
 
 
-def test_a_guided_unet_behind_a_compiled_one_is_found(pipe: StableDiffusionPipeline) -> None:
+def test_a_copy_of_a_unet_that_was_compiled_in_place_is_guided(pipe: Any, guided: Tensor) -> None:
+    compile_in_place(pipe)
     with SelfAttentionGuidance(1.0).attach(pipe):
-        pipe.unet = torch.compile(pipe.unet, backend=BACKEND)
+        pipe.unet = copy.deepcopy(pipe.unet)
+        assert difference(draw(pipe), guided) < 1e-4
+
+
+def test_sliced_attention_is_read_in_a_compiled_unet(pipe: Any, guided: Tensor) -> None:
+    pipe.enable_attention_slicing(1)
+    compile_a_wrapper(pipe, fullgraph=True)
+    with SelfAttentionGuidance(1.0).attach(pipe):
+        assert difference(draw(pipe), guided) < 1e-4
+
+
+class Keyword(AttnProcessor2_0):
+    """Attention with a keyword of its own; diffusers drops those that it can't find."""
+
+    breaks_graph = False
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        strength: float = 0.0,
+    ) -> Tensor:
+        if self.breaks_graph:
+            torch._dynamo.graph_break()
+        return strength * super().__call__(attn, hidden_states, encoder_hidden_states)
+
+
+@pytest.mark.parametrize("breaks_graph", [False, True])
+def test_another_processor_with_its_keyword_in_a_compiled_unet(
+    pipe: Any, guided: Tensor, breaks_graph: bool
+) -> None:
+    processor = Keyword()
+    processor.breaks_graph = breaks_graph
+    pipe.unet.get_submodule(LAYER).set_processor(processor)
+    compile_a_wrapper(pipe, fullgraph=not breaks_graph)
+    with SelfAttentionGuidance(1.0).attach(pipe):
+        latents = draw(pipe, cross_attention_kwargs={"strength": 1.0})
+    assert difference(latents, guided) < 1e-4
+
+
+def test_a_guided_unet_behind_a_compiled_one_is_found(pipe: Any) -> None:
+    with SelfAttentionGuidance(1.0).attach(pipe):
+        compile_a_wrapper(pipe)
         with pytest.raises(ValueError, match="guided already"):
             SelfAttentionGuidance(1.0).attach(pipe)
 
 
-def test_a_whole_graph_is_refused_loudly(pipe: StableDiffusionPipeline) -> None:
-    pipe.unet = torch.compile(pipe.unet, backend=BACKEND, fullgraph=True)
-    with SelfAttentionGuidance(1.0).attach(pipe), pytest.raises(torch._dynamo.exc.Unsupported):
-        draw(pipe)
+def compile_what_calls(pipe: Any, **settings: Any) -> None:
+    """Compile a function around the denoiser, hooks and all."""
+    unet = copy.copy(pipe.unet)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return unet(*args, **kwargs)
+
+    pipe.unet.forward = torch.compile(call, backend=BACKEND, **settings)
+
+
+def test_compiled_hooks_run_or_say_why_not(pipe: Any, guided: Tensor) -> None:
+    with SelfAttentionGuidance(1.0).attach(pipe):
+        pass
+
+
+def test_hooks_that_torch_would_ignore_are_refused(
+    pipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch._dynamo.config, "wrap_top_frame", True)
+    compile_in_place(pipe)
+    with pytest.raises(ValueError, match="hooks that are added later are ignored; attach first"):
+        SelfAttentionGuidance(1.0).attach(pipe)

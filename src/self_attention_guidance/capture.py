@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,14 +64,25 @@ class _ReadingProcessor:
     def __init__(self, processor: Any, scores: list[Scores]) -> None:
         self.processor = processor
         self.scores = scores
-        # diffusers drops every keyword that is not in the signature it finds here
-        self.__dict__["__call__"] = processor.__call__
 
-    # compiled attention must not bake in or optimise away what is read here
-    @torch.compiler.disable
-    def __call__(self, attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
+
+@functools.cache
+def _reading_class(processor: type) -> type[_ReadingProcessor]:
+    """The reading processor for processors of one class.
+
+    diffusers drops every keyword that is not in the signature of a processor's `__call__`, so it
+    must show that of the processor it stands in for. One class for each, always the same:
+    torch.compile compiles anew for a class that it has not seen, but not for an object.
+    """
+
+    def call(self: _ReadingProcessor, attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with _ScoreReader(self.scores):
             return self.processor(attention, *args, **kwargs)
+
+    # What else is known of the processor's own call, such as that it is not compiled, is not true
+    # of this one.
+    functools.update_wrapper(call, processor.__call__, assigned=(), updated=())
+    return type(f"Reading{processor.__name__}", (_ReadingProcessor,), {"__call__": call})
 
 
 class AttentionCapture:
@@ -91,7 +103,8 @@ class AttentionCapture:
         """Begin reading; what an interrupted pass left behind is undone first."""
         self.stop()
         self._processor = self._attention.processor
-        self._attention.set_processor(_ReadingProcessor(self._processor, self._scores))
+        reading = _reading_class(type(self._processor))
+        self._attention.set_processor(reading(self._processor, self._scores))
 
     def stop(self) -> list[Scores]:
         """Restore the layer; idempotent.

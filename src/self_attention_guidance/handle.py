@@ -8,6 +8,7 @@ attention of its pass, run the second pass and add the guidance term to its own 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -30,8 +31,14 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def _run_uncompiled(function: Function) -> Function:
-    """`torch.compiler.disable`, with the type of what it decorates."""
-    return cast("Function", torch.compiler.disable(function))
+    """`torch.compiler.disable`, with the type of what it decorates, and a reason if torch can."""
+    reason = (
+        "guidance runs around the denoiser, not in its graph; with fullgraph=True, compile the "
+        "denoiser itself, before guidance is attached, and not what calls it"
+    )
+    has_reason = "reason" in inspect.signature(torch.compiler.disable).parameters
+    keywords: dict[str, Any] = {"reason": reason} if has_reason else {}
+    return cast("Function", torch.compiler.disable(function, **keywords))
 
 
 class GuidanceHandle:
@@ -244,10 +251,16 @@ def _refuse_guided(module: nn.Module) -> None:
 
 
 def _refuse_compiled_in_place(module: nn.Module) -> None:
-    if module._compiled_call_impl is not None:
+    """torch compiles hooks together with the module if told to, and does not look for later ones.
+
+    Otherwise they run around what is compiled.
+    """
+    is_told = getattr(torch._dynamo.config, "wrap_top_frame", False)
+    if is_told and module._compiled_call_impl is not None:
         raise ValueError(
-            f"{type(module).__name__} was compiled in place, where hooks are ignored; attach "
-            "first, or use torch.compile(denoiser) instead of denoiser.compile()"
+            f"{type(module).__name__} was compiled in place with torch._dynamo.config."
+            "wrap_top_frame, where hooks that are added later are ignored; attach first, or use "
+            "torch.compile(denoiser) instead of denoiser.compile()"
         )
 
 
