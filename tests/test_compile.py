@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from self_attention_guidance import SelfAttentionGuidance, StableDiffusionSAGPipeline
-from test_guidance import difference, draw, own_loop
+from test_guidance import LAYER, difference, draw, own_loop
 from tiny import tiny_pipeline, tiny_scheduler, tiny_unet
 
 # "aot_eager" compiles as "inductor" does up to the code generator, which takes minutes here.
@@ -32,7 +32,7 @@ def forget_compiled_code() -> Iterator[None]:
 
 def small_unet() -> Any:
     """A denoiser that is compiled in about a second."""
-    return tiny_unet(levels=1, layers_per_block=0)
+    return tiny_unet(levels=1, layers_per_block=0, heads=2)
 
 
 def small_pipeline(cls: type = StableDiffusionPipeline) -> Any:
@@ -177,9 +177,10 @@ class Keyword(AttnProcessor2_0):
 def test_another_processor_with_its_keyword_in_a_compiled_unet(
     pipe: Any, guided: Tensor, breaks_graph: bool
 ) -> None:
+    pipe.unet.set_attn_processor(Keyword())
     processor = Keyword()
     processor.breaks_graph = breaks_graph
-    pipe.unet.set_attn_processor(processor)
+    pipe.unet.get_submodule(LAYER).set_processor(processor)
     compile_a_wrapper(pipe, fullgraph=not breaks_graph)
     with SelfAttentionGuidance(1.0).attach(pipe):
         latents = draw(pipe, cross_attention_kwargs={"strength": 1.0})
