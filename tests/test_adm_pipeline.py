@@ -95,6 +95,7 @@ SCHEDULERS = [
 ]
 
 
+@pytest.mark.supports("runs", pipeline="ADM and IDDPM")
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_every_scheduler_is_guided_and_scale_zero_is_bit_equal(scheduler: Any) -> None:
     pipe = pipeline(scheduler())
@@ -125,6 +126,7 @@ def network_without_classes() -> UNet2DModel:
 
 
 # In float64: the first steps multiply a rounding error by 157, whatever the batch.
+@pytest.mark.supports("batch", pipeline="ADM and IDDPM")
 @pytest.mark.parametrize("scheduler", [DDPMScheduler, DDIMScheduler, EulerDiscreteScheduler])
 def test_pictures_depend_neither_on_their_batch_nor_on_its_order(scheduler: Any) -> None:
     pipe = pipeline(scheduler(), unet=small_unet().double())
@@ -158,6 +160,7 @@ def test_a_guided_output_depends_neither_on_its_batch_nor_on_its_order() -> None
             assert torch.equal(handle.mask[0], mask[row])
 
 
+@pytest.mark.supports("formula", pipeline="ADM and IDDPM")
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 @torch.no_grad()

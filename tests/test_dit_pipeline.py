@@ -35,6 +35,7 @@ def attention_received(x: Tensor, t: Tensor, y: Tensor, block: int) -> Tensor:
     return weights.mean(1).sum(1)
 
 
+@pytest.mark.supports("formula", pipeline="DiT")
 @pytest.mark.parametrize("branch", ["uncond", "cond"])
 @torch.no_grad()
 def test_a_guided_output_is_the_formula(branch: str) -> None:
@@ -87,6 +88,7 @@ def draw(pipe: Any, labels: tuple[int, ...] = (1, 2), **arguments: Any) -> Tenso
     return pipe(class_labels=list(labels), generator=generators, **settings).images
 
 
+@pytest.mark.supports("runs", pipeline="DiT")
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
 def test_diffusers_own_pipeline_is_guided(guidance_scale: float) -> None:
     pipe = DiTPipeline(with_1001_labels(), tiny_vae(), dit_scheduler())
@@ -143,6 +145,7 @@ def test_cfg_acts_on_the_originals_three_channels(sag_scale: float) -> None:
     assert difference(latents[0], expected) < 1e-4 * expected.abs().max()
 
 
+@pytest.mark.supports("batch", pipeline="DiT")
 def test_a_batch_of_three_equals_three_pictures() -> None:
     pipe = DiTSAGPipeline(network("dit"), tiny_vae(), dit_scheduler())
     together = draw(pipe, (1, 2, 3))

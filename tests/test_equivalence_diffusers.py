@@ -50,6 +50,7 @@ def latents(pipe: Any, name: str, width: int, guidance_scale: float, scale: floa
     ).images
 
 
+@pytest.mark.supports("formula", pipeline="Stable Diffusion")
 @pytest.mark.parametrize("width", [64, 80])
 @pytest.mark.parametrize("guidance_scale", [7.5, 1.0])
 @pytest.mark.parametrize("name", NAMES)

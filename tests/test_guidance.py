@@ -57,6 +57,7 @@ def difference(a: Tensor, b: Tensor) -> float:
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
+@pytest.mark.supports("runs", pipeline="Stable Diffusion")
 def test_attached_guidance_changes_the_picture_and_removal_restores_it(
     pipe: StableDiffusionPipeline,
 ) -> None:
@@ -158,6 +159,7 @@ def test_mask_lies_on_the_denoisers_grid_and_is_not_trivial(pipe: StableDiffusio
     torch.testing.assert_close(handle.attention.mean((1, 2)), torch.ones(2))
 
 
+@pytest.mark.supports("batch", pipeline="Stable Diffusion")
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
 def test_a_batch_of_three_is_three_single_images(
     sag: StableDiffusionSAGPipeline, guidance_scale: float

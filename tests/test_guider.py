@@ -48,6 +48,7 @@ def guider_for(pipe: Any, **settings: Any) -> SelfAttentionGuider:
     return guider
 
 
+@pytest.mark.supports("runs", "formula", pipeline="Stable Diffusion XL, modular")
 @pytest.mark.parametrize("branch", ["uncond", "cond"])
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
 def test_xl_equals_attach(pipe: Any, guidance_scale: float, branch: Any) -> None:
@@ -78,6 +79,7 @@ def draw_3(pipe: StableDiffusion3Pipeline, guider: Any) -> Tensor:
     )
 
 
+@pytest.mark.supports("runs", "formula", pipeline="Stable Diffusion 3.5, modular")
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_stable_diffusion_3_equals_attach(guidance_scale: float) -> None:
     pipe = stable_diffusion_3()

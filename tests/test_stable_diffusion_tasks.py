@@ -96,6 +96,7 @@ def draw(pipe: Any, seeds: tuple[int, ...], arguments: dict[str, Any]) -> Tensor
     ).images
 
 
+@pytest.mark.supports("runs", "batch", pipeline="Stable Diffusion")
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
 @pytest.mark.parametrize("task", TASKS)
 def test_guidance_acts_leaves_no_trace_and_keeps_rows_apart(

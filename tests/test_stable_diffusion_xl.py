@@ -32,6 +32,7 @@ def draw(pipe: Any, seeds: tuple[int, ...] = (0,), **arguments: Any) -> Tensor:
     ).images
 
 
+@pytest.mark.supports("runs", pipeline="Stable Diffusion XL")
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
 def test_the_class_is_attach_and_scale_zero_is_bit_equal(
     pipe: StableDiffusionXLPipeline, guidance_scale: float
@@ -51,6 +52,7 @@ def test_the_class_is_attach_and_scale_zero_is_bit_equal(
         draw(ours, sag_scale=float("inf"))
 
 
+@pytest.mark.supports("batch", pipeline="Stable Diffusion XL")
 def test_a_batch_of_three_equals_three_pictures(pipe: StableDiffusionXLPipeline) -> None:
     with SelfAttentionGuidance(1.0).attach(pipe):
         together = draw(pipe, (3, 4, 5))
@@ -59,6 +61,7 @@ def test_a_batch_of_three_equals_three_pictures(pipe: StableDiffusionXLPipeline)
             assert (alone - together[row : row + 1]).abs().max() < 1e-4 * together.abs().max()
 
 
+@pytest.mark.supports("formula", pipeline="Stable Diffusion XL")
 @pytest.mark.parametrize("branch", ["uncond", "cond"])
 @torch.no_grad()
 def test_a_guided_output_is_the_formula(branch: Any) -> None:

@@ -73,6 +73,7 @@ TASKS: dict[str, tuple[str, Callable[[], Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.supports("runs", "batch")
 @pytest.mark.parametrize(
     ("name", "cfg"),
     [("Flux Fill", None), *itertools.product(sorted({*TASKS} - {"Flux Fill"}), (1.0, 3.0))],

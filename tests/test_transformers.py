@@ -229,6 +229,7 @@ def branches(step: Step) -> tuple[dict[str, Any], dict[str, Any]]:
     return calls[-1], calls[0]
 
 
+@pytest.mark.supports("formula")
 @pytest.mark.parametrize(("cfg", "branch"), [(1.0, "uncond"), (3.0, "uncond"), (3.0, "cond")])
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
@@ -254,6 +255,7 @@ def test_guided_predictions_are_the_formula(name: str, cfg: float, branch: Any) 
         assert (step.output - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
+@pytest.mark.supports("runs")
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
 @pytest.mark.parametrize("name", NAMES)
 def test_scale_zero_and_removal_are_bit_equal(name: str, cfg: float) -> None:
@@ -268,6 +270,7 @@ def test_scale_zero_and_removal_are_bit_equal(name: str, cfg: float) -> None:
     assert torch.equal(draw(name, pipe, (3,), cfg), plain)
 
 
+@pytest.mark.supports("batch")
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_batch_of_three_equals_three_pictures(name: str, cfg: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -12,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from .families import BatchLayout, Family, uncompiled
+
+# Tensors whose first dimension counts something else than pictures.
+_NOT_BATCHES = ("ip_adapter_masks",)
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,9 @@ class Target:
         arguments = self._arguments(args, kwargs)
         layout = self._layout(arguments)
         rows = _guided_rows(arguments[name], layout, branch)
+        cut = functools.partial(_rows_of, batch=len(arguments[name]), rows=rows)
         timestep = self.scheduler_timestep(args, kwargs)
-        return Call(args, kwargs, arguments, name, timestep, layout, rows)
+        return Call(cut(args), cut(kwargs), arguments, name, timestep, layout, rows)
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call by name."""
@@ -80,8 +85,7 @@ class Target:
         if self.family.tells_layout:
             return self.family.cfg_layout
         if not hasattr(type(self.pipeline), "do_classifier_free_guidance"):
-            halves = _are_halves_equal(arguments[self.family.sample_argument])
-            return self.family.cfg_layout if halves else "single"
+            return self._layout_by_samples(arguments[self.family.sample_argument])
         if not hasattr(self.pipeline, "do_classifier_free_guidance"):
             raise RuntimeError(
                 f"{type(self.pipeline).__name__} is not running, so its batch layout is unknown; "
@@ -89,6 +93,20 @@ class Target:
                 "batch_layout="
             )
         return self.family.cfg_layout if self.pipeline.do_classifier_free_guidance else "single"
+
+    def _layout_by_samples(self, sample: Tensor) -> BatchLayout:
+        """Two halves of the same samples are those of CFG."""
+        if _are_halves_equal(sample):
+            return self.family.cfg_layout
+        config: Any = uncompiled(self.denoiser).config
+        denoised = sample[:, : config.get("out_channels", sample.shape[1])]
+        if any(torch.equal(*pair) for pair in itertools.combinations(denoised, 2)):
+            raise ValueError(
+                f"{type(self.pipeline).__name__} does not tell what its batch holds: samples "
+                "repeat, but not as a conditional and an unconditional half; if they are "
+                "pictures of one seed, attach with batch_layout='single'"
+            )
+        return "single"
 
     def _layout_by_labels(self, arguments: dict[str, Any], null_label: str) -> BatchLayout:
         """Two halves of the same samples, one without a class, are those of CFG."""
@@ -108,9 +126,10 @@ class Call:
     """One call of the denoiser, and the part of the batch that is guided.
 
     Attributes:
-        args: Positional arguments.
-        kwargs: Keyword arguments.
-        arguments: All of them, by name.
+        args: The guided rows of the positional arguments. As those of the keyword arguments, they
+            were cut before the pass: diffusers' U-Net empties a list that it is given.
+        kwargs: The guided rows of the keyword arguments.
+        arguments: All arguments, by name, whole.
         sample_argument: Name of the argument that holds x_t.
         timestep: As the scheduler counts.
         layout: What the batch holds.
@@ -132,12 +151,9 @@ class Call:
 
     def with_sample(self, sample: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The guided rows of every argument, with `sample` in the place of x_t."""
-        batch = len(self.sample)
-        args = cast("tuple[Any, ...]", _rows_of(self.args, batch, self.rows))
-        kwargs = cast("dict[str, Any]", _rows_of(self.kwargs, batch, self.rows))
-        if args:
-            return (sample, *args[1:]), kwargs
-        return args, {**kwargs, self.sample_argument: sample}
+        if self.args:
+            return (sample, *self.args[1:]), self.kwargs
+        return self.args, {**self.kwargs, self.sample_argument: sample}
 
 
 @functools.cache
@@ -194,7 +210,10 @@ def _rows_of(argument: Any, batch: int, rows: slice) -> Any:
         return argument[rows] if is_batch else argument
     if isinstance(argument, Mapping):
         entries = cast("Mapping[str, Any]", argument)
-        return {name: _rows_of(entry, batch, rows) for name, entry in entries.items()}
+        return {
+            name: entry if name in _NOT_BATCHES else _rows_of(entry, batch, rows)
+            for name, entry in entries.items()
+        }
     if isinstance(argument, list | tuple):
         items = cast("list[Any] | tuple[Any, ...]", argument)
         return type(items)(_rows_of(item, batch, rows) for item in items)
