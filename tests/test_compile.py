@@ -16,6 +16,8 @@ from torch._dynamo.utils import counters
 from self_attention_guidance import SelfAttentionGuidance, StableDiffusionSAGPipeline
 from test_guidance import LAYER, difference, draw, own_loop
 from tiny import tiny_pipeline, tiny_scheduler, tiny_unet
+from tiny_transformers import TRANSFORMERS
+from tiny_transformers import draw as draw_image
 
 # "aot_eager" compiles as "inductor" does up to the code generator, which takes minutes here.
 BACKEND = "aot_eager"
@@ -153,6 +155,15 @@ def test_sliced_attention_is_read_in_a_compiled_unet(pipe: Any, guided: Tensor) 
     compile_a_wrapper(pipe, fullgraph=True)
     with SelfAttentionGuidance(1.0).attach(pipe):
         assert difference(draw(pipe), guided) < 1e-4
+
+
+def test_joint_attention_is_read_in_a_compiled_transformer() -> None:
+    pipe = TRANSFORMERS["Flux"].make()
+    with SelfAttentionGuidance(1.0).attach(pipe):
+        expected = draw_image("Flux", pipe, (0,))
+    pipe.transformer.compile(backend=BACKEND, fullgraph=True)
+    with SelfAttentionGuidance(1.0).attach(pipe):
+        assert difference(draw_image("Flux", pipe, (0,)), expected) < 1e-4
 
 
 class Keyword(AttnProcessor2_0):

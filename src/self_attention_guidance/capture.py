@@ -55,6 +55,8 @@ class _ScoreReader(TorchFunctionMode):
             self.scores.append(Scores(query, key, kwargs.get("scale"), bias))
         elif func is torch.baddbmm:  # how sliced attention computes its scores
             self.scores.append(Scores(args[1], args[2].transpose(-1, -2), kwargs.get("alpha", 1)))
+        if args and func is torch.Tensor.unflatten:  # torch.compile traces it as a method only
+            return args[0].unflatten(*args[1:], **kwargs)
         return func(*args, **kwargs)
 
 
