@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST := .venv-oldest
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PICTURE := out/compare.png
 # Loose prompts, where the builtin model is unsure: guidance shows there.
@@ -13,7 +14,7 @@ export HF_HUB_OFFLINE := 1
 # Waiting threads sleep: spinning slows small models tenfold where other programs run, too.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: run test lint clean
+.PHONY: run test lint support-table clean
 
 run: $(VENV)/.run
 	$(BIN)/sag compare $(PROMPTS) --show-attention --out $(PICTURE) --overwrite
@@ -21,13 +22,20 @@ run: $(VENV)/.run
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
 
+# Runs the tests of pipelines with the oldest and the newest supported diffusers.
+support-table: $(VENV)/.dev $(OLDEST)/.dev
+	mkdir -p out
+	$(BIN)/python -m pytest -m supports --support-report=out/newest.json
+	-$(OLDEST)/bin/python -m pytest -m supports -W default --support-report=out/oldest.json
+	$(BIN)/python docs/support_table.py out/oldest.json out/newest.json docs/support.md
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:
-	rm -rf $(VENV) out build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) out build dist .pytest_cache .ruff_cache
 
 $(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit("error: Python %d.%d must be 3.10 or newer; set PYTHON=" % sys.version_info[:2] if sys.version_info < (3, 10) else 0)'
@@ -42,4 +50,11 @@ $(VENV)/.run: $(VENV)/.made pyproject.toml constraints.txt
 $(VENV)/.dev: $(VENV)/.run pyproject.toml constraints.txt
 	@echo "Installing the development tools ..."
 	$(PIP) --editable '.[dev]'
+	@touch $@
+
+$(OLDEST)/.dev: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OLDEST)
+	grep -vE '^(diffusers|transformers|huggingface_hub|tokenizers)==' constraints.txt > $(OLDEST)/constraints.txt
+	printf 'diffusers==0.36.0\ntransformers==4.57.6\n' >> $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(OLDEST)/constraints.txt --editable '.[dev]'
 	@touch $@

@@ -12,9 +12,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from diffusers.pipelines.deprecated.stable_diffusion_sag.pipeline_stable_diffusion_sag import (
-    StableDiffusionSAGPipeline as FrozenPipeline,
-)
+from diffusers import StableDiffusionSAGPipeline as FrozenPipeline
 from tqdm import tqdm
 
 from self_attention_guidance import StableDiffusionSAGPipeline

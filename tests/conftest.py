@@ -1,4 +1,4 @@
-"""What a test run says about supported pipelines: `pytest --support-report FILE`.
+"""What a test run says about supported pipelines: `pytest --support-report=FILE`.
 
 Tests marked `supports` are about one pipeline: the one that the mark names, that of their
 parameter `name`, or the `task` of one.

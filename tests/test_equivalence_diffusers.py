@@ -8,9 +8,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers.pipelines.deprecated.stable_diffusion_sag.pipeline_stable_diffusion_sag import (
-    StableDiffusionSAGPipeline as FrozenPipeline,
-)
+from diffusers import StableDiffusionSAGPipeline as FrozenPipeline
 
 from self_attention_guidance import StableDiffusionSAGPipeline
 from tiny import tiny_pipeline, tiny_scheduler

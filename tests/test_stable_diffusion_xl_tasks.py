@@ -86,6 +86,7 @@ def draw(pipe: Any, seeds: tuple[int, ...], arguments: dict[str, Any], steps: in
     ).images
 
 
+@pytest.mark.supports("runs", "batch", pipeline="Stable Diffusion XL")
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
 @pytest.mark.parametrize("task", TASKS)
 def test_guidance_acts_leaves_no_trace_and_keeps_rows_apart(

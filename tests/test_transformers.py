@@ -275,8 +275,14 @@ def test_scale_zero_and_removal_are_bit_equal(name: str, cfg: float) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_batch_of_three_equals_three_pictures(name: str, cfg: float) -> None:
     pipe = TRANSFORMERS[name].make()
+    if batch_difference(name, pipe, cfg) > 1e-3:
+        pytest.skip("without guidance, too, this version of diffusers mixes the rows of a batch")
     with SelfAttentionGuidance(1.0).attach(pipe):
-        together = draw(name, pipe, (3, 4, 5), cfg)
-        for row, seed in enumerate((3, 4, 5)):
-            alone = draw(name, pipe, (seed,), cfg)
-            assert (alone - together[row : row + 1]).abs().max() < 1e-4 * together.abs().max()
+        assert batch_difference(name, pipe, cfg) < 1e-4
+
+
+def batch_difference(name: str, pipe: Any, cfg: float) -> float:
+    """How far, relative to the largest value, pictures of a batch are from those drawn alone."""
+    together = draw(name, pipe, (3, 4, 5), cfg)
+    alone = torch.cat([draw(name, pipe, (seed,), cfg) for seed in (3, 4, 5)])
+    return float((alone - together).abs().max() / together.abs().max())

@@ -251,8 +251,12 @@ def two_embeddings(seeds: list[int], prefix: str) -> dict[str, Any]:
 
 
 def qwen_embeddings(seeds: list[int], prefix: str) -> dict[str, Any]:
-    mask = {f"{prefix}prompt_embeds_mask": masks(seeds)}
-    return {f"{prefix}prompt_embeds": texts(seeds), **mask}
+    mask = masks(seeds)
+    longest = int(mask.sum(1).max())
+    return {
+        f"{prefix}prompt_embeds": texts(seeds)[:, :longest],
+        f"{prefix}prompt_embeds_mask": mask[:, :longest],
+    }
 
 
 TRANSFORMERS = {
