@@ -19,14 +19,15 @@ export OMP_WAIT_POLICY := PASSIVE
 run: $(VENV)/.run
 	$(BIN)/sag compare $(PROMPTS) --show-attention --out $(PICTURE) --overwrite
 
+# A process for each core, with one thread: small networks gain nothing from more.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
 
 # Runs the tests of pipelines with the oldest and the newest supported diffusers.
 support-table: $(VENV)/.dev $(OLDEST)/.dev
 	mkdir -p out
-	$(BIN)/python -m pytest -m supports --support-report=out/newest.json
-	-$(OLDEST)/bin/python -m pytest -m supports -W default --support-report=out/oldest.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto -m supports --support-report=out/newest.json
+	-OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest --numprocesses auto -m supports -W default --support-report=out/oldest.json
 	$(BIN)/python docs/support_table.py out/oldest.json out/newest.json docs/support.md
 
 lint: $(VENV)/.dev

@@ -1,4 +1,7 @@
-"""What guidance costs, against diffusers' own class, alternating in one run.
+"""What guidance costs, against diffusers' own class and no guidance, alternating in one run.
+
+The extra time of a guided picture is compared with that of the passes of one row which it needs:
+one for each step.
 
 python benchmarks/cost.py [--pairs 5] [--steps 4] [--size 256]
 """
@@ -60,6 +63,19 @@ def seconds(pipeline: Any, options: argparse.Namespace, sag_scale: float) -> flo
     return time.perf_counter() - begin
 
 
+def seconds_of_rows(unet: Any, options: argparse.Namespace) -> float:
+    """Wall-clock time of one pass of one row for each step."""
+    side = options.size // 8
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, 4, side, side, generator=generator)
+    embeddings = torch.randn(1, 77, 768, generator=generator)
+    begin = time.perf_counter()
+    with torch.no_grad():
+        for _ in range(options.steps):
+            unet(latents, 500, embeddings)
+    return time.perf_counter() - begin
+
+
 def main() -> None:
     """Time both pipelines and print the ratios."""
     parser = argparse.ArgumentParser(
@@ -75,14 +91,22 @@ def main() -> None:
     for pipeline in (ours, frozen):
         pipeline.set_progress_bar_config(disable=True)
         seconds(pipeline, options, 0.75)
-    against_frozen, against_unguided = [], []
+    ratios: dict[str, list[float]] = {
+        "time / diffusers' class": [],
+        "time / no SAG": [],
+        "extra time / passes of one row": [],
+    }
     for _ in tqdm(range(options.pairs)):
         guided = seconds(ours, options, 0.75)
-        against_frozen.append(guided / seconds(frozen, options, 0.75))
-        against_unguided.append(guided / seconds(ours, options, 0))
-    for name, ratios in (("diffusers' class", against_frozen), ("no SAG", against_unguided)):
-        middle = statistics.median(ratios)
-        print(f"ours / {name}: median {middle:.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
+        rows = seconds_of_rows(parts["unet"], options)
+        unguided = seconds(ours, options, 0)
+        theirs = seconds(frozen, options, 0.75)
+        found = (guided / theirs, guided / unguided, (guided - unguided) / rows)
+        for values, value in zip(ratios.values(), found, strict=True):
+            values.append(value)
+    for name, values in ratios.items():
+        middle = statistics.median(values)
+        print(f"{name}: median {middle:.3f} ({min(values):.3f} to {max(values):.3f})")
 
 
 if __name__ == "__main__":

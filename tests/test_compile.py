@@ -228,10 +228,8 @@ def test_guidance_inside_of_a_whole_graph_is_refused() -> None:
         guided_loop(fullgraph=True)
 
 
-def test_hooks_that_torch_would_ignore_are_refused(
-    pipe: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "wrap_top_frame", True)
+@torch._dynamo.config.patch(wrap_top_frame=True)
+def test_hooks_that_torch_would_ignore_are_refused(pipe: Any) -> None:
     compile_in_place(pipe)
     with pytest.raises(ValueError, match="hooks that are added later are ignored; attach first"):
         SelfAttentionGuidance(1.0).attach(pipe)

@@ -24,11 +24,12 @@ from torch import Tensor
 
 from self_attention_guidance import BlurGuidance, SelfAttentionGuidance
 from tiny import BETAS, tiny_vae
-from tiny_transformers import TRANSFORMERS, draw, flux, pixart, stable_diffusion_3
+from tiny_transformers import TRANSFORMERS, draw, flux, pixart, qwen_image, stable_diffusion_3
 
 PICTURE = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
 MASK = Image.new("L", (96, 64), 0)
 MASK.paste(255, (16, 16, 64, 48))
+TWO_CALLS: dict[str, Any] = {"batch_layout": "cond_call_first"}
 FILL = 16 + 16 + 8 * 8 * 4
 """Channels of a token that FLUX.1 Fill sees: latents, masked picture, mask."""
 
@@ -132,7 +133,7 @@ def test_two_calls_of_a_step_in_a_loop_of_ones_own() -> None:
     scheduler.set_timesteps(3)
     states, pooled = torch.randn(2, 2, 6, 32), torch.randn(2, 2, 32)
     x, t = torch.randn(2, 4, 8, 8), scheduler.timesteps[0]
-    settings = {"scheduler": scheduler, "batch_layout": "cond_call_first"}
+    settings = {"scheduler": scheduler, **TWO_CALLS}
 
     def call(half: int) -> Tensor:
         return network(x, states[half], pooled[half], t.expand(2), return_dict=False)[0]
@@ -156,6 +157,36 @@ def test_two_calls_of_a_step_in_a_loop_of_ones_own() -> None:
         ):
             call(0).sum()
             call(1)
+
+
+@torch.no_grad()
+def test_an_editing_loop_that_slices_what_two_calls_predict() -> None:
+    pipe = qwen_image()
+    network, scheduler = pipe.transformer, pipe.scheduler
+    scheduler.set_timesteps(3, mu=0.8)
+    tokens, states = torch.randn(1, 48, 16), torch.randn(2, 1, 6, 32)
+    shapes = [[(1, 4, 6), (1, 4, 6)]]
+
+    def predict(half: int) -> tuple[Tensor, Tensor]:
+        whole = network(
+            tokens,
+            states[half],
+            torch.ones(1, 6),
+            scheduler.timesteps[:1] / 1000,
+            shapes,
+            return_dict=False,
+        )[0]
+        return whole[:, :24], whole[:, 24:].clone()
+
+    plain = predict(0), predict(1)
+    with SelfAttentionGuidance(1.0).attach(network, scheduler=scheduler, **TWO_CALLS) as handle:
+        guided = predict(0), predict(1)
+    assert handle.term is not None
+    assert not handle.term[:, 24:].any()
+    for (picture, reference), (before, reference_before) in zip(guided, plain, strict=True):
+        assert torch.equal(picture, before + handle.term[:, :24])
+        assert torch.equal(reference, reference_before)
+    assert handle.term.abs().max() > 1e-2
 
 
 def test_pictures_of_one_seed_without_classifier_free_guidance() -> None:

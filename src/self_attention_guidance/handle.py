@@ -168,7 +168,8 @@ class GuidanceHandle:
     def _refuse_lost_halves(self, call: Call) -> None:
         """Notice that what looked like the halves of a batch were pictures of the same seed."""
         run = self._target.scheduler.timesteps
-        if run is self._run and call.layout == "single" and self._layout != "single":
+        lost = run is self._run and call.layout == "single" and self._layout != "single"
+        if lost and self._target.is_guessing:
             raise ValueError(
                 "the halves of the batch held the same samples, but no longer do: without "
                 "classifier-free guidance, attach with batch_layout='single'"

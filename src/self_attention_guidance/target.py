@@ -41,6 +41,12 @@ class Target:
         """The scheduler of the present step."""
         return self.pipeline.scheduler if self.own_scheduler is None else self.own_scheduler
 
+    @property
+    def is_guessing(self) -> bool:
+        """Whether nobody tells the batch layout, so that it follows from the samples."""
+        is_told = self.own_layout is not None or self.family.tells_layout
+        return not (is_told or hasattr(type(self.pipeline), "do_classifier_free_guidance"))
+
     def scheduler_timestep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The timestep of a call as the scheduler counts.
 
@@ -84,7 +90,7 @@ class Target:
             return self._layout_by_labels(arguments, self.family.null_label)
         if self.family.tells_layout:
             return self.family.cfg_layout
-        if not hasattr(type(self.pipeline), "do_classifier_free_guidance"):
+        if self.is_guessing:
             return self._layout_by_samples(arguments[self.family.sample_argument])
         if not hasattr(self.pipeline, "do_classifier_free_guidance"):
             raise RuntimeError(
