@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from self_attention_guidance import maths
+from self_attention_guidance import SelfAttentionGuidance, maths
 from self_attention_guidance.capture import token_grid
+from tiny import TEXT_WIDTH, tiny_scheduler, tiny_unet
 
 
 def test_attention_received_is_the_column_sum_of_the_mean_map() -> None:
@@ -26,6 +30,65 @@ def test_attention_received_has_mean_one_and_does_not_depend_on_slicing(
     monkeypatch.setattr(maths, "_PROBABILITIES_AT_ONCE", 7 * 2 * 3 * 20)
     torch.testing.assert_close(maths.attention_received(query, key), whole)
     torch.testing.assert_close(whole.mean(1), torch.ones(2))
+
+
+@pytest.mark.parametrize("picture", [slice(0, 12), slice(5, 17), slice(8, 20)])
+@pytest.mark.parametrize("bias", [None, "additive", "keys", "queries and keys"])
+def test_attention_of_a_picture_beside_text(
+    picture: slice, bias: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query, key = torch.randn(2, 3, 20, 8), torch.randn(2, 3, 20, 8)
+    seen = torch.rand(2, 1, 20, 20) < 0.7
+    seen |= torch.eye(20, dtype=torch.bool)  # every query sees something
+    biases = {
+        None: (None, torch.zeros(2, 1, 20, 20)),
+        "additive": (torch.randn(2, 1, 20, 20),) * 2,
+        "keys": (seen[:, :, 8:9],) * 2,
+        "queries and keys": (seen,) * 2,
+    }
+    given_bias, added = biases[bias]
+    if added.dtype == torch.bool:
+        added = torch.where(added, 0.0, -torch.inf)
+    weights = (query @ key.transpose(-1, -2) * 8**-0.5 + added).softmax(-1)
+    explicit = weights[..., picture, picture].mean(1).sum(1)
+    explicit = explicit / explicit.mean(1, keepdim=True)
+    monkeypatch.setattr(maths, "_PROBABILITIES_AT_ONCE", 5 * 2 * 3 * 20)
+    received = maths.attention_received(query, key, bias=given_bias, picture=picture)
+    torch.testing.assert_close(received, explicit)
+
+
+class LargestSoftmax(TorchDispatchMode):
+    """Notes the size of the largest attention map that is computed inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **kwargs or {})
+        if func is torch.ops.aten._softmax.default:
+            self.size = max(self.size, output.numel())
+        return output
+
+
+def test_a_large_attention_map_is_never_there_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    query = torch.randn(1, 2, 400, 4)
+    monkeypatch.setattr(maths, "_PROBABILITIES_AT_ONCE", 10_000)
+    with LargestSoftmax() as largest:
+        maths.attention_received(query, query)
+    assert 0 < largest.size <= 10_000
+
+
+def test_attention_is_computed_for_the_guided_rows_alone() -> None:
+    unet, scheduler = tiny_unet(), tiny_scheduler()
+    scheduler.set_timesteps(2)
+    x, states = torch.randn(2, 4, 16, 16), torch.randn(4, 7, TEXT_WIDTH)
+    guidance = SelfAttentionGuidance()
+    layout: Any = {"scheduler": scheduler, "batch_layout": "uncond_first"}
+    with torch.no_grad(), guidance.attach(unet, **layout), LargestSoftmax() as largest:
+        unet(torch.cat([x, x]), scheduler.timesteps[0], states)
+    tokens, heads = 8 * 8, unet.mid_block.attentions[0].transformer_blocks[0].attn1.heads
+    assert largest.size == 2 * heads * tokens**2
 
 
 def test_mask_is_strictly_above_the_threshold() -> None:
