@@ -92,7 +92,6 @@ class AttentionCapture:
 
     The layer's processor is replaced only in between, by one that calls it, so that outputs stay
     bit-equal, processors may be changed at any other time, and compiled modules notice.
-
     """
 
     def __init__(self, attention: nn.Module) -> None:
@@ -145,10 +144,18 @@ def received(scores: list[Scores], batch: int, rows: slice, picture: slice | Non
     query = torch.cat([score.query.flatten(0, -3) for score in scores])
     key = torch.cat([score.key.flatten(0, -3) for score in scores])
     query, key = (side.unflatten(0, (batch, -1))[rows] for side in (query, key))
-    bias = scores[0].bias
-    if bias is not None and len(scores) == 1:
-        bias = bias[rows] if bias.ndim == 4 and len(bias) == batch else bias
-    return attention_received(query, key, scores[0].scale, bias, picture)
+    return attention_received(query, key, scores[0].scale, _bias(scores, rows), picture)
+
+
+def _bias(scores: list[Scores], rows: slice) -> Tensor | None:
+    """What is added to the scores of the wanted rows, (rows, heads or 1, queries or 1, keys)."""
+    parts: list[Tensor] = []
+    for score in scores:
+        if score.bias is None:
+            return None
+        bias = score.bias[(None,) * (4 - score.bias.ndim)]
+        parts.append(bias.expand(len(score.query), -1, -1, -1))
+    return torch.cat(parts)[rows]
 
 
 def self_attention(denoiser: nn.Module, layer: str) -> nn.Module:

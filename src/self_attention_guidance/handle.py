@@ -256,8 +256,9 @@ def _refuse_compiled_in_place(module: nn.Module) -> None:
 
     Otherwise they run around what is compiled.
     """
-    is_told = getattr(torch._dynamo.config, "wrap_top_frame", False)
-    if is_told and module._compiled_call_impl is not None:
+    if module._compiled_call_impl is None:
+        return
+    if getattr(torch._dynamo.config, "wrap_top_frame", False):
         raise ValueError(
             f"{type(module).__name__} was compiled in place with torch._dynamo.config."
             "wrap_top_frame, where hooks that are added later are ignored; attach first, or use "
