@@ -79,3 +79,16 @@ def test_attention_of_only_some_rows_is_refused() -> None:
     layer.set_processor(FirstRowOnly())
     with SelfAttentionGuidance().attach(pipe), pytest.raises(RuntimeError, match="for 1 of 3 rows"):
         pipe(["red"] * 3, guidance_scale=1.0, height=64, width=64, **USUAL)
+
+
+def test_another_pipeline_that_runs_the_same_denoiser_is_refused() -> None:
+    idle, running = tiny_pipeline(StableDiffusionPipeline), tiny_pipeline(StableDiffusionPipeline)
+    running.unet = idle.unet
+    running.scheduler = idle.scheduler
+    arguments: dict[str, Any] = {"height": 64, "width": 64, **USUAL}
+    with SelfAttentionGuidance().attach(idle):
+        idle("red", guidance_scale=1.0, **arguments)
+        with pytest.raises(ValueError, match="attach to the pipeline that runs"):
+            running("red", guidance_scale=5.0, **arguments)
+        same = [torch.Generator().manual_seed(0) for _ in range(2)]
+        idle(["red", "blue"], guidance_scale=1.0, generator=same, **arguments)

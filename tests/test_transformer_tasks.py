@@ -222,10 +222,35 @@ def test_skip_layer_guidance_is_refused() -> None:
         draw("Stable Diffusion 3.5", pipe, (3,), skip_guidance_layers=[1], **late)
 
 
-@pytest.mark.parametrize("network", [SanaTransformer2DModel, StableCascadeUNet])
-def test_denoisers_without_softmax_attention_are_refused_by_name(network: type) -> None:
-    with torch.device("meta"):
-        denoiser = network.__new__(network)
-        torch.nn.Module.__init__(denoiser)
-    with pytest.raises(ValueError, match=f"{network.__name__} is not supported; supported: UNet"):
-        SelfAttentionGuidance().attach(denoiser, scheduler=DPMSolverMultistepScheduler(**BETAS))
+def sana() -> SanaTransformer2DModel:
+    return SanaTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=1,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=8,
+        sample_size=8,
+    )
+
+
+def stable_cascade() -> StableCascadeUNet:
+    return StableCascadeUNet(
+        conditioning_dim=16,
+        block_out_channels=(16, 16),
+        num_attention_heads=(2, 2),
+        down_num_layers_per_block=(1, 1),
+        up_num_layers_per_block=(1, 1),
+        down_blocks_repeat_mappers=(1, 1),
+        up_blocks_repeat_mappers=(1, 1),
+        block_types_per_layer=(("SDCascadeResBlock",), ("SDCascadeResBlock",)),
+    )
+
+
+@pytest.mark.parametrize("make", [sana, stable_cascade])
+def test_denoisers_without_softmax_attention_are_refused_by_name(make: Callable[[], Any]) -> None:
+    denoiser, scheduler = make(), DPMSolverMultistepScheduler(**BETAS)
+    message = f"{type(denoiser).__name__} is not supported; supported: UNet2DConditionModel"
+    with pytest.raises(ValueError, match=message):
+        SelfAttentionGuidance().attach(denoiser, scheduler=scheduler)

@@ -122,7 +122,7 @@ class GuidanceHandle:
             return
         # A batch that doesn't fit is refused before the pass is paid.
         call = self._target.call(args, kwargs, self.guidance.branch)
-        self._refuse_lost_halves(call)
+        self._refuse_wrong_layout(call)
         if call.layout == "cond_call_first":
             self._needs_term = self._calls.begin(self._target.scheduler, timestep, call.sample)
         self._call = call
@@ -165,16 +165,13 @@ class GuidanceHandle:
         # A fraction such as 1 - 0.7 is not quite the 0.3 at which the step lies.
         return self.guidance.start - 1e-9 <= fraction < self.guidance.stop - 1e-9
 
-    def _refuse_lost_halves(self, call: Call) -> None:
-        """Notice that what looked like the halves of a batch were pictures of the same seed."""
+    def _refuse_wrong_layout(self, call: Call) -> None:
+        """Notice at the second step of a run that the first one's layout can't have been right."""
         run = self._target.scheduler.timesteps
-        lost = run is self._run and call.layout == "single" and self._layout != "single"
-        if lost and self._target.is_guessing:
-            raise ValueError(
-                "the halves of the batch held the same samples, but no longer do: without "
-                "classifier-free guidance, attach with batch_layout='single'"
-            )
-        self._run, self._layout = run, call.layout
+        is_later, self._run = run is self._run, run
+        before, self._layout = self._layout, call.layout
+        if is_later:
+            self._target.refuse_change(before, call)
 
     def _stop_reading(self) -> list[Scores]:
         self._call, self._needs_term = None, True

@@ -77,6 +77,35 @@ class Target:
         timestep = self.scheduler_timestep(args, kwargs)
         return Call(cut(args), cut(kwargs), arguments, name, timestep, layout, rows)
 
+    def refuse_change(self, before: BatchLayout, call: Call) -> None:
+        """Refuse a step whose samples tell that the layout of the step before was wrong.
+
+        Args:
+            before: The layout of the step before.
+            call: Of a step that is not the first one of its run.
+
+        Raises:
+            ValueError: Pictures of one seed were taken for the halves of a batch, or halves of a
+                batch for pictures.
+        """
+        if call.layout != "single" or before == "cond_call_first":
+            return
+        if self.is_guessing and before != "single":
+            raise ValueError(
+                "the halves of the batch held the same samples, but no longer do: without "
+                "classifier-free guidance, attach with batch_layout='single'"
+            )
+        is_told = self.own_layout is None and not (self.family.tells_layout or self.is_guessing)
+        if not is_told or before != "single" or not _are_halves_equal(call.sample):
+            return
+        texts = call.arguments.get("encoder_hidden_states")
+        if texts is not None and not _are_halves_equal(texts):
+            raise ValueError(
+                "the batch holds the same samples with two conditions, as under classifier-free "
+                f"guidance, but {type(self.pipeline).__name__} says that this is off: attach to "
+                "the pipeline that runs"
+            )
+
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call by name."""
         names = _parameters(type(uncompiled(self.denoiser)))
@@ -182,11 +211,11 @@ def _refuse_other_guidance(pipeline: Any, arguments: dict[str, Any]) -> None:
         )
 
 
-def _are_halves_equal(sample: Tensor) -> bool:
-    """Whether a batch holds the same samples twice, one after the other."""
-    if len(sample) % 2:
+def _are_halves_equal(rows: Tensor) -> bool:
+    """Whether a batch holds the same rows twice, one after the other."""
+    if len(rows) % 2:
         return False
-    return torch.allclose(*sample.chunk(2), rtol=0, atol=0, equal_nan=True)
+    return torch.allclose(*rows.chunk(2), rtol=0, atol=0, equal_nan=True)
 
 
 def _guided_rows(sample: Tensor, layout: BatchLayout, branch: str) -> slice:
