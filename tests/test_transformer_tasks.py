@@ -11,10 +11,13 @@ import pytest
 import torch
 from diffusers import (
     DPMSolverMultistepScheduler,
+    FirstBlockCacheConfig,
     FluxFillPipeline,
     FluxImg2ImgPipeline,
     FluxInpaintPipeline,
     FluxKontextPipeline,
+    IFSuperResolutionPipeline,
+    MarigoldDepthPipeline,
     SanaTransformer2DModel,
     StableCascadeUNet,
     StableDiffusion3Img2ImgPipeline,
@@ -23,8 +26,16 @@ from PIL import Image
 from torch import Tensor
 
 from self_attention_guidance import BlurGuidance, SelfAttentionGuidance
-from tiny import BETAS, tiny_vae
-from tiny_transformers import TRANSFORMERS, draw, flux, pixart, qwen_image, stable_diffusion_3
+from tiny import BETAS, tiny_unet, tiny_vae
+from tiny_transformers import (
+    TRANSFORMERS,
+    chroma,
+    draw,
+    flux,
+    pixart,
+    qwen_image,
+    stable_diffusion_3,
+)
 
 PICTURE = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
 MASK = Image.new("L", (96, 64), 0)
@@ -127,6 +138,23 @@ def test_two_calls_of_a_step_cost_one_more_row(branch: Any) -> None:
     assert sum(rows) == 4 * 3 + (branch == "uncond")
 
 
+def test_a_pipeline_that_tells_of_its_second_call_costs_no_row_more() -> None:
+    pipe = chroma()
+    rows: list[int] = []
+    pipe.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(len(kwargs["hidden_states"])), with_kwargs=True
+    )
+
+    def cut_off(pipe: Any, step: int, *_: Any) -> dict[str, Any]:
+        pipe._guidance_scale = 3.0 if step == 0 else 1.0
+        return {}
+
+    with SelfAttentionGuidance(1.0).attach(pipe) as handle:
+        draw("Chroma", pipe, (3,), num_inference_steps=4, callback_on_step_end=cut_off)
+    assert handle.steps == 4
+    assert len(rows) == 3 + 3 + 2 + 2
+
+
 def test_two_calls_of_a_step_in_a_loop_of_ones_own() -> None:
     pipe = stable_diffusion_3()
     network, scheduler = pipe.transformer, pipe.scheduler
@@ -214,6 +242,61 @@ def test_blur_guidance_of_packed_latents_blurs_everywhere() -> None:
         draw("Flux", pipe, (3,))
     assert handle.mask is not None
     assert handle.mask.all()
+
+
+def test_one_step_can_not_tell_pictures_of_one_seed_from_halves() -> None:
+    same = [torch.Generator().manual_seed(0) for _ in range(2)]
+    arguments: dict[str, Any] = {"generator": same, "num_inference_steps": 1}
+    pipe = pixart()
+    with SelfAttentionGuidance(1.0).attach(pipe), pytest.raises(ValueError, match="does not tell"):
+        draw("PixArt-Sigma", pipe, (3, 4), 1.0, **arguments)
+    arguments["num_inference_steps"] = 3
+    early = SelfAttentionGuidance(1.0, stop=0.3)
+    with early.attach(pipe), pytest.raises(ValueError, match="no longer do"):
+        draw("PixArt-Sigma", pipe, (3, 4), 1.0, **arguments)
+
+
+def test_sequences_of_several_denoised_pictures_are_refused() -> None:
+    _, make, arguments = TASKS["Flux Fill"]
+    pipe = make()
+    ids = pipe._prepare_latent_image_ids
+
+    def in_two_rows(*sizes: Any) -> Tensor:
+        found = ids(*sizes)
+        found[len(found) // 2 :, 0] += 1
+        return found
+
+    pipe._prepare_latent_image_ids = in_two_rows
+    with SelfAttentionGuidance(1.0).attach(pipe), pytest.raises(ValueError, match="several pict"):
+        draw("Flux", pipe, (3,), None, **arguments)
+
+
+def test_latents_that_do_not_fit_the_patches_are_refused() -> None:
+    pipe = stable_diffusion_3()
+    pipe.scheduler.set_timesteps(3)
+    t = pipe.scheduler.timesteps[:1]
+    arguments = (torch.randn(1, 4, 9, 13), torch.randn(1, 6, 32), torch.randn(1, 32), t)
+    guidance = SelfAttentionGuidance(1.0).attach(pipe.transformer, scheduler=pipe.scheduler)
+    with guidance, pytest.raises(ValueError, match="latents of 9 x 13 do not fit"):
+        pipe.transformer(*arguments)
+
+
+def test_a_cache_over_the_steps_is_refused() -> None:
+    pipe = flux()
+    guidance = SelfAttentionGuidance(1.0)
+    with guidance.attach(pipe), pytest.raises(ValueError, match="call its disable_cache"):
+        pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+        draw("Flux", pipe, (3,))
+    with pytest.raises(ValueError, match="call its disable_cache"):
+        guidance.attach(pipe)
+
+
+@pytest.mark.parametrize("pipeline", [MarigoldDepthPipeline, IFSuperResolutionPipeline])
+def test_pipelines_whose_networks_receive_other_channels_first_are_refused(pipeline: Any) -> None:
+    pipe = pipeline.__new__(pipeline)
+    pipe.unet = tiny_unet()
+    with pytest.raises(ValueError, match=f"{pipeline.__name__} is not supported"):
+        SelfAttentionGuidance(1.0).attach(pipe)
 
 
 def test_skip_layer_guidance_is_refused() -> None:

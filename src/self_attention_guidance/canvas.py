@@ -57,12 +57,17 @@ def canvas(family: Family, arguments: dict[str, Any], output: Tensor) -> Canvas:
         output: What the denoiser returned first.
 
     Raises:
-        ValueError: The positions of packed tokens do not form a grid.
+        ValueError: The positions of packed tokens do not form a grid, more than one picture is
+            denoised, or the denoiser returns another size than it receives.
     """
     sample: Tensor = arguments[family.sample_argument]
     if family.packing is None:
+        if sample.shape[-2:] != output.shape[-2:]:
+            sides = " x ".join(str(side) for side in sample.shape[-2:])
+            raise ValueError(f"latents of {sides} do not fit the patches of the denoiser")
         return Canvas(min(sample.shape[1], output.shape[1]))
     channels = min(sample.shape[2], output.shape[2])
+    _refuse_several_pictures(family.packing, arguments, sample.shape[2] > output.shape[2])
     return Canvas(channels, _packed_grid(family.packing, arguments), family.packing.patch)
 
 
@@ -91,6 +96,23 @@ def picture_tokens(
         pictures = sample.shape[1]
     start = positions - pictures if family.joint == "picture_last" else 0
     return slice(start, start + rows * columns), (rows, columns)
+
+
+def _refuse_several_pictures(
+    packing: Packing, arguments: dict[str, Any], sees_conditions: bool
+) -> None:
+    """Refuse sequences of which more than the first picture is denoised.
+
+    Editing pipelines append pictures that are not. Those of in-context examples (a network that
+    sees conditions beside its latents) and of layers (with a condition of their own) are.
+    """
+    if packing.ids == "img_ids":
+        ids: Tensor = arguments["img_ids"]
+        several = sees_conditions and bool((ids[..., 0] != ids.flatten()[0]).any())
+    else:
+        several = arguments.get("additional_t_cond") is not None
+    if several:
+        raise ValueError("sequences of several pictures that are denoised are not supported")
 
 
 def _packed_grid(packing: Packing, arguments: dict[str, Any]) -> tuple[int, int]:

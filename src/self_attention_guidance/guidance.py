@@ -18,6 +18,9 @@ from .target import Target
 
 Branch = Literal["uncond", "cond"]
 
+# Pipelines of U-Nets whose first channels are not, or not only, what is denoised.
+_OTHER_INPUTS = ("Marigold", "IFSuperResolution", "IFImg2ImgSuper", "IFInpaintingSuper")
+
 
 @dataclass(frozen=True)
 class _Guidance:
@@ -181,5 +184,10 @@ def _target(target: Any, scheduler: Any, batch_layout: BatchLayout | None) -> Ta
         )
     if scheduler is not None:
         raise ValueError("scheduler must not be given with a pipeline: its own is used")
+    if any(base.__name__.startswith(_OTHER_INPUTS) for base in type(target).__mro__):
+        raise ValueError(
+            f"{type(target).__name__} is not supported: its network receives what is denoised "
+            "behind other channels, or returns more of them"
+        )
     family = family_of(denoiser)
     return Target(denoiser, family, None, target, batch_layout)

@@ -25,7 +25,8 @@ class SelfAttentionGuider(ClassifierFreeGuidance):
         pipe.update_components(guider=guider)
 
     Attributes:
-        scheduler: The scheduler of the pipeline; not saved with the config.
+        scheduler: The scheduler of the pipeline; not saved with the config. To be given before
+            the pipeline runs.
         guidance: The settings of Self-Attention Guidance.
         guidance_handle: The handle of the last guided step: its mask and attention.
 
@@ -37,7 +38,8 @@ class SelfAttentionGuider(ClassifierFreeGuidance):
         use_original_formulation: See diffusers' `ClassifierFreeGuidance`.
         start: Classifier-free guidance begins at this fraction of the steps.
         stop: It ends at this fraction.
-        enabled: Whether any guidance is on.
+        enabled: Whether any guidance is on. `disable`, which modular pipelines call for networks
+            with distilled classifier-free guidance, switches off that one alone.
         sag_start: Self-Attention Guidance begins at this fraction of the steps.
         sag_stop: It ends at this fraction.
         blur_sigma: See `SelfAttentionGuidance`, as the following.
@@ -82,9 +84,21 @@ class SelfAttentionGuider(ClassifierFreeGuidance):
             threshold=threshold,
             layer=layer,
         )
-        self.scheduler: Any = None
+        self._scheduler: Any = None
         self.guidance_handle: GuidanceHandle | None = None
         self._present: GuidanceHandle | None = None
+        self._run: Any = None
+
+    @property
+    def scheduler(self) -> Any:
+        """The scheduler of the pipeline; `None` if it was not given."""
+        return self._scheduler
+
+    @scheduler.setter
+    def scheduler(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+        # The scheduler that runs makes new timesteps for every run.
+        self._run = getattr(scheduler, "timesteps", None)
 
     def new(self, **kwargs: Any) -> SelfAttentionGuider:
         """A copy of this guider with the same scheduler and other settings.
@@ -105,7 +119,12 @@ class SelfAttentionGuider(ClassifierFreeGuidance):
         super().set_state(step, num_inference_steps, timestep)
         self._release()
         self._present = None
-        if self._is_guiding and not is_at(self.scheduler, timestep):
+        if not self._is_guiding:
+            return
+        run = getattr(self.scheduler, "timesteps", None)
+        is_stale = step == 0 and run is self._run
+        self._run = run
+        if is_stale or not is_at(self.scheduler, timestep):
             raise ValueError(
                 f"scheduler={type(self.scheduler).__name__} must be the one that runs: set "
                 "guider.scheduler = pipe.scheduler"
@@ -152,7 +171,8 @@ class SelfAttentionGuider(ClassifierFreeGuidance):
 
     @property
     def _is_guiding(self) -> bool:
-        return self._enabled and self.guidance.scale != 0
+        config: Any = self.config
+        return config.enabled and self.guidance.scale != 0
 
     def _release(self) -> None:
         if self._present is not None:

@@ -64,6 +64,7 @@ class GuidanceHandle:
         for module in {target.denoiser, uncompiled(target.denoiser)}:
             _refuse_guided(module)
             _refuse_compiled_in_place(module)
+            _refuse_cache(module)
         self.guidance = guidance
         self.attached = True
         self.steps = 0
@@ -80,6 +81,7 @@ class GuidanceHandle:
         self._layout: BatchLayout = "single"
         self._in_second_pass = False
         self._is_for_one_call = False
+        self._has_begun = False
         denoiser = target.denoiser
         if self._layer is not None:
             self_attention(uncompiled(denoiser), self._layer)
@@ -116,15 +118,25 @@ class GuidanceHandle:
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._in_second_pass or not self.attached:
             return
+        if self._is_for_one_call and self._has_begun:  # Ctrl-C ended the one call
+            self.remove()
+            return
+        self._has_begun = True
         self._stop_reading()
         timestep = self._target.scheduler_timestep(args, kwargs)
-        if not self._is_guided(timestep):
+        is_guided = self._is_guided(timestep)
+        if not is_guided and self._target.scheduler.timesteps is not self._run:
             return
         # A batch that doesn't fit is refused before the pass is paid.
         call = self._target.call(args, kwargs, self.guidance.branch)
         self._refuse_wrong_layout(call)
+        if not is_guided:
+            return
+        _refuse_cache(uncompiled(module))
         if call.layout == "cond_call_first":
-            self._needs_term = self._calls.begin(self._target.scheduler, timestep, call.sample)
+            is_told = self._target.told_cfg
+            scheduler = self._target.scheduler
+            self._needs_term = self._calls.begin(scheduler, timestep, call.sample, is_told)
         self._call = call
         if self._layer is not None and self._needs_term:
             self._capture = AttentionCapture(self_attention(uncompiled(module), self._layer))
@@ -246,6 +258,14 @@ def _refuse_guided(module: nn.Module) -> None:
                 f"{type(module).__name__} is guided already, by {owner.guidance}; remove that "
                 "handle first"
             )
+
+
+def _refuse_cache(module: nn.Module) -> None:
+    if getattr(module, "is_cache_enabled", False):
+        raise ValueError(
+            f"{type(module).__name__} reuses what it computed at other steps (enable_cache), which "
+            "the second pass of guidance would mix up; call its disable_cache() first"
+        )
 
 
 def _refuse_compiled_in_place(module: nn.Module) -> None:

@@ -30,13 +30,17 @@ class SeparateCalls:
         self._first_plain: Any = None
         self._first_term: Any = None
 
-    def begin(self, scheduler: Any, timestep: Any, sample: Tensor) -> bool:
+    def begin(
+        self, scheduler: Any, timestep: Any, sample: Tensor, is_told: bool | None = None
+    ) -> bool:
         """Note a call that is about to run.
 
         Args:
             scheduler: Its present state tells steps and runs apart.
             timestep: Of the call.
             sample: x_t of the call.
+            is_told: Whether a second call is said to follow a first one; `None` learns it from
+                the steps before.
 
         Returns:
             Whether the call's own guidance term is needed.
@@ -59,6 +63,8 @@ class SeparateCalls:
                 "a step ran without its unconditional call, and so without guidance; use "
                 "branch='cond'"
             )
+        if is_told is not None:
+            self._expects_second = is_told
         self._run, self._moment, self._sample = scheduler.timesteps, moment, sample
         if self._branch == "cond":
             return not self._is_second

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .families import BatchLayout, Family, uncompiled
 
 # Tensors whose first dimension counts something else than pictures.
-_NOT_BATCHES = ("ip_adapter_masks",)
+_NOT_BATCHES = ("ip_adapter_masks", "image_rotary_emb")
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,11 @@ class Target:
     def scheduler(self) -> Any:
         """The scheduler of the present step."""
         return self.pipeline.scheduler if self.own_scheduler is None else self.own_scheduler
+
+    @property
+    def told_cfg(self) -> bool | None:
+        """Whether the pipeline says that classifier-free guidance is on; `None` if it is silent."""
+        return getattr(self.pipeline, "do_classifier_free_guidance", None)
 
     @property
     def is_guessing(self) -> bool:
@@ -132,6 +137,12 @@ class Target:
     def _layout_by_samples(self, sample: Tensor) -> BatchLayout:
         """Two halves of the same samples are those of CFG."""
         if _are_halves_equal(sample):
+            if len(self.scheduler.timesteps) == 1:  # a second step would tell them apart
+                raise ValueError(
+                    f"{type(self.pipeline).__name__} does not tell whether the samples that repeat "
+                    f"are those of classifier-free guidance: attach with batch_layout='single' or "
+                    f"{self.family.cfg_layout!r}"
+                )
             return self.family.cfg_layout
         config: Any = uncompiled(self.denoiser).config
         denoised = sample[:, : config.get("out_channels", sample.shape[1])]
