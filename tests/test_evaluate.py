@@ -57,7 +57,7 @@ def frechet(samples: Tensor, reference: Tensor) -> float:
 
 
 def metrics_of(module: str) -> Any:
-    """A module of torchmetrics' image metrics; the package lists them beside torch-fidelity only."""
+    """Image metrics of torchmetrics, which it lists by name beside torch-fidelity only."""
     name = f"torchmetrics.image.{module}"
     return pytest.importorskip(name, reason="torchmetrics is not installed")
 

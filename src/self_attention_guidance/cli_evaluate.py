@@ -59,11 +59,8 @@ def evaluate_command(
       sag evaluate unguided.npz guided.npz ./emoji-art --plot compare.png --json compare.json
       sag evaluate in256.npz VIRTUAL_imagenet256_labeled.npz --features inception
     """
-    outputs = {"json": json_file, "plot": plot, "save_statistics": save_statistics}
-    _check_outputs(outputs, overwrite)
-    check_count("bootstrap", bootstrap, least=0)
-    check_count("seed", seed, least=0)
-    check_count("batch_size", batch_size)
+    _check_outputs({"json": json_file, "plot": plot, "save_statistics": save_statistics}, overwrite)
+    _check_numbers(bootstrap, seed, batch_size)
     if len(paths) < 2 and save_statistics is None:
         raise ValueError("SAMPLES and REFERENCE must be given: one path needs --save-statistics")
 
@@ -75,10 +72,9 @@ def evaluate_command(
     if save_statistics is not None:
         evaluate.write_statistics(save_statistics, reference)
         print_line(save_statistics)
-    if not samples:
-        return
-    measured = _measure(samples, reference, bootstrap, seed)
-    _show(evaluate.Report(reference, features, bootstrap, seed, measured), json_file, plot)
+    if samples:
+        measured = _measure(samples, reference, bootstrap, seed)
+        _show(evaluate.Report(reference, features, bootstrap, seed, measured), json_file, plot)
 
 
 def _check_outputs(outputs: dict[str, Path | None], overwrite: bool) -> None:
@@ -92,6 +88,12 @@ def _check_outputs(outputs: dict[str, Path | None], overwrite: bool) -> None:
             raise ValueError(f"{name}={str(path)!r}: there is no folder {str(path.parent)!r}")
         if path.exists() and not overwrite:
             raise FileExistsError(f"{name}={str(path)!r} exists: replace it with --overwrite")
+
+
+def _check_numbers(bootstrap: int, seed: int, batch_size: int) -> None:
+    check_count("bootstrap", bootstrap, least=0)
+    check_count("seed", seed, least=0)
+    check_count("batch_size", batch_size)
 
 
 def _load(paths: Sequence[Path], features: str, batch_size: int) -> list[LoadedSet]:
