@@ -19,7 +19,7 @@ from torch import nn
 
 from command_line import error_of, run
 from drawings import blur, draw, save_folder, save_npz
-from self_attention_guidance.evaluate import load_encoder, load_set, measure, open_set
+from self_attention_guidance.evaluate import load_encoder, load_set, measure, open_set, work
 from self_attention_guidance.evaluate.encoder import ENCODER_FOLDER
 from tiny_pixels import arrays_of, one_thread
 
@@ -108,6 +108,18 @@ def test_seeds_move_the_intervals_only(sets: Path, tmp_path: Path) -> None:
         assert first[key]["value"] == other[key]["value"]
         assert first[key]["low"] <= first[key]["value"] <= first[key]["high"]
     assert first["kid"]["low"] != other["kid"]["low"]
+
+
+def test_progress_ends_at_the_whole(sets: Path) -> None:
+    encoder, done, encoded = load_encoder("emoji"), [0], [0]
+    paths = (sets / "sharp.npz", sets / "reference.npz")
+    samples, reference = (
+        load_set(open_set(path), encoder, 16, lambda more: encoded.append(encoded[-1] + more))
+        for path in paths
+    )
+    assert encoded[-1] == 50 + 70
+    measure(samples, reference, 5, 0, lambda more: done.append(done[-1] + more))
+    assert done[-1] == work(samples, reference, 5)
 
 
 # Outputs

@@ -99,8 +99,9 @@ def work(samples: LoadedSet, reference: LoadedSet, repetitions: int) -> int:
         repetitions: As in `measure`.
     """
     spatial = samples.spatial_moments is not None and reference.spatial_moments is not None
-    pairs = 0 if reference.features is None else len(reference.features.features)
-    return (1 + spatial) * (repetitions + 1) + pairs
+    both = (samples.features, reference.features)
+    pictures = [len(each.features) for each in both if each is not None]
+    return (1 + spatial) * (repetitions + 1) + (sum(pictures) if len(pictures) == 2 else 0)
 
 
 def _pairwise(

@@ -37,13 +37,19 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     return distances.masked_fill_(distances < _ROUNDING * squares, 0.0)
 
 
-def neighbour_radii(features: Tensor, halves: Tensor, k: int = NEIGHBOURS) -> Tensor:
+def neighbour_radii(
+    features: Tensor,
+    halves: Tensor,
+    k: int = NEIGHBOURS,
+    advance: Callable[[int], object] = lambda rows: None,
+) -> Tensor:
     """Squared distance of every row to its k-th nearest other row.
 
     Args:
         features: (n, features).
         halves: (repetitions, n) bool: the rows that count as neighbours.
         k: At least 1.
+        advance: Called with the number of rows whose radii are known.
 
     Returns:
         (repetitions, n) float64; -1, which covers nothing, for rows outside the half.
@@ -56,6 +62,7 @@ def neighbour_radii(features: Tensor, halves: Tensor, k: int = NEIGHBOURS) -> Te
         for half, found in zip(halves, radii, strict=True):
             among = distances[half[rows]][:, half]
             found[rows][half[rows]] = among.kthvalue(k, dim=1).values
+        advance(len(distances))
     return radii
 
 
@@ -93,12 +100,12 @@ def recalls(
         reference: (m, features).
         halves: (repetitions, n) bool.
         k: Which neighbour sets the radius.
-        advance: Called with the number of reference pictures that were compared.
+        advance: Called with the number of pictures, first samples and then the reference's.
 
     Returns:
         (repetitions,) float64.
     """
-    radii = neighbour_radii(samples, halves, k)
+    radii = neighbour_radii(samples, halves, k, advance)
     covered = torch.zeros(len(halves), dtype=torch.float64)
     for rows in reference.split(CHUNK):
         distances = squared_distances(rows, samples)
