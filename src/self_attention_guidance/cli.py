@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__
+from .cli_evaluate import evaluate_command
 from .cli_pictures import compare_command, generate_command
 from .cli_samples import convert_command, sample_command
 
@@ -31,6 +32,7 @@ app.command("generate")(generate_command)
 app.command("compare")(compare_command)
 app.command("sample")(sample_command)
 app.command("convert")(convert_command)
+app.command("evaluate")(evaluate_command)
 
 
 def _show_version(wanted: bool) -> None:
@@ -55,6 +57,7 @@ def _sag(  # pyright: ignore[reportUnusedFunction]  # typer calls it
       sag generate "red heart" --seed 7
       sag compare "grinning face" "" --sag-scales 0,0.5,1
       sag sample --model ./my-pixel-model --num-samples 64
+      sag evaluate samples.npz ./training-pictures
     """
 
 

@@ -65,6 +65,24 @@ def counting_progress(pictures: int, drawn: int) -> Generator[Callable[[float], 
         yield lambda share: bar.update(min(share, pictures - bar.n))
 
 
+@contextmanager
+def work_progress(description: str, total: int) -> Generator[Callable[[float], object]]:
+    """A bar on stderr, if that is a terminal, of work that has no unit.
+
+    Args:
+        description: What is done.
+        total: How much there is to do.
+
+    Yields:
+        A function that takes how much was done since it was last called.
+    """
+    from tqdm import tqdm
+
+    form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+    with tqdm(total=total, desc=description, bar_format=form, disable=None) as bar:
+        yield bar.update
+
+
 def print_line(line: str | Path) -> None:
     """Prints a line on stdout, above a bar if there is one.
 

@@ -1,0 +1,139 @@
+"""The command `evaluate`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .checks import check_count
+from .cli_output import print_line, work_progress
+
+if TYPE_CHECKING:
+    from .evaluate import LoadedSet, PictureSource, Report, SampleReport, SavedStatistics
+
+
+def evaluate_command(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="SAMPLES... REFERENCE",
+            help="Folders of pictures, .npz files with arr_0, or saved statistics; the last one is"
+            " what the others are compared with.",
+        ),
+    ],
+    features: Annotated[
+        str, typer.Option(help="emoji (pictures of the builtin models) or inception.")
+    ] = "emoji",
+    bootstrap: Annotated[
+        int, typer.Option(help="Random halves for the 95 % intervals; 0 is none.")
+    ] = 200,
+    seed: Annotated[int, typer.Option(help="Seed of the halves.")] = 0,
+    batch_size: Annotated[
+        int, typer.Option(help="Pictures encoded at once; results do not depend on it.")
+    ] = 64,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here, too.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw all sets in one figure.")
+    ] = None,
+    save_statistics: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.npz", help="Save the reference's features for later runs."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
+) -> None:
+    """Measure how good samples are against a reference, and print a table.
+
+    Fréchet distance (FID with Inception's features), sFID, KID, Inception Score, precision and
+    recall (k = 3), each with a 95 % interval. One path alone, with --save-statistics, is encoded
+    and saved.
+
+    \b
+    Examples:
+      sag evaluate samples.npz ./emoji-art
+      sag evaluate unguided.npz guided.npz ./emoji-art --plot compare.png --json compare.json
+      sag evaluate in256.npz VIRTUAL_imagenet256_labeled.npz --features inception
+    """
+    _check_outputs({"json": json_file, "plot": plot, "save_statistics": save_statistics}, overwrite)
+    _check_numbers(bootstrap, seed, batch_size)
+    if len(paths) < 2 and save_statistics is None:
+        raise ValueError("SAMPLES and REFERENCE must be given: one path needs --save-statistics")
+
+    from . import evaluate
+
+    if plot is not None:
+        evaluate.check_plotting()
+    *samples, reference = _load(paths, features, batch_size)
+    if save_statistics is not None:
+        evaluate.write_statistics(save_statistics, reference)
+        print_line(save_statistics)
+    if samples:
+        measured = _measure(samples, reference, bootstrap, seed)
+        _show(evaluate.Report(reference, features, bootstrap, seed, measured), json_file, plot)
+
+
+def _check_outputs(outputs: dict[str, Path | None], overwrite: bool) -> None:
+    suffixes = {"json": ".json", "plot": ".png", "save_statistics": ".npz"}
+    for name, path in outputs.items():
+        if path is None:
+            continue
+        if path.suffix != suffixes[name]:
+            raise ValueError(f"{name}={str(path)!r} must end in {suffixes[name]}")
+        if not path.parent.is_dir():
+            raise ValueError(f"{name}={str(path)!r}: there is no folder {str(path.parent)!r}")
+        if path.exists() and not overwrite:
+            raise FileExistsError(f"{name}={str(path)!r} exists: replace it with --overwrite")
+
+
+def _check_numbers(bootstrap: int, seed: int, batch_size: int) -> None:
+    check_count("bootstrap", bootstrap, least=0)
+    check_count("seed", seed, least=0)
+    check_count("batch_size", batch_size)
+
+
+def _load(paths: Sequence[Path], features: str, batch_size: int) -> list[LoadedSet]:
+    from .evaluate import check_encoder, load_encoder, load_set, open_set
+
+    check_encoder(features)
+    opened = [open_set(path) for path in paths]
+    encoder = load_encoder(features)
+    with work_progress("encoding", sum(map(_pictures, opened))) as advance:
+        return [load_set(source, encoder, batch_size, advance) for source in opened]
+
+
+def _pictures(opened: PictureSource | SavedStatistics) -> int:
+    from .evaluate import SavedStatistics
+
+    return 0 if isinstance(opened, SavedStatistics) else opened.count
+
+
+def _measure(
+    samples: Sequence[LoadedSet], reference: LoadedSet, bootstrap: int, seed: int
+) -> list[SampleReport]:
+    from .evaluate import SampleReport, measure, short_names, work
+
+    names = short_names([sample.path for sample in samples])
+    total = sum(work(sample, reference, bootstrap) for sample in samples)
+    reports: list[SampleReport] = []
+    with work_progress("measuring", total) as advance:
+        for name, sample in zip(names, samples, strict=True):
+            metrics = measure(sample, reference, bootstrap, seed, advance)
+            count = len(sample.features.features) if sample.features else 0
+            reports.append(SampleReport(name, sample.path, count, metrics))
+    return reports
+
+
+def _show(report: Report, json_file: Path | None, plot: Path | None) -> None:
+    from .evaluate import as_json, format_table, write_plot
+
+    if json_file is not None:
+        text = json.dumps(as_json(report), indent=2, ensure_ascii=False)
+        json_file.write_text(text + "\n", encoding="utf-8")
+    if plot is not None:
+        write_plot(plot, report)
+    print_line(format_table(report))

@@ -1,0 +1,199 @@
+"""Sets to compare: pictures that are encoded, or statistics that an earlier run saved."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .features import Encoder, FeatureSet, extract
+from .sources import PICTURES_KEY, FolderSource, NpzSource, PictureSource, npz_keys
+from .statistics import Moments, moments_of
+
+# Halves of fewer would leave too few neighbours.
+FEWEST_PICTURES = 10
+
+_OPTIONAL = ("spatial", "probabilities")
+
+
+@dataclass(frozen=True)
+class SavedStatistics:
+    """An `.npz` file with `mu` and `sigma`, ours or another tool's.
+
+    Attributes:
+        path: The file.
+        arrays: By their names: `mu`, `sigma`, perhaps `mu_s`, `sigma_s`; in ours the features, too.
+    """
+
+    path: Path
+    arrays: dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class LoadedSet:
+    """A set that can be a reference, and if it has features, samples.
+
+    Attributes:
+        path: Where it comes from.
+        moments: Of the features.
+        spatial_moments: Of the spatial features, or `None`.
+        features: `None` where only moments were saved.
+    """
+
+    path: Path
+    moments: Moments
+    spatial_moments: Moments | None
+    features: FeatureSet | None
+
+
+def open_set(path: Path) -> PictureSource | SavedStatistics:
+    """Finds out what a path holds, without encoding pictures.
+
+    Args:
+        path: A folder of pictures, or an `.npz` file with `arr_0` or with `mu` and `sigma`.
+
+    Raises:
+        ValueError: It is something else, cannot be read, or holds too few pictures.
+    """
+    if path.is_dir():
+        return _enough(FolderSource(path))
+    if not path.is_file():
+        raise ValueError(f"{str(path)!r} does not exist: give a folder of pictures or an .npz file")
+    keys = npz_keys(path)
+    if PICTURES_KEY in keys:
+        return _enough(NpzSource(path))
+    if {"mu", "sigma"} <= keys:
+        return SavedStatistics(path, _read_arrays(path))
+    found = ", ".join(sorted(keys)) or "nothing"
+    raise ValueError(
+        f"{str(path)!r} holds {found}: it must hold {PICTURES_KEY} (pictures), or mu and sigma"
+        " (statistics)"
+    )
+
+
+def _enough(source: PictureSource) -> PictureSource:
+    if source.count < FEWEST_PICTURES:
+        raise ValueError(
+            f"{str(source.path)!r} holds {source.count} pictures: at least {FEWEST_PICTURES} are"
+            " needed"
+        )
+    return source
+
+
+def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{str(path)!r} cannot be read: {error}") from error
+
+
+def load_set(
+    opened: PictureSource | SavedStatistics,
+    encoder: Encoder,
+    batch_size: int,
+    advance: Callable[[int], object] = lambda pictures: None,
+) -> LoadedSet:
+    """Encodes pictures, or takes the statistics that were saved.
+
+    Args:
+        opened: What `open_set` returned.
+        encoder: What makes the features.
+        batch_size: Pictures encoded at once.
+        advance: Called with the number of pictures after each batch.
+
+    Raises:
+        ValueError: A picture cannot be read, or the statistics are of other features.
+    """
+    if isinstance(opened, SavedStatistics):
+        return _from_saved(opened, encoder.name)
+    loaded = _from_features(opened.path, extract(opened, encoder, batch_size, advance))
+    if encoder.name != "inception" or opened.path.is_dir():
+        return loaded
+    return _with_published_moments(loaded)
+
+
+def _from_features(path: Path, features: FeatureSet) -> LoadedSet:
+    spatial = None if features.spatial is None else moments_of(features.spatial)
+    return LoadedSet(path, moments_of(features.features), spatial, features)
+
+
+def _with_published_moments(loaded: LoadedSet) -> LoadedSet:
+    """ADM's reference files hold some pictures, and the moments of the whole training set."""
+    if not {"mu", "sigma"} <= npz_keys(loaded.path):
+        return loaded
+    names = ("mu", "sigma", "mu_s", "sigma_s")
+    with np.load(loaded.path, allow_pickle=False) as file:
+        saved = SavedStatistics(loaded.path, {name: file[name] for name in names if name in file})
+    moments = _from_saved(saved, "inception")
+    return replace(moments, features=loaded.features)
+
+
+def _from_saved(saved: SavedStatistics, encoder: str) -> LoadedSet:
+    arrays = saved.arrays
+    made_by = str(arrays.get("encoder", encoder))
+    if made_by != encoder:
+        raise ValueError(f"{str(saved.path)!r} holds features of {made_by}, not of {encoder}")
+    if "features" in arrays:
+        width, height = arrays["size"].tolist()
+        parts = {name: _tensor(arrays.get(name)) for name in _OPTIONAL}
+        features = torch.from_numpy(arrays["features"])
+        return _from_features(saved.path, FeatureSet(encoder, (width, height), features, **parts))
+    moments = _moments(saved, "mu", "sigma")
+    spatial = _moments(saved, "mu_s", "sigma_s") if "mu_s" in arrays else None
+    return LoadedSet(saved.path, moments, spatial, None)
+
+
+def _tensor(array: NDArray[Any] | None) -> Tensor | None:
+    return None if array is None else torch.from_numpy(array)
+
+
+def _moments(saved: SavedStatistics, mean: str, covariance: str) -> Moments:
+    mu, sigma = (saved.arrays.get(name, np.zeros(0)) for name in (mean, covariance))
+    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+        raise ValueError(
+            f"{str(saved.path)!r}: {mean} has shape {mu.shape} and {covariance} {sigma.shape}; they"
+            " must be (features,) and (features, features)"
+        )
+    return Moments(torch.from_numpy(mu).double(), torch.from_numpy(sigma).double())
+
+
+def write_statistics(path: Path, loaded: LoadedSet) -> None:
+    """Saves a set, so that later runs need not encode it again.
+
+    Args:
+        path: The `.npz` file. `mu` and `sigma` in it are what other tools read, too.
+        loaded: With features.
+
+    Raises:
+        ValueError: It has no features.
+    """
+    features = loaded.features
+    if features is None:
+        raise ValueError(f"{str(loaded.path)!r} holds statistics already, and no features to save")
+    arrays: dict[str, Any] = {
+        "encoder": np.array(features.encoder),
+        "size": np.array(features.size),
+        "features": features.features.numpy(),
+        **_named("mu", "sigma", loaded.moments),
+    }
+    if loaded.spatial_moments is not None:
+        arrays |= _named("mu_s", "sigma_s", loaded.spatial_moments)
+    for name in _OPTIONAL:
+        values = getattr(features, name)
+        arrays |= {} if values is None else {name: values.numpy()}
+    partial = path.with_name(f"{path.name}.partial")
+    with open(partial, "wb") as file:
+        np.savez(file, **arrays)
+    os.replace(partial, path)
+
+
+def _named(mean: str, covariance: str, moments: Moments) -> dict[str, NDArray[Any]]:
+    return {mean: moments.mean.numpy(), covariance: moments.covariance.numpy()}

@@ -1,0 +1,148 @@
+"""The figures of a set of samples against a reference, with their intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .features import FeatureSet
+from .loading import LoadedSet
+from .neighbours import NEIGHBOURS, precisions, recalls
+from .resampling import Estimate, estimate, random_halves
+from .statistics import (
+    FrechetReference,
+    Moments,
+    inception_scores,
+    kernel_distances,
+    moments_of,
+)
+
+Advance = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What one figure is called and how it is read.
+
+    Attributes:
+        key: In JSON.
+        title: In tables and plots.
+        better: "lower" or "higher".
+        least: Its smallest possible value.
+        most: Its largest.
+    """
+
+    key: str
+    title: str
+    better: str
+    least: float = 0.0
+    most: float = float("inf")
+
+
+METRICS = (
+    Metric("frechet_distance", "Fréchet distance", "lower"),
+    Metric("sfid", "sFID", "lower"),
+    # It is unbiased, so it can be below zero.
+    Metric("kid", "KID", "lower", least=-float("inf")),
+    Metric("inception_score", "Inception Score", "higher", least=1.0),
+    Metric("precision", "precision", "higher", most=1.0),
+    Metric("recall", "recall", "higher", most=1.0),
+)
+
+
+def measure(
+    samples: LoadedSet,
+    reference: LoadedSet,
+    repetitions: int,
+    seed: int,
+    advance: Advance = lambda repetitions: None,
+) -> dict[str, Estimate]:
+    """All figures that the two sets allow.
+
+    Args:
+        samples: With features.
+        reference: Only Fréchet distances can be taken to one without features.
+        repetitions: Halves of the samples that the intervals come from; 0 for no intervals.
+        seed: Of the halves.
+        advance: Called with shares of `work(samples, reference, repetitions)`.
+
+    Returns:
+        Estimates by `Metric.key`, in the order of `METRICS`.
+
+    Raises:
+        ValueError: The sets do not fit each other.
+    """
+    drawn = _check_fit(samples, reference)
+    halves = random_halves(len(drawn.features), repetitions, seed)
+    values: dict[str, Tensor] = {
+        "frechet_distance": _frechet(drawn.features, reference.moments, halves, advance)
+    }
+    if drawn.spatial is not None and reference.spatial_moments is not None:
+        values["sfid"] = _frechet(drawn.spatial, reference.spatial_moments, halves, advance)
+    if drawn.probabilities is not None:
+        values["inception_score"] = inception_scores(drawn.probabilities, halves)
+    if reference.features is not None:
+        values |= _pairwise(drawn.features, reference.features.features, halves, advance)
+    known = [metric for metric in METRICS if metric.key in values]
+    return {m.key: estimate(values[m.key], m.least, m.most) for m in known}
+
+
+def work(samples: LoadedSet, reference: LoadedSet, repetitions: int) -> int:
+    """How much `measure` will report to its `advance`, for a progress bar.
+
+    Args:
+        samples: As in `measure`.
+        reference: As in `measure`.
+        repetitions: As in `measure`.
+    """
+    spatial = samples.spatial_moments is not None and reference.spatial_moments is not None
+    both = (samples.features, reference.features)
+    pictures = [len(each.features) for each in both if each is not None]
+    return (1 + spatial) * (repetitions + 1) + (sum(pictures) if len(pictures) == 2 else 0)
+
+
+def _pairwise(
+    samples: Tensor, reference: Tensor, halves: Tensor, advance: Advance
+) -> dict[str, Tensor]:
+    return {
+        "kid": kernel_distances(samples, reference, halves),
+        "precision": precisions(samples, reference, halves),
+        "recall": recalls(samples, reference, halves, NEIGHBOURS, advance),
+    }
+
+
+def _frechet(rows: Tensor, reference: Moments, halves: Tensor, advance: Advance) -> Tensor:
+    to_reference = FrechetReference(reference)
+    distances: list[float] = []
+    for half in halves:
+        distances.append(to_reference.distance(moments_of(rows[half])))
+        advance(1)
+    return torch.tensor(distances, dtype=torch.float64)
+
+
+def _check_fit(samples: LoadedSet, reference: LoadedSet) -> FeatureSet:
+    """Refuses sets that cannot be compared, and returns the samples' features."""
+    drawn, real = samples.features, reference.features
+    if drawn is None:
+        raise ValueError(
+            f"{str(samples.path)!r} holds moments and no features: it can be the reference only"
+        )
+    if real is not None and real.size != drawn.size:
+        sizes = "{}x{} and {}x{}".format(*drawn.size, *real.size)
+        raise ValueError(
+            f"{str(samples.path)!r} and {str(reference.path)!r} hold pictures of {sizes} pixels:"
+            " they must be of one size"
+        )
+    for own, other in (
+        (samples.moments, reference.moments),
+        (samples.spatial_moments, reference.spatial_moments),
+    ):
+        if own and other and len(own.mean) != len(other.mean):
+            raise ValueError(
+                f"{str(reference.path)!r} holds statistics of {len(other.mean)} features,"
+                f" {drawn.encoder} has {len(own.mean)}"
+            )
+    return drawn

@@ -1,0 +1,76 @@
+"""A figure with all sets of samples: one panel for each figure, with intervals."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from .measuring import METRICS, Metric
+from .report import Report, SampleReport
+
+_PANEL_INCHES = 2.6
+_ROW_INCHES = 0.32
+_COLUMNS = 3
+
+
+def check_plotting() -> None:
+    """Refuses to go on without matplotlib.
+
+    Raises:
+        ValueError: It is not installed.
+    """
+    try:
+        import_module("matplotlib")
+    except ImportError as error:
+        raise ValueError(
+            "plot needs matplotlib: pip install 'self-attention-guidance[evaluate]'"
+        ) from error
+
+
+def write_plot(path: Path, report: Report) -> None:
+    """Draws the figure.
+
+    Args:
+        path: The `.png` file.
+        report: What was measured.
+    """
+    # Without pyplot there is no window and no global state.
+    module: Any = import_module("matplotlib.figure")
+    known = [
+        metric
+        for metric in METRICS
+        if any(metric.key in sample.metrics for sample in report.samples)
+    ]
+    columns = min(_COLUMNS, len(known))
+    rows = -(-len(known) // columns)
+    height = rows * (1.1 + _ROW_INCHES * len(report.samples))
+    figure: Any = module.Figure(
+        figsize=(columns * _PANEL_INCHES + 1.2, height), layout="constrained"
+    )
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    for axes, metric in zip(grid.flat, known, strict=False):
+        _draw_panel(axes, metric, report.samples)
+    for axes in list(grid.flat)[len(known) :]:
+        axes.set_visible(False)
+    figure.savefig(path, format="png", dpi=150)
+
+
+def _draw_panel(axes: Any, metric: Metric, samples: Any) -> None:
+    for row, sample in enumerate(samples):
+        _draw_estimate(axes, metric, row, sample)
+    axes.set_title(f"{metric.title} ({metric.better} is better)", fontsize=8)
+    axes.set_yticks(range(len(samples)), [sample.name for sample in samples], fontsize=8)
+    axes.set_ylim(len(samples) - 0.5, -0.5)
+    axes.tick_params(axis="x", labelsize=7)
+    axes.grid(axis="x", alpha=0.3)
+
+
+def _draw_estimate(axes: Any, metric: Metric, row: int, sample: SampleReport) -> None:
+    found = sample.metrics.get(metric.key)
+    if found is None:
+        return
+    spread = None
+    if found.low is not None and found.high is not None:
+        spread = [[found.value - found.low], [found.high - found.value]]
+    axes.errorbar(found.value, row, xerr=spread, fmt="o", color=f"C{row}", capsize=3, markersize=4)

@@ -1,0 +1,132 @@
+"""What was measured, as a table and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .loading import LoadedSet
+from .measuring import METRICS
+from .resampling import Estimate
+
+_ARROWS = {"lower": "↓", "higher": "↑"}
+
+
+@dataclass(frozen=True)
+class SampleReport:
+    """The figures of one set of samples.
+
+    Attributes:
+        name: Short, in tables and plots.
+        path: Where the set comes from.
+        count: How many pictures.
+        metrics: Estimates by `Metric.key`.
+    """
+
+    name: str
+    path: Path
+    count: int
+    metrics: Mapping[str, Estimate]
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that one run measured.
+
+    Attributes:
+        reference: What the samples were compared with.
+        encoder: Name of what made the features.
+        repetitions: Halves that the intervals come from.
+        seed: Of the halves.
+        samples: One or more sets.
+    """
+
+    reference: LoadedSet
+    encoder: str
+    repetitions: int
+    seed: int
+    samples: Sequence[SampleReport]
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """Names of paths without folder and suffix, or the paths where these are not unique.
+
+    Args:
+        paths: Folders and files.
+    """
+    stems = [path.name.removesuffix(".npz") for path in paths]
+    return stems if len(set(stems)) == len(stems) else [str(path) for path in paths]
+
+
+def format_estimate(found: Estimate | None) -> str:
+    """An estimate like "12.3 [11.9, 12.8]".
+
+    Args:
+        found: `None` gives "-".
+    """
+    if found is None:
+        return "-"
+    if found.low is None or found.high is None:
+        return f"{found.value:.4g}"
+    return f"{found.value:.4g} [{found.low:.4g}, {found.high:.4g}]"
+
+
+def format_table(report: Report) -> str:
+    """A table: a row for each figure, a column for each set; arrows point to what is better.
+
+    Args:
+        report: What was measured.
+    """
+    rows = [
+        ["", *(sample.name for sample in report.samples)],
+        ["pictures", *(str(sample.count) for sample in report.samples)],
+    ]
+    for metric in METRICS:
+        found = [sample.metrics.get(metric.key) for sample in report.samples]
+        if any(found):
+            title = f"{metric.title} {_ARROWS[metric.better]}"
+            rows.append([title, *map(format_estimate, found)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    return "\n".join([*lines, _footnote(report)])
+
+
+def _footnote(report: Report) -> str:
+    features = report.reference.features
+    count = "" if features is None else f", {len(features.features)} pictures"
+    intervals = ""
+    if report.repetitions > 1:
+        intervals = f"; in brackets: 95 % intervals from {report.repetitions} halves of the samples"
+    return f"reference: {report.reference.path}{count}; features: {report.encoder}{intervals}"
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """The same as numbers.
+
+    Args:
+        report: What was measured.
+
+    Returns:
+        What `json.dumps` takes.
+    """
+    features = report.reference.features
+    return {
+        "reference": {
+            "path": str(report.reference.path),
+            "count": None if features is None else len(features.features),
+        },
+        "features": report.encoder,
+        "bootstrap": report.repetitions,
+        "seed": report.seed,
+        "samples": [
+            {
+                "name": sample.name,
+                "path": str(sample.path),
+                "count": sample.count,
+                "metrics": {key: asdict(found) for key, found in sample.metrics.items()},
+            }
+            for sample in report.samples
+        ],
+    }

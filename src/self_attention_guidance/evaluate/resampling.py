@@ -1,0 +1,71 @@
+"""How far an estimate would move with other samples: intervals by repetition on halves.
+
+Drawing with replacement, the usual bootstrap, puts pictures into a set twice, which biases what
+looks at pairs of pictures: a copy is its original's nearest neighbour. So each repetition takes a
+random half of the samples without replacement instead. The spread of an estimate over halves is its
+standard error on the whole set (Shao and Wu 1989, the jackknife that deletes half). Estimates on
+halves are shifted, as those of small sets are, so it is their deviations from their own mean that
+are laid around the estimate of the whole set. The reference is taken as given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure and its 95 % interval.
+
+    Attributes:
+        value: On all samples.
+        low: Lower end of the interval; `None` without repetitions.
+        high: Upper end.
+    """
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+def random_halves(count: int, repetitions: int, seed: int) -> Tensor:
+    """Random halves of a set, the same for the same arguments.
+
+    Args:
+        count: Rows of the set.
+        repetitions: How many halves; 0 for none.
+        seed: At least 0.
+
+    Returns:
+        (repetitions + 1, count) bool; the first row is the whole set.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    halves = torch.zeros(repetitions + 1, count, dtype=torch.bool)
+    halves[0] = True
+    for half in halves[1:]:
+        half[torch.randperm(count, generator=generator)[: count // 2]] = True
+    return halves
+
+
+def estimate(values: Tensor, least: float, most: float = float("inf")) -> Estimate:
+    """An estimate from what was found on the whole set and on its halves.
+
+    Args:
+        values: (repetitions + 1,), the first on the whole set.
+        least: Smallest possible value of the figure, which bounds the interval.
+        most: Largest possible value.
+    """
+    value = float(values[0])
+    if len(values) < 3:  # one repetition has no spread
+        return Estimate(value)
+    tail = (1 - CONFIDENCE) / 2
+    points = torch.tensor([tail, 1 - tail], dtype=torch.float64)
+    deviations = values[1:].double() - values[1:].double().mean()
+    low, high = (value + deviations.quantile(points)).clamp(least, most).tolist()
+    # A figure at the end of its range may be beyond all others; its interval holds it still.
+    return Estimate(value, min(low, value), max(high, value))

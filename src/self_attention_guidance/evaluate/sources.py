@@ -1,0 +1,172 @@
+"""Where pictures come from: a folder of images, or arr_0 of an `.npz` file of ADM's evaluator.
+
+Nothing is held in memory but the batch that is asked for.
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+PICTURES_KEY = "arr_0"
+
+_SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".webp"))
+_READ_HEADER = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+
+
+class PictureSource(Protocol):
+    """Pictures of one size.
+
+    Attributes:
+        path: For messages.
+        count: How many pictures.
+        size: Width and height in pixels.
+    """
+
+    path: Path
+    count: int
+    size: tuple[int, int]
+
+    def batches(self, batch_size: int) -> Iterator[NDArray[np.uint8]]:
+        """All pictures, once.
+
+        Args:
+            batch_size: How many at a time; the last batch may be smaller.
+
+        Yields:
+            (batch, height, width, 3) uint8.
+
+        Raises:
+            ValueError: A picture cannot be read, or has another size.
+        """
+        ...
+
+
+class FolderSource:
+    """The images in a folder, without those in folders below it; transparent ones on white."""
+
+    def __init__(self, path: Path) -> None:
+        """Lists the folder and looks at the first image's size.
+
+        Args:
+            path: A folder.
+
+        Raises:
+            ValueError: It holds no image.
+        """
+        self.path = path
+        self._files = sorted(
+            file for file in path.iterdir() if file.suffix.lower() in _SUFFIXES and file.is_file()
+        )
+        if not self._files:
+            suffixes = ", ".join(sorted(_SUFFIXES))
+            raise ValueError(f"{str(path)!r} holds no pictures: none of {suffixes}")
+        self.count = len(self._files)
+        height, width, _ = _read_image(self._files[0]).shape
+        self.size = width, height
+
+    def batches(self, batch_size: int) -> Iterator[NDArray[np.uint8]]:
+        """As in `PictureSource`."""
+        for start in range(0, self.count, batch_size):
+            yield np.stack([self._read(file) for file in self._files[start : start + batch_size]])
+
+    def _read(self, file: Path) -> NDArray[np.uint8]:
+        pixels = _read_image(file)
+        height, width, _ = pixels.shape
+        if (width, height) != self.size:
+            raise ValueError(
+                f"{str(file)!r} is {width}x{height}, {self._files[0].name} is"
+                f" {self.size[0]}x{self.size[1]}: all pictures must have one size"
+            )
+        return pixels
+
+
+def _read_image(file: Path) -> NDArray[np.uint8]:
+    try:
+        with Image.open(file) as image:
+            drawing = image.convert("RGBA")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{str(file)!r} cannot be read as a picture: {error}") from error
+    white = Image.new("RGBA", drawing.size, "white")
+    white.alpha_composite(drawing)
+    return np.asarray(white.convert("RGB"))
+
+
+class NpzSource:
+    """The array arr_0 of an `.npz` file: (pictures, height, width, 3) uint8."""
+
+    def __init__(self, path: Path) -> None:
+        """Reads the array's shape.
+
+        Args:
+            path: An `.npz` file.
+
+        Raises:
+            ValueError: The file cannot be read, has no such array, or one of another form.
+        """
+        self.path = path
+        with self._opened() as (_, shape):
+            self.count = shape[0]
+            self.size = shape[2], shape[1]
+
+    def batches(self, batch_size: int) -> Iterator[NDArray[np.uint8]]:
+        """As in `PictureSource`."""
+        with self._opened() as (member, shape):
+            for start in range(0, self.count, batch_size):
+                rows = min(batch_size, self.count - start)
+                content = member.read(rows * prod(shape[1:]))
+                if len(content) < rows * prod(shape[1:]):
+                    raise EOFError(f"{PICTURES_KEY} ends before its {self.count} pictures")
+                values = np.frombuffer(content, dtype=np.uint8)
+                yield values.reshape(rows, *shape[1:])
+
+    @contextmanager
+    def _opened(self) -> Generator[tuple[IO[bytes], tuple[int, ...]]]:
+        try:
+            with (
+                zipfile.ZipFile(self.path) as archive,
+                archive.open(f"{PICTURES_KEY}.npy") as member,
+            ):
+                yield member, self._shape(member)
+        except (OSError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"{str(self.path)!r} cannot be read: {error}") from error
+
+    def _shape(self, member: IO[bytes]) -> tuple[int, ...]:
+        reader: Any = _READ_HEADER.get(np.lib.format.read_magic(member))
+        if reader is None:
+            raise ValueError(f"{str(self.path)!r}: {PICTURES_KEY} is of an unknown .npy version")
+        shape, fortran_order, dtype = reader(member)
+        if fortran_order or dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
+            raise ValueError(
+                f"{str(self.path)!r}: {PICTURES_KEY} is {dtype} of shape {shape}, it must be uint8"
+                " of shape (pictures, height, width, 3)"
+            )
+        return shape
+
+
+def npz_keys(path: Path) -> frozenset[str]:
+    """Names of the arrays in an `.npz` file.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ValueError: It cannot be read as one.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return frozenset(name.removesuffix(".npy") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{str(path)!r} cannot be read as an .npz file: {error}") from error
