@@ -51,7 +51,7 @@ class GuidanceHandle:
         guidance: The settings.
         attached: Whether the denoiser is guided.
         steps: Number of second passes so far: one a guided step, and another one at the first
-            step of a run where the conditional prediction is a call of its own.
+            step of a run of two calls a step, unless the pipeline tells that the second follows.
         attention: Attention received per position at the last guided step, (images, rows,
             columns) float32, mean 1; `None` before it and for blur guidance, which reads none.
         mask: The positions that were blurred there, (images, rows, columns) bool.
