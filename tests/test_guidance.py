@@ -113,6 +113,7 @@ def test_the_pipeline_is_attach_in_one_call(
         {"threshold": 0.5},
         {"start": 0.5},
         {"stop": 0.5},
+        {"every": 2},
         {"layer": "up_blocks.1.attentions.0.transformer_blocks.0.attn1"},
         {"branch": "cond"},
     ],

@@ -47,10 +47,13 @@ class SamplingOptions:
     stop: Annotated[
         float | None, typer.Option(help="SAG: end of the guided part of the steps, 0 to 1.")
     ] = None
+    every: Annotated[
+        int | None, typer.Option(help="SAG: a second pass at every n-th step. [default: 1]")
+    ] = None
 
     def guidance_arguments(self) -> dict[str, Any]:
         """The settings of `SelfAttentionGuidance` that were given."""
-        names = ("blur_sigma", "blur_kernel_size", "threshold", "layer", "start", "stop")
+        names = ("blur_sigma", "blur_kernel_size", "threshold", "layer", "start", "stop", "every")
         given = {name: getattr(self, name) for name in names}
         return {name: value for name, value in given.items() if value is not None}
 

@@ -32,6 +32,7 @@ class _Guidance:
     blur_kernel_size: int = 9
     start: float = 0.0
     stop: float = 1.0
+    every: int = 1
     branch: Branch = "uncond"
 
     def __post_init__(self) -> None:
@@ -40,6 +41,7 @@ class _Guidance:
         _check_number("blur_sigma", self.blur_sigma, 0, math.inf)
         _check_number("start", self.start, 0, 1)
         _check_number("stop", self.stop, 0, 1)
+        check_count("every", self.every)
         if check_count("blur_kernel_size", self.blur_kernel_size) % 2 == 0:
             raise ValueError(f"blur_kernel_size={self.blur_kernel_size} must be odd")
         if self.start >= self.stop:
@@ -98,6 +100,8 @@ class SelfAttentionGuidance(_Guidance):
         start: Guidance begins at this fraction of the scheduler's timesteps, 0 to 1.
         stop: Guidance ends at this fraction, above `start`, at most 1. Image-to-image runs enter
             the scheduler's timesteps part-way.
+        every: A second pass runs at every n-th guided timestep, at least 1; those between add its
+            term again, and cost nothing.
         branch: Whose attention and second pass are used under classifier-free guidance:
             "uncond" is the paper's, "cond" acts more on the subject.
         threshold: Positions that receive more attention than this are blurred; 1.0 is the mean.
@@ -141,6 +145,7 @@ class BlurGuidance(_Guidance):
         blur_kernel_size: Taps of the blur, odd, at least 1.
         start: Guidance begins at this fraction of the scheduler's timesteps, 0 to 1.
         stop: Guidance ends at this fraction, above `start`, at most 1.
+        every: A second pass runs at every n-th guided timestep, at least 1.
         branch: Whose second pass is used under classifier-free guidance, "uncond" or "cond".
 
     Raises:

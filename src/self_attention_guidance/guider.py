@@ -42,7 +42,8 @@ class SelfAttentionGuider(ClassifierFreeGuidance):
             with distilled classifier-free guidance, switches off that one alone.
         sag_start: Self-Attention Guidance begins at this fraction of the steps.
         sag_stop: It ends at this fraction.
-        blur_sigma: See `SelfAttentionGuidance`, as the following.
+        every: See `SelfAttentionGuidance`, as the following.
+        blur_sigma: Standard deviation of the blur.
         blur_kernel_size: Taps of the blur.
         threshold: Attention received above which is blurred.
         layer: Dotted path of the attention layer, or `None`.
@@ -64,6 +65,7 @@ class SelfAttentionGuider(ClassifierFreeGuidance):
         enabled: bool = True,
         sag_start: float = 0.0,
         sag_stop: float = 1.0,
+        every: int = 1,
         blur_sigma: float = 1.0,
         blur_kernel_size: int = 9,
         threshold: float = 1.0,
@@ -80,6 +82,7 @@ class SelfAttentionGuider(ClassifierFreeGuidance):
             blur_kernel_size=blur_kernel_size,
             start=sag_start,
             stop=sag_stop,
+            every=every,
             branch=branch,
             threshold=threshold,
             layer=layer,
@@ -87,6 +90,7 @@ class SelfAttentionGuider(ClassifierFreeGuidance):
         self._scheduler: Any = None
         self.guidance_handle: GuidanceHandle | None = None
         self._present: GuidanceHandle | None = None
+        self._earlier: GuidanceHandle | None = None
         self._run: Any = None
 
     @property
@@ -140,6 +144,9 @@ class SelfAttentionGuider(ClassifierFreeGuidance):
             self._present = self.guidance.attach(
                 denoiser, scheduler=self.scheduler, batch_layout="single"
             )
+            if self._earlier is not None:
+                self._present.continue_from(self._earlier)
+            self._earlier = self._present
             self._present.remove_after_call()
 
     def cleanup_models(self, denoiser: nn.Module) -> None:

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from .canvas import canvas, picture_tokens
 from .capture import AttentionCapture, Scores, received, self_attention, token_grid
 from .families import BatchLayout, uncompiled
+from .held_term import HeldTerm
 from .maths import degrade
-from .prediction import prediction_at, step_fraction
+from .prediction import prediction_at, step_index
+from .refusals import refuse_cache, refuse_compiled_in_place
 from .separate_calls import SeparateCalls
 from .target import Call, Target
 
@@ -50,21 +52,22 @@ class GuidanceHandle:
     Attributes:
         guidance: The settings.
         attached: Whether the denoiser is guided.
-        steps: Number of second passes so far: one a guided step, and another one at the first
-            step of a run of two calls a step, unless the pipeline tells that the second follows.
-        attention: Attention received per position at the last guided step, (images, rows,
+        steps: Number of second passes so far: one a guided step that does not hold the term, and
+            another one at the first step of a run of two calls a step, unless the pipeline tells
+            that the second follows.
+        attention: Attention received per position at the last second pass, (images, rows,
             columns) float32, mean 1; `None` before it and for blur guidance, which reads none.
         mask: The positions that were blurred there, (images, rows, columns) bool.
-        term: What guidance added there to each image's rows of the denoiser's output, of their
-            shape, times scale; at least float32.
+        term: What guidance added at the last guided step to each image's rows of the denoiser's
+            output, of their shape, times scale; at least float32. `None` before it.
     """
 
     def __init__(self, guidance: _Guidance, target: Target) -> None:
         """Guide `target`; raises ValueError if that is not possible."""
         for module in {target.denoiser, uncompiled(target.denoiser)}:
             _refuse_guided(module)
-            _refuse_compiled_in_place(module)
-            _refuse_cache(module)
+            refuse_compiled_in_place(module)
+            refuse_cache(module)
         self.guidance = guidance
         self.attached = True
         self.steps = 0
@@ -76,6 +79,8 @@ class GuidanceHandle:
         self._capture: AttentionCapture | None = None
         self._call: Call | None = None
         self._needs_term = True
+        self._held_term = HeldTerm(guidance.every)
+        self._term_to_add: Tensor | None = None
         self._calls = SeparateCalls(guidance.branch)
         self._run: Any = None
         self._layout: BatchLayout = "single"
@@ -102,6 +107,10 @@ class GuidanceHandle:
         """Remove the guidance after the next call of the denoiser, also if that fails."""
         self._is_for_one_call = True
 
+    def continue_from(self, earlier: GuidanceHandle) -> None:
+        """Hold the term that an earlier handle of the same settings and run holds."""
+        self._held_term = earlier._held_term
+
     def __enter__(self) -> GuidanceHandle:
         """The handle; the denoiser is guided already."""
         return self
@@ -124,7 +133,8 @@ class GuidanceHandle:
         self._has_begun = True
         self._stop_reading()
         timestep = self._target.scheduler_timestep(args, kwargs)
-        is_guided = self._is_guided(timestep)
+        step = step_index(self._target.scheduler, timestep)
+        is_guided = self._is_guided(step)
         if not is_guided and self._target.scheduler.timesteps is not self._run:
             return
         # A batch that doesn't fit is refused before the pass is paid.
@@ -132,12 +142,17 @@ class GuidanceHandle:
         self._refuse_wrong_layout(call)
         if not is_guided:
             return
-        _refuse_cache(uncompiled(module))
+        refuse_cache(uncompiled(module))
+        self._call = call
+        timesteps = self._target.scheduler.timesteps
+        passes = 2 if call.layout == "cond_call_first" else 1
+        self._term_to_add = self._held_term.at(call.sample[call.rows], timesteps, step, passes)
+        if self._term_to_add is not None:
+            return
         if call.layout == "cond_call_first":
             is_told = self._target.told_cfg
             scheduler = self._target.scheduler
             self._needs_term = self._calls.begin(scheduler, timestep, call.sample, is_told)
-        self._call = call
         if self._layer is not None and self._needs_term:
             self._capture = AttentionCapture(self_attention(uncompiled(module), self._layer))
             self._capture.start()
@@ -156,10 +171,13 @@ class GuidanceHandle:
 
     def _output(self, module: nn.Module, output: Any) -> Any:
         """What the denoiser returns instead of `output`; `None` is that."""
-        call, needs_term = self._call, self._needs_term
+        call, needs_term, held = self._call, self._needs_term, self._term_to_add
         scores = self._stop_reading()
         if call is None or output is None:  # the pass failed, and its exception is under way
             return None
+        if held is not None:
+            self.term = held
+            return _with_first(output, _added(output[0], held))
         if not scores and self._layer is not None and needs_term:
             raise RuntimeError(
                 f"no attention was recorded at {self._layer!r}: the layer did not run, or its "
@@ -167,13 +185,13 @@ class GuidanceHandle:
                 "there, and if the denoiser was compiled and run before guidance was attached, "
                 "call torch.compiler.reset() first"
             )
-        term = self._whole_term(module, call, output[0], scores) if needs_term else None
+        term = self._new_term(module, call, output[0], scores) if needs_term else None
         return _with_first(output, self._guided(call, output[0], term))
 
-    def _is_guided(self, timestep: Any) -> bool:
+    def _is_guided(self, step: int) -> bool:
         if self.guidance.scale == 0:
             return False
-        fraction = step_fraction(self._target.scheduler, timestep)
+        fraction = step / len(self._target.scheduler.timesteps)
         # A fraction such as 1 - 0.7 is not quite the 0.3 at which the step lies.
         return self.guidance.start - 1e-9 <= fraction < self.guidance.stop - 1e-9
 
@@ -186,7 +204,7 @@ class GuidanceHandle:
             self._target.refuse_change(before, call)
 
     def _stop_reading(self) -> list[Scores]:
-        self._call, self._needs_term = None, True
+        self._call, self._needs_term, self._term_to_add = None, True, None
         capture, self._capture = self._capture, None
         return [] if capture is None else capture.stop()
 
@@ -194,12 +212,12 @@ class GuidanceHandle:
         """The denoiser's output with the guidance term, of the same shape, added."""
         if call.layout == "cond_call_first":
             return self._calls.finish(whole, term)
-        return whole if term is None else (_precise(whole) + term).to(whole.dtype)
+        return whole if term is None else _added(whole, term)
 
-    def _whole_term(
+    def _new_term(
         self, module: nn.Module, call: Call, whole: Tensor, scores: list[Scores]
     ) -> Tensor:
-        """What is added to the denoiser's output: the guidance term for every row, times scale."""
+        """The guidance term of the guided rows, times scale, by a second pass."""
         place = canvas(self._target.family, call.arguments, whole)
         sample = call.sample[call.rows]
         x_t = _precise(place.read(sample))
@@ -213,8 +231,11 @@ class GuidanceHandle:
         term = self.guidance.scale * prediction.term(u, u_degraded, x0, x0_degraded)
         nothing = torch.zeros_like(whole[call.rows], dtype=term.dtype)
         self.term = place.written(nothing, term)
+        timesteps = self._target.scheduler.timesteps
+        step = step_index(self._target.scheduler, call.timestep)
+        self._held_term.hold(self.term, sample, timesteps, step)
         self.steps += 1
-        return self.term.repeat(len(whole) // len(term), *[1] * (whole.ndim - 1))
+        return self.term
 
     def _degraded(self, x0: Tensor, scores: list[Scores], call: Call) -> Tensor:
         """`x0`, blurred where the guidance wants it."""
@@ -245,6 +266,12 @@ class GuidanceHandle:
             self._in_second_pass = False
 
 
+def _added(output: Tensor, term: Tensor) -> Tensor:
+    """A denoiser's output with the term of its guided rows added to all of its rows."""
+    whole = term.repeat(len(output) // len(term), *[1] * (output.ndim - 1))
+    return (_precise(output) + whole).to(output.dtype)
+
+
 def _precise(tensor: Tensor) -> Tensor:
     """A tensor in float32, or as it is if it is more precise."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
@@ -258,29 +285,6 @@ def _refuse_guided(module: nn.Module) -> None:
                 f"{type(module).__name__} is guided already, by {owner.guidance}; remove that "
                 "handle first"
             )
-
-
-def _refuse_cache(module: nn.Module) -> None:
-    if getattr(module, "is_cache_enabled", False):
-        raise ValueError(
-            f"{type(module).__name__} reuses what it computed at other steps (enable_cache), which "
-            "the second pass of guidance would mix up; call its disable_cache() first"
-        )
-
-
-def _refuse_compiled_in_place(module: nn.Module) -> None:
-    """torch compiles hooks together with the module if told to, and does not look for later ones.
-
-    Otherwise they run around what is compiled.
-    """
-    if module._compiled_call_impl is None:
-        return
-    if getattr(torch._dynamo.config, "wrap_top_frame", False):
-        raise ValueError(
-            f"{type(module).__name__} was compiled in place with torch._dynamo.config."
-            "wrap_top_frame, where hooks that are added later are ignored; attach first, or use "
-            "torch.compile(denoiser) instead of denoiser.compile()"
-        )
 
 
 def _with_first(output: Any, first: Tensor) -> Any:

@@ -193,14 +193,13 @@ def is_at(scheduler: Any, timestep: Any) -> bool:
     return index < len(timesteps) and bool(matches[index])
 
 
-def step_fraction(scheduler: Any, timestep: Any) -> float:
-    """How much of the scheduler's timesteps lies before the present one, from 0 to below 1."""
-    timesteps: Tensor = scheduler.timesteps
+def step_index(scheduler: Any, timestep: Any) -> int:
+    """How many of the scheduler's timesteps lie before the present one."""
     index = _step_index(scheduler, timestep) if hasattr(scheduler, "sigmas") else None
-    if index is None:
-        present = torch.as_tensor(timestep, dtype=torch.float64).flatten()[0].item()
-        index = int((timesteps.double().cpu() - present).abs().argmin())
-    return index / len(timesteps)
+    if index is not None:
+        return index
+    present = torch.as_tensor(timestep, dtype=torch.float64).flatten()[0].item()
+    return int((scheduler.timesteps.double().cpu() - present).abs().argmin())
 
 
 def _is_flow_matching(scheduler: Any) -> bool:
