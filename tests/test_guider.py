@@ -75,6 +75,19 @@ def test_xl_equals_attach(pipe: Any, guidance_scale: float, branch: Any) -> None
     assert torch.equal(draw_xl(pipe, (3, 4), guidance_scale=guidance_scale), plain)
 
 
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_the_guider_holds_as_attach_does(pipe: Any, guidance_scale: float) -> None:
+    settings: dict[str, Any] = {"every": 2, "stop": 0.6}
+    with SelfAttentionGuidance(1.5, **settings).attach(pipe) as handle:
+        expected = draw_xl(pipe, (3, 4), guidance_scale=guidance_scale)
+    guider = guider_for(
+        pipe, guidance_scale=guidance_scale, sag_scale=1.5, every=2, sag_stop=settings["stop"]
+    )
+    guided = draw_modular(modular_xl(pipe, guider), (3, 4))
+    assert handle.steps == 1
+    assert (guided - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
 def draw_3(pipe: StableDiffusion3Pipeline, guider: Any) -> Tensor:
     blocks = modular_pipelines.stable_diffusion_3.modular_blocks_stable_diffusion_3
     made = blocks.StableDiffusion3AutoCoreDenoiseStep().init_pipeline()
