@@ -154,3 +154,15 @@ def test_token_grid_is_found_for_every_size(height: int, width: int, halvings: i
 def test_token_grid_refuses_what_is_no_grid() -> None:
     with pytest.raises(ValueError, match="7 attention tokens do not form a grid over 8 x 8"):
         token_grid(7, 8, 8)
+
+
+def test_autocast_changes_nothing() -> None:
+    """It is for the network; in bfloat16 a blur would add noise of its own to the second pass."""
+    generator = torch.Generator().manual_seed(0)
+    picture = torch.randn(1, 4, 16, 16, generator=generator)
+    query, key = torch.randn(2, 1, 2, 64, 8, generator=generator)
+    expected = maths.gaussian_blur(picture, 2.0, 9), maths.attention_received(query, key)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = maths.gaussian_blur(picture, 2.0, 9), maths.attention_received(query, key)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)

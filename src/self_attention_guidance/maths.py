@@ -48,9 +48,10 @@ def attention_received(
     received = keys.new_zeros(batch, len(range(positions)[inside]))
     rows = max(1, _PROBABILITIES_AT_ONCE // (batch * heads * positions))
     biases = _query_slices(bias, inside, query.shape[2], rows)
-    for part, offset in zip(query.float().split(rows, dim=2), biases, strict=True):
-        scores = part @ keys if offset is None else _biased(part @ keys, offset)
-        received += scores.softmax(dim=-1)[..., inside].sum(dim=2).mean(dim=1)
+    with torch.autocast(query.device.type, enabled=False):
+        for part, offset in zip(query.float().split(rows, dim=2), biases, strict=True):
+            scores = part @ keys if offset is None else _biased(part @ keys, offset)
+            received += scores.softmax(dim=-1)[..., inside].sum(dim=2).mean(dim=1)
     if picture is None:
         return received * (positions / query.shape[2])
     return received / received.mean(dim=1, keepdim=True)
@@ -104,11 +105,12 @@ def gaussian_blur(image: Tensor, sigma: float, kernel_size: int) -> Tensor:
     kernel = torch.exp(-0.5 * (taps / sigma) ** 2)
     kernel = kernel / kernel.sum()
     channels, height, width = image.shape[1:]
-    blurred = image.float()
-    blurred = blurred[:, :, :, _mirrored(width, radius, image.device)]
-    blurred = F.conv2d(blurred, kernel.expand(channels, 1, 1, -1), groups=channels)
-    blurred = blurred[:, :, _mirrored(height, radius, image.device)]
-    blurred = F.conv2d(blurred, kernel[:, None].expand(channels, 1, -1, 1), groups=channels)
+    with torch.autocast(image.device.type, enabled=False):
+        blurred = image.float()
+        blurred = blurred[:, :, :, _mirrored(width, radius, image.device)]
+        blurred = F.conv2d(blurred, kernel.expand(channels, 1, 1, -1), groups=channels)
+        blurred = blurred[:, :, _mirrored(height, radius, image.device)]
+        blurred = F.conv2d(blurred, kernel[:, None].expand(channels, 1, -1, 1), groups=channels)
     return blurred.to(image.dtype)
 
 
