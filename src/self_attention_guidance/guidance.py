@@ -122,6 +122,22 @@ class SelfAttentionGuidance(_Guidance):
         _check_number("threshold", self.threshold, 0, math.inf)
         _check_layer(self.layer)
 
+    @classmethod
+    def fast(cls, scale: float = 3.0, **settings: Any) -> SelfAttentionGuidance:
+        """Guidance that costs a fifth of what it costs at every step.
+
+        Only the middle part of the steps is guided, where it helps most, and there a second pass
+        runs at every third step.
+
+        Args:
+            scale: Larger than usual, because fewer steps are guided.
+            **settings: Any others.
+
+        Raises:
+            ValueError: A setting is out of its range or not of its type.
+        """
+        return cls(scale, **{"start": 0.25, "stop": 0.8, "every": 3, **settings})
+
     def attention_layer(self, denoiser: nn.Module) -> str:
         """Dotted path of the layer whose attention is read."""
         return self.layer or default_layer(denoiser)
