@@ -136,7 +136,8 @@ class SelfAttentionGuidance(_Guidance):
         Raises:
             ValueError: A setting is out of its range or not of its type.
         """
-        return cls(scale, **{"start": 0.25, "stop": 0.8, "every": 3, **settings})
+        preset: dict[str, Any] = {"start": 0.25, "stop": 0.8, "every": 3}
+        return cls(scale, **{**preset, **settings})
 
     def attention_layer(self, denoiser: nn.Module) -> str:
         """Dotted path of the layer whose attention is read."""
