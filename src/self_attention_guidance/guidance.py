@@ -122,6 +122,16 @@ class SelfAttentionGuidance(_Guidance):
         _check_number("threshold", self.threshold, 0, math.inf)
         _check_layer(self.layer)
 
+    @classmethod
+    def fast(cls, scale: float = 3.0, **settings: Any) -> SelfAttentionGuidance:
+        """Guidance of a part of the steps.
+
+        Args:
+            scale: As in the class.
+            **settings: As in the class.
+        """
+        return cls(scale, stop=0.28, **settings)
+
     def attention_layer(self, denoiser: nn.Module) -> str:
         """Dotted path of the layer whose attention is read."""
         return self.layer or default_layer(denoiser)

@@ -1,0 +1,290 @@
+"""Whose pictures are timed: the builtin models, and networks of random weights at known sizes.
+
+Time does not depend on what weights hold, so that nothing has to be downloaded. What does depend
+on it is the mask: attention of fresh weights is uniform, rounding would decide what is blurred, and
+two implementations of the same method would differ. Self-attention is therefore sharpened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
+from torch import nn
+
+from ..builtin import builtin_folder, builtin_model, recommended_settings
+from ..guidance import SelfAttentionGuidance
+from ..pipelines.stable_diffusion import StableDiffusionSAGPipeline
+from ..pipelines.stable_diffusion_xl import StableDiffusionXLSAGPipeline
+
+if TYPE_CHECKING:
+    from .plan import Configuration
+
+_PROMPT = "red heart"
+_TOKENS = 77
+_SHARPNESS = 4.0
+_BETAS: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+}
+_SDXL: dict[str, Any] = {
+    "sample_size": 128,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (320, 640, 1280),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+    "use_linear_projection": True,
+}
+
+Inputs = Callable[["Configuration"], dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """A network and the pipeline that draws with it.
+
+    Attributes:
+        make: From a type to the pipeline, on the CPU.
+        inputs: From a configuration to the arguments of the pipeline's call that the network
+            decides: prompts or embeddings, and the picture's size.
+        steps: Sampling steps by default.
+        size: Side of its pictures in pixels.
+        cpu_size: The same, where there is no accelerator.
+        takes_size: Whether it draws other sizes, too.
+        cfg_scale: Weight of classifier-free guidance; `None` if it has none.
+        suits_diffusers: Whether diffusers' `StableDiffusionSAGPipeline` can draw with it.
+        folder: The builtin model's, else `None`.
+    """
+
+    make: Callable[[torch.dtype], Any]
+    inputs: Inputs
+    steps: int
+    size: int
+    cpu_size: int
+    takes_size: bool
+    cfg_scale: float | None
+    suits_diffusers: bool
+    folder: Path | None = None
+
+    @property
+    def has_cfg(self) -> bool:
+        """Whether it can be drawn from with classifier-free guidance."""
+        return self.cfg_scale is not None
+
+    def size_on(self, device: str) -> int:
+        """Side of a picture in pixels by default.
+
+        Args:
+            device: Name of a device.
+        """
+        return self.cpu_size if torch.device(device).type == "cpu" else self.size
+
+
+def exact_guidance(folder: Path | None) -> SelfAttentionGuidance:
+    """Guidance with a second pass at every step.
+
+    Args:
+        folder: The model's, for its recommended settings; `None` takes the defaults.
+    """
+    recommended = SelfAttentionGuidance() if folder is None else _recommended(folder)
+    return replace(recommended, start=0.0, stop=1.0, every=1)
+
+
+def fast_guidance(folder: Path | None) -> SelfAttentionGuidance:
+    """The fast preset.
+
+    Args:
+        folder: The model's, for its recommended settings; `None` takes the defaults.
+    """
+    if folder is None:
+        return SelfAttentionGuidance.fast()
+    settings = _recommended(folder)
+    return SelfAttentionGuidance.fast(
+        settings.scale, blur_sigma=settings.blur_sigma, layer=settings.layer
+    )
+
+
+def _recommended(folder: Path) -> SelfAttentionGuidance:
+    return recommended_settings(folder).make_guidance()
+
+
+def load(network: Network, dtype: str, device: str) -> Any:
+    """The network's pipeline, ready to draw.
+
+    Args:
+        network: One of `NETWORKS`, or another.
+        dtype: Name of a type of torch.
+        device: Name of a device.
+    """
+    pipeline = network.make(getattr(torch, dtype)).to(torch.device(device))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def sd15_unet() -> UNet2DConditionModel:
+    """A U-Net of Stable Diffusion 1.5's configuration; torch's default type, random weights."""
+    return UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+
+
+def sdxl_unet() -> UNet2DConditionModel:
+    """A U-Net of Stable Diffusion XL's configuration; torch's default type, random weights."""
+    return UNet2DConditionModel(**_SDXL)
+
+
+def stable_diffusion(
+    make_unet: Callable[[], UNet2DConditionModel], dtype: torch.dtype
+) -> StableDiffusionSAGPipeline:
+    """A pipeline around a U-Net of random weights; it takes embeddings, as it has no text encoder.
+
+    Args:
+        make_unet: Makes the U-Net in torch's default type.
+        dtype: Type of the weights.
+    """
+    rest: dict[str, Any] = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker"))
+    return StableDiffusionSAGPipeline(
+        **_random_parts(make_unet, dtype),
+        scheduler=DDIMScheduler(clip_sample=False, set_alpha_to_one=False, **_BETAS),
+        feature_extractor=None,
+        requires_safety_checker=False,
+        **rest,
+    )
+
+
+def stable_diffusion_xl(
+    make_unet: Callable[[], UNet2DConditionModel], dtype: torch.dtype
+) -> StableDiffusionXLSAGPipeline:
+    """The same for Stable Diffusion XL.
+
+    Args:
+        make_unet: Makes the U-Net in torch's default type.
+        dtype: Type of the weights.
+    """
+    names = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    rest: dict[str, Any] = dict.fromkeys(names)
+    return StableDiffusionXLSAGPipeline(
+        **_random_parts(make_unet, dtype),
+        scheduler=EulerDiscreteScheduler(**_BETAS),
+        add_watermarker=False,
+        **rest,
+    )
+
+
+def _random_parts(
+    make_unet: Callable[[], UNet2DConditionModel], dtype: torch.dtype
+) -> dict[str, Any]:
+    # Weights are made in their type: converting them would be the peak of a process's memory.
+    with torch.random.fork_rng(devices=[]), _default_dtype(dtype):
+        torch.manual_seed(0)
+        unet = make_unet().eval()
+        _sharpen(unet)
+        # Latents are timed, so that the smallest decoder with the right factor of 8 will do.
+        blocks: dict[str, Any] = {
+            "down_block_types": ("DownEncoderBlock2D",) * 4,
+            "up_block_types": ("UpDecoderBlock2D",) * 4,
+            "block_out_channels": (32,) * 4,
+        }
+        vae = AutoencoderKL(**blocks, latent_channels=4)
+    return {"unet": unet, "vae": vae.eval()}
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Generator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@torch.no_grad()
+def _sharpen(unet: nn.Module) -> None:
+    for name, weight in unet.named_parameters():
+        if name.endswith(("attn1.to_q.weight", "attn1.to_k.weight")):
+            weight.mul_(_SHARPNESS)
+
+
+def embedding_inputs(configuration: Configuration, widths: Mapping[str, int]) -> dict[str, Any]:
+    """Random embeddings of a prompt and of the negative one, and the picture's size.
+
+    Args:
+        configuration: What is measured.
+        widths: Channels of "prompt_embeds", (pictures, 77, channels), and of other embeddings of a
+            pipeline's call, (pictures, channels).
+    """
+    generator = torch.Generator().manual_seed(1)
+    found: dict[str, Any] = {"height": configuration.size, "width": configuration.size}
+    for name, width in widths.items():
+        tokens = (_TOKENS,) if name == "prompt_embeds" else ()
+        for argument in (name, f"negative_{name}"):
+            values = torch.randn(configuration.batch_size, *tokens, width, generator=generator)
+            kind = getattr(torch, configuration.dtype)
+            found[argument] = values.to(torch.device(configuration.device), kind)
+    return found
+
+
+def _prompt_inputs(configuration: Configuration) -> dict[str, Any]:
+    side = configuration.size
+    return {"prompt": [_PROMPT] * configuration.batch_size, "height": side, "width": side}
+
+
+def _builtin(name: str, inputs: Inputs, size: int, suits_diffusers: bool) -> Network:
+    folder = builtin_folder(name)
+    recommended = recommended_settings(folder)
+    return Network(
+        make=lambda dtype: builtin_model(name, torch_dtype=dtype),
+        inputs=inputs,
+        steps=recommended.num_inference_steps or 25,
+        size=size,
+        cpu_size=size,
+        takes_size=False,
+        cfg_scale=recommended.guidance_scale,
+        suits_diffusers=suits_diffusers,
+        folder=folder,
+    )
+
+
+NETWORKS: Mapping[str, Network] = {
+    "emoji": _builtin("emoji", _prompt_inputs, 64, suits_diffusers=True),
+    "emoji-adm": _builtin(
+        "emoji-adm",
+        lambda configuration: {"batch_size": configuration.batch_size},
+        32,
+        suits_diffusers=False,
+    ),
+    "sd15": Network(
+        make=lambda dtype: stable_diffusion(sd15_unet, dtype),
+        inputs=lambda configuration: embedding_inputs(configuration, {"prompt_embeds": 768}),
+        steps=8,
+        size=512,
+        cpu_size=256,
+        takes_size=True,
+        cfg_scale=7.5,
+        suits_diffusers=True,
+    ),
+    "sdxl": Network(
+        make=lambda dtype: stable_diffusion_xl(sdxl_unet, dtype),
+        inputs=lambda configuration: embedding_inputs(
+            configuration, {"prompt_embeds": 2048, "pooled_prompt_embeds": 1280}
+        ),
+        steps=8,
+        size=1024,
+        cpu_size=256,
+        takes_size=True,
+        cfg_scale=5.0,
+        suits_diffusers=False,
+    ),
+}
+"""The networks by name, in the order in which the command lists them."""
