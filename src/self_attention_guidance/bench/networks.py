@@ -1,52 +1,23 @@
-"""Whose pictures are timed: the builtin models, and networks of random weights at known sizes.
-
-Time does not depend on what weights hold, so that nothing has to be downloaded. What does depend
-on it is the mask: attention of fresh weights is uniform, rounding would decide what is blurred, and
-two implementations of the same method would differ. Self-attention is therefore sharpened.
-"""
+"""Whose pictures are timed: the builtin models, and networks of random weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
-from torch import nn
 
 from ..builtin import builtin_folder, builtin_model, recommended_settings
 from ..guidance import SelfAttentionGuidance
-from ..pipelines.stable_diffusion import StableDiffusionSAGPipeline
-from ..pipelines.stable_diffusion_xl import StableDiffusionXLSAGPipeline
+from .random_networks import sd15_unet, sdxl_unet, stable_diffusion, stable_diffusion_xl
 
 if TYPE_CHECKING:
     from .plan import Configuration
 
 _PROMPT = "red heart"
 _TOKENS = 77
-_SHARPNESS = 4.0
-_BETAS: dict[str, Any] = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "steps_offset": 1,
-}
-_SDXL: dict[str, Any] = {
-    "sample_size": 128,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (320, 640, 1280),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-    "use_linear_projection": True,
-}
 
 Inputs = Callable[["Configuration"], dict[str, Any]]
 
@@ -131,89 +102,6 @@ def load(network: Network, dtype: str, device: str) -> Any:
     pipeline = network.make(getattr(torch, dtype)).to(torch.device(device))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def sd15_unet() -> UNet2DConditionModel:
-    """A U-Net of Stable Diffusion 1.5's configuration; torch's default type, random weights."""
-    return UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-
-
-def sdxl_unet() -> UNet2DConditionModel:
-    """A U-Net of Stable Diffusion XL's configuration; torch's default type, random weights."""
-    return UNet2DConditionModel(**_SDXL)
-
-
-def stable_diffusion(
-    make_unet: Callable[[], UNet2DConditionModel], dtype: torch.dtype
-) -> StableDiffusionSAGPipeline:
-    """A pipeline around a U-Net of random weights; it takes embeddings, as it has no text encoder.
-
-    Args:
-        make_unet: Makes the U-Net in torch's default type.
-        dtype: Type of the weights.
-    """
-    rest: dict[str, Any] = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker"))
-    return StableDiffusionSAGPipeline(
-        **_random_parts(make_unet, dtype),
-        scheduler=DDIMScheduler(clip_sample=False, set_alpha_to_one=False, **_BETAS),
-        feature_extractor=None,
-        requires_safety_checker=False,
-        **rest,
-    )
-
-
-def stable_diffusion_xl(
-    make_unet: Callable[[], UNet2DConditionModel], dtype: torch.dtype
-) -> StableDiffusionXLSAGPipeline:
-    """The same for Stable Diffusion XL.
-
-    Args:
-        make_unet: Makes the U-Net in torch's default type.
-        dtype: Type of the weights.
-    """
-    names = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-    rest: dict[str, Any] = dict.fromkeys(names)
-    return StableDiffusionXLSAGPipeline(
-        **_random_parts(make_unet, dtype),
-        scheduler=EulerDiscreteScheduler(**_BETAS),
-        add_watermarker=False,
-        **rest,
-    )
-
-
-def _random_parts(
-    make_unet: Callable[[], UNet2DConditionModel], dtype: torch.dtype
-) -> dict[str, Any]:
-    # Weights are made in their type: converting them would be the peak of a process's memory.
-    with torch.random.fork_rng(devices=[]), _default_dtype(dtype):
-        torch.manual_seed(0)
-        unet = make_unet().eval()
-        _sharpen(unet)
-        # Latents are timed, so that the smallest decoder with the right factor of 8 will do.
-        blocks: dict[str, Any] = {
-            "down_block_types": ("DownEncoderBlock2D",) * 4,
-            "up_block_types": ("UpDecoderBlock2D",) * 4,
-            "block_out_channels": (32,) * 4,
-        }
-        vae = AutoencoderKL(**blocks, latent_channels=4)
-    return {"unet": unet, "vae": vae.eval()}
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Generator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@torch.no_grad()
-def _sharpen(unet: nn.Module) -> None:
-    for name, weight in unet.named_parameters():
-        if name.endswith(("attn1.to_q.weight", "attn1.to_k.weight")):
-            weight.mul_(_SHARPNESS)
 
 
 def embedding_inputs(configuration: Configuration, widths: Mapping[str, int]) -> dict[str, Any]:
