@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -203,7 +205,7 @@ def small(dtype: torch.dtype) -> Any:
 
 @pytest.mark.usefixtures("compiled_code")
 def test_compiled_denoisers_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = functools.partial(COMPILE, backend="aot_eager")  # without the minutes of inductor
+    backend = functools.partial(COMPILE, backend="eager")  # without the minutes of inductor
     monkeypatch.setattr(torch, "compile", backend)
     measured = subject(network(make=small), mode="compiled")
     assert hasattr(measured.denoiser, "_orig_mod")
@@ -322,14 +324,14 @@ def test_large_networks_are_small_pictures_on_a_cpu_only() -> None:
 # Memory and JSON
 
 
-def test_memory_of_a_process_that_fails_is_told() -> None:
+def test_memory_of_a_process_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     (wanted,) = plan(["emoji-adm"], device="cpu", steps=1)
-    told = of_process(replace(wanted, steps=2000), "none")
-    assert isinstance(told, str)
-    assert told.startswith("process ended with 1: ValueError")
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    told = of_process(wanted, "none")
+    assert told == "process ended with 1"
     variants = [VariantResult(variant="none", memory=told)]
     result = Result(configuration=wanted, variants=variants, difference=None)
-    assert f"memory of no SAG: {told[:40]}" in format_table(Report(1, [result]))
+    assert f"memory of no SAG: {told}" in format_table(Report(1, [result]))
 
 
 def test_json_holds_what_was_measured() -> None:
