@@ -123,7 +123,7 @@ def test_settings_are_read(tmp_path: Path) -> None:
     ("content", "told"),
     [
         ([], "JSON object"),
-        ({"guidence": {}}, "'guidence' is unknown; known are compare, generation, guidance"),
+        ({"guidence": {}}, "'guidence' is unknown; known are compare, fast, generation, guidance"),
         ({"guidance": {"sigma": 1}}, "'sigma' is unknown; known are .*blur_sigma"),
         ({"guidance": {"blur_sigma": -1}}, "blur_sigma"),
         ({"guidance": 3}, "guidance must be a JSON object, not 3"),

@@ -157,6 +157,23 @@ def test_generate_options_reach_the_picture(tmp_path: Path, model: str) -> None:
     assert expected.items() <= read.settings.items()
 
 
+def test_generate_fast_is_the_preset_with_the_models_blur(tmp_path: Path) -> None:
+    settings = SETTINGS | {"fast": {"scale": 4.0}}
+    model = str(save_tiny_model(tmp_path / "model", settings))
+    for folder, options in (
+        ("fast", ["--fast"]),
+        ("by-hand", ["--sag-scale", "4", "--start", "0.25", "--stop", "0.8", "--every", "3"]),
+        ("usual", []),
+    ):
+        out = ["--out", str(tmp_path / folder), "--steps", "8"]
+        assert main(["generate", "a", "--model", model, *options, *out]) == 0
+    fast, by_hand, usual = (
+        pixels(tmp_path / folder / "00000-0.png") for folder in ("fast", "by-hand", "usual")
+    )
+    assert (fast == by_hand).all()
+    assert (fast != usual).any()
+
+
 def test_generate_is_reproducible_and_scale_0_differs(tmp_path: Path, model: str) -> None:
     arguments = ["generate", "a", "--model", model]
     for name, scale in {"one": 1, "two": 1, "off": 0}.items():

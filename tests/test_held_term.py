@@ -159,3 +159,26 @@ def test_two_calls_a_step_hold_one_term(name: str, branch: Any) -> None:
 def test_every_is_a_count(every: Any) -> None:
     with pytest.raises(ValueError, match="every="):
         SelfAttentionGuidance(every=every)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
+def test_the_fast_preset_pays_for_a_fifth_of_the_steps(
+    pipe: StableDiffusionPipeline, guidance_scale: float
+) -> None:
+    plain = draw(pipe, num_inference_steps=25, guidance_scale=guidance_scale)
+    rows: list[int] = []
+    pipe.unet.conv_in.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    with SelfAttentionGuidance.fast().attach(pipe):
+        guided = draw(pipe, num_inference_steps=25, guidance_scale=guidance_scale)
+    unguided = 25 * (1 if guidance_scale == 1 else 2)
+    assert sum(rows) == unguided + 5
+    assert difference(guided, plain) > 1e-2
+
+
+def test_the_fast_preset_takes_all_settings() -> None:
+    chosen = SelfAttentionGuidance.fast(2.0, blur_sigma=3.0, every=2)
+    assert chosen == SelfAttentionGuidance(
+        2.0, blur_sigma=3.0, every=2, start=chosen.start, stop=chosen.stop
+    )
+    with pytest.raises(ValueError, match="stop"):
+        SelfAttentionGuidance.fast(stop=0.1)

@@ -165,7 +165,8 @@ def _load(options: PromptOptions) -> LoadedPipeline:
     loaded = load_pipeline(options.model, options.device, options.dtype)
     pipeline: Any = loaded.pipeline
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.guidance = replace(pipeline.guidance, **options.guidance_arguments())
+    guidance = loaded.recommended.make_fast_guidance() if options.fast else pipeline.guidance
+    pipeline.guidance = replace(guidance, **options.guidance_arguments())
     if options.scheduler is not None:
         pipeline.scheduler = make_scheduler(options.scheduler, pipeline.scheduler.config)
     return loaded

@@ -159,7 +159,8 @@ def _load(options: SampleOptions) -> LoadedPixelModel:
     loaded = load_pixel_model(options.model, options.device, options.dtype, options.classifier)
     pipeline: Any = loaded.pipeline
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.guidance = _guidance(pipeline.guidance, options)
+    recommended = loaded.recommended.make_fast_guidance() if options.fast else pipeline.guidance
+    pipeline.guidance = _guidance(recommended, options)
     if options.scheduler is not None:
         config = pipeline.unet.config
         pipeline.scheduler = make_pixel_scheduler(

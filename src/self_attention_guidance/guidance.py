@@ -124,13 +124,20 @@ class SelfAttentionGuidance(_Guidance):
 
     @classmethod
     def fast(cls, scale: float = 3.0, **settings: Any) -> SelfAttentionGuidance:
-        """Guidance of a part of the steps.
+        """Guidance that costs a fifth of what it costs at every step.
+
+        Only the middle part of the steps is guided, where it helps most, and there a second pass
+        runs at every third step.
 
         Args:
-            scale: As in the class.
-            **settings: As in the class.
+            scale: Larger than usual, because fewer steps are guided.
+            **settings: Any others.
+
+        Raises:
+            ValueError: A setting is out of its range or not of its type.
         """
-        return cls(scale, stop=0.28, **settings)
+        preset: dict[str, Any] = {"start": 0.25, "stop": 0.8, "every": 3}
+        return cls(scale, **{**preset, **settings})
 
     def attention_layer(self, denoiser: nn.Module) -> str:
         """Dotted path of the layer whose attention is read."""

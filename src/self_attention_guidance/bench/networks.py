@@ -69,7 +69,9 @@ def exact_guidance(folder: Path | None) -> SelfAttentionGuidance:
     Args:
         folder: The model's, for its recommended settings; `None` takes the defaults.
     """
-    recommended = SelfAttentionGuidance() if folder is None else _recommended(folder)
+    if folder is None:
+        return SelfAttentionGuidance()
+    recommended = recommended_settings(folder).make_guidance()
     return replace(recommended, start=0.0, stop=1.0, every=1)
 
 
@@ -81,14 +83,7 @@ def fast_guidance(folder: Path | None) -> SelfAttentionGuidance:
     """
     if folder is None:
         return SelfAttentionGuidance.fast()
-    settings = _recommended(folder)
-    return SelfAttentionGuidance.fast(
-        settings.scale, blur_sigma=settings.blur_sigma, layer=settings.layer
-    )
-
-
-def _recommended(folder: Path) -> SelfAttentionGuidance:
-    return recommended_settings(folder).make_guidance()
+    return recommended_settings(folder).make_fast_guidance()
 
 
 def load(network: Network, dtype: str, device: str) -> Any:

@@ -2,7 +2,8 @@
 
 A model folder may hold a file `sag_settings.json`: the settings that were measured to suit the
 model. Its sections, each optional, are `guidance` (arguments of `SelfAttentionGuidance`),
-`generation` (`guidance_scale`, `num_inference_steps`) and `compare` (`prompts`, `sag_scales`).
+`fast` (what differs in `SelfAttentionGuidance.fast`), `generation` (`guidance_scale`,
+`num_inference_steps`) and `compare` (`prompts`, `sag_scales`).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class RecommendedSettings:
 
     Attributes:
         guidance: Arguments of `SelfAttentionGuidance`; empty for its defaults.
+        fast: Arguments of `SelfAttentionGuidance.fast` that differ from those.
         guidance_scale: Scale of classifier-free guidance, 1 is off; `None` leaves it open.
         num_inference_steps: Sampling steps, at least 1; `None` leaves it open.
         compare_prompts: Prompts that show the model well; may be empty.
@@ -37,6 +39,7 @@ class RecommendedSettings:
     """
 
     guidance: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    fast: Mapping[str, Any] = field(default_factory=dict[str, Any])
     guidance_scale: float | None = None
     num_inference_steps: int | None = None
     compare_prompts: tuple[str, ...] = ()
@@ -56,6 +59,24 @@ class RecommendedSettings:
         known = {setting.name for setting in fields(SelfAttentionGuidance)}
         _check_keys("guidance", self.guidance, known)
         return SelfAttentionGuidance(**self.guidance)
+
+    def make_fast_guidance(self) -> SelfAttentionGuidance:
+        """Guidance that costs little: `SelfAttentionGuidance.fast`, for this model.
+
+        Its scale and the steps that it guides are the preset's, the rest is that of
+        `make_guidance`, where `fast` says nothing else.
+
+        Raises:
+            ValueError: A setting is unknown or outside its range.
+        """
+        from ..guidance import SelfAttentionGuidance
+
+        known = {setting.name for setting in fields(SelfAttentionGuidance)}
+        _check_keys("guidance", self.guidance, known)
+        _check_keys("fast", self.fast, known)
+        presets = ("scale", "start", "stop", "every")
+        kept = {name: value for name, value in self.guidance.items() if name not in presets}
+        return SelfAttentionGuidance.fast(**{**kept, **self.fast})
 
 
 def builtin_names() -> tuple[str, ...]:
@@ -149,6 +170,7 @@ def recommended_settings(folder: str | Path) -> RecommendedSettings:
     try:
         settings = _parse(json.loads(path.read_text(encoding="utf-8")))
         settings.make_guidance()
+        settings.make_fast_guidance()
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
     return settings
@@ -156,13 +178,14 @@ def recommended_settings(folder: str | Path) -> RecommendedSettings:
 
 def _parse(content: object) -> RecommendedSettings:
     sections = _mapping("the file", content)
-    _check_keys("the file", sections, {"guidance", "generation", "compare"})
+    _check_keys("the file", sections, {"guidance", "fast", "generation", "compare"})
     generation = _mapping("generation", sections.get("generation", {}))
     _check_keys("generation", generation, {"guidance_scale", "num_inference_steps"})
     compare = _mapping("compare", sections.get("compare", {}))
     _check_keys("compare", compare, {"prompts", "sag_scales"})
     return RecommendedSettings(
         guidance=_mapping("guidance", sections.get("guidance", {})),
+        fast=_mapping("fast", sections.get("fast", {})),
         guidance_scale=_optional(generation, "guidance_scale", _is_number, "a number"),
         num_inference_steps=_optional(
             generation, "num_inference_steps", _is_step_count, "a whole number, at least 1"

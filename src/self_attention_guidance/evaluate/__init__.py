@@ -15,10 +15,10 @@ Example:
 
 from .features import ENCODERS, FeatureSet, check_encoder, extract, load_encoder
 from .loading import LoadedSet, SavedStatistics, load_set, open_set, write_statistics
-from .measuring import METRICS, measure, work
+from .measuring import METRICS, measure, repeated_values, work
 from .plot import check_plotting, write_plot
 from .report import Report, SampleReport, as_json, format_table, short_names
-from .resampling import Estimate
+from .resampling import Estimate, estimate, paired_difference, random_halves
 from .sources import PictureSource
 
 __all__ = [
@@ -27,6 +27,10 @@ __all__ = [
     "load_set",
     "measure",
     "work",
+    "repeated_values",
+    "random_halves",
+    "estimate",
+    "paired_difference",
     "Estimate",
     "METRICS",
     "ENCODERS",

@@ -77,6 +77,35 @@ def measure(
     """
     drawn = _check_fit(samples, reference)
     halves = random_halves(len(drawn.features), repetitions, seed)
+    values = repeated_values(samples, reference, halves, advance)
+    known = [metric for metric in METRICS if metric.key in values]
+    return {m.key: estimate(values[m.key], m.least, m.most) for m in known}
+
+
+def repeated_values(
+    samples: LoadedSet,
+    reference: LoadedSet,
+    halves: Tensor,
+    advance: Advance = lambda repetitions: None,
+) -> dict[str, Tensor]:
+    """All figures that the two sets allow, on each of the given parts of the samples.
+
+    Two sets whose samples have the same seeds, measured on the same parts, can be subtracted: see
+    `paired_difference`.
+
+    Args:
+        samples: With features.
+        reference: Only Fréchet distances can be taken to one without features.
+        halves: (repetitions, samples) bool, as `random_halves` gives them.
+        advance: As in `measure`.
+
+    Returns:
+        (repetitions,) float64 by `Metric.key`.
+
+    Raises:
+        ValueError: The sets do not fit each other.
+    """
+    drawn = _check_fit(samples, reference)
     values: dict[str, Tensor] = {
         "frechet_distance": _frechet(drawn.features, reference.moments, halves, advance)
     }
@@ -86,8 +115,7 @@ def measure(
         values["inception_score"] = inception_scores(drawn.probabilities, halves)
     if reference.features is not None:
         values |= _pairwise(drawn.features, reference.features.features, halves, advance)
-    known = [metric for metric in METRICS if metric.key in values]
-    return {m.key: estimate(values[m.key], m.least, m.most) for m in known}
+    return values
 
 
 def work(samples: LoadedSet, reference: LoadedSet, repetitions: int) -> int:

@@ -1,0 +1,90 @@
+"""The study's plots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from points import FEW_STEPS, MODELS, STEPS, Point
+from results import Result
+
+Measured = tuple[Point, Result]
+_PANEL = (4.6, 3.7)
+
+
+def write(measured: Sequence[Measured], folder: Path) -> None:
+    """Draw `frontier.png` and `scales.png` into a folder."""
+    if measured:
+        _figure(measured, _draw_frontier).savefig(folder / "frontier.png", dpi=110)
+        _figure(measured, _draw_scales).savefig(folder / "scales.png", dpi=110)
+
+
+def _figure(measured: Sequence[Measured], draw: Any) -> Any:
+    """A panel for each model."""
+    # Without pyplot there is no window and no global state.
+    module: Any = import_module("matplotlib.figure")
+    width, height = _PANEL
+    figure: Any = module.Figure(figsize=(width * len(MODELS), height), layout="constrained")
+    for axes, model in zip(figure.subplots(1, len(MODELS)), MODELS, strict=True):
+        draw(axes, [m for m in measured if m[0].model == model])
+        axes.set_title(model, fontsize=10)
+        axes.set_ylabel("Fréchet distance (lower is better)", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def _draw_frontier(axes: Any, measured: Sequence[Measured]) -> None:
+    """Fréchet distance against what a sample costs; unguided sampling is a line."""
+    plain = [m for m in measured if m[0].guidance.scale == 0 and _is_unconditional(m[0])]
+    plain.sort(key=lambda m: m[1].rows)
+    _draw_points(axes, plain, lambda m: m[1].rows, "unguided, more steps", "o-")
+    labels = ("exact", "fast", "recommended", "every 2", "every 3")
+    for number, label in enumerate(labels):
+        chosen = [m for m in measured if m[0].label == label and m[0].steps == STEPS]
+        marker = "sD*^v"[number]
+        _draw_points(axes, chosen, lambda m: m[1].rows, _LEGEND.get(label, label), marker)
+    axes.set_xlabel("rows of the network for one sample", fontsize=8)
+    axes.legend(fontsize=7)
+
+
+_LEGEND = {
+    "exact": "SAG at every step",
+    "fast": "fast preset",
+    "recommended": "recommended",
+    "every 2": "a second pass every 2 steps",
+    "every 3": "a second pass every 3 steps",
+}
+
+
+def _draw_scales(axes: Any, measured: Sequence[Measured]) -> None:
+    """Fréchet distance against the scale of exact guidance."""
+    chosen = [
+        m
+        for m in measured
+        if m[0].group == "scale"
+        or m[0].label == "attention's mask"
+        or (m[0].guidance.scale == 0 and m[0].steps == FEW_STEPS and _is_unconditional(m[0]))
+    ]
+    chosen.sort(key=lambda m: m[1].scale)
+    _draw_points(axes, chosen, lambda m: m[1].scale, f"SAG at each of {FEW_STEPS} steps", "o-")
+    axes.set_xlabel("scale", fontsize=8)
+    axes.legend(fontsize=7)
+
+
+def _is_unconditional(point: Point) -> bool:
+    return not point.conditional and point.scheduler is None
+
+
+def _draw_points(axes: Any, measured: Sequence[Measured], x: Any, label: str, marker: str) -> None:
+    if not measured:
+        return
+    found = [result.estimate("frechet_distance") for _, result in measured]
+    values = [one.value for one in found]
+    low = [one.value - (one.value if one.low is None else one.low) for one in found]
+    high = [(one.value if one.high is None else one.high) - one.value for one in found]
+    axes.errorbar(
+        [x(m) for m in measured], values, yerr=[low, high], fmt=marker, capsize=3, label=label
+    )

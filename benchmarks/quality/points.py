@@ -1,0 +1,203 @@
+"""What the study measures: a point is a model, a way to sample and a guidance."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from controls import RandomMaskGuidance
+from self_attention_guidance import BlurGuidance, SelfAttentionGuidance
+
+Guidance = SelfAttentionGuidance | BlurGuidance
+UNGUIDED = SelfAttentionGuidance(0.0)
+STEPS = 25
+# Settings are compared with few steps: twice as many points in the same time.
+FEW_STEPS = 12
+
+
+@dataclass(frozen=True)
+class Model:
+    """A builtin model and what is compared on it.
+
+    Attributes:
+        exact: Guidance at every step, as in the paper.
+        recommended: What the model recommends for itself.
+        fast: The preset for guidance that costs little.
+        other_layers: Other self-attention layers, by what they are called in tables.
+        scales: Scales of exact guidance, other than its own.
+        mark: What a condition is called: a caption or a class.
+        cfg: A usual scale of classifier-free guidance; `None` if the pipeline has none.
+        schedulers: Other schedulers, by the names of `sag generate --scheduler`.
+    """
+
+    exact: SelfAttentionGuidance
+    recommended: SelfAttentionGuidance
+    fast: SelfAttentionGuidance
+    other_layers: dict[str, str]
+    scales: tuple[float, ...]
+    mark: str
+    cfg: float | None
+    schedulers: tuple[str, ...]
+
+
+_EMOJI = SelfAttentionGuidance(
+    3.0, blur_sigma=3.0, layer="mid_block.attentions.0.transformer_blocks.0.attn1"
+)
+_EMOJI_ADM = SelfAttentionGuidance(1.0, blur_sigma=3.0, layer="up_blocks.1.attentions.2")
+
+MODELS = {
+    "emoji": Model(
+        exact=_EMOJI,
+        recommended=dataclasses.replace(_EMOJI, stop=0.6),
+        fast=SelfAttentionGuidance.fast(3.0, blur_sigma=3.0, layer=_EMOJI.layer),
+        other_layers={
+            "first encoder layer": "down_blocks.0.attentions.0.transformer_blocks.0.attn1",
+            "last decoder layer": "up_blocks.1.attentions.1.transformer_blocks.0.attn1",
+        },
+        scales=(0.75, 1.5, 5.0),
+        mark="caption",
+        cfg=3.0,
+        schedulers=("euler", "dpm++ 2m", "unipc"),
+    ),
+    "emoji-adm": Model(
+        exact=_EMOJI_ADM,
+        recommended=dataclasses.replace(_EMOJI_ADM, scale=3.0, stop=0.5),
+        fast=SelfAttentionGuidance.fast(3.0, blur_sigma=3.0, layer=_EMOJI_ADM.layer),
+        other_layers={
+            "first decoder layer": "up_blocks.0.attentions.0",
+            "mid block": "mid_block.attentions.0",
+        },
+        scales=(0.5, 2.0, 4.0),
+        mark="class",
+        cfg=None,
+        schedulers=("ddim", "euler", "dpm++ 2m"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of the study.
+
+    Attributes:
+        model: A builtin model.
+        group: The table that it belongs to.
+        label: Its row there.
+        guidance: Scale 0 is unguided.
+        steps: Sampling steps.
+        scheduler: A name of `sag generate --scheduler`; `None` is the model's own.
+        conditional: Whether captions, or classes, are given.
+        guidance_scale: Of classifier-free guidance; 1 is off.
+        like: Guidance whose term's size the scale is chosen to give; the scale of `guidance` is
+            where the search begins.
+    """
+
+    model: str
+    group: str
+    label: str
+    guidance: Guidance
+    steps: int = FEW_STEPS
+    scheduler: str | None = None
+    conditional: bool = False
+    guidance_scale: float = 1.0
+    like: Guidance | None = None
+
+    @property
+    def name(self) -> str:
+        """What its files are called."""
+        words = f"{self.group} {self.label}".lower()
+        kept = "".join(c if c.isalnum() or c == "." else " " for c in words)
+        return f"{self.model}/" + "-".join(kept.split())
+
+    def description(self) -> dict[str, Any]:
+        """All that decides its result, for JSON."""
+        told = dataclasses.asdict(self) | {"form": type(self.guidance).__name__}
+        return {name: value for name, value in told.items() if name not in ("group", "label")}
+
+
+def points() -> list[Point]:
+    """All points, those that matter most first; each has a name of its own."""
+    groups = (_headline, _steps, _controls, _scales, _settings, _cheap, _conditional, _schedulers)
+    return [point for group in groups for name in MODELS for point in group(name, MODELS[name])]
+
+
+def _headline(name: str, model: Model) -> Iterator[Point]:
+    for label, guidance in (
+        ("unguided", UNGUIDED),
+        ("exact", model.exact),
+        ("fast", model.fast),
+        ("recommended", model.recommended),
+    ):
+        yield Point(name, "headline", label, guidance, STEPS)
+
+
+def _steps(name: str, model: Model) -> Iterator[Point]:
+    for steps in (FEW_STEPS, 32, 50):
+        yield Point(name, "steps", f"unguided, {steps} steps", UNGUIDED, steps)
+    yield Point(name, "steps", f"fast, {FEW_STEPS} steps", model.fast, FEW_STEPS)
+    yield Point(name, "steps", f"recommended, {FEW_STEPS} steps", model.recommended, FEW_STEPS)
+
+
+def _controls(name: str, model: Model) -> Iterator[Point]:
+    exact = model.exact
+    settings = {"scale": exact.scale, "blur_sigma": exact.blur_sigma}
+    random = RandomMaskGuidance(**settings, layer=exact.layer)
+    blur = BlurGuidance(**settings)
+    yield Point(name, "controls", "attention's mask", exact)
+    for label, guidance in (("random mask", random), ("blur everywhere", blur)):
+        yield Point(name, "controls", f"{label}, same scale", guidance)
+        yield Point(name, "controls", f"{label}, same size of the term", guidance, like=exact)
+
+
+def _scales(name: str, model: Model) -> Iterator[Point]:
+    for scale in model.scales:
+        guidance = dataclasses.replace(model.exact, scale=scale)
+        yield Point(name, "scale", f"scale {scale:g}", guidance)
+
+
+def _settings(name: str, model: Model) -> Iterator[Point]:
+    for threshold in (0.7, 1.3):
+        guidance = dataclasses.replace(model.exact, threshold=threshold)
+        yield Point(name, "settings", f"threshold {threshold:g}", guidance)
+    for sigma in (1.0, 2.0):
+        guidance = dataclasses.replace(model.exact, blur_sigma=sigma)
+        yield Point(name, "settings", f"blur_sigma {sigma:g}", guidance)
+    for label, layer in model.other_layers.items():
+        guidance = dataclasses.replace(model.exact, layer=layer)
+        yield Point(name, "settings", label, guidance)
+
+
+def _cheap(name: str, model: Model) -> Iterator[Point]:
+    for every in (2, 3):
+        guidance = dataclasses.replace(model.exact, every=every)
+        yield Point(name, "cheap", f"every {every}", guidance, STEPS)
+    for start, stop in ((0.0, 0.3), (0.3, 0.65), (0.65, 1.0)):
+        guidance = dataclasses.replace(model.exact, start=start, stop=stop)
+        yield Point(name, "cheap", f"steps from {start:g} to {stop:g}", guidance, STEPS)
+
+
+def _conditional(name: str, model: Model) -> Iterator[Point]:
+    for cfg in (1.0, model.cfg):
+        if cfg is None:
+            continue
+        with_cfg = f", CFG {cfg:g}" if cfg > 1 else ""
+        for label, guidance in _conditional_guidance(model, cfg):
+            label = f"{model.mark}{with_cfg}: {label}"
+            yield Point(name, "conditional", label, guidance, conditional=True, guidance_scale=cfg)
+
+
+def _conditional_guidance(model: Model, cfg: float) -> Iterator[tuple[str, SelfAttentionGuidance]]:
+    gentle = dataclasses.replace(model.exact, scale=0.75)
+    yield "unguided", UNGUIDED
+    yield "exact", model.exact
+    yield "exact, scale 0.75", gentle
+    if cfg > 1:
+        yield "exact, scale 0.75, conditional branch", dataclasses.replace(gentle, branch="cond")
+
+
+def _schedulers(name: str, model: Model) -> Iterator[Point]:
+    for scheduler in model.schedulers:
+        for label, guidance in (("unguided", UNGUIDED), ("recommended", model.recommended)):
+            yield Point(name, "schedulers", f"{scheduler}, {label}", guidance, scheduler=scheduler)

@@ -1,0 +1,116 @@
+"""Write the study's tables into the pages that show them, and draw its plots.
+
+A page holds `<!-- study: NAME -->` and `<!-- end -->`; what stands between is replaced.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import plots
+import results
+from points import Point, points
+from results import Result
+from self_attention_guidance.evaluate import Estimate
+
+ROOT = Path(__file__).parents[2]
+PAGES = ("README.md", "docs/quality.md", "docs/what-did-not-work.md")
+_BLOCK = re.compile(r"(<!-- study: ([\w -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+Measured = tuple[Point, Result]
+
+
+def write_report() -> None:
+    """Write all tables and plots from what was measured so far."""
+    found = [(point, results.read(point)) for point in points()]
+    measured = [(point, result) for point, result in found if result is not None]
+    for page in PAGES:
+        path = ROOT / page
+        text = path.read_text(encoding="utf-8")
+        text = _BLOCK.sub(lambda block: _filled(block, measured), text)
+        path.write_text(text, encoding="utf-8")
+    plots.write(measured, ROOT / "docs" / "images")
+
+
+def _filled(block: re.Match[str], measured: Sequence[Measured]) -> str:
+    group = block[2]
+    lines = summary(measured) if group == "summary" else table(measured, group)
+    return block[1] + "\n" + "\n".join(lines) + "\n\n" + block[3]
+
+
+def table(measured: Sequence[Measured], group: str) -> Iterator[str]:
+    """A Markdown table of the points of one group, each against its unguided point."""
+    yield (
+        "| Model | Guidance | Scale | Steps | Rows | Size of the term | Fréchet distance ↓ "
+        "| against unguided | precision ↑ | against unguided | recall ↑ | pictures |"
+    )
+    yield "| --- | --- | ---: | ---: | ---: | ---: | --- | --- | --- | --- | --- | ---: |"
+    for point, result in measured:
+        if point.group == group:
+            other = unguided(measured, point)
+            yield _row(point, result, None if other is result else other)
+
+
+def _row(point: Point, result: Result, other: Result | None) -> str:
+    size = "" if result.term_size is None else f"{result.term_size:.3f}"
+    changes = [
+        "" if other is None else signed(result.gain(key, other), digits)
+        for key, digits in (("frechet_distance", 2), ("precision", 3))
+    ]
+    cells = [
+        point.model,
+        point.label,
+        f"{result.scale:g}",
+        str(point.steps),
+        f"{result.rows:g}",
+        size,
+        interval(result.estimate("frechet_distance"), 2),
+        changes[0],
+        interval(result.estimate("precision"), 3),
+        changes[1],
+        interval(result.estimate("recall"), 3),
+        str(result.count),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def summary(measured: Sequence[Measured]) -> Iterator[str]:
+    """The three-line table of README."""
+    yield "| Unconditional samples | Fréchet distance ↓ | rows of the network |"
+    yield "| --- | --- | ---: |"
+    titles = {"unguided": "no guidance", "fast": "fast preset", "recommended": "recommended"}
+    for label, title in titles.items():
+        chosen = [m for m in measured if m[0].group == "headline" and m[0].label == label]
+        figures = " · ".join(interval(r.estimate("frechet_distance"), 1) for _, r in chosen)
+        rows = " · ".join(f"{r.rows:g}" for _, r in chosen)
+        if chosen:
+            yield f"| {title} | {figures} | {rows} |"
+
+
+def unguided(measured: Sequence[Measured], point: Point) -> Result | None:
+    """The unguided point that differs from `point` in nothing but guidance."""
+    for other, result in measured:
+        is_same = all(
+            getattr(other, name) == getattr(point, name)
+            for name in ("model", "steps", "scheduler", "conditional", "guidance_scale")
+        )
+        if is_same and other.guidance.scale == 0:
+            return result
+    return None
+
+
+def interval(found: Estimate, digits: int) -> str:
+    """An estimate like "12.3 [11.9, 12.8]"."""
+    if found.low is None or found.high is None:
+        return f"{found.value:.{digits}f}"
+    return f"{found.value:.{digits}f} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
+
+
+def signed(found: Estimate, digits: int) -> str:
+    """A difference like "-3.1 [-3.5, -2.7]"; bold if its interval excludes zero."""
+    assert found.low is not None
+    assert found.high is not None
+    text = f"{found.value:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
+    return f"**{text}**" if found.low > 0 or found.high < 0 else text

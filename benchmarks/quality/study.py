@@ -1,0 +1,135 @@
+"""Measure how much guidance helps the builtin models, and write the table and plots of docs.
+
+    python benchmarks/quality/study.py [--count 2000] [--only headline controls] [--models emoji]
+    python benchmarks/quality/study.py --report
+
+Points that are in `results/` with the same settings are not measured again, and an interrupted
+point goes on where it was. Sample i of every point has the same seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import results
+from drawing import FIRST_SEED, Drawn, draw, matched
+from points import MODELS, Point, points
+from report import write_report
+
+CHUNK = 50
+
+
+@dataclass(frozen=True)
+class Job:
+    """Some samples of a point.
+
+    Attributes:
+        point: The point.
+        scale: Of its guidance.
+        seeds: Of the samples.
+        path: Where they are kept until the point is complete.
+    """
+
+    point: Point
+    scale: float
+    seeds: range
+    path: Path
+
+
+def run(job: Job) -> Path:
+    """Draw the samples of a job, unless they are there."""
+    if not job.path.is_file():
+        guidance = dataclasses.replace(job.point.guidance, scale=job.scale)
+        drawn = draw(job.point, guidance, job.seeds)
+        partial = job.path.with_suffix(".partial")
+        torch.save(vars(drawn), partial)
+        os.replace(partial, job.path)
+    return job.path
+
+
+def jobs_of(point: Point, options: argparse.Namespace, scale: float) -> list[Job]:
+    """The jobs of a point."""
+    settings = json.dumps(point.description(), sort_keys=True)
+    folder: Path = options.work / point.name
+    note = folder / "settings.json"
+    if not note.is_file() or note.read_text(encoding="utf-8") != settings:
+        for old in folder.glob("*"):
+            old.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+        note.write_text(settings, encoding="utf-8")
+    seeds = range(FIRST_SEED, FIRST_SEED + options.count)
+    starts = range(0, options.count, CHUNK)
+    return [
+        Job(point, scale, seeds[start : start + CHUNK], folder / f"{start}.pt") for start in starts
+    ]
+
+
+def scale_of(point: Point) -> float:
+    """The scale of a point's guidance, searched for if it depends on another point's."""
+    return matched(point).scale
+
+
+def measure(options: argparse.Namespace, missing: Sequence[Point]) -> Iterator[Point]:
+    """Draw and measure points; yields each when its figures are written."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(options.workers, torch.set_num_threads, (1,)) as pool:
+        scales = pool.map(scale_of, missing, chunksize=1)
+        jobs = [jobs_of(point, options, s) for point, s in zip(missing, scales, strict=True)]
+        done = pool.imap(run, (job for part in jobs for job in part))
+        total = sum(map(len, jobs))
+        with tqdm(total=total * CHUNK, unit=" samples", smoothing=0.02) as bar:
+            for point, scale, part in zip(missing, scales, jobs, strict=True):
+                bar.set_description(point.name)
+                drawn: list[Drawn] = []
+                for _ in part:
+                    drawn.append(Drawn(**torch.load(next(done), weights_only=True)))
+                    bar.update(CHUNK)
+                results.write(point, results.measured(point, scale, drawn))
+                yield point
+
+
+def main() -> None:
+    """Measure what is missing, then write the report."""
+    options = parse_arguments()
+    chosen = [
+        point
+        for point in points()
+        if point.model in options.models and point.group in (options.only or point.group)
+    ]
+    missing = [point for point in chosen if results.read(point, options.count) is None]
+    if not options.report:
+        for point in measure(options, missing):
+            for path in (options.work / point.name).glob("*"):
+                path.unlink()
+    write_report()
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    groups = list(dict.fromkeys(point.group for point in points()))
+    parser.add_argument("--count", type=int, default=2000, help="samples; default: %(default)s")
+    parser.add_argument("--only", nargs="+", choices=groups, help="groups; default: all")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--report", action="store_true", help="measure nothing, write the report")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument(
+        "--work", type=Path, default=Path("out/quality"), help="default: %(default)s"
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""The quality study: what it draws, keeps and writes, on the builtin models with few steps."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import drawing
+import report
+import results
+import study
+from controls import RandomMaskGuidance
+from points import MODELS, Point, points
+from results import Result
+from self_attention_guidance import BlurGuidance, SelfAttentionGuidance
+from self_attention_guidance.builtin import builtin_folder, recommended_settings
+from self_attention_guidance.evaluate import estimate
+from tiny_pixels import one_thread
+
+EXACT = {name: model.exact for name, model in MODELS.items()}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def on_one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for results."""
+    monkeypatch.setattr(results, "FOLDER", tmp_path / "results")
+    return tmp_path
+
+
+def point(model: str = "emoji-adm", guidance: Any = None, **arguments: Any) -> Point:
+    chosen = EXACT[model] if guidance is None else guidance
+    return Point(model, "a group", "a label", chosen, **{"steps": 3, **arguments})
+
+
+def invented(seed: int, shift: float = 0.0, scale: float = 1.0) -> Result:
+    """Figures of a point that share their noise with those of the same seed."""
+    noise = torch.randn(101, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    values = dict.fromkeys(results.KEYS, 10 + shift + noise)
+    return Result(point().description(), 2000, scale, 25.0, None, values)
+
+
+def test_every_point_has_a_name_and_settings_of_its_own() -> None:
+    known = points()
+    assert len({p.name for p in known}) == len(known)
+    assert len({json.dumps(p.description()) for p in known}) == len(known)
+    assert {p.model for p in known} == set(MODELS)
+
+
+def test_every_point_can_be_compared_with_an_unguided_one() -> None:
+    known = [(p, invented(0)) for p in points()]
+    assert [p.name for p, _ in known if report.unguided(known, p) is None] == []
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_shipped_settings_are_those_of_the_study(name: str) -> None:
+    assert recommended_settings(builtin_folder(name)).make_guidance() == MODELS[name].recommended
+
+
+def test_a_random_mask_blurs_as_much_elsewhere_and_does_not_depend_on_the_batch() -> None:
+    attention = torch.rand(4, 8, 8, generator=torch.Generator().manual_seed(0)) * 2
+    true, shuffled = SelfAttentionGuidance().mask(attention), RandomMaskGuidance().mask(attention)
+    assert torch.equal(true.sum((1, 2)), shuffled.sum((1, 2)))
+    assert 0.3 < (true == shuffled).float().mean() < 0.7
+    assert torch.equal(RandomMaskGuidance().mask(attention[2:3])[0], shuffled[2])
+
+
+@pytest.mark.parametrize(
+    ("guidance", "rows"),
+    [
+        (SelfAttentionGuidance(0.0), 3),
+        (EXACT["emoji-adm"], 6),
+        (dataclasses.replace(EXACT["emoji-adm"], every=2), 5),
+    ],
+)
+def test_rows_of_a_sample_are_counted(guidance: SelfAttentionGuidance, rows: int) -> None:
+    drawn = drawing.draw(point(guidance=guidance), guidance, range(2))
+    assert drawn.rows == 2 * rows
+    assert drawn.features.shape == (2, 64)
+    assert drawn.term_squares[1] == rows - 3
+
+
+def test_a_sample_depends_on_its_seed_alone() -> None:
+    both = drawing.draw(point(), EXACT["emoji-adm"], [5, 6])
+    alone = drawing.draw(point(), EXACT["emoji-adm"], [6])
+    apart = (both.features[0] - both.features[1]).norm()
+    assert (both.features[1] - alone.features[0]).norm() < 0.1 * apart  # kernels round
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("control", [RandomMaskGuidance, BlurGuidance])
+def test_controls_of_equal_strength_have_a_term_as_large(
+    model: str, control: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drawing, "MATCHING_SEEDS", range(4))
+    exact = EXACT[model]
+    settings = {"blur_sigma": exact.blur_sigma}
+    if control is RandomMaskGuidance:
+        settings["layer"] = exact.layer
+    chosen = point(model, control(2.5, **settings), like=exact)
+    found = drawing.matched(chosen)
+    wanted = drawing.term_size(chosen, exact)
+    assert drawing.term_size(chosen, found) == pytest.approx(wanted, rel=0.05)
+    assert drawing.term_size(chosen, chosen.guidance) != pytest.approx(wanted, rel=0.05)
+
+
+def test_results_are_kept_until_settings_or_samples_change(kept: Path) -> None:
+    first = point()
+    assert results.read(first) is None
+    result = dataclasses.replace(invented(0), description=first.description())
+    results.write(first, result)
+    found = results.read(first, 2000)
+    assert found is not None
+    assert found.rows == result.rows
+    torch.testing.assert_close(found.values, result.values, atol=1e-4, rtol=0)
+    assert results.read(first, 1000) is None
+    assert results.read(dataclasses.replace(first, steps=4)) is None
+
+
+def test_an_interrupted_point_goes_on_where_it_was(kept: Path) -> None:
+    options = argparse.Namespace(work=kept / "work", count=4)
+    chosen = point(steps=1)
+    jobs = study.jobs_of(chosen, options, 1.0)
+    path = study.run(jobs[0])
+    drawn = path.read_bytes()
+    path.write_bytes(b"kept")
+    assert study.run(study.jobs_of(chosen, options, 1.0)[0]).read_bytes() == b"kept"
+    again = study.jobs_of(dataclasses.replace(chosen, steps=2), options, 1.0)[0]
+    assert study.run(again).read_bytes() not in (b"kept", drawn)
+
+
+def test_figures_of_real_samples() -> None:
+    """As they are, the reference's pictures are perfect; drawn in three steps, nothing is."""
+    drawn = drawing.draw(point(), EXACT["emoji-adm"], range(12))
+    found = results.measured(point(), 1.0, [drawn])
+    assert found.count == 12
+    assert found.rows == 6
+    assert found.estimate("frechet_distance").value > 20
+    assert found.term_size is not None
+    assert found.term_size > 0
+
+
+def test_differences_are_paired() -> None:
+    """Two points that share their noise differ by much less than each of them is uncertain."""
+    one, other = invented(0), invented(0, shift=0.5)
+    gain = other.gain("kid", one)
+    assert gain.value == pytest.approx(0.5)
+    assert gain.high is not None
+    assert gain.high - gain.value < 1e-6
+    alone = estimate(one.values["kid"], 0)
+    assert alone.high is not None
+    assert alone.high - alone.value > 1
+
+
+def test_a_table_tells_what_changed_and_whether_chance_explains_it() -> None:
+    plain = point(guidance=SelfAttentionGuidance(0.0))
+    better, same = point(), point(guidance=SelfAttentionGuidance(0.1))
+    rows = list(
+        report.table(
+            [(plain, invented(0)), (better, invented(0, -3)), (same, invented(1))], "a group"
+        )
+    )
+    assert len(rows) == 5
+    assert "**-3.00 [-3.00, -3.00]**" in rows[3]
+    assert "**" not in rows[4]
+
+
+def test_pages_keep_their_text_and_get_the_tables(
+    kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (kept / "docs" / "images").mkdir(parents=True)
+    (kept / "page.md").write_text("before\n<!-- study: scale -->\nold\n<!-- end -->\nafter\n")
+    monkeypatch.setattr(report, "ROOT", kept)
+    monkeypatch.setattr(report, "PAGES", ("page.md",))
+    for chosen in points():
+        result = dataclasses.replace(invented(0), description=chosen.description())
+        results.write(chosen, result)
+    report.write_report()
+    first = (kept / "page.md").read_text()
+    assert first.startswith("before\n<!-- study: scale -->\n\n| Model |")
+    assert first.endswith("<!-- end -->\nafter\n")
+    assert "old" not in first
+    assert "scale 0.75" in first
+    for name in ("frontier", "scales"):
+        assert (kept / "docs" / "images" / f"{name}.png").stat().st_size > 10_000
+    report.write_report()
+    assert (kept / "page.md").read_text() == first
