@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import shutil
 import sys
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from self_attention_guidance.bench import (
     Subject,
     VariantResult,
     as_json,
+    bench,
     exact_guidance,
     fast_guidance,
     format_table,
@@ -34,6 +36,7 @@ from self_attention_guidance.bench import (
     ratios,
     spread,
     time_rounds,
+    work,
 )
 from self_attention_guidance.bench.memory import Memory, of_process
 from self_attention_guidance.bench.networks import embedding_inputs
@@ -261,6 +264,26 @@ def test_spread_of_one_value_is_that_value() -> None:
 
 
 # Networks
+
+
+def test_a_network_is_let_go_before_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[int] = []
+    made: list[weakref.ref[Any]] = []
+
+    def make(dtype: torch.dtype) -> Any:
+        alive.append(sum(each() is not None for each in made))
+        pipe = tiny_pipeline(StableDiffusionSAGPipeline)
+        made.append(weakref.ref(pipe.unet))
+        return pipe
+
+    done: list[float] = []
+    for name in ("first", "second"):
+        monkeypatch.setitem(cast("dict[str, Network]", NETWORKS), name, network(make=make))
+    configurations = plan(["first", "second"], device="cpu", size=64)
+    results = bench(configurations, 1, with_memory=False, advance=done.append)
+    assert alive == [0, 0]
+    assert [result.configuration for result in results] == configurations
+    assert sum(done) == pytest.approx(work(configurations, 1, with_memory=False))
 
 
 def test_random_networks_have_the_published_sizes() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -96,6 +97,7 @@ def bench(
     results: list[Result] = []
     for _, group in groupby(configurations, lambda each: (each.network, each.dtype, each.mode)):
         results += _bench_group(list(group), pairs, with_memory, advance)
+        gc.collect()  # a pipeline and its last handle hold each other, and may be large
     return results
 
 
