@@ -25,7 +25,7 @@ VARIANTS = {
 _SEED = 0
 
 
-class Unsuitable(Exception):
+class Unsuitable(ValueError):
     """A variant can't draw with a network; the message says why."""
 
 
