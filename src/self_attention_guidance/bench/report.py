@@ -72,6 +72,7 @@ def format_table(report: Report) -> str:
     blocks = [[_TITLES, *map(_cells, result.variants)] for result in report.results]
     rows = [row for block in blocks for row in block if len(row) == len(_TITLES)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths[0] = max(len(row[0]) for block in blocks for row in block)
     lines: list[str] = []
     for result, block in zip(report.results, blocks, strict=True):
         lines += [_heading(result.configuration), *(_line(row, widths) for row in block)]
@@ -80,11 +81,13 @@ def format_table(report: Report) -> str:
 
 
 def _heading(configuration: Configuration) -> str:
-    pictures = (
-        "1 picture" if configuration.batch_size == 1 else f"{configuration.batch_size} pictures"
-    )
-    side = configuration.size
-    return f"{title(configuration)}; {pictures} of {side}x{side}, {configuration.steps} steps"
+    pictures, side = _counted(configuration.batch_size, "picture"), configuration.size
+    steps = _counted(configuration.steps, "step")
+    return f"{title(configuration)}; {pictures} of {side}x{side}, {steps}"
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("s" if number != 1 else "")
 
 
 def _line(row: Sequence[str], widths: Sequence[int]) -> str:
@@ -126,13 +129,14 @@ def _one_line(text: str) -> str:
 
 def _footnote(report: Report) -> str:
     machine = _machine(report)
+    rounds, threads = _counted(report.pairs, "round"), _counted(machine["threads"], "thread")
     return (
-        f"time ratios: median [quartiles] range of {report.pairs} rounds in which all variants took"
-        " turns; latents, no decoding\n"
+        f"time ratios: median [quartiles] range of {rounds} in which all variants took turns;"
+        " latents, no decoding\n"
         "peak: on a CPU that of a process of its own, uncompiled; on CUDA of the tensors\n"
         "difference: largest one of the latents, relative to the largest value, at the settings"
         " that diffusers' class has fixed\n"
-        f"{machine['device_name']}, {machine['threads']} threads, torch {machine['torch']},"
+        f"{machine['device_name']}, {threads}, torch {machine['torch']},"
         f" diffusers {machine['diffusers']}"
     )
 
