@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from points import FEW_STEPS, MODELS, STEPS, Point
+from points import FEW_STEPS, MODELS, UNGUIDED, Point
 from results import Result
 
 Measured = tuple[Point, Result]
@@ -38,25 +39,20 @@ def _figure(measured: Sequence[Measured], draw: Any) -> Any:
 
 def _draw_frontier(axes: Any, measured: Sequence[Measured]) -> None:
     """Fréchet distance against what a sample costs; unguided sampling is a line."""
-    plain = [m for m in measured if m[0].guidance.scale == 0 and _is_unconditional(m[0])]
-    plain.sort(key=lambda m: m[1].rows)
-    _draw_points(axes, plain, lambda m: m[1].rows, "unguided, more steps", "o-")
-    labels = ("exact", "fast", "recommended", "every 2", "every 3")
-    for number, label in enumerate(labels):
-        chosen = [m for m in measured if m[0].label == label and m[0].steps == STEPS]
-        marker = "sD*^v"[number]
-        _draw_points(axes, chosen, lambda m: m[1].rows, _LEGEND.get(label, label), marker)
+    model = MODELS[measured[0][0].model]
+    every = [dataclasses.replace(model.exact, every=every) for every in (2, 3)]
+    for guidance, label, marker in (
+        (UNGUIDED, "unguided, more steps", "o-"),
+        (model.fast, "fast preset, more steps", "D-"),
+        (model.exact, "SAG at every step", "s-"),
+        (every[0], "a second pass every 2 steps", "^"),
+        (every[1], "a second pass every 3 steps", "v"),
+    ):
+        chosen = [m for m in measured if m[0].guidance == guidance and _is_unconditional(m[0])]
+        chosen.sort(key=lambda m: m[1].rows)
+        _draw_points(axes, chosen, lambda m: m[1].rows, label, marker)
     axes.set_xlabel("rows of the network for one sample", fontsize=8)
     axes.legend(fontsize=7)
-
-
-_LEGEND = {
-    "exact": "SAG at every step",
-    "fast": "fast preset",
-    "recommended": "recommended",
-    "every 2": "a second pass every 2 steps",
-    "every 3": "a second pass every 3 steps",
-}
 
 
 def _draw_scales(axes: Any, measured: Sequence[Measured]) -> None:

@@ -80,7 +80,11 @@ def summary(measured: Sequence[Measured]) -> Iterator[str]:
     """The three-line table of README."""
     yield "| Unconditional samples | Fréchet distance ↓ | rows of the network |"
     yield "| --- | --- | ---: |"
-    titles = {"unguided": "no guidance", "fast": "fast preset", "recommended": "recommended"}
+    titles = {
+        "unguided": "no guidance",
+        "fast": "fast preset",
+        "recommended": "fast preset, more steps (recommended)",
+    }
     for label, title in titles.items():
         chosen = [m for m in measured if m[0].group == "headline" and m[0].label == label]
         figures = " · ".join(interval(r.estimate("frechet_distance"), 1) for _, r in chosen)

@@ -123,20 +123,20 @@ class SelfAttentionGuidance(_Guidance):
         _check_layer(self.layer)
 
     @classmethod
-    def fast(cls, scale: float = 3.0, **settings: Any) -> SelfAttentionGuidance:
+    def fast(cls, scale: float = 1.0, **settings: Any) -> SelfAttentionGuidance:
         """Guidance that costs a fifth of what it costs at every step.
 
-        Only the middle part of the steps is guided, where it helps most, and there a second pass
-        runs at every third step.
+        Only the steps from a tenth to two thirds of the way are guided, and a second pass runs at
+        every third of them: the term is small before, leaves speckles behind, and changes slowly.
 
         Args:
-            scale: Larger than usual, because fewer steps are guided.
+            scale: A third more than at every step makes up for the steps that are left out.
             **settings: Any others.
 
         Raises:
             ValueError: A setting is out of its range or not of its type.
         """
-        preset: dict[str, Any] = {"start": 0.25, "stop": 0.8, "every": 3}
+        preset: dict[str, Any] = {"start": 0.1, "stop": 0.65, "every": 3}
         return cls(scale, **{**preset, **settings})
 
     def attention_layer(self, denoiser: nn.Module) -> str:

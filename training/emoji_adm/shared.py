@@ -8,7 +8,6 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1] / "emoji"))
 
 import data
-import features
 from denoiser import stratified_timesteps
 
-__all__ = ["data", "features", "stratified_timesteps"]
+__all__ = ["data", "stratified_timesteps"]
