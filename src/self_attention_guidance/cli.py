@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__
+from .cli_bench import bench_command
 from .cli_evaluate import evaluate_command
 from .cli_pictures import compare_command, generate_command
 from .cli_samples import convert_command, sample_command
@@ -33,6 +34,7 @@ app.command("compare")(compare_command)
 app.command("sample")(sample_command)
 app.command("convert")(convert_command)
 app.command("evaluate")(evaluate_command)
+app.command("bench")(bench_command)
 
 
 def _show_version(wanted: bool) -> None:
@@ -58,6 +60,7 @@ def _sag(  # pyright: ignore[reportUnusedFunction]  # typer calls it
       sag compare "grinning face" "" --sag-scales 0,0.5,1
       sag sample --model ./my-pixel-model --num-samples 64
       sag evaluate samples.npz ./training-pictures
+      sag bench --networks emoji
     """
 
 

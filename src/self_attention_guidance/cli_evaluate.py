@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .checks import check_count
+from .cli_options import check_outputs
 from .cli_output import print_line, work_progress
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def evaluate_command(
       sag evaluate unguided.npz guided.npz ./emoji-art --plot compare.png --json compare.json
       sag evaluate in256.npz VIRTUAL_imagenet256_labeled.npz --features inception
     """
-    _check_outputs({"json": json_file, "plot": plot, "save_statistics": save_statistics}, overwrite)
+    check_outputs({"json": json_file, "plot": plot, "save_statistics": save_statistics}, overwrite)
     _check_numbers(bootstrap, seed, batch_size)
     if len(paths) < 2 and save_statistics is None:
         raise ValueError("SAMPLES and REFERENCE must be given: one path needs --save-statistics")
@@ -75,19 +76,6 @@ def evaluate_command(
     if samples:
         measured = _measure(samples, reference, bootstrap, seed)
         _show(evaluate.Report(reference, features, bootstrap, seed, measured), json_file, plot)
-
-
-def _check_outputs(outputs: dict[str, Path | None], overwrite: bool) -> None:
-    suffixes = {"json": ".json", "plot": ".png", "save_statistics": ".npz"}
-    for name, path in outputs.items():
-        if path is None:
-            continue
-        if path.suffix != suffixes[name]:
-            raise ValueError(f"{name}={str(path)!r} must end in {suffixes[name]}")
-        if not path.parent.is_dir():
-            raise ValueError(f"{name}={str(path)!r}: there is no folder {str(path.parent)!r}")
-        if path.exists() and not overwrite:
-            raise FileExistsError(f"{name}={str(path)!r} exists: replace it with --overwrite")
 
 
 def _check_numbers(bootstrap: int, seed: int, batch_size: int) -> None:

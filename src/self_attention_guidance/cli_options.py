@@ -5,11 +5,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, TypeVar, cast, get_type_hints
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast, get_type_hints
 
 import typer
 
-OptionsType = TypeVar("OptionsType", bound="SamplingOptions")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+OptionsType = TypeVar("OptionsType", bound="DataclassInstance")
+
+_SUFFIXES = {"json": ".json", "plot": ".png", "save_statistics": ".npz"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,3 +198,34 @@ def parse_classes(text: str) -> tuple[int, ...]:
         raise ValueError(
             f"classes={text!r} must be whole numbers separated by commas, for example 207,360"
         ) from None
+
+
+def parse_names(text: str) -> list[str]:
+    """Reads names like "emoji,sd15".
+
+    Args:
+        text: Names, separated by commas; spaces around them do not count.
+    """
+    return [name.strip() for name in text.split(",")]
+
+
+def check_outputs(outputs: dict[str, Path | None], overwrite: bool) -> None:
+    """Refuses files that can't be written, before any work.
+
+    Args:
+        outputs: Files by the option that names them; `None` is not wanted.
+        overwrite: Whether existing files may be replaced.
+
+    Raises:
+        ValueError: A file's ending is wrong, or its folder is missing.
+        FileExistsError: A file exists and may not be replaced.
+    """
+    for name, path in outputs.items():
+        if path is None:
+            continue
+        if path.suffix != _SUFFIXES[name]:
+            raise ValueError(f"{name}={str(path)!r} must end in {_SUFFIXES[name]}")
+        if not path.parent.is_dir():
+            raise ValueError(f"{name}={str(path)!r}: there is no folder {str(path.parent)!r}")
+        if path.exists() and not overwrite:
+            raise FileExistsError(f"{name}={str(path)!r} exists: replace it with --overwrite")
