@@ -25,7 +25,7 @@ class BenchOptions:
         str,
         typer.Option(
             metavar="NAMES",
-            help="Of emoji, emoji-adm (builtin), sd15, sdxl (random weights: 4, 11 GB in float32).",
+            help="Of emoji, emoji-adm (builtin), sd15, sdxl (random weights, 4 and 11 GB).",
         ),
     ] = "emoji,emoji-adm"
     modes: Annotated[str, typer.Option(metavar="NAMES", help="Of eager, compiled.")] = "eager"
