@@ -331,8 +331,8 @@ def test_plan_is_every_combination_that_there_is() -> None:
         ("emoji-adm", "compiled", False),
     ]
     assert {(each.network, each.size, each.steps) for each in found} == {
-        ("emoji", 64, 25),
-        ("emoji-adm", 32, 25),
+        ("emoji", 64, 40),
+        ("emoji-adm", 32, 40),
     }
 
 
