@@ -63,7 +63,9 @@ MODELS = {
     ),
     "emoji-adm": Model(
         exact=_EMOJI_ADM,
-        fast=SelfAttentionGuidance.fast(2.0, blur_sigma=3.0, layer=_EMOJI_ADM.layer),
+        fast=SelfAttentionGuidance.fast(
+            2.0, blur_sigma=3.0, layer=_EMOJI_ADM.layer, start=0.0, stop=0.45, every=2
+        ),
         recommended_steps=40,
         other_layers={
             "first decoder layer": "up_blocks.0.attentions.0",
