@@ -67,7 +67,7 @@ def test_every_point_can_be_compared_with_an_unguided_one() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_the_shipped_settings_are_those_of_the_study(name: str) -> None:
     shipped, model = recommended_settings(builtin_folder(name)), MODELS[name]
-    assert shipped.make_guidance() == model.fast
+    assert shipped.make_guidance() == model.recommended
     assert shipped.make_fast_guidance() == model.fast
     assert shipped.num_inference_steps == model.recommended_steps
 

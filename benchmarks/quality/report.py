@@ -82,8 +82,8 @@ def summary(measured: Sequence[Measured]) -> Iterator[str]:
     yield "| --- | --- | ---: |"
     titles = {
         "unguided": "no guidance",
+        "exact": "SAG at every step",
         "fast": "fast preset",
-        "recommended": "fast preset, more steps (recommended)",
     }
     for label, title in titles.items():
         chosen = [m for m in measured if m[0].group == "headline" and m[0].label == label]
