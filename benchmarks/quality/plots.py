@@ -17,9 +17,12 @@ _PANEL = (4.6, 3.7)
 
 def write(measured: Sequence[Measured], folder: Path) -> None:
     """Draw `frontier.png` and `scales.png` into a folder."""
-    if measured:
-        _figure(measured, _draw_frontier).savefig(folder / "frontier.png", dpi=110)
-        _figure(measured, _draw_scales).savefig(folder / "scales.png", dpi=110)
+    for group, draw, name in (
+        ("headline", _draw_frontier, "frontier.png"),
+        ("scale", _draw_scales, "scales.png"),
+    ):
+        if any(point.group == group for point, _ in measured):
+            _figure(measured, draw).savefig(folder / name, dpi=110)
 
 
 def _figure(measured: Sequence[Measured], draw: Any) -> Any:
@@ -29,7 +32,7 @@ def _figure(measured: Sequence[Measured], draw: Any) -> Any:
     width, height = _PANEL
     figure: Any = module.Figure(figsize=(width * len(MODELS), height), layout="constrained")
     for axes, model in zip(figure.subplots(1, len(MODELS)), MODELS, strict=True):
-        draw(axes, [m for m in measured if m[0].model == model])
+        draw(axes, model, [m for m in measured if m[0].model == model])
         axes.set_title(model, fontsize=10)
         axes.set_ylabel("Fréchet distance (lower is better)", fontsize=8)
         axes.tick_params(labelsize=8)
@@ -37,25 +40,26 @@ def _figure(measured: Sequence[Measured], draw: Any) -> Any:
     return figure
 
 
-def _draw_frontier(axes: Any, measured: Sequence[Measured]) -> None:
+def _draw_frontier(axes: Any, name: str, measured: Sequence[Measured]) -> None:
     """Fréchet distance against what a sample costs; unguided sampling is a line."""
-    model = MODELS[measured[0][0].model]
+    model = MODELS[name]
     every = [dataclasses.replace(model.exact, every=every) for every in (2, 3)]
-    for guidance, label, marker in (
+    kinds = (
         (UNGUIDED, "unguided, more steps", "o-"),
         (model.fast, "fast preset, more steps", "D-"),
         (model.exact, "SAG at every step", "s-"),
         (every[0], "a second pass every 2 steps", "^"),
         (every[1], "a second pass every 3 steps", "v"),
-    ):
+    )
+    for number, (guidance, label, marker) in enumerate(kinds):
         chosen = [m for m in measured if m[0].guidance == guidance and _is_unconditional(m[0])]
         chosen.sort(key=lambda m: m[1].rows)
-        _draw_points(axes, chosen, lambda m: m[1].rows, label, marker)
+        _draw_points(axes, chosen, lambda m: m[1].rows, label, marker, f"C{number}")
     axes.set_xlabel("rows of the network for one sample", fontsize=8)
     axes.legend(fontsize=7)
 
 
-def _draw_scales(axes: Any, measured: Sequence[Measured]) -> None:
+def _draw_scales(axes: Any, name: str, measured: Sequence[Measured]) -> None:
     """Fréchet distance against the scale of exact guidance."""
     chosen = [
         m
@@ -65,7 +69,9 @@ def _draw_scales(axes: Any, measured: Sequence[Measured]) -> None:
         or (m[0].guidance.scale == 0 and m[0].steps == FEW_STEPS and _is_unconditional(m[0]))
     ]
     chosen.sort(key=lambda m: m[1].scale)
-    _draw_points(axes, chosen, lambda m: m[1].scale, f"SAG at each of {FEW_STEPS} steps", "o-")
+    _draw_points(
+        axes, chosen, lambda m: m[1].scale, f"SAG at each of {FEW_STEPS} steps", "o-", "C0"
+    )
     axes.set_xlabel("scale", fontsize=8)
     axes.legend(fontsize=7)
 
@@ -74,7 +80,9 @@ def _is_unconditional(point: Point) -> bool:
     return not point.conditional and point.scheduler is None
 
 
-def _draw_points(axes: Any, measured: Sequence[Measured], x: Any, label: str, marker: str) -> None:
+def _draw_points(
+    axes: Any, measured: Sequence[Measured], x: Any, label: str, marker: str, colour: str
+) -> None:
     if not measured:
         return
     found = [result.estimate("frechet_distance") for _, result in measured]
@@ -82,5 +90,11 @@ def _draw_points(axes: Any, measured: Sequence[Measured], x: Any, label: str, ma
     low = [one.value - (one.value if one.low is None else one.low) for one in found]
     high = [(one.value if one.high is None else one.high) - one.value for one in found]
     axes.errorbar(
-        [x(m) for m in measured], values, yerr=[low, high], fmt=marker, capsize=3, label=label
+        [x(m) for m in measured],
+        values,
+        yerr=[low, high],
+        fmt=marker,
+        color=colour,
+        capsize=3,
+        label=label,
     )

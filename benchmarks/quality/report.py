@@ -37,6 +37,8 @@ def write_report() -> None:
 def _filled(block: re.Match[str], measured: Sequence[Measured]) -> str:
     group = block[2]
     lines = summary(measured) if group == "summary" else table(measured, group)
+    if not any(point.group == group for point, _ in measured) and group != "summary":
+        lines = ["Not measured yet."]
     return block[1] + "\n" + "\n".join(lines) + "\n\n" + block[3]
 
 
