@@ -127,7 +127,7 @@ class SelfAttentionGuidance(_Guidance):
         """Guidance that costs a fifth of what it costs at every step.
 
         Only the steps from a tenth to two thirds of the way are guided, and a second pass runs at
-        every third of them: the term is small before, leaves speckles behind, and changes slowly.
+        every third of them: the term is small before, draws speckles after, and changes slowly.
 
         Args:
             scale: A third more than at every step makes up for the steps that are left out.

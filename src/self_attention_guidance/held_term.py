@@ -46,8 +46,7 @@ class HeldTerm:
     def at(self, sample: Tensor, run: Tensor, step: int, passes: int = 1) -> Tensor | None:
         """The term that a step adds again, or `None` if it needs a second pass.
 
-        A step that does not lie behind the last second
-        pass belongs to another picture.
+        A step that does not lie behind the last second pass belongs to another picture.
 
         Args:
             sample: As in `hold`.
