@@ -1,6 +1,10 @@
-"""Run the command line inside the test's own process."""
+"""Run the command line: inside the test's own process, or in one of its own."""
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -19,3 +23,17 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     assert captured.err.startswith("error: ")
     assert captured.err.count("\n") == 1
     return captured.err
+
+
+def help_without_torch(command: str) -> str:
+    """The help of a command, by a process that fails if a heavy library was imported for it."""
+    code = (
+        "import sys; from self_attention_guidance.cli import main;"
+        f"main(['{command}', '--help']);"
+        "assert not {'torch', 'numpy', 'diffusers'} & set(sys.modules)"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ)
+    )
+    assert told.returncode == 0, told.stderr
+    return told.stdout
