@@ -166,3 +166,11 @@ def test_autocast_changes_nothing() -> None:
         found = maths.gaussian_blur(picture, 2.0, 9), maths.attention_received(query, key)
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
+
+
+def test_blur_can_be_differentiated_after_a_run_in_inference_mode() -> None:
+    with torch.inference_mode():
+        maths.gaussian_blur(torch.randn(1, 1, 11, 7), 1.3, 5)
+    image = torch.randn(1, 1, 11, 7, requires_grad=True)
+    maths.gaussian_blur(image, 1.3, 5).sum().backward()
+    assert image.grad is not None

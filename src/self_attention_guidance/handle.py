@@ -83,6 +83,7 @@ class GuidanceHandle:
         self._term_to_add: Tensor | None = None
         self._calls = SeparateCalls(guidance.branch)
         self._run: Any = None
+        self._step = 0
         self._layout: BatchLayout = "single"
         self._in_second_pass = False
         self._is_for_one_call = False
@@ -133,8 +134,8 @@ class GuidanceHandle:
         self._has_begun = True
         self._stop_reading()
         timestep = self._target.scheduler_timestep(args, kwargs)
-        step = step_index(self._target.scheduler, timestep)
-        is_guided = self._is_guided(step)
+        self._step = step_index(self._target.scheduler, timestep)
+        is_guided = self._is_guided(self._step)
         if not is_guided and self._target.scheduler.timesteps is not self._run:
             return
         # A batch that doesn't fit is refused before the pass is paid.
@@ -146,7 +147,9 @@ class GuidanceHandle:
         self._call = call
         timesteps = self._target.scheduler.timesteps
         passes = 2 if call.layout == "cond_call_first" else 1
-        self._term_to_add = self._held_term.at(call.sample[call.rows], timesteps, step, passes)
+        self._term_to_add = self._held_term.at(
+            call.sample[call.rows], timesteps, self._step, passes
+        )
         if self._term_to_add is not None:
             return
         if call.layout == "cond_call_first":
@@ -231,9 +234,7 @@ class GuidanceHandle:
         term = self.guidance.scale * prediction.term(u, u_degraded, x0, x0_degraded)
         nothing = torch.zeros_like(whole[call.rows], dtype=term.dtype)
         self.term = place.written(nothing, term)
-        timesteps = self._target.scheduler.timesteps
-        step = step_index(self._target.scheduler, call.timestep)
-        self._held_term.hold(self.term, sample, timesteps, step)
+        self._held_term.hold(self.term, sample, self._target.scheduler.timesteps, self._step)
         self.steps += 1
         return self.term
 

@@ -6,6 +6,7 @@ Self-Attention Guidance", ICCV 2023, arXiv 2210.00939.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -100,25 +101,29 @@ def gaussian_blur(image: Tensor, sigma: float, kernel_size: int) -> Tensor:
     """
     if sigma == 0 or kernel_size == 1:
         return image
-    radius = kernel_size // 2
-    taps = torch.arange(-radius, radius + 1, dtype=torch.float32, device=image.device)
-    kernel = torch.exp(-0.5 * (taps / sigma) ** 2)
-    kernel = kernel / kernel.sum()
-    channels, height, width = image.shape[1:]
+    height, width = image.shape[-2:]
     with torch.autocast(image.device.type, enabled=False):
-        blurred = image.float()
-        blurred = blurred[:, :, :, _mirrored(width, radius, image.device)]
-        blurred = F.conv2d(blurred, kernel.expand(channels, 1, 1, -1), groups=channels)
-        blurred = blurred[:, :, _mirrored(height, radius, image.device)]
-        blurred = F.conv2d(blurred, kernel[:, None].expand(channels, 1, -1, 1), groups=channels)
+        over_rows = _blur_matrix(height, sigma, kernel_size, image.device)
+        over_columns = _blur_matrix(width, sigma, kernel_size, image.device)
+        blurred = over_rows @ image.float() @ over_columns.T
     return blurred.to(image.dtype)
 
 
-def _mirrored(size: int, radius: int, device: torch.device) -> Tensor:
-    """Indices of a row of `size` pixels, mirrored `radius` pixels beyond both ends."""
+# Small depthwise convolutions are slow on CPU, and a run blurs pictures of one size only. What is
+# kept must not be an inference tensor: autograd refuses those.
+@functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _blur_matrix(size: int, sigma: float, kernel_size: int, device: torch.device) -> Tensor:
+    """What blurs a column of `size` pixels, (size, size): row i has the weights of pixel i."""
+    radius = kernel_size // 2
+    taps = torch.arange(-radius, radius + 1)
+    kernel = torch.exp(-0.5 * (taps.double() / sigma) ** 2)
     period = max(2 * (size - 1), 1)
-    index = torch.arange(-radius, size + radius, device=device) % period
-    return torch.minimum(index, period - index)
+    index = (torch.arange(size)[:, None] + taps) % period
+    mirrored = torch.minimum(index, period - index)
+    weights = (kernel / kernel.sum()).expand(size, -1)
+    matrix = torch.zeros(size, size, dtype=torch.float64).scatter_add_(1, mirrored, weights)
+    return matrix.to(device, torch.float32)
 
 
 def degrade(x0: Tensor, mask: Tensor | None, blur_sigma: float, kernel_size: int) -> Tensor:

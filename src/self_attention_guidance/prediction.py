@@ -279,5 +279,6 @@ def _float32(
     clip: float | None,
     device: torch.device,
 ) -> Prediction:
-    levels = (alpha, sigma, from_input, from_output, correction)
-    return Prediction(*(level.to(device, torch.float32) for level in levels), clip=clip)
+    # One copy to the device for all.
+    levels = torch.stack((alpha, sigma, from_input, from_output, correction))
+    return Prediction(*levels.to(device, torch.float32).unbind(), clip=clip)
