@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from controls import RandomMaskGuidance
 from self_attention_guidance import BlurGuidance, SelfAttentionGuidance
+from self_attention_guidance.builtin import builtin_folder
 
 Guidance = SelfAttentionGuidance | BlurGuidance
 UNGUIDED = SelfAttentionGuidance(0.0)
@@ -122,8 +125,18 @@ class Point:
 
     def description(self) -> dict[str, Any]:
         """All that decides its result, for JSON."""
-        told = dataclasses.asdict(self) | {"form": type(self.guidance).__name__}
+        told = dataclasses.asdict(self) | {
+            "form": type(self.guidance).__name__,
+            "weights": _digest_of_weights(self.model),
+        }
         return {name: value for name, value in told.items() if name not in ("group", "label")}
+
+
+@functools.cache
+def _digest_of_weights(model: str) -> str:
+    """Tells the weights of a model's network from earlier ones."""
+    (weights,) = (builtin_folder(model) / "unet").glob("*.safetensors")
+    return hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
 
 
 def points() -> list[Point]:
