@@ -141,10 +141,15 @@ def received(scores: list[Scores], batch: int, rows: slice, picture: slice | Non
             f"attention was recorded for {found} {'' if by_row else 'heads '}of {batch} rows: "
             "another processor changed the batch; use diffusers' default processor at this layer"
         )
-    query = torch.cat([score.query.flatten(0, -3) for score in scores])
-    key = torch.cat([score.key.flatten(0, -3) for score in scores])
+    query = _joined([score.query.flatten(0, -3) for score in scores])
+    key = _joined([score.key.flatten(0, -3) for score in scores])
     query, key = (side.unflatten(0, (batch, -1))[rows] for side in (query, key))
     return attention_received(query, key, scores[0].scale, _bias(scores, rows), picture)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    # Of one tensor, too, torch.cat makes a copy.
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _bias(scores: list[Scores], rows: slice) -> Tensor | None:

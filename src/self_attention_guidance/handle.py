@@ -269,8 +269,8 @@ class GuidanceHandle:
 
 def _added(output: Tensor, term: Tensor) -> Tensor:
     """A denoiser's output with the term of its guided rows added to all of its rows."""
-    whole = term.repeat(len(output) // len(term), *[1] * (output.ndim - 1))
-    return (_precise(output) + whole).to(output.dtype)
+    parts = _precise(output).unflatten(0, (-1, len(term)))
+    return (parts + term).flatten(0, 1).to(output.dtype)
 
 
 def _precise(tensor: Tensor) -> Tensor:

@@ -52,9 +52,9 @@ def attention_received(
     with torch.autocast(query.device.type, enabled=False):
         for part, offset in zip(query.float().split(rows, dim=2), biases, strict=True):
             scores = part @ keys if offset is None else _biased(part @ keys, offset)
-            received += scores.softmax(dim=-1)[..., inside].sum(dim=2).mean(dim=1)
+            received += scores.softmax(dim=-1).sum(dim=(1, 2))[:, inside]
     if picture is None:
-        return received * (positions / query.shape[2])
+        return received * (positions / (heads * query.shape[2]))
     return received / received.mean(dim=1, keepdim=True)
 
 

@@ -245,13 +245,14 @@ def _present_sigma(scheduler: Any, timestep: Any) -> Tensor | float:
 def _variance_preserving(
     alpha: Tensor, sigma: Tensor, kind: str, clip: float | None, device: torch.device
 ) -> Prediction:
-    zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
-    from_input, from_output, correction = {
-        "epsilon": (1 / alpha, -sigma / alpha, zero),
-        "v_prediction": (alpha, -sigma, -sigma),
-        "sample": (zero, one, one),
-    }[kind]
-    return _float32(alpha, sigma, from_input, from_output, correction, clip, device)
+    if kind == "epsilon":
+        weights = (1 / alpha, -sigma / alpha, torch.zeros_like(alpha))
+    elif kind == "v_prediction":
+        weights = (alpha, -sigma, -sigma)
+    else:
+        one = torch.ones_like(alpha)
+        weights = (torch.zeros_like(alpha), one, one)
+    return _float32(alpha, sigma, *weights, clip, device)
 
 
 def _preconditioned(
