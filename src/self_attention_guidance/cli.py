@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             status = command.main(args=given, prog_name="sag", standalone_mode=False)
     except _UsageError as error:
         return _fail(error.format_message(), 2)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         return _fail(str(error), 2)
     except (KeyboardInterrupt, typer.Abort):
         status = 130

@@ -7,7 +7,6 @@ attention of its pass, run the second pass and add the guidance term to its own 
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -18,8 +17,10 @@ from torch import Tensor, nn
 from .canvas import canvas, picture_tokens
 from .capture import AttentionCapture, Scores, received, self_attention, token_grid
 from .families import BatchLayout, uncompiled
+from .finite import refuse_not_finite
 from .held_term import HeldTerm
 from .maths import degrade
+from .outputs import added, precise, with_first
 from .prediction import prediction_at, step_index
 from .refusals import refuse_cache, refuse_compiled_in_place
 from .separate_calls import SeparateCalls
@@ -180,7 +181,7 @@ class GuidanceHandle:
             return None
         if held is not None:
             self.term = held
-            return _with_first(output, _added(output[0], held))
+            return self._checked(call, output, added(output[0], held))
         if not scores and self._layer is not None and needs_term:
             raise RuntimeError(
                 f"no attention was recorded at {self._layer!r}: the layer did not run, or its "
@@ -189,7 +190,17 @@ class GuidanceHandle:
                 "call torch.compiler.reset() first"
             )
         term = self._new_term(module, call, output[0], scores) if needs_term else None
-        return _with_first(output, self._guided(call, output[0], term))
+        return self._checked(call, output, self._guided(call, output[0], term))
+
+    def _checked(self, call: Call, output: Any, guided: Tensor) -> Any:
+        """`output` with `guided` in the place of its first entry."""
+        stages = {
+            "the denoiser's input": call.sample,
+            "the denoiser's prediction": output[0],
+            "its prediction in the second pass, of the blurred sample,": guided,
+        }
+        refuse_not_finite(stages, self._step, call.timestep)
+        return with_first(output, guided)
 
     def _is_guided(self, step: int) -> bool:
         if self.guidance.scale == 0:
@@ -215,7 +226,7 @@ class GuidanceHandle:
         """The denoiser's output with the guidance term, of the same shape, added."""
         if call.layout == "cond_call_first":
             return self._calls.finish(whole, term)
-        return whole if term is None else _added(whole, term)
+        return whole if term is None else added(whole, term)
 
     def _new_term(
         self, module: nn.Module, call: Call, whole: Tensor, scores: list[Scores]
@@ -223,14 +234,14 @@ class GuidanceHandle:
         """The guidance term of the guided rows, times scale, by a second pass."""
         place = canvas(self._target.family, call.arguments, whole)
         sample = call.sample[call.rows]
-        x_t = _precise(place.read(sample))
-        u = _precise(place.read(whole[call.rows]))
+        x_t = precise(place.read(sample))
+        u = precise(place.read(whole[call.rows]))
         prediction = prediction_at(self._target.scheduler, call.timestep, x_t.device)
         prediction = prediction.rows(call.rows)
         x0 = prediction.x0(x_t, u)
         x0_degraded = self._degraded(prediction.clipped(x0), scores, call)
         degraded = place.written(sample, prediction.renoise(x_t, x0, x0_degraded))
-        u_degraded = _precise(place.read(self._second_pass(module, call, degraded)))
+        u_degraded = precise(place.read(self._second_pass(module, call, degraded)))
         term = self.guidance.scale * prediction.term(u, u_degraded, x0, x0_degraded)
         nothing = torch.zeros_like(whole[call.rows], dtype=term.dtype)
         self.term = place.written(nothing, term)
@@ -267,17 +278,6 @@ class GuidanceHandle:
             self._in_second_pass = False
 
 
-def _added(output: Tensor, term: Tensor) -> Tensor:
-    """A denoiser's output with the term of its guided rows added to all of its rows."""
-    parts = _precise(output).unflatten(0, (-1, len(term)))
-    return (parts + term).flatten(0, 1).to(output.dtype)
-
-
-def _precise(tensor: Tensor) -> Tensor:
-    """A tensor in float32, or as it is if it is more precise."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 def _refuse_guided(module: nn.Module) -> None:
     for hook in module._forward_hooks.values():
         owner = getattr(hook, "__self__", None)
@@ -286,10 +286,3 @@ def _refuse_guided(module: nn.Module) -> None:
                 f"{type(module).__name__} is guided already, by {owner.guidance}; remove that "
                 "handle first"
             )
-
-
-def _with_first(output: Any, first: Tensor) -> Any:
-    """A tuple or model output with its first entry replaced."""
-    if isinstance(output, tuple):
-        return (first, *cast("tuple[Any, ...]", output)[1:])
-    return dataclasses.replace(output, **{next(iter(output.keys())): first})

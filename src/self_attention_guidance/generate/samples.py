@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..checks import check_count, seeds_of
+from ..finite import refuse_not_finite
 from ..pipelines.adm import ADMPipeline
 from ..prediction import check_scheduler
 from .files import check_folder, check_free, save_png
@@ -134,6 +135,7 @@ class SampleRun:
 
         Raises:
             ValueError: An argument is outside its range or does not fit the model.
+            FloatingPointError: A prediction is NaN or infinite.
         """
         check_count("batch_size", batch_size)
         started = time.monotonic()
@@ -162,6 +164,7 @@ class SampleRun:
         seeds = self.seeds[rows]
 
         def report(pipe: Any, step: int, timestep: object, tensors: dict[str, Any]) -> Any:
+            refuse_not_finite({"the sample": tensors["latents"]}, step, timestep)
             if on_progress is not None:
                 on_progress(len(seeds) / len(pipe.scheduler.timesteps))
             return tensors

@@ -18,6 +18,7 @@ from ..checks import (
     check_text,
     seeds_of,
 )
+from ..finite import refuse_not_finite
 from ..guidance import BlurGuidance, SelfAttentionGuidance
 from ..handle import GuidanceHandle
 from ..pipelines.stable_diffusion import StableDiffusionSAGPipeline
@@ -130,6 +131,8 @@ def generate(
 
     Raises:
         ValueError: An argument is outside its range; raised by the call, before any work.
+        FloatingPointError: A prediction is NaN or infinite; raised where the pictures are asked
+            for.
     """
     jobs = _jobs(check_prompts(prompts), seed, num_images)
     check_count("batch_size", batch_size)
@@ -190,11 +193,17 @@ class _Run:
             guidance_scale=self.settings.guidance_scale,
             sag_scale=self.sag_scale,
             callback_on_step_end=callback,
-            output_type="pil",
+            output_type="np",
         )
+        if not np.isfinite(output.images).all():
+            raise FloatingPointError(
+                "the decoded picture is not finite: the VAE overflows or its weights are damaged; "
+                "if it runs in float16, use bfloat16 or float32"
+            )
+        images = self.pipeline.numpy_to_pil(output.images)
         flagged = output.nsfw_content_detected or [False] * len(jobs)
         for number, job in enumerate(jobs):
-            image = output.images[number]
+            image = images[number]
             yield GeneratedImage(
                 image=image,
                 index=job.index,
@@ -252,6 +261,7 @@ class _StepCallback:
     ) -> dict[str, Any]:
         if self.record and pipe.guidance_handle is not None:
             self._add(pipe.guidance_handle)
+        refuse_not_finite({"the sample": kwargs["latents"]}, step, timestep)
         if self.on_progress is not None:
             self.on_progress(self.count / pipe.num_timesteps)
         return kwargs
