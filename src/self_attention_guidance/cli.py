@@ -16,6 +16,7 @@ import typer
 
 from . import __version__
 from .cli_bench import bench_command
+from .cli_demo import demo_command
 from .cli_evaluate import evaluate_command
 from .cli_pictures import compare_command, generate_command
 from .cli_samples import convert_command, sample_command
@@ -35,6 +36,7 @@ app.command("sample")(sample_command)
 app.command("convert")(convert_command)
 app.command("evaluate")(evaluate_command)
 app.command("bench")(bench_command)
+app.command("demo")(demo_command)
 
 
 def _show_version(wanted: bool) -> None:
@@ -61,6 +63,7 @@ def _sag(  # pyright: ignore[reportUnusedFunction]  # typer calls it
       sag sample --model ./my-pixel-model --num-samples 64
       sag evaluate samples.npz ./training-pictures
       sag bench --networks emoji
+      sag demo
     """
 
 

@@ -59,6 +59,9 @@ class GuidanceHandle:
         attention: Attention received per position at the last second pass, (images, rows,
             columns) float32, mean 1; `None` before it and for blur guidance, which reads none.
         mask: The positions that were blurred there, (images, rows, columns) bool.
+        x0: The clean sample that was predicted there, as the scheduler clips it, before the blur:
+            (images, channels, height, width), at least float32. `maths.degrade` with `mask` and
+            the guidance's blur gives what the second pass saw, without its noise.
         term: What guidance added at the last guided step to each image's rows of the denoiser's
             output, of their shape, times scale; at least float32. `None` before it.
     """
@@ -74,6 +77,7 @@ class GuidanceHandle:
         self.steps = 0
         self.attention: Tensor | None = None
         self.mask: Tensor | None = None
+        self.x0: Tensor | None = None
         self.term: Tensor | None = None
         self._target = target
         self._layer = guidance.attention_layer(target.denoiser)
@@ -239,7 +243,8 @@ class GuidanceHandle:
         prediction = prediction_at(self._target.scheduler, call.timestep, x_t.device)
         prediction = prediction.rows(call.rows)
         x0 = prediction.x0(x_t, u)
-        x0_degraded = self._degraded(prediction.clipped(x0), scores, call)
+        self.x0 = prediction.clipped(x0)
+        x0_degraded = self._degraded(self.x0, scores, call)
         degraded = place.written(sample, prediction.renoise(x_t, x0, x0_degraded))
         u_degraded = precise(place.read(self._second_pass(module, call, degraded)))
         term = self.guidance.scale * prediction.term(u, u_degraded, x0, x0_degraded)

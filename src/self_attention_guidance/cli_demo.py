@@ -1,0 +1,71 @@
+"""The command `demo`."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+from .cli_options import with_options
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    """The options of `demo`."""
+
+    model: Annotated[
+        str,
+        typer.Option(
+            help="A builtin model, a folder, a .safetensors file, or a hub id (owner/name)."
+        ),
+    ] = "emoji"
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")
+    ] = "127.0.0.1"
+    port: Annotated[int, typer.Option(help="Port to listen at.")] = 7860
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto"
+    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto"
+    max_steps: Annotated[int, typer.Option(help="Most sampling steps of a picture.")] = 100
+    max_size: Annotated[int, typer.Option(help="Most pixels of a side.")] = 1024
+    max_images: Annotated[int, typer.Option(help="Most pictures of a grid.")] = 24
+    max_queue: Annotated[int, typer.Option(help="Most visitors that wait.")] = 32
+
+
+@with_options(DemoOptions)
+def demo_command(*, options: DemoOptions) -> None:
+    """Open a web page that draws with and without guidance, and shows what it does at each step.
+
+    It needs gradio: pip install 'self-attention-guidance[demo]'. Nothing leaves the machine.
+
+    \b
+    Examples:
+      sag demo
+      sag demo --model ./my-stable-diffusion --port 8000
+      sag demo --host 0.0.0.0 --max-steps 30 --max-queue 8
+    """
+    if importlib.util.find_spec("gradio") is None:
+        raise ValueError("the demo needs gradio: pip install 'self-attention-guidance[demo]'")
+    _check_port(options.port)
+
+    from .cli_output import hide_loading_bars
+    from .demo import Limits, build_page
+    from .generate import load_pipeline
+
+    hide_loading_bars()
+    limits = Limits(
+        max_steps=options.max_steps,
+        max_size=options.max_size,
+        max_images=options.max_images,
+        max_queue=options.max_queue,
+    )
+    model = load_pipeline(options.model, options.device, options.dtype)
+    model.pipeline.set_progress_bar_config(disable=True)
+    page = build_page(model, limits)
+    page.app.launch(server_name=options.host, server_port=options.port, **page.launch_settings)
+
+
+def _check_port(port: int) -> None:
+    if not 1 <= port <= 65535:
+        raise ValueError(f"port={port} must be between 1 and 65535")

@@ -1,0 +1,230 @@
+"""The page: controls on the left, what they draw on the right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from ..generate import LoadedPipeline
+from .controls import Controls
+from .limits import Limits, VisitorSettings, check_grid
+from .pictures import Pictures
+from .studio import Studio, Watch
+from .visits import Visits
+
+_MOST_KEPT = 24
+_CACHE_SECONDS = 3600
+_INTRODUCTION = """# Self-Attention Guidance
+Each step of sampling is compared with the step it would have been, had the regions that the
+network attends to been blurred. The difference makes the picture clearer. Model: **{model}**"""
+_ABOUT_STEPS = """For every second pass: the picture that the network predicts, how much attention
+each part receives, what is blurred for it, the blurred prediction, and the size of the guidance
+term. Move the slider from noise to picture."""
+_STYLE = """
+footer {display: none !important}
+.gradio-container {max-width: 1200px !important; margin: 0 auto !important}
+/* the contrast that WCAG asks for */
+.min_value, .max_value {color: var(--body-text-color) !important}
+button[role=tab].selected {color: #b93c05 !important}
+@media (max-width: 640px) {.gradio-container {padding: 8px !important}}
+"""
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page to be launched.
+
+    Attributes:
+        app: gradio's `Blocks`, with its queue.
+        launch_settings: For `app.launch`: its look, and no files of the host.
+    """
+
+    app: gr.Blocks
+    launch_settings: dict[str, Any]
+
+
+def build_page(model: LoadedPipeline, limits: Limits | None = None) -> Page:
+    """The page for a model.
+
+    Args:
+        model: As `load_pipeline` gives it.
+        limits: How much a visitor may ask for; `None` is the defaults.
+
+    Returns:
+        The page. Its API has the endpoints `/generate`, `/steps` and `/sweep`.
+    """
+    limits = limits or Limits()
+    builder = _Builder(model, limits)
+    app = gr.Blocks(
+        title="Self-Attention Guidance",
+        analytics_enabled=False,
+        delete_cache=(_CACHE_SECONDS, _CACHE_SECONDS),
+    )
+    with app:
+        builder.draw(app)
+    app.queue(max_size=limits.max_queue, default_concurrency_limit=1)
+    # Fonts of the visitor's machine: nothing is fetched from elsewhere.
+    theme = gr.themes.Default(
+        primary_hue="orange",
+        font=["system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "monospace"],
+    )
+    # Dark enough for the white text on it.
+    theme.set(
+        button_primary_background_fill="#c2410c", button_primary_background_fill_hover="#9a3412"
+    )
+    look = {"theme": theme, "css": _STYLE}
+    return Page(app, {**look, "allowed_paths": [], "share": False, "enable_monitoring": False})
+
+
+class _Builder:
+    """Lays the page out and ties buttons to the studio."""
+
+    def __init__(self, model: LoadedPipeline, limits: Limits) -> None:
+        self.studio = Studio(model, limits)
+        self.limits = limits
+        self.pictures = Pictures()
+        self.visits = Visits()
+
+    def draw(self, app: gr.Blocks) -> None:
+        gr.Markdown(_INTRODUCTION.format(model=self.studio.model.name))
+        with gr.Row():
+            with gr.Column(scale=2, min_width=300):
+                self.controls = Controls(self.studio.model, self.limits)
+            with gr.Column(scale=3, min_width=300), gr.Tabs():
+                with gr.Tab("Compare"):
+                    self._draw_compare()
+                with gr.Tab("Step by step"):
+                    self._draw_steps()
+                with gr.Tab("Sweep"):
+                    self._draw_sweep()
+        app.load(self.controls.from_address, None, self.controls.inputs, api_visibility="private")
+
+    def _draw_compare(self) -> None:
+        start, cancel = _buttons("Draw without and with guidance")
+        slider = gr.ImageSlider(
+            label="Unguided (left) and guided (right): drag the handle",
+            format="png",
+            type="filepath",
+            buttons=["download", "fullscreen"],
+            interactive=False,
+            max_height=520,
+        )
+        with gr.Row():
+            unguided = gr.DownloadButton("Download unguided", interactive=False)
+            guided = gr.DownloadButton("Download guided", interactive=False)
+        gallery = gr.Gallery(
+            label="Earlier pictures, newest first", columns=6, height="auto", format="png"
+        )
+        kept = gr.State([])
+        event = self._on_click(start, cancel, "generate", self._compare, [slider])
+        event.success(
+            _keep, [slider, kept], [kept, gallery, unguided, guided], api_visibility="private"
+        )
+
+    def _draw_steps(self) -> None:
+        gr.Markdown(_ABOUT_STEPS)
+        start, cancel = _buttons("Watch the steps")
+        strip = _image("One guided step")
+        number = gr.Slider(1, 2, 1, step=1, label="Second pass", interactive=False)
+        strips = gr.Gallery(visible=False, format="png")
+        event = self._on_click(start, cancel, "steps", self._steps, [strips])
+        event.success(_first_strip, strips, [strip, number], api_visibility="private")
+        number.change(
+            _strip_at, [strips, number], strip, queue=False, api_visibility="private",
+            show_progress="hidden",
+        )  # fmt: skip
+
+    def _draw_sweep(self) -> None:
+        own = self.studio.model.recommended
+        scales = ", ".join(f"{scale:g}" for scale in own.compare_sag_scales or (0, 0.5, 1))
+        with gr.Row():
+            scales_box = gr.Textbox(scales, label="SAG scales", max_length=200)
+            seeds = gr.Slider(1, 8, 2, step=1, label="Seeds of each prompt")
+        prompts = gr.Textbox(label="Prompts, one a line (empty: the prompt of the page)", lines=3)
+        start, cancel = _buttons("Draw the grid")
+        grid = _image("Scales against prompts and seeds")
+        self._on_click(
+            start, cancel, "sweep", self._sweep, [grid], {
+                "scales": scales_box, "prompts": prompts, "num_seeds": seeds,
+            },
+        )  # fmt: skip
+
+    def _on_click(
+        self,
+        start: gr.Button,
+        cancel: gr.Button,
+        name: str,
+        draw: Callable[..., Any],
+        outputs: list[Any],
+        extra: dict[str, Any] | None = None,
+    ) -> Any:
+        """Draw when a button is pressed; all drawings of the model share one place in line."""
+        extra = extra or {}
+        event = start.click(
+            self.visits.endpoint(draw, len(outputs), list(extra)),
+            [*self.controls.inputs, *extra.values()],
+            outputs,
+            api_name=name,
+            concurrency_id="model",
+            concurrency_limit=1,
+        )
+        cancel.click(self.visits.cancel, cancels=event, queue=False, api_visibility="private")
+        self.controls.write_address(event)
+        return event
+
+    def _compare(self, asked: VisitorSettings, watch: Watch) -> Any:
+        pair = self.studio.pair(asked, watch)
+        if any(picture.flagged for picture in pair):
+            gr.Warning("The model's safety checker blacked a picture out.")
+        names = (f"{asked.seed}-unguided", f"{asked.seed}-guided")
+        return tuple(
+            self.pictures.save(picture.image, name, picture.parameters)
+            for name, picture in zip(names, pair, strict=True)
+        )
+
+    def _steps(self, asked: VisitorSettings, watch: Watch) -> Any:
+        return [self.pictures.save(strip, "step") for strip in self.studio.steps(asked, watch)]
+
+    def _sweep(
+        self, asked: VisitorSettings, scales: str, prompts: str, num_seeds: float, watch: Watch
+    ) -> Any:
+        numbers, lines = check_grid(scales, prompts or asked.prompt, int(num_seeds), self.limits)
+        drawn = self.studio.grid(asked, numbers, lines, int(num_seeds), watch)
+        return self.pictures.save(drawn.grid, "grid", drawn.parameters)
+
+
+def _image(label: str) -> gr.Image:
+    """A picture whose label is for screen readers: it would lie on the picture."""
+    return gr.Image(
+        label=label,
+        show_label=False,
+        format="png",
+        type="filepath",
+        interactive=False,
+        buttons=["download", "fullscreen"],
+    )
+
+
+def _buttons(label: str) -> tuple[gr.Button, gr.Button]:
+    with gr.Row():
+        return gr.Button(label, variant="primary", scale=3), gr.Button("Cancel", min_width=90)
+
+
+def _keep(pair: tuple[str, str], kept: list[str]) -> tuple[Any, ...]:
+    """Put a pair into the visitor's gallery and behind the buttons that download it."""
+    kept = [*pair, *kept][:_MOST_KEPT]
+    files = (gr.DownloadButton(value=path, interactive=True) for path in pair)
+    return kept, kept, *files
+
+
+def _first_strip(strips: list[tuple[str, str | None]]) -> tuple[Any, ...]:
+    last = max(len(strips), 2)
+    return strips[0][0], gr.Slider(maximum=last, value=1, interactive=len(strips) > 1)
+
+
+def _strip_at(strips: list[tuple[str, str | None]], number: float) -> Any:
+    return strips[int(number) - 1][0] if 1 <= number <= len(strips) else gr.skip()

@@ -1,0 +1,63 @@
+"""One guided step as pictures: what was predicted, attended to, blurred, and what came of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ..handle import GuidanceHandle
+from ..maths import degrade
+from ..pipelines.stable_diffusion import StableDiffusionSAGPipeline
+
+HEADINGS = ("predicted x0", "attention received", "mask", "blurred x0", "guidance term")
+_MOST_ATTENTION = 3.0
+
+
+def step_pictures(
+    pipeline: StableDiffusionSAGPipeline, handle: GuidanceHandle, size: tuple[int, int]
+) -> list[Image.Image]:
+    """What the last second pass saw, of the first picture of the batch.
+
+    Args:
+        pipeline: The pipeline that `handle` guides.
+        handle: After a second pass.
+        size: Width and height of the pictures, in pixels.
+
+    Returns:
+        One picture for each of `HEADINGS`. Attention is black at 0 and brightest at three times
+        the mean; the term is black where it is 0 and brightest at its largest.
+    """
+    assert handle.x0 is not None and handle.mask is not None and handle.term is not None
+    assert handle.attention is not None
+    guidance = handle.guidance
+    x0, mask = handle.x0[:1], handle.mask[:1]
+    blurred = degrade(x0, mask, guidance.blur_sigma, guidance.blur_kernel_size)
+    term = handle.term[0].square().mean(dim=0).sqrt()
+    drawn = (
+        _decoded(pipeline, x0),
+        _heat(handle.attention[0] / _MOST_ATTENTION),
+        _heat(mask[0].float()),
+        _decoded(pipeline, blurred),
+        _heat(term / term.max().clamp(min=1e-12)),
+    )
+    smooth = Image.Resampling.BICUBIC
+    sharp = Image.Resampling.NEAREST
+    return [
+        picture.resize(size, smooth if picture.width * 4 > size[0] else sharp) for picture in drawn
+    ]
+
+
+@torch.no_grad()
+def _decoded(pipeline: Any, latents: Tensor) -> Image.Image:
+    latents = latents.to(pipeline.vae.device, pipeline.vae.dtype)
+    decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
+    return pipeline.image_processor.postprocess(decoded.float().cpu())[0]
+
+
+def _heat(values: Tensor) -> Image.Image:
+    """Values from 0 to 1 as colours from black over orange to near white."""
+    pixels = (values.clamp(0, 1) * 255).round().byte().cpu().numpy()
+    return ImageOps.colorize(Image.fromarray(pixels), "#12091f", "#fff4d6", mid="#e4572e")

@@ -1,0 +1,184 @@
+"""Draws for the page, one visitor at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from ..generate import (
+    Comparison,
+    GeneratedImage,
+    GenerationSettings,
+    LoadedPipeline,
+    compare,
+    draw_grid,
+    generate,
+    make_scheduler,
+)
+from ..guidance import SelfAttentionGuidance
+from .limits import Limits, VisitorSettings
+from .steps import HEADINGS, step_pictures
+
+Watch = Callable[[float], object]
+"""Told the share of the work that is done, 0 to 1; may raise to stop."""
+
+
+@dataclass(frozen=True)
+class Studio:
+    """A model that visitors share.
+
+    Attributes:
+        model: The model; its settings are as before after every call.
+        limits: What a visitor may ask for.
+    """
+
+    model: LoadedPipeline
+    limits: Limits
+    _turn: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+
+    def pair(self, asked: VisitorSettings, watch: Watch) -> tuple[GeneratedImage, GeneratedImage]:
+        """The same seed without and with guidance.
+
+        Args:
+            asked: The visitor's settings.
+            watch: Told of the progress.
+
+        Raises:
+            ValueError: A setting is outside its range.
+            FloatingPointError: A prediction is NaN or infinite.
+        """
+        with self._set_up(asked) as settings:
+            report = _share_of(2, watch)
+            unguided, guided = (
+                next(self._generate(asked, dataclasses.replace(settings, sag_scale=scale), report))
+                for scale in (0.0, asked.sag_scale)
+            )
+        return unguided, guided
+
+    def steps(self, asked: VisitorSettings, watch: Watch) -> list[Image.Image]:
+        """A labelled strip of pictures for every second pass.
+
+        Args:
+            asked: The visitor's settings.
+            watch: Told of the progress.
+
+        Raises:
+            ValueError: A setting is outside its range, or no step is guided.
+            FloatingPointError: A prediction is NaN or infinite.
+        """
+        strips: list[Image.Image] = []
+        pipeline, report = self.model.pipeline, _share_of(1, watch)
+        seen = {"passes": 0, "steps": 0}
+
+        def look(share: float) -> None:
+            seen["steps"] += 1
+            handle = pipeline.guidance_handle
+            if handle is not None and handle.steps > seen["passes"]:
+                seen["passes"] = handle.steps
+                tiles = step_pictures(pipeline, handle, (160, 160))
+                label = f"step {seen['steps']} of {asked.steps}"
+                strips.append(draw_grid([tiles], [label], HEADINGS))
+            report(share)
+
+        with self._set_up(asked) as settings:
+            next(self._generate(asked, settings, look))
+        if not strips:
+            raise ValueError("no step is guided: sag_scale is 0, or start and stop leave none")
+        return strips
+
+    def grid(
+        self,
+        asked: VisitorSettings,
+        scales: Sequence[float],
+        prompts: Sequence[str],
+        num_seeds: int,
+        watch: Watch,
+    ) -> Comparison:
+        """Guidance scales against seeds and prompts.
+
+        Args:
+            asked: The visitor's settings; its prompt and scale are not used.
+            scales: One a column.
+            prompts: Each has `num_seeds` rows.
+            num_seeds: From the visitor's seed on.
+            watch: Told of the progress.
+
+        Raises:
+            ValueError: A setting is outside its range.
+            FloatingPointError: A prediction is NaN or infinite.
+        """
+        with self._set_up(asked) as settings:
+            return compare(
+                self.model.pipeline,
+                prompts,
+                scales,
+                settings,
+                seed=asked.seed,
+                num_images=num_seeds,
+                model_name=self.model.name,
+                on_progress=_share_of(len(scales) * len(prompts) * num_seeds, watch),
+            )
+
+    def _generate(
+        self, asked: VisitorSettings, settings: GenerationSettings, report: Watch
+    ) -> Iterator[GeneratedImage]:
+        return generate(
+            self.model.pipeline,
+            asked.prompt,
+            settings,
+            seed=asked.seed,
+            model_name=self.model.name,
+            on_progress=report,
+        )
+
+    def _guidance(self, asked: VisitorSettings) -> SelfAttentionGuidance:
+        """The model's own guidance, with what the page has controls for."""
+        controls = ("blur_sigma", "threshold", "start", "stop", "every")
+        chosen = {name: getattr(asked, name) for name in controls}
+        own = self.model.recommended.make_guidance()
+        return dataclasses.replace(own, scale=asked.sag_scale, **chosen)
+
+    @contextmanager
+    def _set_up(self, asked: VisitorSettings) -> Generator[GenerationSettings]:
+        """The model with a visitor's settings, and to this visitor alone."""
+        asked.check(self.limits)
+        settings = _generation_settings(asked)
+        pipeline: Any = self.model.pipeline
+        with self._turn:
+            before = pipeline.guidance, pipeline.scheduler
+            try:
+                pipeline.guidance = self._guidance(asked)
+                if asked.scheduler:
+                    pipeline.scheduler = make_scheduler(asked.scheduler, pipeline.scheduler.config)
+                yield settings
+            finally:
+                pipeline.guidance, pipeline.scheduler = before
+
+
+def _generation_settings(asked: VisitorSettings) -> GenerationSettings:
+    return GenerationSettings(
+        negative_prompt=asked.negative_prompt,
+        sag_scale=asked.sag_scale,
+        guidance_scale=asked.guidance_scale,
+        num_inference_steps=asked.steps,
+        width=asked.size or None,
+        height=asked.size or None,
+    )
+
+
+def _share_of(pictures: int, watch: Watch) -> Watch:
+    """Turns shares of one picture's work, as `generate` reports them, into the share of all."""
+    done = 0.0
+
+    def report(share: float) -> None:
+        nonlocal done
+        done += share
+        watch(min(done / pictures, 1.0))
+
+    return report

@@ -1,0 +1,212 @@
+"""The demo by its API: the same pixels as the library, limits, and nothing of the host."""
+
+from __future__ import annotations
+
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("gradio", reason="the demo needs the extra 'demo' (gradio)")
+
+from gradio_client import Client
+from gradio_client.exceptions import AppError
+
+from command_line import error_of, help_without_torch
+from demo_app import SETTINGS, running
+from self_attention_guidance.demo import Limits, VisitorSettings
+from self_attention_guidance.demo.limits import check_grid
+from self_attention_guidance.demo.pictures import Pictures
+from self_attention_guidance.generate import (
+    LoadedPipeline,
+    generate,
+    make_scheduler,
+    read_parameters,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def demo() -> Iterator[tuple[str, LoadedPipeline]]:
+    with running(max_steps=20, max_size=128, max_images=6) as started:
+        yield started
+
+
+@pytest.fixture
+def client(demo: tuple[str, LoadedPipeline], tmp_path: Path) -> Client:
+    return Client(demo[0], verbose=False, download_files=tmp_path)
+
+
+def pixels(path: str | Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def test_the_api_gives_the_librarys_pixels_and_settings(
+    demo: tuple[str, LoadedPipeline], client: Client
+) -> None:
+    model = demo[1]
+    before = model.pipeline.guidance, model.pipeline.scheduler
+    unguided, guided = client.predict(
+        **{**SETTINGS, "scheduler": "euler", "threshold": 0.9}, api_name="/generate"
+    )
+    assert (model.pipeline.guidance, model.pipeline.scheduler) == before
+    pipeline = model.pipeline
+    own = model.recommended.make_guidance()
+    pipeline.scheduler = make_scheduler("euler", before[1].config)
+    pipeline.guidance = replace(own, scale=2.0, threshold=0.9, start=0.0, stop=1.0, every=1)
+    try:
+        for path, scale in ((unguided, 0.0), (guided, 2.0)):
+            settings = model.settings(num_inference_steps=4, sag_scale=scale)
+            (expected,) = generate(pipeline, "cat", settings, seed=4, model_name="emoji")
+            assert np.array_equal(pixels(path), np.asarray(expected.image))
+            assert read_parameters(path).settings == {
+                name: value
+                for name, value in read_parameters(path).settings.items()
+                if f"{name}: {value}" in expected.parameters
+            }
+    finally:
+        pipeline.guidance, pipeline.scheduler = before
+    assert not np.array_equal(pixels(unguided), pixels(guided))
+
+
+def test_steps_are_pictures_of_every_second_pass(client: Client) -> None:
+    strips = client.predict(**SETTINGS, api_name="/steps")
+    assert len(strips) == 4
+    drawn = [pixels(strip["image"]) for strip in strips]
+    assert all(not np.array_equal(drawn[0], other) for other in drawn[1:])
+    few = client.predict(**{**SETTINGS, "every": 2}, api_name="/steps")
+    assert len(few) == 2
+
+
+def test_a_sweep_is_one_labelled_grid(client: Client) -> None:
+    path = client.predict(
+        **SETTINGS, scales="0, 2", prompts="cat\nheart", num_seeds=1, api_name="/sweep"
+    )
+    assert read_parameters(path).settings["SAG scale"] == "0, 2"
+    assert read_parameters(path).prompt == "cat\nheart"
+    height, width, _ = pixels(path).shape
+    assert width > 2 * 192 and height > 2 * 192
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"steps": 21}, "greater than maximum value 20"),
+        ({"steps": 0}, "less than minimum value 1"),
+        ({"size": 136}, "greater than maximum value 128"),
+        ({"size": 100}, "size=100|width=100"),
+        ({"seed": -1}, "less than minimum value 0"),
+        ({"seed": None}, "seed is empty"),
+        ({"prompt": "a" * 2001}, "2000"),
+        ({"scheduler": "../../etc/passwd"}, "not in the list of choices"),
+        ({"sag_scale": 1e9}, "greater than maximum"),
+        ({"start": 0.9, "stop": 0.1}, "start"),
+    ],
+)
+def test_what_is_out_of_bounds_is_one_sentence_and_the_app_goes_on(
+    client: Client, changed: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(AppError, match=told) as raised:
+        client.predict(**{**SETTINGS, **changed}, api_name="/generate")
+    assert "\n" not in str(raised.value) and "Traceback" not in str(raised.value)
+    assert client.predict(**{**SETTINGS, "steps": 1}, api_name="/generate")
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"steps": 21}, "steps=21 must be at most 20 on this page"),
+        ({"steps": 0}, "steps=0 must be a whole number, at least 1"),
+        ({"size": 136}, "size=136 must be at most 128"),
+        ({"seed": -1}, "seed=-1 must be a whole number, at least 0"),
+        ({"seed": 2**32}, "seed=4294967296 must be at most"),
+        ({"prompt": "a" * 2001}, "at most 2000 characters"),
+        ({"scheduler": "../../etc/passwd"}, "scheduler"),
+        ({"guidance_scale": float("nan")}, "guidance_scale=nan"),
+        ({"sag_scale": 101.0}, "between -100 and 100"),
+    ],
+)
+def test_limits_do_not_rely_on_the_pages_controls(changed: dict[str, Any], told: str) -> None:
+    limits = Limits(max_steps=20, max_size=128)
+    VisitorSettings(**SETTINGS).check(limits)
+    with pytest.raises(ValueError, match=told):
+        VisitorSettings(**{**SETTINGS, **changed}).check(limits)
+
+
+def test_a_grid_is_bounded() -> None:
+    limits = Limits(max_images=6)
+    assert check_grid("0,1", "a\n\n b ", 1, limits) == ([0.0, 1.0], ["a", "b"])
+    assert check_grid("0", "", 1, limits) == ([0.0], [""])
+    for scales, prompts, seeds, told in (
+        ("0,1", "a\nb", 2, "pictures=8 must be at most 6"),
+        ("0,x", "a", 1, "numbers separated by commas"),
+        ("nan", "a", 1, "finite"),
+        ("0", "a" * 2001, 1, "2000 characters"),
+        ("0", "a", 0, "seeds=0"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            check_grid(scales, prompts, seeds, limits)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/gradio_api/file=/etc/passwd",
+        "/gradio_api/file=../../../../etc/passwd",
+        "/gradio_api/file=pyproject.toml",
+        "/file=/etc/passwd",
+        "/static/..%2f..%2f..%2f..%2fetc/passwd",
+    ],
+)
+def test_no_file_of_the_host_is_read(demo: tuple[str, LoadedPipeline], path: str) -> None:
+    try:
+        with urllib.request.urlopen(demo[0].rstrip("/") + path) as answer:
+            content = answer.read()
+    except urllib.error.HTTPError as error:
+        assert error.code in (403, 404)
+    else:
+        assert b"root:" not in content and b"[project]" not in content
+
+
+def test_ten_visitors_are_served_in_turn(demo: tuple[str, LoadedPipeline], tmp_path: Path) -> None:
+    served: dict[int, np.ndarray] = {}
+
+    def visit(seed: int) -> None:
+        own = Client(demo[0], verbose=False, download_files=tmp_path / str(seed))
+        _, guided = own.predict(**{**SETTINGS, "steps": 2, "seed": seed}, api_name="/generate")
+        served[seed] = pixels(guided)
+
+    visitors = [threading.Thread(target=visit, args=(seed,)) for seed in range(10)]
+    for visitor in visitors:
+        visitor.start()
+    for visitor in visitors:
+        visitor.join(120)
+    assert sorted(served) == list(range(10))
+    first = Client(demo[0], verbose=False, download_files=tmp_path / "again")
+    _, again = first.predict(**{**SETTINGS, "steps": 2, "seed": 7}, api_name="/generate")
+    assert np.array_equal(pixels(again), served[7])
+
+
+def test_only_the_newest_pictures_are_kept() -> None:
+    kept = Pictures(most=3)
+    paths = [Path(kept.save(Image.new("RGB", (8, 8)), "a")) for _ in range(5)]
+    assert [path.exists() for path in paths] == [False, False, True, True, True]
+
+
+def test_the_command_says_what_is_wrong_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "port=0 must be between" in error_of(capsys, "demo", "--port", 0)
+    assert "no_such_model" in error_of(capsys, "demo", "--model", "no_such_model")
+    assert "max_steps=0" in error_of(capsys, "demo", "--max-steps", 0)
+
+
+def test_help_needs_no_heavy_library() -> None:
+    assert "sag demo --host 0.0.0.0" in help_without_torch("demo")

@@ -1,0 +1,204 @@
+"""The demo in a browser, as a visitor uses it. Screenshots go to `out/screenshots`."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlparse
+
+import pytest
+from PIL import Image
+
+SHOTS = Path("out/screenshots")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+def missing() -> str | None:
+    """Why there is no browser; never a reason to skip where CI is set."""
+    for name in ("gradio", "playwright", "axe_playwright_python"):
+        if importlib.util.find_spec(name) is None:
+            return f"the browser tests need {name} (pip install '.[dev]')"
+    return None if CHROMIUM else "the browser tests need Debian's chromium (apt install chromium)"
+
+
+if missing() and not os.environ.get("CI"):
+    pytest.skip(str(missing()), allow_module_level=True)
+
+from axe_playwright_python.sync_playwright import Axe  # noqa: E402
+from playwright.sync_api import Page, expect, sync_playwright  # noqa: E402
+
+from demo_app import running  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+COMPARE, CANCEL = "Draw without and with guidance", "Cancel"
+PICTURE = ".image-container img"
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    with running(max_steps=60) as (url, _):
+        yield url
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def page(browser: Any, address: str) -> Iterator[Page]:
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    opened = browser.new_page(viewport={"width": 1280, "height": 900})
+    opened.set_default_timeout(60_000)
+    expect.set_options(timeout=60_000)
+    foreign: list[str] = []
+    opened.on("request", lambda r: None if address in r.url + "/" else foreign.append(r.url))
+    visit(opened, address, "?prompt=cat&seed=4&steps=4")
+    yield opened
+    opened.close()
+    assert [url for url in foreign if not url.startswith(("data:", "blob:"))] == []
+
+
+def visit(page: Page, address: str, query: str) -> None:
+    page.goto(address + query)
+    expect(page.get_by_role("button", name=COMPARE)).to_be_enabled()
+    expect(field(page, "Prompt")).to_have_value("cat")  # the address has been read
+
+
+def button(page: Page, name: str) -> Any:
+    return page.get_by_role("button", name=name, exact=True).locator("visible=true").first
+
+
+def field(page: Page, name: str) -> Any:
+    return page.get_by_label(name, exact=True).first
+
+
+def query(page: Page) -> dict[str, str]:
+    found = parse_qs(urlparse(page.url).query, keep_blank_values=True)
+    return {name: values[0] for name, values in found.items()}
+
+
+def draw(page: Page) -> None:
+    button(page, COMPARE).click()
+    expect(page.locator(PICTURE).first).to_be_visible()
+
+
+def test_compare_drag_and_keep(page: Page) -> None:
+    draw(page)
+    expect(page.get_by_role("button", name="Thumbnail 1 of 2")).to_be_visible()
+    handle = page.locator(".slider-wrap .outer")
+    box, grip = page.locator(".slider-wrap").bounding_box(), handle.bounding_box()
+    assert box is not None and grip is not None
+    page.screenshot(path=SHOTS / "compare.png")
+    height = grip["y"] + grip["height"] / 2
+    page.mouse.move(grip["x"] + grip["width"] / 2, height)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.8, height, steps=8)
+    page.mouse.up()
+    dragged = handle.bounding_box()
+    assert dragged is not None and dragged["x"] > grip["x"] + box["width"] * 0.2
+    page.screenshot(path=SHOTS / "dragged.png")
+    with page.expect_download() as downloading:
+        page.get_by_text("Download guided").click()
+    with Image.open(downloading.value.path()) as picture:
+        assert picture.text["parameters"].startswith("cat\nSteps: 4,")  # type: ignore[attr-defined]
+
+
+def test_settings_are_in_the_address_and_come_back(page: Page, address: str) -> None:
+    field(page, "Prompt").fill("heart & star=1")
+    field(page, "Seed").fill("9")
+    draw(page)
+    page.wait_for_url("**seed=9**")
+    assert query(page)["prompt"] == "heart & star=1"
+    assert query(page)["steps"] == "4"
+    page.reload()
+    expect(field(page, "Prompt")).to_have_value("heart & star=1")
+    expect(field(page, "Seed")).to_have_value("9")
+    visit(page, address, "?prompt=cat&seed=-5&steps=x&scheduler=/etc/passwd&blur_sigma=1e9")
+    expect(field(page, "Prompt")).to_have_value("cat")
+    expect(field(page, "Seed")).to_have_value("0")
+
+
+def test_random_seed_changes_the_seed(page: Page) -> None:
+    page.get_by_role("button", name=re.compile("Random seed")).click()
+    expect(field(page, "Seed")).not_to_have_value("4")
+    assert 0 <= int(field(page, "Seed").input_value()) < 2**32
+
+
+def test_the_steps_can_be_watched(page: Page, address: str) -> None:
+    visit(page, address, "?prompt=cat&seed=4&steps=6&start=0&stop=1&every=1")
+    page.get_by_role("tab", name="Step by step").click()
+    button(page, "Watch the steps").click()
+    strip = page.get_by_role("tabpanel").locator("visible=true").locator("img").first
+    expect(strip).to_be_visible()
+    first = strip.get_attribute("src")
+    number = page.get_by_label("number input for Second pass", exact=True)
+    number.fill("6")
+    number.press("Enter")
+    expect(strip).not_to_have_attribute("src", str(first))
+    page.screenshot(path=SHOTS / "steps.png")
+
+
+def test_sweep(page: Page) -> None:
+    page.get_by_role("tab", name="Sweep").click()
+    field(page, "Prompts, one a line (empty: the prompt of the page)").fill("cat\nheart")
+    button(page, "Draw the grid").click()
+    grid = page.get_by_role("tabpanel").locator("visible=true").locator("img").first
+    expect(grid).to_be_visible()
+    page.screenshot(path=SHOTS / "sweep.png", full_page=True)
+
+
+def test_cancel_and_draw_again(page: Page, address: str) -> None:
+    visit(page, address, "?prompt=cat&seed=4&steps=60&start=0&stop=1&every=1")
+    button(page, COMPARE).click()
+    expect(page.get_by_text(re.compile(r"drawing|processing")).first).to_be_visible()
+    button(page, CANCEL).click()
+    expect(page.get_by_text(re.compile(r"drawing|processing"))).to_have_count(0)
+    assert page.locator(PICTURE).count() == 0
+    visit(page, address, "?prompt=cat&seed=4&steps=4")
+    draw(page)
+
+
+def test_bad_input_is_one_plain_sentence(page: Page, address: str) -> None:
+    visit(page, address, "?prompt=cat&steps=4&start=0.9&stop=0.1")
+    button(page, COMPARE).click()
+    expect(page.locator(".toast-wrap")).to_contain_text("start")
+    page.screenshot(path=SHOTS / "error.png")
+    visit(page, address, "?prompt=cat&steps=4")
+    draw(page)
+
+
+def test_a_phone_can_use_it(page: Page) -> None:
+    page.set_viewport_size({"width": 390, "height": 844})
+    draw(page)
+    page.screenshot(path=SHOTS / "phone.png", full_page=True)
+    width = page.evaluate("document.documentElement.scrollWidth")
+    assert width <= 390
+    picture = page.locator(PICTURE).first.bounding_box()
+    assert picture is not None and picture["width"] > 250
+
+
+def test_the_keyboard_is_enough(page: Page) -> None:
+    field(page, "Prompt").focus()
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.innerText") == COMPARE:
+            break
+    page.keyboard.press("Enter")
+    expect(page.locator(PICTURE).first).to_be_visible()
+
+
+def test_axe_finds_nothing_serious(page: Page) -> None:
+    draw(page)
+    found = Axe().run(page).response["violations"]
+    serious = [(v["id"], v["nodes"][0]["html"][:200]) for v in found if v["impact"] in
+               ("serious", "critical")]  # fmt: skip
+    assert serious == []
