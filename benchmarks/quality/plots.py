@@ -48,6 +48,7 @@ def _draw_frontier(axes: Any, name: str, measured: Sequence[Measured]) -> None:
         (UNGUIDED, "unguided, more steps", "o-"),
         (model.fast, "fast preset, more steps", "D-"),
         (model.exact, "SAG at every step", "s-"),
+        (model.held, f"a second pass every {model.held.every} steps, more steps", "P"),
         (every[0], "a second pass every 2 steps", "^"),
         (every[1], "a second pass every 3 steps", "v"),
     )

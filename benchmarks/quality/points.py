@@ -29,6 +29,7 @@ class Model:
     Attributes:
         exact: Guidance at every step, as in the paper.
         fast: The preset for guidance that costs little.
+        held: Guidance of all of `MORE_STEPS` at the cost of `exact`, by holding the term.
         recommended: What the model recommends for itself.
         recommended_steps: How many steps it recommends.
         other_layers: Other self-attention layers, by what they are called in tables.
@@ -40,6 +41,7 @@ class Model:
 
     exact: SelfAttentionGuidance
     fast: SelfAttentionGuidance
+    held: SelfAttentionGuidance
     recommended: SelfAttentionGuidance
     recommended_steps: int
     other_layers: dict[str, str]
@@ -59,6 +61,7 @@ MODELS = {
     "emoji": Model(
         exact=_EMOJI,
         fast=_EMOJI_FAST,
+        held=dataclasses.replace(_EMOJI, scale=4.0, every=4),
         recommended=_EMOJI_FAST,
         recommended_steps=MORE_STEPS,
         other_layers={
@@ -75,6 +78,7 @@ MODELS = {
         fast=SelfAttentionGuidance.fast(
             2.0, blur_sigma=3.0, layer=_EMOJI_ADM.layer, start=0.0, stop=0.45, every=2
         ),
+        held=dataclasses.replace(_EMOJI_ADM, every=4),
         recommended=_EMOJI_ADM,
         recommended_steps=STEPS,
         other_layers={
@@ -151,6 +155,7 @@ def _headline(name: str, model: Model) -> Iterator[Point]:
         ("exact", model.exact, STEPS),
         ("fast", model.fast, STEPS),
         (f"fast, {MORE_STEPS} steps", model.fast, MORE_STEPS),
+        (f"held, {MORE_STEPS} steps", model.held, MORE_STEPS),
         ("unguided, twice the steps", UNGUIDED, 2 * STEPS),
     ):
         yield Point(name, "headline", label, guidance, steps)
