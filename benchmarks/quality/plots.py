@@ -21,17 +21,23 @@ def write(measured: Sequence[Measured], folder: Path) -> None:
         ("headline", _draw_frontier, "frontier.png"),
         ("scale", _draw_scales, "scales.png"),
     ):
-        if any(point.group == group for point, _ in measured):
-            _figure(measured, draw).savefig(folder / name, dpi=110)
+        chosen = [model for model in MODELS if _is_measured(measured, model, group)]
+        if chosen:
+            _figure(measured, chosen, draw).savefig(folder / name, dpi=110)
 
 
-def _figure(measured: Sequence[Measured], draw: Any) -> Any:
+def _is_measured(measured: Sequence[Measured], model: str, group: str) -> bool:
+    return any((point.model, point.group) == (model, group) for point, _ in measured)
+
+
+def _figure(measured: Sequence[Measured], models: Sequence[str], draw: Any) -> Any:
     """A panel for each model."""
     # Without pyplot there is no window and no global state.
     module: Any = import_module("matplotlib.figure")
     width, height = _PANEL
-    figure: Any = module.Figure(figsize=(width * len(MODELS), height), layout="constrained")
-    for axes, model in zip(figure.subplots(1, len(MODELS)), MODELS, strict=True):
+    figure: Any = module.Figure(figsize=(width * len(models), height), layout="constrained")
+    panels = figure.subplots(1, len(models), squeeze=False)[0]
+    for axes, model in zip(panels, models, strict=True):
         draw(axes, model, [m for m in measured if m[0].model == model])
         axes.set_title(model, fontsize=10)
         axes.set_ylabel("Fréchet distance (lower is better)", fontsize=8)

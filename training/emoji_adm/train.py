@@ -42,7 +42,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--work", type=Path, required=True, help="folder for data and checkpoints")
-    parser.add_argument("--minutes", type=float, default=68, help="default: %(default)s")
+    parser.add_argument("--minutes", type=float, default=150, help="default: %(default)s")
     parser.add_argument(
         "--out", type=Path, default=shipping.SHIPPED, help="default: the shipped model's folder"
     )
