@@ -13,6 +13,7 @@ Example:
 
 from ..checks import check_count, check_prompts, seeds_of
 from .comparison import Comparison, check_scales, compare
+from .drawing import GeneratedImage, PictureRequest, PromptArtist
 from .files import (
     check_folder,
     check_free,
@@ -46,12 +47,7 @@ from .samples import (
     check_samples_path,
     to_uint8,
 )
-from .sampling import (
-    GeneratedImage,
-    GenerationSettings,
-    check_size,
-    generate,
-)
+from .sampling import generate
 from .schedulers import (
     check_scheduler_name,
     make_pixel_scheduler,
@@ -59,6 +55,7 @@ from .schedulers import (
     scheduler_label,
     scheduler_names,
 )
+from .settings import GenerationSettings, check_size
 
 __all__ = [
     "Comparison",
@@ -68,6 +65,8 @@ __all__ = [
     "LoadedPipeline",
     "LoadedPixelModel",
     "Parameters",
+    "PictureRequest",
+    "PromptArtist",
     "SampleRun",
     "SampleSettings",
     "check_count",

@@ -9,17 +9,14 @@ from PIL import Image
 
 from ..checks import check_finite, check_prompts
 from ..pipelines.stable_diffusion import StableDiffusionSAGPipeline
+from .drawing import GeneratedImage, Progress
 from .grid import EMPTY_PROMPT, draw_grid, overlay_attended
 from .metadata import (
     format_parameters,
     parse_parameters,
 )
-from .sampling import (
-    GeneratedImage,
-    GenerationSettings,
-    Progress,
-    generate,
-)
+from .sampling import generate
+from .settings import GenerationSettings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from ..builtin import (
     recommended_settings,
 )
 from ..pipelines.stable_diffusion import StableDiffusionSAGPipeline
-from .sampling import GenerationSettings
+from .settings import GenerationSettings
 
 _DTYPES = {
     "float32": torch.float32,

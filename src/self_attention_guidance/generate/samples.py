@@ -28,6 +28,7 @@ from ..checks import check_count, seeds_of
 from ..finite import refuse_not_finite
 from ..pipelines.adm import ADMPipeline
 from ..prediction import check_scheduler
+from .drawing import Progress, seeded_generators
 from .files import check_folder, check_free, save_png
 from .grid import draw_tiles
 from .metadata import format_parameters, version_label
@@ -35,7 +36,6 @@ from .npz import StreamedArray, write_npz
 from .parts import Parts
 from .run_identity import describe_run
 from .sample_settings import SampleSettings, choose_labels
-from .sampling import Progress, seeded_generators
 from .schedulers import scheduler_label
 
 _MOST_TILES = 64

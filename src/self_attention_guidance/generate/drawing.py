@@ -1,0 +1,212 @@
+"""A batch of prompts and seeds to pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from ..finite import refuse_not_finite
+from ..guidance import BlurGuidance, SelfAttentionGuidance
+from ..handle import GuidanceHandle
+from ..pipelines.stable_diffusion import StableDiffusionSAGPipeline
+from .metadata import format_parameters, version_label
+from .schedulers import scheduler_label
+from .settings import GenerationSettings
+
+Progress = Callable[[float], object]
+
+
+@dataclass(frozen=True)
+class PictureRequest:
+    """What one picture shall be.
+
+    Attributes:
+        index: Its number in the run, from 0.
+        prompt: Its prompt.
+        seed: Its seed.
+    """
+
+    index: int
+    prompt: str
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratedImage:
+    """A picture and how it was made.
+
+    Attributes:
+        image: The picture.
+        index: Its number in the run, from 0.
+        prompt: Its prompt.
+        seed: Its seed.
+        parameters: All its settings, in the form of `format_parameters`.
+        flagged: Whether the model's safety checker blacked it out.
+        attended: Share of the guided steps at which a position was blurred, on the grid of the
+            attention layer, (height, width), 0 to 1; `None` if not recorded or if no step was
+            guided.
+    """
+
+    image: Image.Image
+    index: int
+    prompt: str
+    seed: int
+    parameters: str
+    flagged: bool = False
+    attended: NDArray[np.float64] | None = None
+
+
+class PromptArtist:
+    """Draws pictures of prompts with a pipeline; they share their settings.
+
+    Attributes:
+        sag_scale: Scale of self-attention guidance, of the settings or of the pipeline.
+    """
+
+    def __init__(
+        self,
+        pipeline: StableDiffusionSAGPipeline,
+        settings: GenerationSettings,
+        model_name: str | None = None,
+        record_attention: bool = False,
+        on_progress: Progress | None = None,
+    ) -> None:
+        """Draws nothing yet.
+
+        Args:
+            pipeline: Its `guidance` holds the settings of self-attention guidance.
+            settings: What all pictures share.
+            model_name: For the metadata; `None` leaves it out.
+            record_attention: Whether to record where the pictures were blurred.
+            on_progress: As in `generate`.
+        """
+        self.pipeline = pipeline
+        self.settings = settings
+        self.model_name = model_name
+        scale = settings.sag_scale
+        self.sag_scale = pipeline.guidance.scale if scale is None else scale
+        self.record_attention = record_attention and self.sag_scale != 0
+        self.on_progress = on_progress
+
+    def draw(self, requests: Sequence[PictureRequest]) -> Iterator[GeneratedImage]:
+        """Draws pictures in one batch.
+
+        Args:
+            requests: One for each picture.
+
+        Raises:
+            FloatingPointError: A prediction or a picture is NaN or infinite.
+        """
+        callback = _StepCallback(len(requests), self.record_attention, self.on_progress)
+        seeds = [request.seed for request in requests]
+        output: Any = self.pipeline(
+            prompt=[request.prompt for request in requests],
+            negative_prompt=[self.settings.negative_prompt] * len(requests),
+            generator=seeded_generators(self.pipeline.scheduler, seeds),
+            width=self.settings.width,
+            height=self.settings.height,
+            num_inference_steps=self.settings.num_inference_steps,
+            guidance_scale=self.settings.guidance_scale,
+            sag_scale=self.sag_scale,
+            callback_on_step_end=callback,
+            output_type="np",
+        )
+        if not np.isfinite(output.images).all():
+            raise FloatingPointError(
+                "the decoded picture is not finite: the VAE overflows or its weights are damaged; "
+                "if it runs in float16, use bfloat16 or float32"
+            )
+        images = self.pipeline.numpy_to_pil(output.images)
+        flagged = output.nsfw_content_detected or [False] * len(requests)
+        for number, request in enumerate(requests):
+            image = images[number]
+            yield GeneratedImage(
+                image=image,
+                index=request.index,
+                prompt=request.prompt,
+                seed=request.seed,
+                parameters=self._parameters(request, image.size),
+                flagged=bool(flagged[number]),
+                attended=callback.attended(number),
+            )
+
+    def _parameters(self, request: PictureRequest, size: tuple[int, int]) -> str:
+        values = {
+            "Steps": self.settings.num_inference_steps,
+            "Sampler": scheduler_label(self.pipeline.scheduler),
+            "CFG scale": float(self.settings.guidance_scale),
+            "Seed": request.seed,
+            "Size": f"{size[0]}x{size[1]}",
+            "Model": self.model_name,
+            "SAG scale": float(self.sag_scale),
+        }
+        if self.sag_scale != 0:
+            values |= _guidance_values(self.pipeline.guidance)
+        values["Version"] = version_label()
+        return format_parameters(request.prompt, self.settings.negative_prompt, values)
+
+
+def seeded_generators(scheduler: Any, seeds: Sequence[int]) -> list[torch.Generator]:
+    """Generators of random numbers, one a picture, on the CPU so that all devices draw the same.
+
+    Args:
+        scheduler: A diffusers scheduler; if it has seeds of its own, they are set, too.
+        seeds: One a picture.
+
+    Returns:
+        For the `generator` argument of a pipeline.
+    """
+    if hasattr(scheduler, "noise_sampler_seed"):
+        # DPM-Solver-SDE takes its noise from these seeds and not from the generators.
+        scheduler.noise_sampler_seed = list(seeds)
+    return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+
+
+class _StepCallback:
+    """Called by the pipeline after each step: records attention and reports progress."""
+
+    def __init__(self, count: int, record: bool, on_progress: Progress | None) -> None:
+        self.count = count
+        self.record = record
+        self.on_progress = on_progress
+        self.guided_steps = 0
+        self.blurred: Any = 0
+
+    def __call__(
+        self, pipe: StableDiffusionSAGPipeline, step: int, timestep: object, kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        if self.record and pipe.guidance_handle is not None:
+            self._add(pipe.guidance_handle)
+        refuse_not_finite({"the sample": kwargs["latents"]}, step, timestep)
+        if self.on_progress is not None:
+            self.on_progress(self.count / pipe.num_timesteps)
+        return kwargs
+
+    def _add(self, handle: GuidanceHandle) -> None:
+        # After a step that was not guided, the handle still holds the last guided one's mask.
+        if handle.mask is not None and handle.steps != self.guided_steps:
+            self.guided_steps = handle.steps
+            self.blurred = self.blurred + handle.mask.cpu().numpy().astype(np.float64)
+
+    def attended(self, number: int) -> NDArray[np.float64] | None:
+        return self.blurred[number] / self.guided_steps if self.guided_steps else None
+
+
+def _guidance_values(guidance: SelfAttentionGuidance | BlurGuidance) -> dict[str, Any]:
+    with_mask = isinstance(guidance, SelfAttentionGuidance)
+    return {
+        "SAG form": None if with_mask else "blur guidance",
+        "SAG blur sigma": float(guidance.blur_sigma),
+        "SAG blur kernel size": guidance.blur_kernel_size,
+        "SAG threshold": float(guidance.threshold) if with_mask else None,
+        "SAG start": float(guidance.start),
+        "SAG stop": float(guidance.stop),
+        "SAG branch": guidance.branch,
+        "SAG layer": guidance.layer if with_mask else None,
+    }

@@ -1,0 +1,62 @@
+"""What all pictures of a run have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..checks import check_count, check_finite, check_text
+from ..pipelines.stable_diffusion import StableDiffusionSAGPipeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationSettings:
+    """Settings that all pictures of a run share, checked when made.
+
+    Attributes:
+        negative_prompt: What to guide away from; has an effect with classifier-free guidance.
+        sag_scale: Scale of self-attention guidance; `None` is that of `pipeline.guidance`.
+        guidance_scale: Scale of classifier-free guidance; 1 or less is off.
+        num_inference_steps: Sampling steps, at least 1.
+        width: In pixels, a multiple of 8; `None` is the model's own.
+        height: In pixels, a multiple of 8; `None` is the model's own.
+
+    Raises:
+        ValueError: A setting is outside its range.
+    """
+
+    negative_prompt: str = ""
+    sag_scale: float | None = None
+    guidance_scale: float = 7.5
+    num_inference_steps: int = 50
+    width: int | None = None
+    height: int | None = None
+
+    def __post_init__(self) -> None:
+        """Checks every setting."""
+        check_text("negative_prompt", self.negative_prompt)
+        if self.sag_scale is not None:
+            check_finite("sag_scale", self.sag_scale)
+        check_finite("guidance_scale", self.guidance_scale)
+        check_count("num_inference_steps", self.num_inference_steps)
+        for name in ("width", "height"):
+            pixels = getattr(self, name)
+            if pixels is not None and (check_count(name, pixels) % 8):
+                raise ValueError(f"{name}={pixels} must be a multiple of 8")
+
+
+def check_size(pipeline: StableDiffusionSAGPipeline, width: int | None, height: int | None) -> None:
+    """Refuses sizes that leave a model's coarsest level without a single position.
+
+    Args:
+        pipeline: The model.
+        width: In pixels; `None` is the model's own.
+        height: In pixels; `None` is the model's own.
+
+    Raises:
+        ValueError: The size is too small.
+    """
+    levels = len(pipeline.unet.config["block_out_channels"])
+    smallest = max(8, int(pipeline.vae_scale_factor) * 2 ** (levels - 1))
+    for name, pixels in {"width": width, "height": height}.items():
+        if pixels is not None and pixels < smallest:
+            raise ValueError(f"{name}={pixels} must be at least {smallest} for this model")
