@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 
 
@@ -72,8 +72,11 @@ def check_finite(name: str, value: object) -> float:
     Raises:
         ValueError: It is infinite, not a number, or of another type.
     """
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise ValueError(f"{name}={value!r} must be a finite number")
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ValueError(f"{name}={value!r:.60} must be a finite number")
+    # Whole numbers have no limit, but what they are multiplied with has.
+    if not abs(value) <= sys.float_info.max:
+        raise ValueError(f"{name}={value!r:.60} must be a finite number")
     return value
 
 

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__
+from .cli_batch import batch_command
 from .cli_bench import bench_command
 from .cli_demo import demo_command
 from .cli_evaluate import evaluate_command
@@ -33,6 +34,7 @@ app = typer.Typer(
 app.command("generate")(generate_command)
 app.command("compare")(compare_command)
 app.command("sample")(sample_command)
+app.command("batch")(batch_command)
 app.command("convert")(convert_command)
 app.command("evaluate")(evaluate_command)
 app.command("bench")(bench_command)
@@ -60,6 +62,7 @@ def _sag(  # pyright: ignore[reportUnusedFunction]  # typer calls it
     Examples:
       sag generate "red heart" --seed 7
       sag compare "grinning face" "" --sag-scales 0,0.5,1
+      sag batch prompts.jsonl --out pictures --workers 2
       sag sample --model ./my-pixel-model --num-samples 64
       sag evaluate samples.npz ./training-pictures
       sag bench --networks emoji

@@ -34,6 +34,7 @@ from .models import (
     find_model,
     load_pipeline,
 )
+from .pixel_drawing import draw_samples, to_image, to_uint8
 from .pixel_models import (
     LoadedPixelModel,
     find_classifier,
@@ -45,7 +46,6 @@ from .samples import (
     FinishedSamples,
     SampleRun,
     check_samples_path,
-    to_uint8,
 )
 from .sampling import generate
 from .schedulers import (
@@ -79,6 +79,7 @@ __all__ = [
     "check_size",
     "compare",
     "draw_grid",
+    "draw_samples",
     "draw_tiles",
     "find_classifier",
     "find_device",
@@ -99,5 +100,6 @@ __all__ = [
     "scheduler_label",
     "scheduler_names",
     "seeds_of",
+    "to_image",
     "to_uint8",
 ]

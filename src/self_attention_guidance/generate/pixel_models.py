@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from ..builtin import RecommendedSettings, builtin_names, recommended_settings
+from ..builtin import RecommendedSettings, builtin_folder, builtin_names, recommended_settings
 from ..pipelines.adm import ADMPipeline
 from .models import (
     PIXEL_CLASSES,
@@ -111,6 +112,20 @@ def find_pixel_model(model: str) -> str:
             " checkpoint"
         )
     return find_folder(model, _check_index)
+
+
+def is_pixel_model(model: str) -> bool:
+    """Whether a name stands for a folder that is known to hold a pixel-space model.
+
+    Args:
+        model: As in `load_pixel_model`, or in `load_pipeline`. Of hub ids nothing is known.
+    """
+    folder = builtin_folder(model) if model in builtin_names() else Path(model).expanduser()
+    try:
+        index: object = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(index, dict) and cast("Any", index).get("_class_name") in PIXEL_CLASSES
 
 
 def find_classifier(folder: str | Path) -> Path:

@@ -35,14 +35,23 @@ def describe_run(pipeline: ADMPipeline, settings: SampleSettings, seed: int) -> 
         "unet": fingerprint(pipeline.unet),
         "null_label": pipeline.config["null_label"],
         "dtype": str(pipeline.unet.dtype).removeprefix("torch."),
-        "scheduler": type(pipeline.scheduler).__name__,
         "num_inference_steps": settings.num_inference_steps,
         "eta": float(settings.eta),
         "seed": seed,
         "classes": list(settings.classes),
     }
-    described |= _named("scheduler", _public(pipeline.scheduler.config))
+    described |= describe_scheduler(pipeline.scheduler)
     return described | _guidance(pipeline, settings) | _classifier(pipeline, settings)
+
+
+def describe_scheduler(scheduler: Any) -> dict[str, Any]:
+    """Class and configuration of a diffusers scheduler, as values that JSON can hold.
+
+    Args:
+        scheduler: The scheduler.
+    """
+    configuration = _named("scheduler", _public(scheduler.config))
+    return {"scheduler": type(scheduler).__name__} | configuration
 
 
 def fingerprint(module: nn.Module) -> str:

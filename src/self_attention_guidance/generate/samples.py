@@ -19,21 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from PIL import Image
-from torch import Tensor
 
 from ..checks import check_count, seeds_of
-from ..finite import refuse_not_finite
 from ..pipelines.adm import ADMPipeline
 from ..prediction import check_scheduler
-from .drawing import Progress, seeded_generators
+from .drawing import Progress
 from .files import check_folder, check_free, save_png
 from .grid import draw_tiles
 from .metadata import format_parameters, version_label
 from .npz import StreamedArray, write_npz
 from .parts import Parts
+from .pixel_drawing import draw_samples, to_image
 from .run_identity import describe_run
 from .sample_settings import SampleSettings, choose_labels
 from .schedulers import scheduler_label
@@ -161,26 +158,8 @@ class SampleRun:
         )
 
     def _draw(self, rows: slice, on_progress: Progress | None) -> NDArray[np.uint8]:
-        seeds = self.seeds[rows]
-
-        def report(pipe: Any, step: int, timestep: object, tensors: dict[str, Any]) -> Any:
-            refuse_not_finite({"the sample": tensors["latents"]}, step, timestep)
-            if on_progress is not None:
-                on_progress(len(seeds) / len(pipe.scheduler.timesteps))
-            return tensors
-
-        output = self.pipeline(
-            batch_size=len(seeds),
-            class_labels=None if self.labels is None else self.labels[rows],
-            num_inference_steps=self.settings.num_inference_steps,
-            sag_scale=self.settings.sag_scale,
-            classifier_scale=self.settings.classifier_scale,
-            eta=self.settings.eta,
-            generator=seeded_generators(self.pipeline.scheduler, seeds),
-            output_type="latent",
-            callback_on_step_end=report,
-        )
-        return to_uint8(output.images)
+        labels = None if self.labels is None else self.labels[rows]
+        return draw_samples(self.pipeline, self.settings, self.seeds[rows], labels, on_progress)
 
     def _write_samples(self) -> None:
         size = next(self.parts.read(1)).shape[1:]
@@ -195,7 +174,7 @@ class SampleRun:
 
     def _write_grid(self) -> None:
         first = self.parts.read(min(self.num_samples, _MOST_TILES))
-        pictures = [_image(picture) for batch in first for picture in batch]
+        pictures = [to_image(picture) for batch in first for picture in batch]
         scale = self.settings.sag_scale
         values = {
             "Steps": self.settings.num_inference_steps,
@@ -249,21 +228,3 @@ def grid_path(out: Path) -> Path:
         out: The `.npz` file.
     """
     return out.with_suffix(".png")
-
-
-def to_uint8(samples: Tensor) -> NDArray[np.uint8]:
-    """Samples to bytes as the original's scripts do.
-
-    Args:
-        samples: In [-1, 1], (samples, channels, height, width).
-
-    Returns:
-        (samples, height, width, channels).
-    """
-    pixels = ((samples.float() + 1) * 127.5).clamp(0, 255).to(torch.uint8)
-    return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-
-
-def _image(pixels: NDArray[np.uint8]) -> Image.Image:
-    """A picture; of what is not RGB, the first channel."""
-    return Image.fromarray(pixels if pixels.shape[-1] == 3 else pixels[..., 0])

@@ -1,0 +1,36 @@
+"""Lists of pictures of any length, on one machine or a Ray cluster; nothing is lost or doubled.
+
+Example:
+    ```python
+    from self_attention_guidance.batch import BatchJob, Defaults, Model, PromptList
+    from self_attention_guidance.workers import Crew
+
+    model = Model(name="emoji")
+    defaults = Defaults(settings=model.settings())
+    job = BatchJob(PromptList("prompts.jsonl"), "pictures", model, defaults)
+    summary = job.run(Crew(workers=2))  # killed at any moment, the same lines go on
+    ```
+"""
+
+from .artists import Artist, Drawing, Model
+from .job import BatchJob, Summary
+from .lists import PromptList
+from .manifest import Manifest
+from .plan import unused_columns
+from .storage import Storage
+from .tasks import COLUMNS, Defaults, Task
+
+__all__ = [
+    "Artist",
+    "BatchJob",
+    "COLUMNS",
+    "Defaults",
+    "Drawing",
+    "Manifest",
+    "Model",
+    "PromptList",
+    "Storage",
+    "Summary",
+    "Task",
+    "unused_columns",
+]

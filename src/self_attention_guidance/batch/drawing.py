@@ -1,0 +1,272 @@
+"""What a worker does: it draws units of tasks into files, and tells what became of each."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+import torch
+
+from ..generate.metadata import png_text
+from ..generate.settings import GenerationSettings
+from .artists import Artist, Drawing
+from .storage import Storage
+from .tasks import BadRow, Task
+
+IMAGES = "images"
+_ROWS_IN_FOLDER = 1000
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Tasks that one worker draws before it is asked for the next.
+
+    Attributes:
+        tasks: In the order of the list.
+        shard: Name of the tar file that the pictures go to; `None` gives each a file.
+    """
+
+    tasks: tuple[Task, ...]
+    shard: str | None = None
+
+
+@dataclass(frozen=True)
+class UnitResult:
+    """What became of a unit.
+
+    Attributes:
+        identity: Of the artist.
+        rows: Of the manifest, one a task.
+    """
+
+    identity: dict[str, Any]
+    rows: list[Row]
+
+
+class UnitWorker:
+    """Draws units; it holds the model."""
+
+    def __init__(
+        self,
+        make_artist: Callable[[], Artist],
+        storage: Storage,
+        batch_size: int,
+        expected: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Loads the model.
+
+        Args:
+            make_artist: Loads it.
+            storage: Where the pictures go.
+            batch_size: Tasks that are drawn at once. Short batches are filled up, so that all have
+                this size: what a network computes depends on it in the last bits.
+            expected: Identity of the artist that drew what is there; `None` takes any.
+
+        Raises:
+            ValueError: The model is another one than expected.
+        """
+        self.artist = make_artist()
+        self.storage = storage
+        self.batch_size = batch_size
+        self.identity = dict(self.artist.identity) | {
+            "batch_size": batch_size,
+            "threads": torch.get_num_threads(),
+        }
+        check_identity(self.identity, expected)
+
+    def __call__(self, unit: Unit) -> UnitResult:
+        """Draws a unit.
+
+        Raises:
+            OSError: A file cannot be written.
+            RuntimeError: The device does not answer any more.
+        """
+        drawn = [found for group in _groups(unit.tasks) for found in self._draw_group(group)]
+        if unit.shard is None:
+            rows = [self._save(task, drawing, row) for task, drawing, row in drawn]
+        else:
+            rows = self._save_shard(unit.shard, drawn)
+        return UnitResult(self.identity, rows)
+
+    def _draw_group(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Drawing | None, Row]]:
+        waiting = list(tasks)
+        while waiting:
+            batch = waiting[: self.batch_size]
+            started = time.monotonic()
+            try:
+                drawings = self._draw(batch)
+            except Exception as error:  # a row must cost only itself, whatever is wrong with it
+                if _is_out_of_memory(error) and self.batch_size > 1:
+                    self.batch_size //= 2
+                    continue
+                _refuse_broken_device(error)
+                yield from self._draw_alone(batch, error)
+            else:
+                seconds = (time.monotonic() - started) / len(batch)
+                for task, drawing in zip(batch, drawings, strict=True):
+                    yield task, drawing, self._row(task, seconds)
+            del waiting[: len(batch)]
+
+    def _draw_alone(
+        self, tasks: Sequence[Task], error: Exception
+    ) -> Iterator[tuple[Task, Drawing | None, Row]]:
+        """Finds the tasks to blame for an error."""
+        if len(tasks) > 1:
+            for task in tasks:
+                yield from self._draw_group([task])
+            return
+        reason = "out of memory" if _is_out_of_memory(error) else _line(error)
+        yield tasks[0], None, self._row(tasks[0], None) | {"error": reason}
+
+    def _draw(self, tasks: Sequence[Task]) -> list[Drawing]:
+        filled = [*tasks, *[tasks[-1]] * (self.batch_size - len(tasks))]
+        return self.artist.draw(filled)[: len(tasks)]
+
+    def _row(self, task: Task, seconds: float | None) -> Row:
+        return row_of_task(task) | {"batch_size": self.batch_size, "seconds": seconds}
+
+    def _save(self, task: Task, drawing: Drawing | None, row: Row) -> Row:
+        if drawing is None:
+            return row
+        name = f"{IMAGES}/{task.row // _ROWS_IN_FOLDER:06d}/{task.name}.png"
+        content = _png(drawing)
+        self.storage.write(name, content)
+        return row | _facts(drawing, content) | {"file": name}
+
+    def _save_shard(
+        self, shard: str, drawn: Sequence[tuple[Task, Drawing | None, Row]]
+    ) -> list[Row]:
+        if not any(drawing for _, drawing, _ in drawn):
+            return [row for _, _, row in drawn]
+        name = f"{IMAGES}/{shard}.tar"
+        rows: list[Row] = []
+        with self.storage.writing(name) as file, tarfile.open(fileobj=file, mode="w|") as archive:
+            for task, drawing, row in drawn:
+                if drawing is not None:
+                    content = _png(drawing)
+                    row = row | _facts(drawing, content) | {"file": name}
+                    row["member"] = f"{task.name}.png"
+                    _add(archive, row["member"], content)
+                    _add(archive, f"{task.name}.json", _described(task, row))
+                rows.append(row)
+        return rows
+
+
+def row_of_task(task: Task) -> Row:
+    """What the manifest tells of a task before it is drawn.
+
+    Args:
+        task: The task.
+    """
+    settings = task.settings
+    return {
+        "row": task.row,
+        "image": task.image,
+        "id": task.id,
+        "prompt": task.prompt,
+        "negative_prompt": settings.negative_prompt,
+        "seed": task.seed,
+        "width": settings.width,
+        "height": settings.height,
+        "steps": settings.num_inference_steps,
+        "guidance_scale": settings.guidance_scale,
+        "sag_scale": settings.sag_scale,
+        "digest": task.digest,
+        "finished": datetime.now(timezone.utc),
+    }
+
+
+def row_of_bad_row(bad: BadRow) -> Row:
+    """What the manifest tells of a row that no picture can be drawn of.
+
+    Args:
+        bad: The row.
+    """
+    now = datetime.now(timezone.utc)
+    return vars(bad) | {"image": 0, "digest": bad.digest, "finished": now}
+
+
+def check_identity(found: Mapping[str, Any], expected: Mapping[str, Any] | None) -> None:
+    """Refuses to add pictures of one model to those of another.
+
+    Args:
+        found: Identity of the model.
+        expected: Identity of the one that drew what is there; `None` is any.
+
+    Raises:
+        ValueError: They differ.
+    """
+    if expected is None or dict(expected) == dict(found):
+        return
+    names = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
+    told = [f"{n}={expected.get(n)!r:.80}, not {found.get(n)!r:.80}" for n in names[:3]]
+    raise ValueError(
+        f"out holds pictures with {'; '.join(told)}: go on with the same, choose another place, or"
+        " begin anew with --overwrite"
+    )
+
+
+def _groups(tasks: Sequence[Task]) -> list[list[Task]]:
+    """Tasks that can share a batch."""
+    groups: dict[GenerationSettings, list[Task]] = {}
+    for task in tasks:
+        groups.setdefault(task.settings, []).append(task)
+    return list(groups.values())
+
+
+def _png(drawing: Drawing) -> bytes:
+    file = io.BytesIO()
+    drawing.image.save(file, format="PNG", pnginfo=png_text(drawing.parameters))
+    return file.getvalue()
+
+
+def _facts(drawing: Drawing, content: bytes) -> Row:
+    width, height = drawing.image.size
+    return {
+        **drawing.facts,
+        "width": width,
+        "height": height,
+        "flagged": drawing.flagged,
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+
+
+def _described(task: Task, row: Row) -> bytes:
+    """What a shard tells of a picture; nothing of when, so that equal runs write equal shards."""
+    names = ("id", "prompt", "negative_prompt", "seed", "steps", "guidance_scale", "sag_scale")
+    told = {name: row.get(name) for name in (*names, "scheduler", "model", "guidance")}
+    return json.dumps({"row": task.row, "image": task.image} | told, ensure_ascii=False).encode()
+
+
+def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    told = str(error)
+    return isinstance(error, RuntimeError) and ("an't allocate memory" in told)
+
+
+def _refuse_broken_device(error: Exception) -> None:
+    """After such an error, every picture of this process would fail."""
+    if isinstance(error, RuntimeError) and "CUDA error" in str(error):
+        raise error
+
+
+def _line(error: Exception) -> str:
+    told = " ".join(str(error).split())[:1000]
+    known = isinstance(error, ValueError | FloatingPointError)
+    return told if known else f"{type(error).__name__}: {told}"

@@ -1,0 +1,217 @@
+"""A whole list: what is missing of it is drawn, and the manifest tells what became of it."""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+from ..checks import check_count
+from ..workers import Crew, Lost, distribute
+from .artists import Artist
+from .drawing import (
+    IMAGES,
+    Row,
+    Unit,
+    UnitResult,
+    UnitWorker,
+    check_identity,
+    row_of_bad_row,
+    row_of_task,
+)
+from .manifest import MANIFEST, PARTS, Manifest
+from .plan import Plan, Source, split
+from .storage import Storage
+from .tasks import Defaults
+
+JOB = "job.json"
+# A part of the manifest is written after as many rows or seconds: what `kill -9` can cost.
+_ROWS_IN_PART = 1000
+_SECONDS_OF_PART = 5.0
+# Units for a worker of several hold as many batches: what its death can cost.
+_BATCHES_IN_UNIT = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What became of a list, so far.
+
+    Attributes:
+        total: Pictures that the list asks for; a row that cannot be read counts as one.
+        done: Of these, how many there are.
+        failed: Of these, how many there are not; the manifest tells why.
+        drawn: How many of those that are there were drawn by this run.
+        seconds: How long this run takes.
+    """
+
+    total: int
+    done: int
+    failed: int
+    drawn: int = 0
+    seconds: float = 0.0
+
+
+Progress = Callable[[Summary], object]
+
+
+class BatchJob:
+    """A list of pictures and the folder that they go to; killed at any moment, it goes on.
+
+    A picture depends on its task, the model and `batch_size` alone: not on workers, order or
+    restarts.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        out: str,
+        make_artist: Callable[[], Artist],
+        defaults: Defaults,
+        *,
+        batch_size: int = 1,
+        shard_size: int | None = None,
+        overwrite: bool = False,
+        retry_failed: bool = False,
+    ) -> None:
+        """Checks what can be checked without the list and without the model.
+
+        Args:
+            source: A list, or a number of pictures without a prompt.
+            out: The folder, or its URL; see `Storage`.
+            make_artist: Loads the model, in each worker; `Model` is one. It must be picklable.
+            defaults: What holds where a row says nothing.
+            batch_size: Pictures that a worker draws at once, at least 1. Pictures depend on it in
+                the last bits; with 1 each is what it is alone.
+            shard_size: Pictures in a tar file, at least 1; `None` gives each a file.
+            overwrite: Whether what an earlier run left in `out` is deleted.
+            retry_failed: Whether what failed in an earlier run is tried again.
+
+        Raises:
+            ValueError: An argument is outside its range.
+        """
+        self.source = source
+        self.make_artist = make_artist
+        self.defaults = defaults
+        self.batch_size = check_count("batch_size", batch_size)
+        self.shard_size = None if shard_size is None else check_count("shard_size", shard_size)
+        self.overwrite = overwrite
+        self.retry_failed = retry_failed
+        self.storage = Storage(out)
+        self.manifest = Manifest(self.storage)
+
+    def run(self, crew: Crew | None = None, on_progress: Progress | None = None) -> Summary:
+        """Draws what is missing.
+
+        Args:
+            crew: Who works; `None` is this process.
+            on_progress: Called when it is known how much there is to do, and after each unit.
+
+        Raises:
+            ValueError: The list cannot be read, the model cannot be loaded, another run is in the
+                folder, or it holds pictures of another job.
+            OSError: Something cannot be written; what is there stays, and the next run goes on.
+        """
+        with self.storage.locked():
+            if self.overwrite:
+                self.storage.remove(JOB, MANIFEST, PARTS, IMAGES)
+            finished = self.manifest.finished()
+            plan = Plan(self.source, self.defaults, finished, self.retry_failed)
+            run = _Run(self, plan, crew or Crew(), on_progress)
+            try:
+                run.draw()
+                self.manifest.join()
+            except OSError as error:
+                reason = error.strerror or " ".join(str(error).split())
+                raise OSError(
+                    f"out={self.storage.url!r}: {reason}; {run.summary.done} of {plan.total}"
+                    " pictures are done, and the same command goes on"
+                ) from error
+            return run.summary
+
+
+class _Run:
+    """One run of a job, in its locked folder."""
+
+    def __init__(self, job: BatchJob, plan: Plan, crew: Crew, on_progress: Progress | None) -> None:
+        self.job = job
+        self.plan = plan
+        self.crew = crew
+        self.on_progress = on_progress
+        self.identity = self._identity()
+        self.summary = Summary(total=plan.total, done=plan.done, failed=plan.failed)
+        self.started = self.written = time.monotonic()
+        self.rows: list[Row] = []
+
+    def draw(self) -> None:
+        job = self.job
+        self._report()
+        # Alone, a worker is asked for as little at a time as it can, so that as little is lost.
+        batches = 1 if self.crew.is_here else _BATCHES_IN_UNIT
+        units = self.plan.units(
+            job.shard_size or job.batch_size * batches,
+            job.shard_size is not None,
+            lambda bad: self._add([row_of_bad_row(bad)]),
+        )
+        make_worker = functools.partial(
+            UnitWorker, job.make_artist, job.storage, job.batch_size, self.identity
+        )
+        results = distribute(units, make_worker, self.crew, split)
+        try:
+            for unit, result in results:
+                self._add(self._rows(unit, result))
+        finally:
+            results.close()
+            # What cannot be written now will be drawn again.
+            with suppress(OSError):
+                self._write()
+        self._write()
+
+    def _rows(self, unit: Unit, result: UnitResult | Lost) -> list[Row]:
+        if isinstance(result, Lost):
+            return [row_of_task(task) | {"error": result.reason} for task in unit.tasks]
+        if self.identity is None:
+            self.identity = result.identity
+            told = json.dumps(
+                {"shard_size": self.job.shard_size, "identity": self.identity}, indent=2
+            )
+            self.job.storage.write(JOB, told.encode())
+        check_identity(result.identity, self.identity)
+        return result.rows
+
+    def _add(self, rows: list[Row]) -> None:
+        self.rows += rows
+        failed = sum(row.get("error") is not None for row in rows)
+        drawn = len(rows) - failed
+        self.summary = replace(
+            self.summary,
+            done=self.summary.done + drawn,
+            failed=self.summary.failed + failed,
+            drawn=self.summary.drawn + drawn,
+        )
+        if len(self.rows) >= _ROWS_IN_PART or time.monotonic() - self.written > _SECONDS_OF_PART:
+            self._write()
+        self._report()
+
+    def _write(self) -> None:
+        self.job.manifest.add(self.rows)
+        self.job.storage.renew()
+        self.rows = []
+        self.written = time.monotonic()
+
+    def _report(self) -> None:
+        self.summary = replace(self.summary, seconds=time.monotonic() - self.started)
+        if self.on_progress is not None:
+            self.on_progress(self.summary)
+
+    def _identity(self) -> dict[str, Any] | None:
+        """Of the model that drew what is there; `None` if nothing is."""
+        content = self.job.storage.read(JOB)
+        if content is None:
+            return None
+        told = cast("dict[str, Any]", json.loads(content))
+        check_identity({"shard_size": self.job.shard_size}, {"shard_size": told["shard_size"]})
+        return told["identity"]

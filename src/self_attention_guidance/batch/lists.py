@@ -1,0 +1,150 @@
+"""Lists of prompts: JSON Lines, CSV and Parquet, here or in an object store."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import zlib
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from lzma import LZMAError
+from typing import Any, cast
+
+import fsspec
+import fsspec.core
+
+Row = Mapping[str, Any] | ValueError
+
+_COMPRESSED = (".gz", ".bz2", ".xz")
+
+
+class PromptList:
+    """A list of prompts, which is read row by row, as often as wanted.
+
+    Attributes:
+        path: A file, or a URL that fsspec knows, in the form of JSON Lines (`.jsonl`, `.ndjson`),
+            CSV (`.csv`) or Parquet (`.parquet`). The texts may be compressed: `.jsonl.gz`.
+    """
+
+    def __init__(self, path: str) -> None:
+        """Reads nothing yet.
+
+        Args:
+            path: The file or URL.
+
+        Raises:
+            ValueError: Its name tells no known form, or there is no such file.
+        """
+        self.path = path
+        name = path.lower()
+        for ending in _COMPRESSED:
+            name = name.removesuffix(ending)
+        self._form = name.rsplit(".", 1)[-1]
+        if self._form not in ("jsonl", "ndjson", "csv", "parquet"):
+            raise ValueError(f"prompts={path!r} must end in .jsonl, .csv or .parquet")
+        with _explained(path):
+            filesystem, place = cast("tuple[Any, str]", fsspec.core.url_to_fs(path))
+            if not filesystem.isfile(place):
+                raise ValueError(f"prompts={path!r} must be a file: there is none")
+
+    def __iter__(self) -> Iterator[Row]:
+        """The rows; an error stands for a row that cannot be read while those after it can.
+
+        Yields:
+            Cells by column; `None` is an empty cell.
+
+        Raises:
+            ValueError: The file cannot be read on, because it is cut off or of another form.
+        """
+        with _explained(self.path):
+            if self._form == "parquet":
+                yield from self._parquet()
+                return
+            opened: Any = fsspec.open(self.path, "rb", compression="infer")
+            with opened as file:
+                yield from self._csv(file) if self._form == "csv" else self._json_lines(file)
+
+    def _json_lines(self, file: Any) -> Iterator[Row]:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            row = _json_row(line, number)
+            if isinstance(row, ValueError) and not line.endswith(b"\n"):
+                raise ValueError(f"ends in the middle of line {number}: is the file whole?")
+            yield row
+
+    def _csv(self, file: Any) -> Iterator[Row]:
+        text = _WatchedLines(file)
+        reader = csv.DictReader(text, strict=True)
+        self._check_columns(reader.fieldnames or ())
+        for cells in reader:
+            row = _csv_row(cast("dict[Any, Any]", cells), reader.line_num)
+            if isinstance(row, ValueError) and not text.last.endswith("\n"):
+                raise ValueError(
+                    f"ends in the middle of line {reader.line_num}: is the file whole?"
+                )
+            yield row
+
+    def _parquet(self) -> Iterator[Row]:
+        import pyarrow.parquet as parquet
+
+        opened: Any = fsspec.open(self.path, "rb")
+        with opened as file:
+            table: Any = parquet.ParquetFile(file)
+            self._check_columns(table.schema_arrow.names)
+            for batch in table.iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
+
+    def _check_columns(self, names: Sequence[str]) -> None:
+        if "prompt" not in names:
+            raise ValueError(f"has no column prompt: its columns are {', '.join(names)[:200]}")
+
+
+def _json_row(line: bytes, number: int) -> Row:
+    try:
+        row: object = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except (ValueError, RecursionError) as error:
+        return ValueError(f"line {number} is not JSON: {error}")
+    if not isinstance(row, dict):
+        return ValueError(f"line {number} must be a JSON object")
+    return cast("dict[str, Any]", row)
+
+
+def _csv_row(cells: dict[Any, Any], line: int) -> Row:
+    if None in cells:
+        return ValueError(f"line {line} has more cells than there are columns")
+    if None in cells.values():
+        return ValueError(f"line {line} has fewer cells than there are columns")
+    return cells
+
+
+class _WatchedLines:
+    """Lines of a text, of which the last one that was read is known."""
+
+    def __init__(self, file: Any) -> None:
+        self.lines = io.TextIOWrapper(file, "utf-8-sig", newline="")
+        self.last = "\n"
+
+    def __iter__(self) -> Iterator[str]:
+        for line in self.lines:
+            self.last = line
+            yield line
+
+
+@contextmanager
+def _explained(path: str) -> Generator[None]:
+    """What the libraries raise for files that they cannot read, as one line that names the file."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise ValueError(f"prompts={path!r} must be a file: there is none") from None
+    except (OSError, EOFError, ValueError, ImportError, csv.Error, zlib.error, LZMAError) as error:
+        told = " ".join(str(error).split())[:300]
+        if told.startswith("prompts="):
+            raise
+        raise ValueError(f"prompts={path!r} {_reason(error)}{told}") from error
+
+
+def _reason(error: Exception) -> str:
+    return "" if type(error) is ValueError else "cannot be read: "

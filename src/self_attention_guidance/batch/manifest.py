@@ -1,0 +1,178 @@
+"""What became of every picture: a Parquet file with a row for each.
+
+A run adds parts, each a whole file, and joins them when it ends. At every moment the file and the
+parts together hold each picture that was finished; while they are being joined, some twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
+from numpy.typing import NDArray
+
+from .storage import Storage
+
+MANIFEST = "manifest.parquet"
+PARTS = "manifest.parts"
+
+SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("image", pa.int32()),
+        ("id", pa.string()),
+        ("prompt", pa.string()),
+        ("negative_prompt", pa.string()),
+        ("seed", pa.int64()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("steps", pa.int32()),
+        ("guidance_scale", pa.float64()),
+        ("sag_scale", pa.float64()),
+        ("guidance", pa.string()),
+        ("scheduler", pa.string()),
+        ("model", pa.string()),
+        ("batch_size", pa.int32()),
+        ("file", pa.string()),
+        ("member", pa.string()),
+        ("sha256", pa.string()),
+        ("flagged", pa.bool_()),
+        ("seconds", pa.float32()),
+        ("finished", pa.timestamp("ms", tz="UTC")),
+        ("error", pa.string()),
+        ("digest", pa.uint64()),
+    ]
+)
+
+_ROWS_IN_MEMORY = 10_000
+
+
+class Finished:
+    """Which pictures the manifest holds: 17 bytes for each."""
+
+    def __init__(
+        self, keys: NDArray[np.uint64], digests: NDArray[np.uint64], bad: NDArray[np.bool_]
+    ) -> None:
+        """From columns of equal length; of equal keys the last holds.
+
+        Args:
+            keys: As `key_of` makes them.
+            digests: Of the tasks.
+            bad: Whether there is an error in the place of a picture.
+        """
+        self.keys, first = np.unique(keys[::-1], return_index=True)
+        self.digests = digests[::-1][first]
+        self.bad = bad[::-1][first]
+
+    def find(self, row: int, image: int) -> tuple[int, bool] | None:
+        """The digest of a picture's task and whether there is an error; `None` if it is missing.
+
+        Args:
+            row: Number of the row in the list.
+            image: Number of the picture in the row.
+        """
+        key = key_of(row, image)
+        place = int(np.searchsorted(self.keys, key))
+        if place == len(self.keys) or self.keys[place] != key:
+            return None
+        return int(self.digests[place]), bool(self.bad[place])
+
+
+def key_of(row: int, image: int) -> np.uint64:
+    """Row and image as one number, in the order of the list.
+
+    Args:
+        row: Number of the row in the list, below 2**44.
+        image: Number of the picture in the row, below 2**20.
+    """
+    return np.uint64(row << 20 | image)
+
+
+class Manifest:
+    """The manifest of a folder, for one run at a time."""
+
+    def __init__(self, storage: Storage) -> None:
+        """Reads nothing yet.
+
+        Args:
+            storage: The folder.
+        """
+        self.storage = storage
+        self._parts = 0
+
+    def finished(self) -> Finished:
+        """Which pictures it holds."""
+        columns = [
+            (
+                _keys(batch),
+                batch.column("digest").to_numpy(),
+                batch.column("error").is_valid().to_numpy(zero_copy_only=False),
+            )
+            for batch in self._batches(["row", "image", "digest", "error"])
+        ]
+        keys, digests, bad = zip(*columns, strict=True) if columns else ((), (), ())
+        return Finished(
+            np.concatenate([np.empty(0, np.uint64), *keys]),
+            np.concatenate([np.empty(0, np.uint64), *digests]),
+            np.concatenate([np.empty(0, np.bool_), *bad]),
+        )
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """Adds rows as a part.
+
+        Args:
+            rows: Values by the names of `SCHEMA`; what is left out is empty.
+        """
+        if not rows:
+            return
+        names = self.storage.names(PARTS) if not self._parts else []
+        if names:
+            self._parts = int(names[-1].rsplit("/", 1)[-1].split(".")[0])
+        self._parts += 1
+        table = pa.Table.from_pylist(rows, SCHEMA)
+        with self.storage.writing(f"{PARTS}/{self._parts:08d}.parquet") as file:
+            parquet.write_table(table, file)
+
+    def join(self) -> None:
+        """Joins file and parts to one file that holds each picture once, its newest row."""
+        if not self.storage.names(PARTS):
+            return
+        keys = np.concatenate([_keys(batch) for batch in self._batches(["row", "image"])])
+        newest = np.zeros(len(keys), np.bool_)
+        newest[len(keys) - 1 - np.unique(keys[::-1], return_index=True)[1]] = True
+        first = 0
+        with self.storage.writing(MANIFEST) as file, parquet.ParquetWriter(file, SCHEMA) as writer:
+            for batch in self._batches():
+                end = first + batch.num_rows
+                writer.write_batch(batch.filter(pa.array(newest[first:end])))
+                first = end
+        self.storage.remove(PARTS)
+        self._parts = 0
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """All rows, in the order in which they are held; values by the names of `SCHEMA`."""
+        for batch in self._batches():
+            yield from batch.to_pylist()
+
+    def _batches(self, columns: list[str] | None = None) -> Iterator[Any]:
+        """What is held, the oldest first."""
+        joined = [MANIFEST] if self.storage.exists(MANIFEST) else []
+        for name in joined + self.storage.names(PARTS):
+            with self.storage.open(name) as file:
+                yield from self._of_file(file, name, columns)
+
+    def _of_file(self, file: Any, name: str, columns: list[str] | None) -> Iterator[Any]:
+        try:
+            table: Any = parquet.ParquetFile(file)
+            yield from table.iter_batches(batch_size=_ROWS_IN_MEMORY, columns=columns)
+        except (pa.ArrowInvalid, OSError, KeyError) as error:
+            place = f"{self.storage.url}/{name}"
+            raise ValueError(f"out: {place!r} is damaged: {error}") from error
+
+
+def _keys(batch: Any) -> NDArray[np.uint64]:
+    row, image = (batch.column(name).to_numpy().astype(np.uint64) for name in ("row", "image"))
+    return row << np.uint64(20) | image

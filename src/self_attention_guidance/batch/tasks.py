@@ -1,0 +1,237 @@
+"""Rows of a list to pictures that are to be drawn."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import astuple, dataclass, replace
+from typing import Any
+
+from ..checks import check_count, check_finite, check_text, seeds_of
+from ..generate.settings import GenerationSettings
+
+COLUMNS = (
+    "prompt",
+    "id",
+    "negative_prompt",
+    "seed",
+    "width",
+    "height",
+    "steps",
+    "guidance_scale",
+    "sag_scale",
+    "num_images",
+)
+_MOST_IMAGES = 100_000
+
+
+@dataclass(frozen=True)
+class Task:
+    """One picture that is to be drawn. Nothing else decides how it looks, beside the model.
+
+    Attributes:
+        row: Number of its row in the list, from 0.
+        image: Number of the picture in its row, from 0.
+        id: What the row is called; its number if it has no name.
+        prompt: Its prompt, may be empty.
+        seed: Its seed.
+        settings: All others.
+    """
+
+    row: int
+    image: int
+    id: str
+    prompt: str
+    seed: int
+    settings: GenerationSettings
+
+    @property
+    def name(self) -> str:
+        """What its file is called, without ending; in the order of the list."""
+        return f"{self.row:09d}-{self.image:03d}"
+
+    @property
+    def digest(self) -> int:
+        """64 bits that tell what it looks like from other tasks; not its place, not its id."""
+        return _digest((self.prompt, self.seed, *astuple(self.settings)))
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that no picture can be drawn of.
+
+    Attributes:
+        row: Its number in the list, from 0.
+        id: What it is called.
+        prompt: What it holds in the place of a prompt, as text.
+        error: Why, in a line.
+    """
+
+    row: int
+    id: str
+    prompt: str
+    error: str
+
+    @property
+    def digest(self) -> int:
+        """64 bits that tell it from other bad rows."""
+        return _digest((self.prompt, self.error))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """What holds where a row says nothing, and what no row may pass.
+
+    Attributes:
+        settings: Of the pictures.
+        seed: Picture k of a row has this seed plus k, at least 0.
+        num_images: Pictures of a row, at least 1.
+        max_size: Most pixels of a side.
+        max_steps: Most sampling steps.
+
+    Raises:
+        ValueError: A setting is out of its range.
+    """
+
+    settings: GenerationSettings
+    seed: int = 0
+    num_images: int = 1
+    max_size: int = 2048
+    max_steps: int = 1000
+
+    def __post_init__(self) -> None:
+        """Checks every setting."""
+        seeds_of(self.seed, self.num_images)
+        check_count("max_size", self.max_size, least=8)
+        check_count("max_steps", self.max_steps)
+        _check_limits(self.settings, self)
+
+
+def tasks_of(row: int, values: Mapping[str, Any] | ValueError, defaults: Defaults) -> list[Task]:
+    """The pictures of a row.
+
+    Args:
+        row: Its number in the list.
+        values: Cells by column, texts or numbers; `None` and, but for prompts, "" are empty cells.
+            An error is raised.
+        defaults: What holds for empty cells.
+
+    Raises:
+        ValueError: A cell is of the wrong kind or out of its range, or there is no prompt.
+    """
+    if isinstance(values, ValueError):
+        raise values
+    given = {name: values.get(name) for name in COLUMNS}
+    if given["prompt"] is None:
+        raise ValueError("prompt is missing")
+    told = {name: value for name, value in given.items() if value is not None and value != ""}
+    prompt = _text("prompt", given["prompt"])
+    settings = _settings(told, defaults)
+    seed = _whole("seed", told.get("seed", defaults.seed))
+    count = _whole("num_images", told.get("num_images", defaults.num_images))
+    if count > _MOST_IMAGES:
+        raise ValueError(f"num_images={count} must be at most {_MOST_IMAGES}")
+    name = _name(row, told.get("id"))
+    seeds = enumerate(seeds_of(seed, count))
+    return [Task(row, image, name, prompt, number, settings) for image, number in seeds]
+
+
+def bad_row(row: int, values: Mapping[str, Any] | ValueError, error: ValueError) -> BadRow:
+    """A row that `tasks_of` refused.
+
+    Args:
+        row: Its number in the list.
+        values: As `tasks_of` takes them.
+        error: What that raised.
+    """
+    cells: Mapping[str, Any] = {} if isinstance(values, ValueError) else values
+    line = " ".join(str(error).split())
+    prompt = cells.get("prompt")
+    return BadRow(
+        row,
+        _clean(_name(row, cells.get("id"))),
+        _clean(str(prompt))[:1000] if prompt is not None else "",
+        _clean(line)[:1000],
+    )
+
+
+def unconditional_tasks(count: int, defaults: Defaults) -> Iterator[Task]:
+    """Pictures without a prompt; picture i has the default seed plus i.
+
+    Args:
+        count: How many, at least 1.
+        defaults: Of all of them.
+    """
+    for number, seed in enumerate(seeds_of(defaults.seed, count)):
+        yield Task(number, 0, str(number), "", seed, defaults.settings)
+
+
+def _settings(told: Mapping[str, Any], defaults: Defaults) -> GenerationSettings:
+    changes: dict[str, Any] = {}
+    if "negative_prompt" in told:
+        changes["negative_prompt"] = _text("negative_prompt", told["negative_prompt"])
+    for column, name in {
+        "width": "width",
+        "height": "height",
+        "steps": "num_inference_steps",
+    }.items():
+        if column in told:
+            changes[name] = _whole(column, told[column])
+    for column in ("guidance_scale", "sag_scale"):
+        if column in told:
+            changes[column] = _number(column, told[column])
+    settings = replace(defaults.settings, **changes)
+    _check_limits(settings, defaults)
+    return settings
+
+
+def _check_limits(settings: GenerationSettings, defaults: Defaults) -> None:
+    for name in ("width", "height"):
+        pixels = getattr(settings, name)
+        if pixels is not None and pixels > defaults.max_size:
+            raise ValueError(f"{name}={pixels} must be at most {defaults.max_size} (--max-size)")
+    if settings.num_inference_steps > defaults.max_steps:
+        steps = settings.num_inference_steps
+        raise ValueError(f"steps={steps} must be at most {defaults.max_steps} (--max-steps)")
+
+
+def _text(name: str, value: object) -> str:
+    text = check_text(name, value)
+    if _clean(text) != text:
+        raise ValueError(f"{name} holds half of a surrogate pair, which is no character")
+    return text
+
+
+def _clean(text: str) -> str:
+    """Text that UTF-8 can hold."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _whole(name: str, value: object) -> int:
+    """A whole number; tables hold them as texts, or, beside empty cells, as floats."""
+    if isinstance(value, str):
+        try:
+            value = int(value)
+        except ValueError:
+            raise ValueError(f"{name}={value[:40]!r} must be a whole number") from None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return check_count(name, value, least=0)
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            raise ValueError(f"{name}={value[:40]!r} must be a finite number") from None
+    return float(check_finite(name, value))
+
+
+def _name(row: int, value: object) -> str:
+    return str(row) if value is None or value == "" else str(value)[:1000]
+
+
+def _digest(values: tuple[Any, ...]) -> int:
+    found = hashlib.blake2b(repr(values).encode("utf-8", "replace"), digest_size=8)
+    return int.from_bytes(found.digest(), "big")

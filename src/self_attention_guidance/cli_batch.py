@@ -1,0 +1,200 @@
+"""The command `batch`."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .cli_options import PromptOptions, with_options
+from .cli_output import hide_loading_bars, print_line
+
+if TYPE_CHECKING:
+    from .batch import BatchJob, Defaults, Model, Summary
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchOptions(PromptOptions):
+    """The options of `batch`; `None` was not given."""
+
+    seed: Annotated[
+        int, typer.Option(help="Of each row's first picture; with --num-samples, of sample 0.")
+    ] = 0
+    batch_size: Annotated[
+        int, typer.Option(help="Pictures drawn at once; they depend on it in the last bits.")
+    ] = 1
+    sag_scale: Annotated[
+        float | None, typer.Option(help="SAG: 0 is off. [default: the model's, else 0.75]")
+    ] = None
+    num_images: Annotated[int, typer.Option(help="Pictures of each row.")] = 1
+    num_samples: Annotated[
+        int | None, typer.Option(help="Draw so many without prompts, in the place of a list.")
+    ] = None
+    shard_size: Annotated[
+        int | None,
+        typer.Option(help="Write WebDataset tar files of so many pictures, not single files."),
+    ] = None
+    workers: Annotated[int, typer.Option(help="Pictures in the making at once; uses Ray.")] = 1
+    address: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT|auto", help="A Ray cluster. [default: this machine]"),
+    ] = None
+    threads: Annotated[
+        int, typer.Option(help="CPU threads of a worker; pictures depend on it in the last bits.")
+    ] = 1
+    gpus: Annotated[
+        float | None, typer.Option(help="GPUs of a worker. [default: as many as there are, to 1]")
+    ] = None
+    max_size: Annotated[int, typer.Option(help="Most pixels of a side.")] = 2048
+    max_steps: Annotated[int, typer.Option(help="Most sampling steps.")] = 1000
+
+    def generation_arguments(self) -> dict[str, Any]:
+        """Arguments of `GenerationSettings`; `None` was not given."""
+        return super().generation_arguments() | {"sag_scale": self.sag_scale}
+
+
+@with_options(BatchOptions)
+def batch_command(
+    prompts: Annotated[
+        str | None, typer.Argument(metavar="PROMPTS", help="A .jsonl, .csv or .parquet file.")
+    ] = None,
+    out: Annotated[str, typer.Option(metavar="FOLDER|URL", help="Where the pictures go.")] = "out",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete what an earlier run left there.")
+    ] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try again what failed in an earlier run.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    *,
+    options: BatchOptions,
+) -> None:
+    """Draw a list of prompts of any length; killed at any moment, the same command goes on.
+
+    Columns: prompt, and optionally id, negative_prompt, seed, width, height, steps,
+    guidance_scale, sag_scale, num_images. What became of each picture is in
+    FOLDER/manifest.parquet. The exit status is 0 if all are there and 3 if some failed.
+    It needs pyarrow and Ray: pip install 'self-attention-guidance[batch]'.
+
+    \b
+    Examples:
+      sag batch prompts.jsonl --out pictures --workers 2
+      sag batch --num-samples 50000 --model emoji-adm --out samples --shard-size 1000
+      sag batch s3://bucket/prompts.parquet --out s3://bucket/pictures --address auto --workers 16
+    """
+    if importlib.util.find_spec("pyarrow") is None:
+        raise ValueError("batch needs pyarrow: pip install 'self-attention-guidance[batch]'")
+    if (prompts is None) == (options.num_samples is None):
+        raise ValueError("give either PROMPTS or --num-samples")
+
+    from .workers import Crew
+
+    crew = Crew(
+        workers=options.workers,
+        address=options.address,
+        threads=options.threads,
+        gpus=options.gpus,
+    )
+    hide_loading_bars()
+    job = _job(prompts, out, overwrite, retry_failed, options)
+    with _progress() as (report, latest):
+        try:
+            summary = job.run(crew, report)
+        except KeyboardInterrupt:
+            typer.echo(f"{_told(latest())}; the same command goes on", err=True)
+            raise
+    print_line(json.dumps(asdict(summary)) if as_json else _told(summary))
+    if summary.failed:
+        raise typer.Exit(3)
+
+
+def _job(
+    prompts: str | None, out: str, overwrite: bool, retry_failed: bool, options: BatchOptions
+) -> BatchJob:
+    from .batch import BatchJob, PromptList, unused_columns
+    from .checks import check_count
+
+    if prompts is None:
+        source = check_count("num_samples", options.num_samples)
+    else:
+        source = PromptList(prompts)
+        unused = unused_columns(source)
+        if unused:
+            typer.echo(f"note: columns that are not used: {', '.join(unused)}"[:200], err=True)
+    model, defaults = _model_and_defaults(options)
+    return BatchJob(
+        source,
+        out,
+        model,
+        defaults,
+        batch_size=options.batch_size,
+        shard_size=options.shard_size,
+        overwrite=overwrite,
+        retry_failed=retry_failed,
+    )
+
+
+def _model_and_defaults(options: BatchOptions) -> tuple[Model, Defaults]:
+    from .batch import Defaults, Model
+
+    model = Model(
+        name=options.model,
+        device=options.device,
+        dtype=options.dtype,
+        scheduler=options.scheduler,
+    )
+    given = options.guidance_arguments()
+    if options.fast or given:
+        recommended = model.recommended
+        guidance = recommended.make_fast_guidance() if options.fast else recommended.make_guidance()
+        model = replace(model, guidance=replace(guidance, **given))
+    defaults = Defaults(
+        settings=model.settings(**options.generation_arguments()),
+        seed=options.seed,
+        num_images=options.num_images,
+        max_size=options.max_size,
+        max_steps=options.max_steps,
+    )
+    return model, defaults
+
+
+@contextmanager
+def _progress() -> Generator[tuple[Callable[[Summary], object], Callable[[], Summary]]]:
+    """A bar on stderr, if that is a terminal; yields what to tell it, and what it was told last."""
+    from tqdm import tqdm
+
+    from .batch import Summary
+
+    latest = Summary(total=0, done=0, failed=0)
+    form = (
+        "{percentage:3.0f}%|{bar}| {n} of {total} pictures{postfix}, {rate_noinv_fmt},"
+        " {elapsed}<{remaining}"
+    )
+    with tqdm(total=0, unit=" pictures", bar_format=form, smoothing=0.05, disable=None) as bar:
+
+        def report(summary: Summary) -> None:
+            nonlocal latest
+            if bar.total != summary.total:
+                bar.total = summary.total
+                bar.initial = bar.n = summary.done + summary.failed
+            bar.update(summary.done + summary.failed - bar.n)
+            bar.set_postfix_str(f"{summary.failed} failed" if summary.failed else "")
+            latest = summary
+
+        yield report, lambda: latest
+
+
+def _told(summary: Summary) -> str:
+    earlier = summary.done - summary.drawn
+    parts = [f"{summary.done} of {summary.total} pictures are done"]
+    if earlier:
+        parts.append(f"{earlier} of them by earlier runs")
+    if summary.failed:
+        parts.append(f"{summary.failed} failed (see the column error of manifest.parquet)")
+    rate = f", {summary.drawn / summary.seconds:.3g} a second" if summary.drawn else ""
+    return ", ".join(parts) + f"; {summary.seconds:.1f} s{rate}"

@@ -1,0 +1,82 @@
+"""A batch of seeds to samples of a pixel-space model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from ..finite import refuse_not_finite
+from ..pipelines.adm import ADMPipeline
+from .drawing import Progress, seeded_generators
+from .sample_settings import SampleSettings
+
+
+def draw_samples(
+    pipeline: ADMPipeline,
+    settings: SampleSettings,
+    seeds: Sequence[int],
+    labels: Sequence[int] | None = None,
+    on_progress: Progress | None = None,
+) -> NDArray[np.uint8]:
+    """Draws samples in one batch.
+
+    Args:
+        pipeline: Its `guidance` and `scheduler` are part of the settings.
+        settings: Of the samples.
+        seeds: One for each sample.
+        labels: Their classes; `None` draws without.
+        on_progress: As in `SampleRun.finish`.
+
+    Returns:
+        (samples, height, width, channels).
+
+    Raises:
+        FloatingPointError: A prediction is NaN or infinite.
+    """
+
+    def report(pipe: Any, step: int, timestep: object, tensors: dict[str, Any]) -> Any:
+        refuse_not_finite({"the sample": tensors["latents"]}, step, timestep)
+        if on_progress is not None:
+            on_progress(len(seeds) / len(pipe.scheduler.timesteps))
+        return tensors
+
+    output: Any = pipeline(
+        batch_size=len(seeds),
+        class_labels=labels,
+        num_inference_steps=settings.num_inference_steps,
+        sag_scale=settings.sag_scale,
+        classifier_scale=settings.classifier_scale,
+        eta=settings.eta,
+        generator=seeded_generators(pipeline.scheduler, seeds),
+        output_type="latent",
+        callback_on_step_end=report,
+    )
+    return to_uint8(output.images)
+
+
+def to_uint8(samples: Tensor) -> NDArray[np.uint8]:
+    """Samples to bytes as the original's scripts do.
+
+    Args:
+        samples: In [-1, 1], (samples, channels, height, width).
+
+    Returns:
+        (samples, height, width, channels).
+    """
+    pixels = ((samples.float() + 1) * 127.5).clamp(0, 255).to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def to_image(pixels: NDArray[np.uint8]) -> Image.Image:
+    """A picture; of what is not RGB, the first channel.
+
+    Args:
+        pixels: (height, width, channels).
+    """
+    return Image.fromarray(pixels if pixels.shape[-1] == 3 else pixels[..., 0])

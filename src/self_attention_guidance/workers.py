@@ -1,0 +1,277 @@
+"""Units of work to workers: in this process, or to actors on Ray that may die.
+
+Example:
+    ```python
+    from self_attention_guidance.workers import Crew, distribute
+
+    for unit, result in distribute(range(100), make_worker, Crew(workers=4)):
+        ...
+    ```
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, cast
+
+from .checks import check_count
+
+Unit = TypeVar("Unit")
+Result = TypeVar("Result")
+Worker = Callable[[Unit], Result]
+
+# How often a unit may lose its worker before it is blamed for that.
+_TRIES = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crew:
+    """Who works.
+
+    Attributes:
+        workers: How many work at once, at least 1. One without an address is this process.
+        address: Of a running Ray cluster, for example "auto" or "ray://host:10001"; `None` starts
+            Ray on this machine for as long as it is needed.
+        threads: CPU threads of each, at least 1. What a network computes can depend on it in the
+            last bits.
+        gpus: GPUs of each, also a part of one; `None` shares what there is, at most one for each.
+
+    Raises:
+        ValueError: A setting is out of its range, or Ray is needed and not installed.
+    """
+
+    workers: int = 1
+    address: str | None = None
+    threads: int = 1
+    gpus: float | None = None
+
+    def __post_init__(self) -> None:
+        """Checks every setting."""
+        check_count("workers", self.workers)
+        check_count("threads", self.threads)
+        if self.gpus is not None and not 0 <= self.gpus < float("inf"):
+            raise ValueError(f"gpus={self.gpus} must be at least 0")
+        if not self.is_here and importlib.util.find_spec("ray") is None:
+            raise ValueError(
+                "more than one worker needs Ray: pip install 'self-attention-guidance[batch]'"
+            )
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the work is done in this process, without Ray."""
+        return self.workers == 1 and self.address is None
+
+
+@dataclass(frozen=True)
+class Lost:
+    """In the place of a result: each worker that had the unit died.
+
+    Attributes:
+        reason: In a line.
+    """
+
+    reason: str
+
+
+def distribute(
+    units: Iterable[Unit],
+    make_worker: Callable[[], Worker[Unit, Result]],
+    crew: Crew | None = None,
+    split: Callable[[Unit], Sequence[Unit]] | None = None,
+) -> Generator[tuple[Unit, Result | Lost]]:
+    """Has units worked on, and yields each with its result as it is finished.
+
+    A worker that dies, with its node or alone, is replaced, and its unit is worked on again: a
+    worker must do no harm by doing a unit twice. Units are asked for when there is someone to take
+    them. Closing the iterator ends the workers.
+
+    Args:
+        units: What to do; with more than one worker, units and results must be picklable.
+        make_worker: Called once in each worker's process, which it can take long in.
+        crew: Who works; `None` is this process.
+        split: Parts of a unit whose worker died three times, to find the one to blame; `()` for one
+            that has no parts, which is then lost.
+
+    Raises:
+        Exception: What `make_worker` or a worker raised.
+    """
+    crew = crew or Crew()
+    if crew.is_here:
+        return _here(units, make_worker, crew)
+    return _OnRay(units, make_worker, crew, split or (lambda unit: ())).run()
+
+
+def _here(
+    units: Iterable[Unit], make_worker: Callable[[], Worker[Unit, Result]], crew: Crew
+) -> Generator[tuple[Unit, Result | Lost]]:
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(crew.threads)
+    try:
+        worker = None
+        for unit in units:
+            # Loading a model takes its time, and there may be nothing to do.
+            worker = worker or make_worker()
+            yield unit, worker(unit)
+    finally:
+        torch.set_num_threads(threads)
+
+
+class _Station:
+    """An actor. Its process may end at any time; then Ray makes another without its worker."""
+
+    def __init__(self, make_worker: Callable[[], Worker[Any, Any]], threads: int) -> None:
+        self.make_worker = make_worker
+        self.threads = threads
+        self.worker: Worker[Any, Any] | None = None
+
+    def prepare(self) -> None:
+        """Makes the worker: not when the actor is made, because Ray tells such errors badly."""
+        import torch
+
+        torch.set_num_threads(self.threads)
+        self.worker = self.make_worker()
+
+    def work(self, unit: Any) -> Any:
+        """Works on a unit."""
+        if self.worker is None:
+            self.prepare()
+        assert self.worker is not None
+        return self.worker(unit)
+
+
+@dataclass
+class _Piece(Generic[Unit]):
+    """A unit, and how many workers died that had it."""
+
+    unit: Unit
+    deaths: int = 0
+
+
+class _OnRay(Generic[Unit, Result]):
+    """One call of `distribute` on Ray. Each actor has one call at a time, so blame is exact."""
+
+    def __init__(
+        self,
+        units: Iterable[Unit],
+        make_worker: Callable[[], Worker[Unit, Result]],
+        crew: Crew,
+        split: Callable[[Unit], Sequence[Unit]],
+    ) -> None:
+        self.units = iter(units)
+        self.make_worker = make_worker
+        self.crew = crew
+        self.split = split
+        self.waiting: deque[_Piece[Unit]] = deque()
+        self.idle: list[Any] = []
+        # Calls that run: an actor with its piece, or with `None` while it prepares itself.
+        self.running: dict[Any, tuple[Any, _Piece[Unit] | None]] = {}
+        self.failed_preparations = 0
+
+    def run(self) -> Generator[tuple[Unit, Result | Lost]]:
+        """As `distribute`."""
+        import ray
+
+        with _running_ray(self.crew):
+            actors = self._actors()
+            try:
+                for actor in actors:
+                    self._prepare(actor)
+                while self._assign() or any(piece for _, piece in self.running.values()):
+                    (done,), _ = ray.wait(list(self.running), num_returns=1)
+                    yield from self._finished(done)
+            finally:
+                for actor in actors:
+                    ray.kill(actor)
+
+    def _actors(self) -> list[Any]:
+        import ray
+
+        gpus = self.crew.gpus
+        if gpus is None:
+            there = float(ray.cluster_resources().get("GPU", 0))
+            gpus = min(1.0, there / self.crew.workers)
+        kind: Any = ray.remote(
+            num_cpus=self.crew.threads, num_gpus=gpus, max_restarts=-1, max_task_retries=0
+        )(_Station)
+        workers = range(self.crew.workers)
+        return [kind.remote(self.make_worker, self.crew.threads) for _ in workers]
+
+    def _prepare(self, actor: Any) -> None:
+        self.running[actor.prepare.remote()] = (actor, None)
+
+    def _assign(self) -> bool:
+        """Gives pieces to idle actors; returns whether any is left to be given."""
+        while True:
+            if not self.waiting:
+                self.waiting.extend(_Piece(unit) for unit in itertools.islice(self.units, 1))
+            if not self.waiting or not self.idle:
+                return bool(self.waiting)
+            actor, piece = self.idle.pop(), self.waiting.popleft()
+            self.running[actor.work.remote(piece.unit)] = (actor, piece)
+
+    def _finished(self, done: Any) -> Iterator[tuple[Unit, Result | Lost]]:
+        import ray
+        from ray.exceptions import RayError, RayTaskError
+
+        actor, piece = self.running.pop(done)
+        try:
+            result = cast("Result", ray.get(done))
+        except RayTaskError as error:
+            raise error.cause from None
+        except RayError as error:  # the actor, or its node, is no more
+            self._prepare(actor)
+            yield from self._died(piece, error)
+            return
+        self.failed_preparations = 0
+        self.idle.append(actor)
+        if piece is not None:
+            yield piece.unit, result
+
+    def _died(self, piece: _Piece[Unit] | None, error: Exception) -> Iterator[tuple[Unit, Lost]]:
+        if piece is None:
+            self.failed_preparations += 1
+            if self.failed_preparations > _TRIES * self.crew.workers:
+                raise RuntimeError("workers die before they can begin: is there memory enough?")
+            return
+        piece.deaths += 1
+        if piece.deaths < _TRIES:
+            self.waiting.appendleft(piece)
+            return
+        parts = self.split(piece.unit)
+        self.waiting.extend(map(_Piece, parts))
+        if not parts:
+            reason = f"its worker died {_TRIES} times ({type(error).__name__})"
+            yield piece.unit, Lost(reason)
+
+
+@contextmanager
+def _running_ray(crew: Crew) -> Generator[None]:
+    """Ray for as long as it is needed, unless it runs already."""
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    options: dict[str, Any] = {"address": crew.address or "local"}
+    if crew.address is None:
+        cpus = max(os.cpu_count() or 1, crew.workers * crew.threads)
+        options |= {"num_cpus": cpus, "include_dashboard": False}
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        told = " ".join(str(error).split())[:200]
+        raise ValueError(f"address={crew.address!r} cannot be used: {told}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
