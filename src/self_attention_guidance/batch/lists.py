@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import zlib
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from lzma import LZMAError
 from typing import Any, cast
@@ -61,9 +60,13 @@ class PromptList:
             if self._form == "parquet":
                 yield from self._parquet()
                 return
-            opened: Any = fsspec.open(self.path, "rb", compression="infer")
+            is_csv = self._form == "csv"
+            text = {"encoding": "utf-8-sig", "newline": ""} if is_csv else {}
+            opened: Any = fsspec.open(
+                self.path, "rt" if is_csv else "rb", compression="infer", **text
+            )
             with opened as file:
-                yield from self._csv(file) if self._form == "csv" else self._json_lines(file)
+                yield from self._csv(file) if is_csv else self._json_lines(file)
 
     def _json_lines(self, file: Any) -> Iterator[Row]:
         for number, line in enumerate(file, 1):
@@ -122,8 +125,8 @@ def _csv_row(cells: dict[Any, Any], line: int) -> Row:
 class _WatchedLines:
     """Lines of a text, of which the last one that was read is known."""
 
-    def __init__(self, file: Any) -> None:
-        self.lines = io.TextIOWrapper(file, "utf-8-sig", newline="")
+    def __init__(self, lines: Iterable[str]) -> None:
+        self.lines = lines
         self.last = "\n"
 
     def __iter__(self) -> Iterator[str]:

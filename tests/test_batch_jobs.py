@@ -1,0 +1,250 @@
+"""Batch jobs with an artist that costs nothing: what is kept, what is lost, what is refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from PIL import Image
+
+from self_attention_guidance.batch import BatchJob, Manifest, PromptList, Storage, Summary
+from stand_in import DEFAULTS, StandIn, picture
+
+
+def listed(path: Path, rows: Sequence[dict[str, Any] | str]) -> PromptList:
+    lines = (json.dumps({"prompt": row} if isinstance(row, str) else row) for row in rows)
+    path.write_text("".join(line + "\n" for line in lines))
+    return PromptList(str(path))
+
+
+def job(
+    source: PromptList | int, out: Path | str, artist: StandIn | None = None, **given: Any
+) -> BatchJob:
+    return BatchJob(source, str(out), artist or StandIn(), DEFAULTS, **given)
+
+
+def rows_of(out: Path | str) -> list[dict[str, Any]]:
+    rows = Manifest(Storage(str(out))).rows()
+    return sorted(rows, key=lambda row: (row["row"], row["image"]))
+
+
+def counts(summary: Summary) -> tuple[int, int, int, int]:
+    return summary.total, summary.done, summary.failed, summary.drawn
+
+
+def test_each_row_becomes_pictures_and_a_line_in_the_manifest(tmp_path: Path) -> None:
+    source = listed(
+        tmp_path / "a.jsonl", ["cat", {"prompt": "", "num_images": 2, "seed": 5, "id": "x"}]
+    )
+    assert counts(job(source, tmp_path / "out").run()) == (3, 3, 0, 3)
+    rows = rows_of(tmp_path / "out")
+    assert [(r["row"], r["image"], r["id"], r["seed"]) for r in rows] == [
+        (0, 0, "0", 0),
+        (1, 0, "x", 5),
+        (1, 1, "x", 6),
+    ]
+    for r in rows:
+        with Image.open(tmp_path / "out" / r["file"]) as image:
+            assert image.tobytes() == picture(r["seed"]).tobytes()
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"images", "manifest.parquet", "job.json", ".lock"}
+
+
+def test_a_bad_row_costs_only_itself(tmp_path: Path) -> None:
+    rows: list[dict[str, Any] | str] = ["a", "fail", {"prompt": "b", "seed": -1}, "huge", "c"]
+    for batch_size in (1, 2, 5):
+        out = tmp_path / str(batch_size)
+        source = listed(tmp_path / "a.jsonl", rows)
+        assert counts(job(source, out, batch_size=batch_size).run()) == (5, 2, 3, 2)
+        told = [r["error"] for r in rows_of(out)]
+        assert told[0] is None
+        assert told[1] == "the sample is not finite"
+        assert "seed=-1" in told[2]
+        assert told[3] == "out of memory"
+        assert told[4] is None
+
+
+def test_what_is_there_is_not_drawn_again(tmp_path: Path) -> None:
+    artist = StandIn()
+    first = listed(tmp_path / "a.jsonl", ["a", "b", "fail"])
+    job(first, tmp_path / "out", artist).run()
+    longer = listed(tmp_path / "a.jsonl", ["a", "b", "fail", "c"])
+    assert counts(job(longer, tmp_path / "out", artist).run()) == (4, 3, 1, 1)
+    assert len(artist.sizes) == 4
+    assert counts(job(longer, tmp_path / "out", artist).run()) == (4, 3, 1, 0)
+    assert len(artist.sizes) == 4
+
+
+def test_what_failed_is_tried_again_if_wished_or_mended(tmp_path: Path) -> None:
+    artist = StandIn(most=0)
+    source = listed(tmp_path / "a.jsonl", ["a", "fail"])
+    assert counts(job(source, tmp_path / "out", artist).run()) == (2, 0, 2, 0)
+    artist.most = 1
+    assert counts(job(source, tmp_path / "out", artist).run()) == (2, 0, 2, 0)
+    again = job(source, tmp_path / "out", artist, retry_failed=True)
+    assert counts(again.run()) == (2, 1, 1, 1)
+    mended = listed(tmp_path / "a.jsonl", ["a", "mended"])
+    assert counts(job(mended, tmp_path / "out", artist).run()) == (2, 2, 0, 1)
+    assert [r["error"] for r in rows_of(tmp_path / "out")] == [None, None]
+
+
+def test_pictures_of_other_rows_or_models_are_not_mixed(tmp_path: Path) -> None:
+    job(listed(tmp_path / "a.jsonl", ["a", "b"]), tmp_path / "out").run()
+    before = rows_of(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"row 1 \(from 0\) is not what"):
+        job(listed(tmp_path / "b.jsonl", ["a", "other"]), tmp_path / "out").run()
+    longer = listed(tmp_path / "a.jsonl", ["a", "b", "c"])
+    for other in (
+        job(longer, tmp_path / "out", StandIn(name="other")),
+        job(longer, tmp_path / "out", batch_size=2),
+        job(longer, tmp_path / "out", shard_size=2),
+    ):
+        with pytest.raises(ValueError, match="go on with the same"):
+            other.run()
+    assert rows_of(tmp_path / "out") == before
+    anew = job(longer, tmp_path / "out", StandIn(name="other"), overwrite=True)
+    assert counts(anew.run()) == (3, 3, 0, 3)
+    assert {r["model"] for r in rows_of(tmp_path / "out")} == {"other"}
+
+
+def test_batches_always_have_their_size(tmp_path: Path) -> None:
+    artist = StandIn()
+    rows = [{"prompt": "a", "seed": n, "steps": 5 + n % 2} for n in range(5)]
+    assert (
+        job(listed(tmp_path / "a.jsonl", rows), tmp_path / "out", artist, batch_size=3).run().done
+        == 5
+    )
+    assert set(artist.sizes) == {3}
+    for r in rows_of(tmp_path / "out"):
+        with Image.open(tmp_path / "out" / r["file"]) as image:
+            assert image.tobytes() == picture(r["seed"]).tobytes()
+
+
+def test_without_room_the_batch_is_halved(tmp_path: Path) -> None:
+    artist = StandIn(most=2)
+    assert counts(job(10, tmp_path / "out", artist, batch_size=8).run()) == (10, 10, 0, 10)
+    assert artist.sizes == [8, 4, 2, 2, 2, 2, 2]
+    assert {r["batch_size"] for r in rows_of(tmp_path / "out")} == {2}
+
+
+def test_shards_are_tar_files_as_webdataset_reads_them(tmp_path: Path) -> None:
+    source = listed(tmp_path / "a.jsonl", ["a", "b", "fail", "c", "d"])
+    job(source, tmp_path / "out", shard_size=2).run()
+    job(source, tmp_path / "again", shard_size=2).run()
+    shards = sorted(path.name for path in (tmp_path / "out" / "images").iterdir())
+    assert shards == ["000000.tar", "000001.tar", "000002.tar"]
+    rows = [r for r in rows_of(tmp_path / "out") if r["error"] is None]
+    for r in rows:
+        with tarfile.open(tmp_path / "out" / r["file"]) as archive:
+            members = archive.getnames()
+            place = members.index(r["member"])
+            assert members[place + 1] == r["member"].replace(".png", ".json")
+            content = archive.extractfile(r["member"])
+            assert content is not None
+            with Image.open(io.BytesIO(content.read())) as image:
+                assert image.tobytes() == picture(r["seed"]).tobytes()
+    for name in shards:
+        one, two = ((tmp_path / out / "images" / name).read_bytes() for out in ("out", "again"))
+        assert one == two
+    # A picture that failed gets a shard of its own, and none is replaced.
+    mended = listed(tmp_path / "a.jsonl", ["a", "b", "mended", "c", "d", "e"])
+    assert counts(job(mended, tmp_path / "out", shard_size=2).run()) == (6, 6, 0, 2)
+    members = []
+    for path in (tmp_path / "out" / "images").iterdir():
+        with tarfile.open(path) as archive:
+            members += [name for name in archive.getnames() if name.endswith(".png")]
+    assert sorted(members) == [f"{n:09d}-000.png" for n in range(6)]
+
+
+@pytest.mark.parametrize("shard_size", [None, 3])
+def test_object_stores_hold_the_same(tmp_path: Path, shard_size: int | None) -> None:
+    fsspec.filesystem("memory").store.clear()
+    for out in (tmp_path / "out", "memory://out"):
+        assert counts(job(7, out, shard_size=shard_size).run()) == (7, 7, 0, 7)
+        assert counts(job(7, out, shard_size=shard_size).run()) == (7, 7, 0, 0)
+    here, there = rows_of(tmp_path / "out"), rows_of("memory://out")
+    told = ("row", "file", "member", "sha256")
+    assert [[r[n] for n in told] for r in here] == [[r[n] for n in told] for r in there]
+
+
+def test_a_killed_job_goes_on_where_it_was(tmp_path: Path) -> None:
+    source = listed(
+        tmp_path / "a.jsonl", [*map(str, range(5)), f"die once {tmp_path / 'mark'}", "c"]
+    )
+    code = (
+        "import sys; from pathlib import Path; from test_batch_jobs import *;"
+        "print(job(PromptList(sys.argv[1]), sys.argv[2]).run().drawn)"
+    )
+    command = [sys.executable, "-c", code, source.path, str(tmp_path / "out")]
+    killed = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True)
+    assert killed.returncode == -9
+    assert (tmp_path / "out" / "images").exists()
+    done = job(source, tmp_path / "out").run()
+    assert (done.done, done.failed) == (7, 0)
+    assert len(rows_of(tmp_path / "out")) == 7
+
+
+_FULL = """
+import resource, signal, sys
+from test_batch_jobs import *
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+out = sys.argv[1]
+job(2, out).run()
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+try:
+    job(5, out).run()
+except OSError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_ends_the_job_with_a_line_and_no_half_file(tmp_path: Path) -> None:
+    """The system refuses to write more than 100 bytes to a file, as it does on a full disk."""
+    out = tmp_path / "out"
+    ended = subprocess.run(
+        [sys.executable, "-c", _FULL, str(out)],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    assert ended.stdout.startswith(f"out={str(out)!r}: "), ended.stderr
+    assert "2 of 5 pictures are done, and the same command goes on" in ended.stdout
+    assert len(list((out / "images").rglob("*.png"))) == 2
+    assert not (out / ".unfinished").exists()
+    assert counts(job(5, out).run()) == (5, 5, 0, 3)
+
+
+def test_a_broken_device_ends_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would fail for every row that follows."""
+
+    def draw(self: StandIn, tasks: object) -> Any:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(StandIn, "draw", draw)
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        job(2, tmp_path / "out").run()
+    assert rows_of(tmp_path / "out") == []
+
+
+def test_progress_tells_everything_that_is_there(tmp_path: Path) -> None:
+    seen: list[tuple[int, int, int, int]] = []
+    job(2, tmp_path / "out").run()
+    job(4, tmp_path / "out").run(on_progress=lambda summary: seen.append(counts(summary)))
+    assert seen == [(4, 2, 0, 0), (4, 3, 0, 1), (4, 4, 0, 2)]
+
+
+def test_an_empty_list_and_a_file_in_the_place_of_a_folder_are_refused(tmp_path: Path) -> None:
+    empty = tmp_path / "a.jsonl"
+    empty.write_text("")
+    with pytest.raises(ValueError, match="at least one row"):
+        job(PromptList(str(empty)), tmp_path / "out").run()
+    with pytest.raises(ValueError, match="cannot be made"):
+        job(1, empty)

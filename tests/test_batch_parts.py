@@ -1,0 +1,242 @@
+"""Lists, tasks, storage and manifest of batch jobs."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+
+from self_attention_guidance.batch import Manifest, PromptList, Storage
+from self_attention_guidance.batch.tasks import bad_row, tasks_of, unconditional_tasks
+from stand_in import DEFAULTS
+
+ROWS = [
+    {"prompt": "red heart", "seed": 3, "width": 64, "guidance_scale": 2.5},
+    {"prompt": "", "seed": 4, "width": None, "guidance_scale": None},
+    {
+        "prompt": 'a "quoted", line\nof 中文 and 🙂',
+        "seed": None,
+        "width": 64,
+        "guidance_scale": 1.0,
+    },
+]
+
+
+def written(path: Path, rows: list[dict[str, Any]] = ROWS) -> PromptList:
+    """A list in the form that its name tells."""
+    if path.suffix == ".parquet":
+        parquet.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".csv":
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+    return PromptList(str(path))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.jsonl.gz", "a.csv", "a.parquet"])
+def test_all_forms_of_lists_hold_the_same(tmp_path: Path, name: str) -> None:
+    found = written(tmp_path / name)
+    wanted = [tasks_of(number, row, DEFAULTS) for number, row in enumerate(ROWS)]
+    for _ in range(2):  # it can be read again
+        assert [tasks_of(number, row, DEFAULTS) for number, row in enumerate(found)] == wanted
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.parquet"])
+def test_a_list_that_is_cut_off_is_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    written(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) - 8])
+    with pytest.raises(ValueError, match=r"prompts='.*a\.\w+.*' ") as error:
+        list(PromptList(str(path)))
+    assert "\n" not in str(error.value)
+
+
+def test_an_unreadable_row_costs_only_itself(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    unreadable = [b"oops", b"[1]", b"", b"\xff", b"[" * 100_000]  # the empty line is no row
+    path.write_bytes(b"\n".join([b'{"prompt": "1"}', *unreadable, b'{"prompt": "2"}\n']))
+    first, *bad, last = PromptList(str(path))
+    assert (first, last) == ({"prompt": "1"}, {"prompt": "2"})
+    assert len(bad) == 4
+    assert all(isinstance(row, ValueError) for row in bad)
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,seed\n1,1\n2\n3,3,3\n4,4\n")
+    kinds = [isinstance(row, ValueError) for row in PromptList(str(path))]
+    assert kinds == [False, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.txt", "", "must end in .jsonl, .csv or .parquet"),
+        ("a.csv", "text\nred heart\n", "has no column prompt"),
+        ("a.csv", 'prompt\n"red', "cannot be read"),
+        ("a.parquet", "no parquet", "cannot be read"),
+        ("a.jsonl.gz", "no gzip", "cannot be read"),
+    ],
+)
+def test_what_is_no_list_is_refused(tmp_path: Path, name: str, content: str, told: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=told):
+        list(PromptList(str(tmp_path / name)))
+    with pytest.raises(ValueError, match=r"there is none|must end in"):
+        PromptList(str(tmp_path / "missing" / name))
+
+
+def test_lists_can_be_in_an_object_store() -> None:
+    with fsspec.open("memory://lists/a.jsonl", "wt") as file:
+        file.write('{"prompt": "1"}\n')
+    assert list(PromptList("memory://lists/a.jsonl")) == [{"prompt": "1"}]
+
+
+def test_cells_decide_and_defaults_fill_up() -> None:
+    row = {
+        "prompt": "cat",
+        "seed": "7",
+        "num_images": 2.0,
+        "steps": "9",
+        "sag_scale": "-1.5",
+        "id": 5,
+    }
+    first, second = tasks_of(3, row, DEFAULTS)
+    assert (first.seed, second.seed, second.image, first.row) == (7, 8, 1, 3)
+    assert (first.settings.num_inference_steps, first.settings.sag_scale) == (9, -1.5)
+    assert first.id == "5"
+    (plain,) = tasks_of(4, {"prompt": "", "negative_prompt": "", "steps": None}, DEFAULTS)
+    assert (plain.settings, plain.seed, plain.id) == (DEFAULTS.settings, 0, "4")
+    assert [task.seed for task in unconditional_tasks(3, DEFAULTS)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("cells", "told"),
+    [
+        ({"prompt": None}, "prompt is missing"),
+        ({"prompt": 3}, "prompt"),
+        ({"prompt": "\ud800"}, "surrogate"),
+        ({"prompt": "a", "seed": -1}, "seed"),
+        ({"prompt": "a", "seed": 2**63}, "seed"),
+        ({"prompt": "a", "seed": 1.5}, "seed"),
+        ({"prompt": "a", "seed": True}, "seed"),
+        ({"prompt": "a", "seed": "9" * 5000}, "seed"),
+        ({"prompt": "a", "width": 12}, "width"),
+        ({"prompt": "a", "width": 4096}, "max-size"),
+        ({"prompt": "a", "steps": 10**9}, "max-steps"),
+        ({"prompt": "a", "steps": 0}, "num_inference_steps"),
+        ({"prompt": "a", "guidance_scale": float("nan")}, "guidance_scale"),
+        ({"prompt": "a", "guidance_scale": 10**400}, "guidance_scale"),
+        ({"prompt": "a", "sag_scale": "much"}, "sag_scale"),
+        ({"prompt": "a", "num_images": 10**9}, "num_images"),
+        ({"prompt": "a", "negative_prompt": ["b"]}, "negative_prompt"),
+    ],
+)
+def test_cells_out_of_range_are_refused_in_a_line(cells: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told) as error:
+        tasks_of(0, cells, DEFAULTS)
+    bad = bad_row(0, cells, error.value)
+    assert told in bad.error
+    assert "\n" not in bad.error
+    (bad.error + bad.prompt + bad.id).encode()
+
+
+def test_digests_tell_tasks_apart_but_not_their_places() -> None:
+    (one,) = tasks_of(0, {"prompt": "cat", "seed": 1}, DEFAULTS)
+    (same,) = tasks_of(9, {"prompt": "cat", "seed": 1, "id": "x"}, DEFAULTS)
+    assert one.digest == same.digest
+    others = [{"seed": 2}, {"prompt": "Cat"}, {"steps": 6}, {"sag_scale": 0}, {"width": 64}]
+    digests = {
+        tasks_of(0, {"prompt": "cat", "seed": 1} | other, DEFAULTS)[0].digest for other in others
+    }
+    assert len(digests | {one.digest}) == len(others) + 1
+
+
+@pytest.fixture(params=["local", "memory"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    if request.param == "local":
+        return Storage(str(tmp_path / "out"))
+    fsspec.filesystem("memory").store.clear()
+    return Storage("memory://out")
+
+
+def test_a_file_appears_whole_or_not_at_all(storage: Storage) -> None:
+    storage.write("a/b.txt", b"old")
+    with pytest.raises(KeyError), storage.writing("a/b.txt") as file:
+        file.write(b"half of the new")
+        raise KeyError
+    with pytest.raises(KeyError), storage.writing("a/c.txt"):
+        raise KeyError
+    assert storage.names("a") == ["a/b.txt"]
+    assert storage.read("a/b.txt") == b"old"
+    with storage.writing("a/b.txt") as file:
+        file.write(b"new")
+    assert storage.read("a/b.txt") == b"new"
+    storage.remove("a", "not there")
+    assert storage.names("a") == []
+    assert storage.read("a/b.txt") is None
+
+
+def test_a_folder_is_for_one_run_at_a_time(storage: Storage) -> None:
+    other = Storage(storage.url)
+    with storage.locked(), pytest.raises(ValueError, match="in use by another run"):
+        other.locked().__enter__()
+    with other.locked():
+        pass
+
+
+def test_a_run_that_is_dead_holds_no_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an object store; here the system frees the lock."""
+    fsspec.filesystem("memory").store.clear()
+    storage = Storage("memory://out")
+    storage.write(".lock", b'{"time": 0}')
+    with storage.locked():
+        pass
+
+
+def row(number: int, error: str | None = None) -> dict[str, Any]:
+    return {"row": number, "image": 0, "digest": number + 100, "error": error}
+
+
+def test_the_manifest_holds_each_picture_once_and_its_newest_row(storage: Storage) -> None:
+    manifest = Manifest(storage)
+    manifest.add([row(0), row(1, "failed")])
+    manifest.add([row(2)])
+    manifest.join()
+    manifest.add([row(1), row(3)])
+    copy = {name: storage.read(name) for name in storage.names("manifest.parts")}
+    for _ in range(2):
+        manifest.join()
+        rows = sorted(manifest.rows(), key=lambda r: r["row"])
+        assert [(r["row"], r["error"]) for r in rows] == [
+            (0, None),
+            (1, None),
+            (2, None),
+            (3, None),
+        ]
+        assert storage.names("manifest.parts") == []
+        # As if it had been killed before the parts were deleted.
+        for name, content in copy.items():
+            storage.write(name, content or b"")
+    found = manifest.finished()
+    assert found.find(1, 0) == (101, False)
+    assert found.find(9, 0) is None
+    assert len(found.keys) == 4
+
+
+def test_a_new_run_adds_parts_and_replaces_none(storage: Storage) -> None:
+    Manifest(storage).add([row(0)])
+    Manifest(storage).add([row(1)])
+    assert len(Manifest(storage).finished().keys) == 2
+    storage.write("manifest.parquet", b"PAR1 damaged PAR1")
+    with pytest.raises(ValueError, match="damaged"):
+        Manifest(storage).finished()
