@@ -15,6 +15,8 @@ import importlib.util
 import itertools
 import logging
 import os
+import pickle
+import socket
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,8 +29,10 @@ Unit = TypeVar("Unit")
 Result = TypeVar("Result")
 Worker = Callable[[Unit], Result]
 
-# How often a unit may lose its worker before it is blamed for that.
-_TRIES = 3
+AfterDeath = Callable[[Unit, int], Sequence[Unit]]
+
+# How many workers may die that have a unit before it is blamed for that.
+TRIES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +88,7 @@ def distribute(
     units: Iterable[Unit],
     make_worker: Callable[[], Worker[Unit, Result]],
     crew: Crew | None = None,
-    split: Callable[[Unit], Sequence[Unit]] | None = None,
+    after_death: AfterDeath[Unit] | None = None,
 ) -> Generator[tuple[Unit, Result | Lost]]:
     """Has units worked on, and yields each with its result as it is finished.
 
@@ -96,8 +100,9 @@ def distribute(
         units: What to do; with more than one worker, units and results must be picklable.
         make_worker: Called once in each worker's process, which it can take long in.
         crew: Who works; `None` is this process.
-        split: Parts of a unit whose worker died three times, to find the one to blame; `()` for one
-            that has no parts, which is then lost.
+        after_death: Called with a unit whose worker died, and how many workers it has lost:
+            what to do instead, the unit itself to try it again, its parts to find the one to
+            blame, or nothing; then it is lost. `None` tries each three times.
 
     Raises:
         Exception: What `make_worker` or a worker raised.
@@ -105,7 +110,11 @@ def distribute(
     crew = crew or Crew()
     if crew.is_here:
         return _here(units, make_worker, crew)
-    return _OnRay(units, make_worker, crew, split or (lambda unit: ())).run()
+    return _OnRay(units, make_worker, crew, after_death or _again).run()
+
+
+def _again(unit: Unit, deaths: int) -> Sequence[Unit]:
+    return [unit] if deaths < TRIES else []
 
 
 def _here(
@@ -128,7 +137,7 @@ def _here(
 class _Station:
     """An actor. Its process may end at any time; then Ray makes another without its worker."""
 
-    def __init__(self, make_worker: Callable[[], Worker[Any, Any]], threads: int) -> None:
+    def __init__(self, make_worker: bytes, threads: int) -> None:
         self.make_worker = make_worker
         self.threads = threads
         self.worker: Worker[Any, Any] | None = None
@@ -138,7 +147,14 @@ class _Station:
         import torch
 
         torch.set_num_threads(self.threads)
-        self.worker = self.make_worker()
+        try:
+            make_worker: Callable[[], Worker[Any, Any]] = pickle.loads(self.make_worker)
+        except ImportError as error:
+            raise ValueError(
+                f"a worker cannot import what it needs ({error}): install the same packages on"
+                " every node"
+            ) from error
+        self.worker = make_worker()
 
     def work(self, unit: Any) -> Any:
         """Works on a unit."""
@@ -164,12 +180,12 @@ class _OnRay(Generic[Unit, Result]):
         units: Iterable[Unit],
         make_worker: Callable[[], Worker[Unit, Result]],
         crew: Crew,
-        split: Callable[[Unit], Sequence[Unit]],
+        after_death: AfterDeath[Unit],
     ) -> None:
         self.units = iter(units)
         self.make_worker = make_worker
         self.crew = crew
-        self.split = split
+        self.after_death = after_death
         self.waiting: deque[_Piece[Unit]] = deque()
         self.idle: list[Any] = []
         # Calls that run: an actor with its piece, or with `None` while it prepares itself.
@@ -194,6 +210,7 @@ class _OnRay(Generic[Unit, Result]):
 
     def _actors(self) -> list[Any]:
         import ray
+        from ray import cloudpickle
 
         gpus = self.crew.gpus
         if gpus is None:
@@ -202,8 +219,8 @@ class _OnRay(Generic[Unit, Result]):
         kind: Any = ray.remote(
             num_cpus=self.crew.threads, num_gpus=gpus, max_restarts=-1, max_task_retries=0
         )(_Station)
-        workers = range(self.crew.workers)
-        return [kind.remote(self.make_worker, self.crew.threads) for _ in workers]
+        make_worker = cloudpickle.dumps(self.make_worker)
+        return [kind.remote(make_worker, self.crew.threads) for _ in range(self.crew.workers)]
 
     def _prepare(self, actor: Any) -> None:
         self.running[actor.prepare.remote()] = (actor, None)
@@ -239,17 +256,18 @@ class _OnRay(Generic[Unit, Result]):
     def _died(self, piece: _Piece[Unit] | None, error: Exception) -> Iterator[tuple[Unit, Lost]]:
         if piece is None:
             self.failed_preparations += 1
-            if self.failed_preparations > _TRIES * self.crew.workers:
-                raise RuntimeError("workers die before they can begin: is there memory enough?")
+            if self.failed_preparations > TRIES * self.crew.workers:
+                told = " ".join(str(error).split())[:200]
+                raise RuntimeError(
+                    f"workers die before they can begin: is there memory enough? ({told})"
+                )
             return
         piece.deaths += 1
-        if piece.deaths < _TRIES:
-            self.waiting.appendleft(piece)
-            return
-        parts = self.split(piece.unit)
-        self.waiting.extend(map(_Piece, parts))
-        if not parts:
-            reason = f"its worker died {_TRIES} times ({type(error).__name__})"
+        instead = self.after_death(piece.unit, piece.deaths)
+        for unit in reversed(instead):
+            self.waiting.appendleft(piece if unit is piece.unit else _Piece(unit))
+        if not instead:
+            reason = f"its worker died {piece.deaths} times ({type(error).__name__})"
             yield piece.unit, Lost(reason)
 
 
@@ -261,6 +279,7 @@ def _running_ray(crew: Crew) -> Generator[None]:
     if ray.is_initialized():
         yield
         return
+    _check_reachable(crew.address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     options: dict[str, Any] = {"address": crew.address or "local"}
     if crew.address is None:
@@ -275,3 +294,14 @@ def _running_ray(crew: Crew) -> Generator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str | None) -> None:
+    """Ray itself tries for minutes."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not (host and port.isdecimal()):
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"address={address!r} cannot be reached: {error}") from error

@@ -24,7 +24,7 @@ from .drawing import (
     row_of_task,
 )
 from .manifest import MANIFEST, PARTS, Manifest
-from .plan import Plan, Source, split
+from .plan import Plan, Source, after_death
 from .storage import Storage
 from .tasks import Defaults
 
@@ -159,7 +159,7 @@ class _Run:
         make_worker = functools.partial(
             UnitWorker, job.make_artist, job.storage, job.batch_size, self.identity
         )
-        results = distribute(units, make_worker, self.crew, split)
+        results = distribute(units, make_worker, self.crew, after_death)
         try:
             for unit, result in results:
                 self._add(self._rows(unit, result))

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+from ..workers import TRIES
 from .drawing import Unit
 from .lists import PromptList
 from .manifest import Finished
@@ -132,16 +133,20 @@ class Plan:
         )
 
 
-def split(unit: Unit) -> list[Unit]:
-    """A unit for each task, so that one that ends its worker costs only itself.
+def after_death(unit: Unit, deaths: int) -> list[Unit]:
+    """What is done with a unit whose worker died: each task alone, to find the one to blame.
 
     Args:
         unit: The unit.
+        deaths: How many workers died that had it.
     """
-    if len(unit.tasks) == 1:
-        return []
-    number = (unit.shard or "").split("-")[0]
-    return [Unit((task,), unit.shard and f"{number}-{_digest([task])}") for task in unit.tasks]
+    # Tasks of their own would make many small shards of one, so that it is tried again first.
+    is_last_try = deaths >= TRIES
+    if len(unit.tasks) > 1 and (unit.shard is None or is_last_try):
+        number = (unit.shard or "").split("-")[0]
+        names = (unit.shard and f"{number}-{_digest([task])}" for task in unit.tasks)
+        return [Unit((task,), name) for task, name in zip(unit.tasks, names, strict=True)]
+    return [] if is_last_try else [unit]
 
 
 def _shard_name(number: int, tasks: tuple[Task, ...], is_whole: bool) -> str:

@@ -1,0 +1,150 @@
+"""Batch jobs on Ray, with workers and nodes that die."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from self_attention_guidance.batch import BatchJob, Defaults, Model
+from self_attention_guidance.workers import Crew, distribute
+from stand_in import StandIn
+from test_batch_jobs import counts, job, listed, rows_of
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Generator[Cluster]:
+    """A head that computes nothing and two nodes of one core."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        yield from _running_cluster()
+
+
+def _running_cluster() -> Generator[Cluster]:
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    cluster.add_node(num_cpus=1)
+    cluster.add_node(num_cpus=1)
+    ray.init(address=cluster.address, log_to_driver=False)
+    try:
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def test_two_workers_draw_what_one_draws(cluster: Cluster, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": p, "steps": 3, "seed": n} for n, p in enumerate(["red heart", "", "cat"] * 3)
+    ]
+    source = listed(tmp_path / "a.jsonl", rows)
+    model = Model(name="emoji")
+    defaults = Defaults(settings=model.settings())
+    for name, crew in {"one": Crew(), "two": Crew(workers=2)}.items():
+        BatchJob(source, str(tmp_path / name), model, defaults).run(crew)
+    one, two = rows_of(tmp_path / "one"), rows_of(tmp_path / "two")
+    assert len(one) == 9
+    assert len({row["sha256"] for row in one}) == 9
+    assert [row["sha256"] for row in one] == [row["sha256"] for row in two]
+
+
+def test_the_rows_of_a_dead_worker_are_drawn_again(cluster: Cluster, tmp_path: Path) -> None:
+    deadly = [f"die once {tmp_path / f'mark{n}'}" for n in range(3)]
+    source = listed(tmp_path / "a.jsonl", [*map(str, range(20)), *deadly, *map(str, range(20))])
+    summary = job(source, tmp_path / "out").run(Crew(workers=2))
+    assert counts(summary) == (43, 43, 0, 43)
+    assert [row["row"] for row in rows_of(tmp_path / "out")] == list(range(43))
+
+
+def test_a_row_that_always_kills_costs_only_itself(cluster: Cluster, tmp_path: Path) -> None:
+    source = listed(tmp_path / "a.jsonl", ["a", "b", "kill", "c"])
+    assert counts(job(source, tmp_path / "out").run(Crew(workers=1, address="auto"))) == (
+        4,
+        3,
+        1,
+        3,
+    )
+    told = [row["error"] for row in rows_of(tmp_path / "out")]
+    assert told[2].startswith("its worker died 3 times")
+    assert [told[0], told[1], told[3]] == [None, None, None]
+
+
+def test_a_node_may_go_while_it_works(cluster: Cluster, tmp_path: Path) -> None:
+    node = cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    seen = threading.Event()
+
+    def remove_the_node() -> None:
+        seen.wait(60)
+        cluster.remove_node(node, allow_graceful=False)
+
+    remover = threading.Thread(target=remove_the_node)
+    remover.start()
+    drawn = job(60, tmp_path / "out", StandIn(seconds=0.05)).run(
+        Crew(workers=3), lambda summary: seen.set() if summary.drawn >= 8 else None
+    )
+    remover.join()
+    assert counts(drawn) == (60, 60, 0, 60)
+    assert [row["row"] for row in rows_of(tmp_path / "out")] == list(range(60))
+
+
+def test_errors_of_the_model_and_of_the_disk_come_back_as_they_are(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    broken = tmp_path / "model"
+    broken.mkdir()
+    (broken / "model_index.json").write_text('{"_class_name": "ADMPipeline"}')
+    model = Model(name=str(broken))
+    with pytest.raises(ValueError, match=r"model=.* cannot be loaded"):
+        BatchJob(1, str(tmp_path / "out"), model, Defaults(settings=model.settings())).run(
+            Crew(workers=2)
+        )
+
+    def make_worker() -> Any:
+        def work(unit: int) -> int:
+            raise OSError(28, "No space left on device")
+
+        return work
+
+    with pytest.raises(OSError, match="No space left"):
+        list(distribute(range(4), make_worker, Crew(workers=2)))
+
+
+def test_units_are_asked_for_when_someone_can_take_them(cluster: Cluster) -> None:
+    asked = 0
+
+    def units() -> Generator[int]:
+        nonlocal asked
+        while True:
+            asked += 1
+            yield asked
+
+    def make_worker() -> Any:
+        return lambda unit: unit * 2
+
+    results = distribute(units(), make_worker, Crew(workers=2))
+    for _ in range(10):
+        unit, result = next(results)
+        assert result == unit * 2
+        assert asked < 20
+    results.close()
+    time.sleep(0.1)
+
+
+def test_a_cluster_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "self_attention_guidance.cli", "batch", "--num-samples", "1"]
+    told = subprocess.run(
+        [*command, "--address", "127.0.0.1:1", "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+    )
+    assert told.returncode == 2
+    assert told.stderr.startswith("error: address=")
