@@ -82,9 +82,22 @@ class _Guidance:
             ValueError: The denoiser, its layer or the scheduler is not supported, or the
                 denoiser is guided already.
         """
-        found = _target(target, scheduler, batch_layout)
-        check_scheduler(found.scheduler)
-        return GuidanceHandle(self, found)
+        return self._attached(_target(target, scheduler, batch_layout))
+
+    def attach_to_call(self, pipeline: Any) -> GuidanceHandle:
+        """As `attach`, for a call of a pipeline that runs: other threads are refused.
+
+        Args:
+            pipeline: A diffusers pipeline.
+
+        Raises:
+            ValueError: As in `attach`.
+        """
+        return self._attached(_target(pipeline, None, None), is_for_this_thread=True)
+
+    def _attached(self, target: Target, is_for_this_thread: bool = False) -> GuidanceHandle:
+        check_scheduler(target.scheduler)
+        return GuidanceHandle(self, target, is_for_this_thread)
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ attention of its pass, run the second pass and add the guidance term to its own 
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+import threading
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .canvas import canvas, picture_tokens
 from .capture import AttentionCapture, Scores, received, self_attention, token_grid
@@ -20,7 +20,9 @@ from .families import BatchLayout, uncompiled
 from .finite import refuse_not_finite
 from .held_term import HeldTerm
 from .maths import degrade
+from .one_thread import OneThread
 from .outputs import added, precise, with_first
+from .outside_graph import run_uncompiled
 from .prediction import prediction_at, step_index
 from .refusals import refuse_cache, refuse_compiled_in_place
 from .separate_calls import SeparateCalls
@@ -30,25 +32,15 @@ if TYPE_CHECKING:
     from .guidance import _Guidance
 
 
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def _run_uncompiled(function: Function) -> Function:
-    """`torch.compiler.disable`, with the type of what it decorates, and a reason if torch can."""
-    reason = (
-        "guidance runs around the denoiser, not in its graph; with fullgraph=True, compile the "
-        "denoiser itself, before guidance is attached, and not what calls it"
-    )
-    has_reason = "reason" in inspect.signature(torch.compiler.disable).parameters
-    keywords: dict[str, Any] = {"reason": reason} if has_reason else {}
-    return cast("Function", torch.compiler.disable(function, **keywords))
+# Else two threads could both find a denoiser unguided.
+_attaching = threading.Lock()
 
 
 class GuidanceHandle:
     """A guided denoiser: holds what the last guided step saw, and undoes the guidance.
 
     Made by the `attach` of `SelfAttentionGuidance` or `BlurGuidance`. Copies of the denoiser
-    follow this handle. A denoiser may be used by one thread at a time.
+    follow this handle. A denoiser serves one thread at a time, and refuses others.
 
     Attributes:
         guidance: The settings.
@@ -66,12 +58,10 @@ class GuidanceHandle:
             output, of their shape, times scale; at least float32. `None` before it.
     """
 
-    def __init__(self, guidance: _Guidance, target: Target) -> None:
+    def __init__(
+        self, guidance: _Guidance, target: Target, is_for_this_thread: bool = False
+    ) -> None:
         """Guide `target`; raises ValueError if that is not possible."""
-        for module in {target.denoiser, uncompiled(target.denoiser)}:
-            _refuse_guided(module)
-            refuse_compiled_in_place(module)
-            refuse_cache(module)
         self.guidance = guidance
         self.attached = True
         self.steps = 0
@@ -93,10 +83,18 @@ class GuidanceHandle:
         self._in_second_pass = False
         self._is_for_one_call = False
         self._has_begun = False
-        denoiser = target.denoiser
+        self._thread = OneThread(is_for_this_thread)
         if self._layer is not None:
-            self_attention(uncompiled(denoiser), self._layer)
-        self._hooks = (
+            self_attention(uncompiled(target.denoiser), self._layer)
+        with _attaching:
+            self._hooks = self._hooked(target.denoiser)
+
+    def _hooked(self, denoiser: nn.Module) -> tuple[RemovableHandle, ...]:
+        for module in {denoiser, uncompiled(denoiser)}:
+            _refuse_guided(module)
+            refuse_compiled_in_place(module)
+            refuse_cache(module)
+        return (
             denoiser.register_forward_pre_hook(self._before, with_kwargs=True),
             denoiser.register_forward_hook(self._after, with_kwargs=True, always_call=True),
         )
@@ -129,10 +127,11 @@ class GuidanceHandle:
         """The handle itself: a copied denoiser keeps this handle, its scheduler and pipeline."""
         return self
 
-    @_run_uncompiled
+    @run_uncompiled
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._in_second_pass or not self.attached:
+        if not self.attached or (self._in_second_pass and self._thread.is_inside()):
             return
+        self._thread.enter()
         if self._is_for_one_call and self._has_begun:  # Ctrl-C ended the one call
             self.remove()
             return
@@ -140,6 +139,7 @@ class GuidanceHandle:
         self._stop_reading()
         timestep = self._target.scheduler_timestep(args, kwargs)
         self._step = step_index(self._target.scheduler, timestep)
+        self._thread.at(self._target.scheduler.timesteps, self._step)
         is_guided = self._is_guided(self._step)
         if not is_guided and self._target.scheduler.timesteps is not self._run:
             return
@@ -165,15 +165,16 @@ class GuidanceHandle:
             self._capture = AttentionCapture(self_attention(uncompiled(module), self._layer))
             self._capture.start()
 
-    @_run_uncompiled
+    @run_uncompiled
     def _after(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        if self._in_second_pass:
+        if self._in_second_pass or not self._thread.is_inside():
             return None
         try:
             return self._output(module, output)
         finally:
+            self._thread.leave()
             if self._is_for_one_call:
                 self.remove()
 

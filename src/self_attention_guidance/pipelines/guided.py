@@ -42,5 +42,5 @@ class GuidedPipelineMixin:
         if guidance.scale == 0:
             yield
             return
-        with guidance.attach(self) as self.guidance_handle:
+        with guidance.attach_to_call(self) as self.guidance_handle:
             yield
