@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -15,7 +16,9 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from self_attention_guidance import builtin_model
 from self_attention_guidance.batch import BatchJob, Defaults, Model
+from self_attention_guidance.generate import SampleRun, SampleSettings
 from self_attention_guidance.workers import Crew, distribute
 from stand_in import StandIn
 from test_batch_jobs import counts, job, listed, rows_of
@@ -54,6 +57,14 @@ def test_two_workers_draw_what_one_draws(cluster: Cluster, tmp_path: Path) -> No
     assert len(one) == 9
     assert len({row["sha256"] for row in one}) == 9
     assert [row["sha256"] for row in one] == [row["sha256"] for row in two]
+
+
+def test_samples_of_two_workers_are_those_of_one(cluster: Cluster, tmp_path: Path) -> None:
+    settings = SampleSettings(num_inference_steps=3)
+    for name, crew in {"one": Crew(), "two": Crew(workers=2)}.items():
+        run = SampleRun(builtin_model("emoji-adm"), tmp_path / f"{name}.npz", 7, settings)
+        run.finish(2, crew=crew, load=functools.partial(builtin_model, "emoji-adm"))
+    assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
 
 
 def test_the_rows_of_a_dead_worker_are_drawn_again(cluster: Cluster, tmp_path: Path) -> None:

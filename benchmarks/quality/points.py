@@ -55,7 +55,8 @@ _EMOJI = SelfAttentionGuidance(
     3.0, blur_sigma=3.0, layer="mid_block.attentions.0.transformer_blocks.0.attn1"
 )
 _EMOJI_FAST = SelfAttentionGuidance.fast(4.0, blur_sigma=3.0, layer=_EMOJI.layer)
-_EMOJI_ADM = SelfAttentionGuidance(1.0, blur_sigma=3.0, layer="up_blocks.1.attentions.2")
+_EMOJI_ADM = SelfAttentionGuidance(2.0, blur_sigma=3.0, layer="mid_block.attentions.0")
+_EMOJI_ADM_HELD = dataclasses.replace(_EMOJI_ADM, every=4)
 
 MODELS = {
     "emoji": Model(
@@ -76,16 +77,16 @@ MODELS = {
     "emoji-adm": Model(
         exact=_EMOJI_ADM,
         fast=SelfAttentionGuidance.fast(
-            2.0, blur_sigma=3.0, layer=_EMOJI_ADM.layer, start=0.0, stop=0.45, every=2
+            3.0, blur_sigma=3.0, layer=_EMOJI_ADM.layer, start=0.0, stop=1.0, every=5
         ),
-        held=dataclasses.replace(_EMOJI_ADM, every=4),
-        recommended=_EMOJI_ADM,
-        recommended_steps=STEPS,
+        held=_EMOJI_ADM_HELD,
+        recommended=_EMOJI_ADM_HELD,
+        recommended_steps=MORE_STEPS,
         other_layers={
             "first decoder layer": "up_blocks.0.attentions.0",
-            "mid block": "mid_block.attentions.0",
+            "last decoder layer": "up_blocks.1.attentions.2",
         },
-        scales=(0.5, 2.0, 4.0),
+        scales=(0.5, 1.0, 4.0),
         mark="class",
         cfg=None,
         schedulers=("ddim", "euler", "dpm++ 2m"),
@@ -154,8 +155,8 @@ def _headline(name: str, model: Model) -> Iterator[Point]:
         ("unguided", UNGUIDED, STEPS),
         ("exact", model.exact, STEPS),
         ("fast", model.fast, STEPS),
-        (f"fast, {MORE_STEPS} steps", model.fast, MORE_STEPS),
         (f"held, {MORE_STEPS} steps", model.held, MORE_STEPS),
+        (f"fast, {MORE_STEPS} steps", model.fast, MORE_STEPS),
         ("unguided, twice the steps", UNGUIDED, 2 * STEPS),
     ):
         yield Point(name, "headline", label, guidance, steps)

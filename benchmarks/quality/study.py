@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from tqdm import tqdm
@@ -25,7 +25,9 @@ import results
 from drawing import FIRST_SEED, Drawn, draw, matched
 from points import MODELS, Point, points
 from report import write_report
+from self_attention_guidance.workers import Crew, Lost, distribute
 
+HERE = Path(__file__).parent
 CHUNK = 50
 
 
@@ -81,20 +83,27 @@ def scale_of(point: Point) -> float:
 
 def measure(options: argparse.Namespace, missing: Sequence[Point]) -> Iterator[Point]:
     """Draw and measure points; yields each when its figures are written."""
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(options.workers, torch.set_num_threads, (1,)) as pool:
-        scales = pool.map(scale_of, missing, chunksize=1)
-        jobs = [jobs_of(point, options, s) for point, s in zip(missing, scales, strict=True)]
-        done = pool.imap(run, (job for part in jobs for job in part))
-        total = sum(map(len, jobs))
-        with tqdm(total=total * CHUNK, unit=" samples", smoothing=0.02) as bar:
-            for point, scale, part in zip(missing, scales, jobs, strict=True):
+    # Workers on Ray import this folder's modules.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    crew = Crew(workers=options.workers, threads=1)
+    numbers = range(len(missing))
+    searched = distribute(numbers, lambda: lambda number: scale_of(missing[number]), crew)
+    scales = dict(cast("Iterator[tuple[int, float]]", searched))
+    jobs = {number: jobs_of(missing[number], options, scales[number]) for number in numbers}
+    units = [(number, job) for number in numbers for job in jobs[number]]
+    waiting = {number: len(jobs[number]) for number in numbers}
+    with tqdm(total=len(units) * CHUNK, unit=" samples", smoothing=0.02) as bar:
+        for (number, job), done in distribute(units, lambda: lambda unit: run(unit[1]), crew):
+            if isinstance(done, Lost):
+                raise RuntimeError(f"{job.point.name}: {done.reason}")
+            bar.update(CHUNK)
+            waiting[number] -= 1
+            if waiting[number] == 0:
+                point = missing[number]
+                parts = (torch.load(job.path, weights_only=True) for job in jobs[number])
+                drawn = [Drawn(**part) for part in parts]
+                results.write(point, results.measured(point, scales[number], drawn))
                 bar.set_description(point.name)
-                drawn: list[Drawn] = []
-                for _ in part:
-                    drawn.append(Drawn(**torch.load(next(done), weights_only=True)))
-                    bar.update(CHUNK)
-                results.write(point, results.measured(point, scale, drawn))
                 yield point
 
 
@@ -124,7 +133,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=groups, help="groups; default: all")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--report", action="store_true", help="measure nothing, write the report")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; on Ray")
     parser.add_argument(
         "--work", type=Path, default=Path("out/quality"), help="default: %(default)s"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from .cli_output import counting_progress, hide_loading_bars, print_line
 if TYPE_CHECKING:
     from .generate import FinishedSamples, LoadedPixelModel
     from .guidance import BlurGuidance, SelfAttentionGuidance
-
+    from .pipelines.adm import ADMPipeline
 
 _KINDS = ("adm", "iddpm", "dit", "classifier")
 
@@ -80,6 +81,7 @@ def sample_command(
     num_samples: Annotated[int, typer.Option(help="How many pictures.")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="The .npz file.")] = Path("samples.npz"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
+    workers: Annotated[int, typer.Option(help="Batches drawn at once; uses Ray.")] = 1,
     *,
     options: SampleOptions,
 ) -> None:
@@ -95,7 +97,9 @@ def sample_command(
       sag sample --model ./imagenet256 --num-samples 50000 --batch-size 16 --out in256.npz
     """
     from .generate import SampleRun
+    from .workers import Crew
 
+    crew = Crew(workers=workers)
     _check_before_loading(options, num_samples, out, overwrite)
     loaded = _load(options)
     run = SampleRun(
@@ -108,7 +112,8 @@ def sample_command(
         model_name=loaded.name,
     )
     with counting_progress(num_samples, run.drawn) as advance:
-        finished = run.finish(options.batch_size, advance)
+        load = functools.partial(_load_pipeline, options)
+        finished = run.finish(options.batch_size, advance, crew, load)
     print_line(finished.path)
     print_line(finished.grid)
     print_line(_summary(finished))
@@ -169,6 +174,10 @@ def _load(options: SampleOptions) -> LoadedPixelModel:
             learned_variance=config.out_channels == 2 * config.in_channels,
         )
     return loaded
+
+
+def _load_pipeline(options: SampleOptions) -> ADMPipeline:
+    return _load(options).pipeline
 
 
 def _guidance(

@@ -44,7 +44,7 @@ class Crew:
         address: Of a running Ray cluster, for example "auto" or "ray://host:10001"; `None` starts
             Ray on this machine for as long as it is needed.
         threads: CPU threads of each, at least 1. What a network computes can depend on it in the
-            last bits.
+            last bits. `None` leaves this process as it is, and is 1 on Ray.
         gpus: GPUs of each, also a part of one; `None` shares what there is, at most one for each.
 
     Raises:
@@ -53,13 +53,14 @@ class Crew:
 
     workers: int = 1
     address: str | None = None
-    threads: int = 1
+    threads: int | None = None
     gpus: float | None = None
 
     def __post_init__(self) -> None:
         """Checks every setting."""
         check_count("workers", self.workers)
-        check_count("threads", self.threads)
+        if self.threads is not None:
+            check_count("threads", self.threads)
         if self.gpus is not None and not 0 <= self.gpus < float("inf"):
             raise ValueError(f"gpus={self.gpus} must be at least 0")
         if not self.is_here and importlib.util.find_spec("ray") is None:
@@ -123,7 +124,7 @@ def _here(
     import torch
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(crew.threads)
+    torch.set_num_threads(crew.threads or threads)
     try:
         worker = None
         for unit in units:
@@ -216,11 +217,12 @@ class _OnRay(Generic[Unit, Result]):
         if gpus is None:
             there = float(ray.cluster_resources().get("GPU", 0))
             gpus = min(1.0, there / self.crew.workers)
+        threads = self.crew.threads or 1
         kind: Any = ray.remote(
-            num_cpus=self.crew.threads, num_gpus=gpus, max_restarts=-1, max_task_retries=0
+            num_cpus=threads, num_gpus=gpus, max_restarts=-1, max_task_retries=0
         )(_Station)
         make_worker = cloudpickle.dumps(self.make_worker)
-        return [kind.remote(make_worker, self.crew.threads) for _ in range(self.crew.workers)]
+        return [kind.remote(make_worker, threads) for _ in range(self.crew.workers)]
 
     def _prepare(self, actor: Any) -> None:
         self.running[actor.prepare.remote()] = (actor, None)
@@ -283,7 +285,7 @@ def _running_ray(crew: Crew) -> Generator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     options: dict[str, Any] = {"address": crew.address or "local"}
     if crew.address is None:
-        cpus = max(os.cpu_count() or 1, crew.workers * crew.threads)
+        cpus = max(os.cpu_count() or 1, crew.workers * (crew.threads or 1))
         options |= {"num_cpus": cpus, "include_dashboard": False}
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)

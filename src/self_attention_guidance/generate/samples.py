@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from ..checks import check_count, seeds_of
 from ..pipelines.adm import ADMPipeline
 from ..prediction import check_scheduler
+from ..workers import Crew, Lost, distribute
 from .drawing import Progress
 from .files import check_folder, check_free, save_png
 from .grid import draw_tiles
@@ -55,6 +57,45 @@ class FinishedSamples:
     count: int
     drawn: int
     seconds: float
+
+
+@dataclass(frozen=True)
+class _Batch:
+    first: int
+    end: int
+    seeds: list[int]
+    labels: list[int] | None
+
+
+@dataclass
+class _SampleWorker:
+    """Draws batches; each worker's process has a copy with a pipeline of its own."""
+
+    load: Callable[[], ADMPipeline]
+    settings: SampleSettings
+    batch_size: int
+    on_progress: Progress | None = None
+    pipeline: ADMPipeline | None = None
+
+    def prepared(self) -> _SampleWorker:
+        return replace(self, pipeline=self.load())
+
+    def __call__(self, batch: _Batch) -> NDArray[np.uint8]:
+        """The last batch is filled up: what a network computes depends on the batch's size."""
+        assert self.pipeline is not None
+        count = len(batch.seeds)
+        more = self.batch_size - count
+        seeds = batch.seeds + batch.seeds[-1:] * more
+        labels = None if batch.labels is None else batch.labels + batch.labels[-1:] * more
+        report, share = self.on_progress, count / self.batch_size
+        pictures = draw_samples(
+            self.pipeline,
+            self.settings,
+            seeds,
+            labels,
+            None if report is None else lambda done: report(done * share),
+        )
+        return pictures[:count]
 
 
 class SampleRun:
@@ -119,13 +160,22 @@ class SampleRun:
         if self.drawn < num_samples:
             check_free([self.out], overwrite)
 
-    def finish(self, batch_size: int = 8, on_progress: Progress | None = None) -> FinishedSamples:
+    def finish(
+        self,
+        batch_size: int = 8,
+        on_progress: Progress | None = None,
+        crew: Crew | None = None,
+        load: Callable[[], ADMPipeline] | None = None,
+    ) -> FinishedSamples:
         """Draws what is missing and writes the files. Call it once.
 
         Args:
             batch_size: Samples drawn at once; it does not have to be that of the earlier run.
-            on_progress: Called after each step with the share of one sample's work that was done,
-                summed over the batch: its arguments add up to the samples that were missing.
+            on_progress: Called with the share of one sample's work that was done, summed over the
+                batch, after each step, or with several workers after each batch: its arguments
+                add up to the samples that were missing.
+            crew: Who draws; `None` is this process.
+            load: Makes the pipeline in the process of each of several workers; picklable.
 
         Returns:
             What was written.
@@ -133,16 +183,30 @@ class SampleRun:
         Raises:
             ValueError: An argument is outside its range or does not fit the model.
             FloatingPointError: A prediction is NaN or infinite.
+            RuntimeError: A batch ended three workers.
         """
         check_count("batch_size", batch_size)
+        crew = crew or Crew()
+        if not crew.is_here and load is None:
+            raise ValueError("load must be given for more than one worker")
         started = time.monotonic()
         missing = range(self.drawn, self.num_samples)
         if self.drawn == 0:
             self.parts.remove()  # what a run with other settings left
-        for first in missing[::batch_size]:
-            rows = slice(first, min(first + batch_size, self.num_samples))
-            self.parts.save(first, self._draw(rows, on_progress))
-            self.drawn = rows.stop
+        worker = _SampleWorker(
+            (lambda: self.pipeline) if crew.is_here else load or (lambda: self.pipeline),
+            self.settings,
+            batch_size,
+            on_progress if crew.is_here else None,
+        )
+        batches = (self._batch(first, batch_size) for first in missing[::batch_size])
+        for batch, pictures in distribute(batches, worker.prepared, crew):
+            if isinstance(pictures, Lost):
+                raise RuntimeError(f"samples {batch.first} to {batch.end - 1}: {pictures.reason}")
+            self.parts.save(batch.first, pictures)
+            if on_progress is not None and not crew.is_here:
+                on_progress(len(pictures))
+        self.drawn = self.num_samples
         seconds = time.monotonic() - started
         if not self.is_written:
             self._write_grid()
@@ -157,9 +221,10 @@ class SampleRun:
             seconds=seconds,
         )
 
-    def _draw(self, rows: slice, on_progress: Progress | None) -> NDArray[np.uint8]:
-        labels = None if self.labels is None else self.labels[rows]
-        return draw_samples(self.pipeline, self.settings, self.seeds[rows], labels, on_progress)
+    def _batch(self, first: int, batch_size: int) -> _Batch:
+        end = min(first + batch_size, self.num_samples)
+        labels = None if self.labels is None else self.labels[first:end]
+        return _Batch(first, end, self.seeds[first:end], labels)
 
     def _write_samples(self) -> None:
         size = next(self.parts.read(1)).shape[1:]
