@@ -14,7 +14,7 @@ export HF_HUB_OFFLINE := 1
 # Waiting threads sleep: spinning slows small models tenfold where other programs run, too.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: run test lint support-table clean
+.PHONY: run test nightly lint support-table clean
 
 run: $(VENV)/.run
 	$(BIN)/sag compare $(PROMPTS) --show-attention --out $(PICTURE) --overwrite
@@ -22,6 +22,10 @@ run: $(VENV)/.run
 # A process for each core, with one thread: small networks gain nothing from more.
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
+
+# Tries more than 10,000 generated inputs; an hour.
+nightly: $(VENV)/.dev
+	HYPOTHESIS_PROFILE=nightly OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto tests/test_hostile_input.py
 
 # Runs the tests of pipelines with the oldest and the newest supported diffusers.
 support-table: $(VENV)/.dev $(OLDEST)/.dev

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageChops
+from safetensors.torch import load_file, save_file
 
 from self_attention_guidance import SelfAttentionGuidance, StableDiffusionSAGPipeline
 from self_attention_guidance.generate import (
@@ -211,13 +213,39 @@ def test_checkpoints_that_can_run_code_are_refused(tmp_path: Path) -> None:
             load_pipeline(str(tmp_path / name))
 
 
-def test_folder_with_pickled_weights_only_is_refused(tmp_path: Path) -> None:
-    folder = save_tiny_model(tmp_path / "pickled")
-    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    torch.save({}, weights.with_suffix(".bin"))
-    weights.unlink()
-    with pytest.raises(ValueError, match="cannot be loaded"):
+def _renamed(file: Path, rename: Callable[[str], str | None]) -> None:
+    tensors = {rename(name): value for name, value in load_file(file).items()}
+    save_file({n: v for n, v in tensors.items() if n is not None}, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_missing_weight_is_not_made_up(tmp_path: Path, part: str) -> None:
+    """The libraries would warn, and draw with random numbers in its place."""
+    folder = save_tiny_model(tmp_path / "model")
+    (file,) = (folder / part).glob("*.safetensors")
+    gone = sorted(load_file(file))[3]
+    _renamed(file, lambda name: None if name == gone else name)
+    with pytest.raises(ValueError, match=f"files of its {part} do not hold"):
         load_pipeline(str(folder))
+
+
+def test_former_names_of_weights_are_known(tmp_path: Path) -> None:
+    """Those of the VAE in the published Stable Diffusion 1 and 2."""
+    folder = save_tiny_model(tmp_path / "model")
+    wanted = load_pipeline(str(folder)).pipeline.vae.state_dict()
+    former = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value."}
+    former[".to_out.0."] = ".proj_attn."
+
+    def rename(name: str) -> str:
+        for present, old in former.items():
+            name = name.replace(present, old)
+        return name
+
+    (file,) = (folder / "vae").glob("*.safetensors")
+    _renamed(file, rename)
+    found = load_pipeline(str(folder)).pipeline.vae.state_dict()
+    assert any(".to_q." in name for name in found)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 def test_damaged_and_foreign_folders_are_refused(tmp_path: Path) -> None:

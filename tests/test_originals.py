@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from original_unet import OriginalUNet
+from payload import Payload
 from recordings import KINDS, checkpoint, config, difference, network, tensors
 from self_attention_guidance import ADMPipeline, ADMUNet2DModel, NoisyClassifier, load_original
 from self_attention_guidance.capture import AttentionCapture, received, self_attention
@@ -336,16 +336,6 @@ def test_another_kinds_checkpoint_is_refused(kind: str, other: str) -> None:
     with pytest.raises(ValueError, match="does not fit the config") as caught:
         load_original(kind, checkpoint(other), config(kind))
     assert len(str(caught.value)) < 1000
-
-
-class Payload:
-    """Writes a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.path),)
 
 
 def test_a_pickle_with_code_is_refused_and_not_executed(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from ..builtin import (
 )
 from ..pipelines.stable_diffusion import StableDiffusionSAGPipeline
 from .settings import GenerationSettings
+from .weights import refuse_missing_weights
 
 _DTYPES = {
     "float32": torch.float32,
@@ -100,6 +101,8 @@ def load_pipeline(
             pipeline = StableDiffusionSAGPipeline.from_pretrained(source, **arguments)
     except Exception as error:  # the libraries raise every kind for files that they cannot read
         raise ValueError(loading_failed(model, source, error)) from error
+    if os.path.isdir(source):  # what comes from the hub is checked by its checksums
+        refuse_missing_weights(model, pipeline, source)
     recommended = recommended_settings(source)
     pipeline.guidance = recommended.make_guidance()
     return LoadedPipeline(

@@ -22,6 +22,7 @@ from .models import (
     loading_failed,
 )
 from .sample_settings import SampleSettings
+from .weights import refuse_missing_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +82,8 @@ def load_pixel_model(
     wanted = find_dtype(dtype, target)
     source = find_pixel_model(model)
     pipeline = _load_pipeline(model, source)
+    if os.path.isdir(source):  # what comes from the hub is checked by its checksums
+        refuse_missing_weights(model, pipeline, source)
     if classifier is not None:
         size = pipeline.unet.config.sample_size
         pipeline.register_modules(classifier=_load_classifier(classifier, size))

@@ -38,6 +38,9 @@ class SampleSettings:
     def __post_init__(self) -> None:
         """Checks every setting."""
         check_count("num_inference_steps", self.num_inference_steps)
+        classes: Any = self.classes
+        if not isinstance(classes, Sequence) or isinstance(classes, str):
+            raise ValueError(f"classes={self.classes!r:.60} must be a sequence of whole numbers")
         for label in self.classes:
             check_count("classes", label, least=0)
         for name in ("sag_scale", "classifier_scale"):
