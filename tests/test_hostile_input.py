@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
@@ -278,8 +280,8 @@ def test_damaged_checkpoints(model: Path, pixel_model: Path, data: st.DataObject
                 (picture,) = generate(pipe, "", GenerationSettings(num_inference_steps=1))
                 assert picture.image.size
             else:
-                images = pipe(batch_size=1, num_inference_steps=1, output_type="latent").images
-                assert images.isfinite().all()
+                arguments = {"num_inference_steps": 1, "output_type": "latent"}
+                assert pipe(batch_size=1, class_labels=[0], **arguments).images.isfinite().all()
         except FloatingPointError as error:
             assert is_one_line(error)
 
@@ -316,6 +318,20 @@ def _damage(file: Path, data: st.DataObject) -> None:
         else:
             tensors[name] = tensors[name].flatten()[:1].clone()
         save_file(tensors, file, {"format": "pt"})
+
+
+@examples(25)
+@given(
+    places=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 7)), min_size=1, max_size=4),
+)
+def test_damaged_parquet_lists(places: Sequence[tuple[int, int]]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.parquet"
+        parquet.write_table(pa.table({"prompt": ["cat", "dog"] * 5, "seed": range(10)}), path)
+        content = bytearray(path.read_bytes())
+        for place, bit in places:
+            content[place % len(content)] ^= 1 << bit
+        _read(bytes(content), "parquet")
 
 
 @examples(25)

@@ -15,6 +15,11 @@ import fsspec.core
 
 Row = Mapping[str, Any] | ValueError
 
+# What damaged files make of the libraries that read them.
+_DAMAGE = (
+    *(OSError, EOFError, ValueError, ImportError, LookupError, MemoryError, ArithmeticError),
+    *(NotImplementedError, csv.Error, zlib.error, LZMAError),
+)
 _COMPRESSED = (".gz", ".bz2", ".xz")
 
 
@@ -142,7 +147,7 @@ def _explained(path: str) -> Generator[None]:
         yield
     except FileNotFoundError:
         raise ValueError(f"prompts={path!r} must be a file: there is none") from None
-    except (OSError, EOFError, ValueError, ImportError, csv.Error, zlib.error, LZMAError) as error:
+    except _DAMAGE as error:
         told = " ".join(str(error).split())[:300]
         if told.startswith("prompts="):
             raise

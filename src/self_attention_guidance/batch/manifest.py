@@ -48,6 +48,8 @@ SCHEMA = pa.schema(
 )
 
 _ROWS_IN_MEMORY = 10_000
+# What damaged files make of pyarrow.
+_DAMAGE = (pa.ArrowException, OSError, ValueError, LookupError, MemoryError, ArithmeticError)
 
 
 class Finished:
@@ -167,10 +169,13 @@ class Manifest:
     def _of_file(self, file: Any, name: str, columns: list[str] | None) -> Iterator[Any]:
         try:
             table: Any = parquet.ParquetFile(file)
+            if not table.schema_arrow.equals(SCHEMA):
+                raise ValueError("its columns are others")
             yield from table.iter_batches(batch_size=_ROWS_IN_MEMORY, columns=columns)
-        except (pa.ArrowInvalid, OSError, KeyError) as error:
+        except _DAMAGE as error:
             place = f"{self.storage.url}/{name}"
-            raise ValueError(f"out: {place!r} is damaged: {error}") from error
+            told = " ".join(str(error).split())[:200]
+            raise ValueError(f"out: {place!r} is damaged: {told}") from error
 
 
 def _keys(batch: Any) -> NDArray[np.uint64]:
