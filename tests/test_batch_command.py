@@ -1,0 +1,122 @@
+"""The command `batch`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from command_line import error_of, help_without_torch, run
+from self_attention_guidance.generate import generate, load_pipeline, read_parameters
+from test_batch_jobs import listed, rows_of
+
+
+def test_help_needs_no_torch() -> None:
+    told = help_without_torch("batch")
+    assert "sag batch prompts.jsonl" in told
+    assert "manifest.parquet" in told
+
+
+def test_it_draws_what_generate_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = listed(tmp_path / "a.jsonl", [{"prompt": "cat", "seed": 3, "sag_scale": 2, "x": 1}])
+    out = tmp_path / "out"
+    assert run("batch", source.path, "--out", out, "--steps", 4, "--num-images", 2, "--json") == 0
+    captured = capsys.readouterr()
+    assert captured.err == "note: columns that are not used: x\n"
+    summary = json.loads(captured.out)
+    assert (summary["total"], summary["done"], summary["failed"], summary["drawn"]) == (2, 2, 0, 2)
+    loaded = load_pipeline("emoji")
+    settings = loaded.settings(num_inference_steps=4, sag_scale=2.0)
+    pictures = generate(loaded.pipeline, "cat", settings, seed=3, num_images=2, model_name="emoji")
+    for row, picture in zip(rows_of(out), pictures, strict=True):
+        path = out / row["file"]
+        assert read_parameters(path).settings["Seed"] == str(picture.seed)
+        with Image.open(path) as image:
+            assert image.tobytes() == picture.image.tobytes()
+
+
+def test_pixel_models_draw_without_prompts(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ("--model", "emoji-adm", "--steps", 2, "--out", out)
+    assert run("batch", "--num-samples", 3, *options) == 0
+    assert [row["seed"] for row in rows_of(out)] == [0, 1, 2]
+    assert len({row["sha256"] for row in rows_of(out)}) == 3
+    source = listed(tmp_path / "a.jsonl", ["cat"])
+    assert run("batch", source.path, *options, "--overwrite") == 3
+    assert "prompt must be empty" in rows_of(out)[0]["error"]
+
+
+def test_failed_rows_are_told_by_the_exit_status(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = listed(tmp_path / "a.jsonl", ["cat", {"prompt": "cat", "width": 7}])
+    options = ("--steps", 1, "--out", tmp_path / "out")
+    for drawn in ("1 of 2 pictures are done, 1 failed", "1 of them by earlier runs, 1 failed"):
+        assert run("batch", source.path, *options) == 3
+        assert drawn in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "give either PROMPTS or --num-samples"),
+        (["missing.jsonl"], "there is none"),
+        (["--num-samples", "0"], "num_samples=0"),
+        (["--num-samples", "1", "--batch-size", "0"], "batch_size=0"),
+        (["--num-samples", "1", "--workers", "0"], "workers=0"),
+        (["--num-samples", "1", "--threads", "0"], "threads=0"),
+        (["--num-samples", "1", "--shard-size", "0"], "shard_size=0"),
+        (["--num-samples", "1", "--model", "none"], "model='none'"),
+        (["--num-samples", "1", "--scheduler", "none"], "scheduler='none'"),
+        (["--num-samples", "1", "--steps", "2000"], "--max-steps"),
+        (["--num-samples", "1", "--gpus", "-1"], "gpus=-1"),
+        (["--num-samples", "1", "--threshold", "-1"], "threshold=-1"),
+    ],
+)
+def test_errors_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
+) -> None:
+    assert told in error_of(capsys, "batch", *arguments, "--out", tmp_path / "out")
+
+
+def test_a_model_that_cannot_be_read_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "model"
+    broken.mkdir()
+    (broken / "model_index.json").write_text('{"_class_name": "ADMPipeline"}')
+    told = error_of(
+        capsys, "batch", "--num-samples", 1, "--model", broken, "--out", tmp_path / "out"
+    )
+    assert "cannot be loaded" in told
+
+
+def test_ctrl_c_leaves_a_job_that_goes_on(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "self_attention_guidance.cli", "batch", "--num-samples", "30"]
+    command += ["--steps", "3", "--out", str(out)]
+    job = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    end = time.monotonic() + 60
+    while not list(out.glob("images/*/*.png")) and time.monotonic() < end:
+        time.sleep(0.02)
+    job.send_signal(signal.SIGINT)
+    _, told = job.communicate(timeout=60)
+    assert job.returncode == 130
+    assert "of 30 pictures are done" in told
+    assert "the same command goes on" in told
+    assert told.strip().splitlines()[-1] == "error: interrupted"
+    assert run("batch", "--num-samples", 30, "--steps", 3, "--out", out) == 0
+    assert [row["row"] for row in sorted(rows_of(out), key=lambda r: r["row"])] == list(range(30))
