@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from command_line import error_of, help_without_torch, run
 from self_attention_guidance.generate import generate, load_pipeline, read_parameters
