@@ -14,7 +14,7 @@ export HF_HUB_OFFLINE := 1
 # Waiting threads sleep: spinning slows small models tenfold where other programs run, too.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: run test nightly lint support-table clean
+.PHONY: run test docs nightly lint support-table clean
 
 run: $(VENV)/.run
 	$(BIN)/sag compare $(PROMPTS) --show-attention --out $(PICTURE) --overwrite
@@ -38,6 +38,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# The documentation as a web site, out/site; every link must have its end.
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf $(VENV) $(OLDEST) out build dist .pytest_cache .ruff_cache

@@ -126,6 +126,7 @@ class SelfAttentionGuidance(_Guidance):
         ValueError: A setting is out of its range or not of its type.
     """
 
+    _: KW_ONLY
     threshold: float = 1.0
     layer: str | None = None
 
