@@ -332,7 +332,7 @@ def test_plan_is_every_combination_that_there_is() -> None:
     ]
     assert {(each.network, each.size, each.steps) for each in found} == {
         ("emoji", 64, 40),
-        ("emoji-adm", 32, 25),
+        ("emoji-adm", 32, 40),
     }
 
 

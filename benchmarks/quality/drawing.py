@@ -21,6 +21,9 @@ from self_attention_guidance.generate import make_scheduler
 FIRST_SEED = 200_000
 # Scales are matched on seeds that no point uses.
 MATCHING_SEEDS = range(190_000, 190_064)
+# Terms count as equally large within this share of each other.
+_AS_LARGE = 0.04
+_MOST_CORRECTIONS = 6
 CLASSES = 23
 
 
@@ -75,14 +78,17 @@ def term_size(point: Point, guidance: Guidance) -> float:
 def matched(point: Point) -> Guidance:
     """The point's guidance with the scale whose term is as large as that of `point.like`.
 
-    The size of the term is nearly proportional to the scale, so two corrections do.
+    The size of the term is nearly proportional to the scale, so few corrections do.
     """
     guidance = point.guidance
     if point.like is None:
         return guidance
     wanted = term_size(point, point.like)
-    for _ in range(2):
-        scale = guidance.scale * wanted / term_size(point, guidance)
+    for _ in range(_MOST_CORRECTIONS):
+        found = term_size(point, guidance)
+        if abs(found / wanted - 1) < _AS_LARGE:
+            break
+        scale = guidance.scale * wanted / found
         guidance = dataclasses.replace(guidance, scale=round(scale, 3))
     return guidance
 
