@@ -14,7 +14,7 @@ export HF_HUB_OFFLINE := 1
 # Waiting threads sleep: spinning slows small models tenfold where other programs run, too.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: run test docs nightly lint support-table clean
+.PHONY: run test notebook docs nightly lint support-table clean
 
 run: $(VENV)/.run
 	$(BIN)/sag compare $(PROMPTS) --show-attention --out $(PICTURE) --overwrite
@@ -38,6 +38,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# Runs the notebook and keeps its pictures in it.
+notebook: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/jupyter-execute --inplace notebooks/self_attention_guidance.ipynb
 
 # The documentation as a web site, out/site; every link must have its end.
 docs: $(VENV)/.dev
