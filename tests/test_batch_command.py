@@ -70,6 +70,7 @@ def test_failed_rows_are_told_by_the_exit_status(
         (["missing.jsonl"], "there is none"),
         (["--num-samples", "0"], "num_samples=0"),
         (["--num-samples", "1", "--batch-size", "0"], "batch_size=0"),
+        (["--num-samples", "1", "--together", "0"], "together=0"),
         (["--num-samples", "1", "--workers", "0"], "workers=0"),
         (["--num-samples", "1", "--threads", "0"], "threads=0"),
         (["--num-samples", "1", "--shard-size", "0"], "shard_size=0"),

@@ -60,10 +60,10 @@ def test_each_row_becomes_pictures_and_a_line_in_the_manifest(tmp_path: Path) ->
 
 def test_a_bad_row_costs_only_itself(tmp_path: Path) -> None:
     rows: list[dict[str, Any] | str] = ["a", "fail", {"prompt": "b", "seed": -1}, "huge", "c"]
-    for batch_size in (1, 2, 5):
-        out = tmp_path / str(batch_size)
+    for together in (1, 2, 5):
+        out = tmp_path / str(together)
         source = listed(tmp_path / "a.jsonl", rows)
-        assert counts(job(source, out, batch_size=batch_size).run()) == (5, 2, 3, 2)
+        assert counts(job(source, out, together=together).run()) == (5, 2, 3, 2)
         told = [r["error"] for r in rows_of(out)]
         assert told[0] is None
         assert told[1] == "the sample is not finite"
@@ -104,7 +104,7 @@ def test_pictures_of_other_rows_or_models_are_not_mixed(tmp_path: Path) -> None:
     longer = listed(tmp_path / "a.jsonl", ["a", "b", "c"])
     for other in (
         job(longer, tmp_path / "out", StandIn(name="other")),
-        job(longer, tmp_path / "out", batch_size=2),
+        job(longer, tmp_path / "out", together=2),
         job(longer, tmp_path / "out", shard_size=2),
     ):
         with pytest.raises(ValueError, match="go on with the same"):
@@ -119,7 +119,7 @@ def test_batches_always_have_their_size(tmp_path: Path) -> None:
     artist = StandIn()
     rows = [{"prompt": "a", "seed": n, "steps": 5 + n % 2} for n in range(5)]
     assert (
-        job(listed(tmp_path / "a.jsonl", rows), tmp_path / "out", artist, batch_size=3).run().done
+        job(listed(tmp_path / "a.jsonl", rows), tmp_path / "out", artist, together=3).run().done
         == 5
     )
     assert set(artist.sizes) == {3}
@@ -130,9 +130,9 @@ def test_batches_always_have_their_size(tmp_path: Path) -> None:
 
 def test_without_room_the_batch_is_halved(tmp_path: Path) -> None:
     artist = StandIn(most=2)
-    assert counts(job(10, tmp_path / "out", artist, batch_size=8).run()) == (10, 10, 0, 10)
+    assert counts(job(10, tmp_path / "out", artist, together=8).run()) == (10, 10, 0, 10)
     assert artist.sizes == [8, 4, 2, 2, 2, 2, 2]
-    assert {r["batch_size"] for r in rows_of(tmp_path / "out")} == {2}
+    assert {r["together"] for r in rows_of(tmp_path / "out")} == {2}
 
 
 def test_shards_are_tar_files_as_webdataset_reads_them(tmp_path: Path) -> None:

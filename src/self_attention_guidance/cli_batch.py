@@ -26,7 +26,14 @@ class BatchOptions(PromptOptions):
         int, typer.Option(help="Of each row's first picture; with --num-samples, of sample 0.")
     ] = 0
     batch_size: Annotated[
-        int, typer.Option(help="Pictures drawn at once; they depend on it in the last bits.")
+        int, typer.Option(help="Pictures that a worker is given at once; no pixel depends on it.")
+    ] = 8
+    together: Annotated[
+        int,
+        typer.Option(
+            help="Pictures in one pass of the network: more are faster on a GPU, and the last bits"
+            " of all depend on it."
+        ),
     ] = 1
     sag_scale: Annotated[
         float | None, typer.Option(help="SAG: 0 is off. [default: the model's, else 0.75]")
@@ -133,6 +140,7 @@ def _job(
         model,
         defaults,
         batch_size=options.batch_size,
+        together=options.together,
         shard_size=options.shard_size,
         overwrite=overwrite,
         retry_failed=retry_failed,

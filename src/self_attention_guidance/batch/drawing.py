@@ -59,7 +59,7 @@ class UnitWorker:
         self,
         make_artist: Callable[[], Artist],
         storage: Storage,
-        batch_size: int,
+        together: int,
         expected: Mapping[str, Any] | None = None,
     ) -> None:
         """Loads the model.
@@ -67,8 +67,8 @@ class UnitWorker:
         Args:
             make_artist: Loads it.
             storage: Where the pictures go.
-            batch_size: Tasks that are drawn at once. Short batches are filled up, so that all have
-                this size: what a network computes depends on it in the last bits.
+            together: Tasks in one pass of the network. Short batches are filled up, so that all
+                have this size: what a network computes depends on it in the last bits.
             expected: Identity of the artist that drew what is there; `None` takes any.
 
         Raises:
@@ -76,9 +76,9 @@ class UnitWorker:
         """
         self.artist = make_artist()
         self.storage = storage
-        self.batch_size = batch_size
+        self.together = together
         self.identity = dict(self.artist.identity) | {
-            "batch_size": batch_size,
+            "together": together,
             "threads": torch.get_num_threads(),
         }
         check_identity(self.identity, expected)
@@ -100,13 +100,13 @@ class UnitWorker:
     def _draw_group(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Drawing | None, Row]]:
         waiting = list(tasks)
         while waiting:
-            batch = waiting[: self.batch_size]
+            batch = waiting[: self.together]
             started = time.monotonic()
             try:
                 drawings = self._draw(batch)
             except Exception as error:  # a row must cost only itself, whatever is wrong with it
-                if _is_out_of_memory(error) and self.batch_size > 1:
-                    self.batch_size //= 2
+                if _is_out_of_memory(error) and self.together > 1:
+                    self.together //= 2
                     continue
                 _refuse_broken_device(error)
                 yield from self._draw_alone(batch, error)
@@ -128,11 +128,11 @@ class UnitWorker:
         yield tasks[0], None, self._row(tasks[0], None) | {"error": reason}
 
     def _draw(self, tasks: Sequence[Task]) -> list[Drawing]:
-        filled = [*tasks, *[tasks[-1]] * (self.batch_size - len(tasks))]
+        filled = [*tasks, *[tasks[-1]] * (self.together - len(tasks))]
         return self.artist.draw(filled)[: len(tasks)]
 
     def _row(self, task: Task, seconds: float | None) -> Row:
-        return row_of_task(task) | {"batch_size": self.batch_size, "seconds": seconds}
+        return row_of_task(task) | {"together": self.together, "seconds": seconds}
 
     def _save(self, task: Task, drawing: Drawing | None, row: Row) -> Row:
         if drawing is None:

@@ -32,8 +32,6 @@ JOB = "job.json"
 # A part of the manifest is written after as many rows or seconds: what `kill -9` can cost.
 _ROWS_IN_PART = 1000
 _SECONDS_OF_PART = 5.0
-# Units for a worker of several hold as many batches: what its death can cost.
-_BATCHES_IN_UNIT = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +59,8 @@ Progress = Callable[[Summary], object]
 class BatchJob:
     """A list of pictures and the folder that they go to; killed at any moment, it goes on.
 
-    A picture depends on its task, the model and `batch_size` alone: not on workers, order or
-    restarts.
+    A picture depends on its task, the model and `together` alone: not on batches, workers, order
+    or restarts.
     """
 
     def __init__(
@@ -72,7 +70,8 @@ class BatchJob:
         make_artist: Callable[[], Artist],
         defaults: Defaults,
         *,
-        batch_size: int = 1,
+        batch_size: int = 8,
+        together: int = 1,
         shard_size: int | None = None,
         overwrite: bool = False,
         retry_failed: bool = False,
@@ -84,8 +83,10 @@ class BatchJob:
             out: The folder, or its URL; see `Storage`.
             make_artist: Loads the model, in each worker; `Model` is one. It must be picklable.
             defaults: What holds where a row says nothing.
-            batch_size: Pictures that a worker draws at once, at least 1. Pictures depend on it in
-                the last bits; with 1 each is what it is alone.
+            batch_size: Pictures that one of several workers is given at once, at least 1: what its
+                death costs. Pictures do not depend on it.
+            together: Pictures in one pass of the network, at least 1. Pictures depend on it in the
+                last bits; with 1 each is what it is alone.
             shard_size: Pictures in a tar file, at least 1; `None` gives each a file.
             overwrite: Whether what an earlier run left in `out` is deleted.
             retry_failed: Whether what failed in an earlier run is tried again.
@@ -97,6 +98,7 @@ class BatchJob:
         self.make_artist = make_artist
         self.defaults = defaults
         self.batch_size = check_count("batch_size", batch_size)
+        self.together = check_count("together", together)
         self.shard_size = None if shard_size is None else check_count("shard_size", shard_size)
         self.overwrite = overwrite
         self.retry_failed = retry_failed
@@ -150,14 +152,14 @@ class _Run:
         job = self.job
         self._report()
         # Alone, a worker is asked for as little at a time as it can, so that as little is lost.
-        batches = 1 if self.crew.is_here else _BATCHES_IN_UNIT
+        size = job.together if self.crew.is_here else max(job.batch_size, job.together)
         units = self.plan.units(
-            job.shard_size or job.batch_size * batches,
+            job.shard_size or size,
             job.shard_size is not None,
             lambda bad: self._add([row_of_bad_row(bad)]),
         )
         make_worker = functools.partial(
-            UnitWorker, job.make_artist, job.storage, job.batch_size, self.identity
+            UnitWorker, job.make_artist, job.storage, job.together, self.identity
         )
         results = distribute(units, make_worker, self.crew, after_death)
         try:

@@ -35,7 +35,7 @@ SCHEMA = pa.schema(
         ("guidance", pa.string()),
         ("scheduler", pa.string()),
         ("model", pa.string()),
-        ("batch_size", pa.int32()),
+        ("together", pa.int32()),
         ("file", pa.string()),
         ("member", pa.string()),
         ("sha256", pa.string()),
