@@ -41,7 +41,7 @@ lint: $(VENV)/.dev
 
 # Runs the notebook and keeps its pictures in it.
 notebook: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/jupyter-execute --inplace notebooks/self_attention_guidance.ipynb
+	OMP_NUM_THREADS=1 $(BIN)/python notebooks/execute.py
 
 # The documentation as a web site, out/site; every link must have its end.
 docs: $(VENV)/.dev
