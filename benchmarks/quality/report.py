@@ -79,20 +79,32 @@ def _row(point: Point, result: Result, other: Result | None) -> str:
 
 
 def summary(measured: Sequence[Measured]) -> Iterator[str]:
-    """The three-line table of README."""
-    yield "| Unconditional samples | Fréchet distance ↓ | rows of the network |"
-    yield "| --- | --- | ---: |"
+    """The three-line table of README: Fréchet distances of unconditional samples."""
+    models = list(dict.fromkeys(point.model for point, _ in measured))
+    names = " | ".join(f"`{model}`" for model in models)
+    yield f"| Fréchet distance ↓ | {names} | rows of the network |"
+    yield f"| --- |{' --- |' * len(models)} ---: |"
     titles = {
         "unguided": "no guidance",
         "exact": "SAG at every step",
         "fast": "fast preset",
     }
     for label, title in titles.items():
-        chosen = [m for m in measured if m[0].group == "headline" and m[0].label == label]
-        figures = " · ".join(interval(r.estimate("frechet_distance"), 1) for _, r in chosen)
-        rows = " · ".join(f"{r.rows:g}" for _, r in chosen)
-        if chosen:
-            yield f"| {title} | {figures} | {rows} |"
+        found = {
+            point.model: result
+            for point, result in measured
+            if point.group == "headline" and point.label == label
+        }
+        if not found:
+            continue
+        figures = " | ".join(
+            interval(found[model].estimate("frechet_distance"), 1)
+            if model in found
+            else "not measured yet"
+            for model in models
+        )
+        rows = " · ".join(dict.fromkeys(f"{result.rows:g}" for result in found.values()))
+        yield f"| {title} | {figures} | {rows} |"
 
 
 def unguided(measured: Sequence[Measured], point: Point) -> Result | None:
