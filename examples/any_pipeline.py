@@ -1,6 +1,7 @@
 """Guidance on a pipeline of diffusers' own: `python examples/any_pipeline.py [OUT.png]`.
 
-Here it is image to image; `pipe` may be any that docs/support.md lists, with any scheduler.
+Here it is image to image of the builtin model; `pipe` may be any that docs/support.md lists, such
+as `AutoPipelineForImage2Image.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")`.
 """
 
 import sys

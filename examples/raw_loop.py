@@ -1,6 +1,7 @@
 """Guidance in a sampling loop of your own: `python examples/raw_loop.py [OUT.png]`.
 
-The loop knows nothing of guidance; attaching to the denoiser is enough.
+The loop knows nothing of guidance. For another model put `UNet2DModel.from_pretrained(...)` and its
+scheduler in the place of the builtin ones, without `class_labels` if it knows no classes.
 """
 
 import sys
@@ -11,7 +12,7 @@ from diffusers.utils import pt_to_pil
 
 from self_attention_guidance import SelfAttentionGuidance, builtin_model
 
-pipe = builtin_model("emoji-adm")  # any UNet2DModel
+pipe = builtin_model("emoji-adm")
 scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
 scheduler.set_timesteps(25)
 no_class = torch.tensor([pipe.config.null_label])

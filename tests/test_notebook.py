@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,13 @@ def test_the_file_is_small_and_names_no_place_or_time() -> None:
     assert str(Path.home()) not in readable
     assert "site-packages" not in readable
     assert "iopub" not in content  # when each cell ran
+
+
+def test_its_links_have_ends() -> None:
+    words = " ".join(cell.source for cell in read().cells if cell.cell_type == "markdown")
+    targets = re.findall(r"\]\((\.\.[^)\s]*)\)", words)
+    assert targets
+    assert all((NOTEBOOK.parent / target).exists() for target in targets)
 
 
 def test_it_draws_now_what_is_in_it() -> None:
