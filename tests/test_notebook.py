@@ -16,6 +16,15 @@ from execute import NOTEBOOK, executed
 from self_attention_guidance.builtin import builtin_folder
 
 FLAG = "USE_STABLE_DIFFUSION = "
+EFFECTS = """
+import numpy as np
+
+pairs = [(unguided, guided), (before, after), (drawn["unguided"][0], drawn["fast"][0])]
+for one, other in (pair for lists in pairs for pair in zip(*lists, strict=True)):
+    assert np.abs(np.subtract(one, other, dtype=float)).mean() > 1
+assert [rows for _, rows in drawn.values()] == [25, 50, 30]
+assert not handle.attached
+"""
 HUB_ID = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
@@ -71,7 +80,9 @@ def test_its_links_have_ends() -> None:
 
 
 def test_it_draws_now_what_is_in_it() -> None:
-    committed, fresh = read(), executed(read())
+    committed, fresh = read(), read()
+    fresh.cells.append(nbformat.v4.new_code_cell(EFFECTS))
+    executed(fresh)
     assert text(fresh) == text(committed)
     was, found = pictures(committed), pictures(fresh)
     assert len(was) == len(found) == 8
