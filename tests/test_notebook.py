@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 from pathlib import Path
@@ -29,7 +30,8 @@ def test_it_draws_now_what_is_in_it() -> None:
     assert code[0].source.startswith("USE_STABLE_DIFFUSION = False\n")
     assert all(cell.outputs for cell in code[1:])
     fresh = nbformat.read(NOTEBOOK, as_version=4)
-    NotebookClient(fresh, timeout=180, kernel_name="python3").execute()
+    client: Any = NotebookClient(fresh, timeout=180, kernel_name="python3")
+    asyncio.run(client.async_execute())  # its other way leaves an event loop open
     was, found = pictures(committed), pictures(fresh)
     assert len(was) == len(found) == len(code) - 1
     for one, other in zip(was, found, strict=True):
