@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,10 @@ def executed(notebook: Any, timeout: int = 180) -> Any:
         nbclient.exceptions.CellTimeoutError: A cell took too long.
     """
     # Without times and versions, so that only what changed differs.
-    NotebookClient(notebook, timeout=timeout, kernel_name="python3", record_timing=False).execute()
+    client: Any = NotebookClient(
+        notebook, timeout=timeout, kernel_name="python3", record_timing=False
+    )
+    asyncio.run(client.async_execute())  # its other way leaves an event loop open
     notebook.metadata["language_info"] = {"name": "python"}
     return notebook
 

@@ -211,10 +211,10 @@ def pipeline(model: Path) -> Any:
     negative=ANY_TEXT,
 )
 def test_prompts(pipeline: Any, prompt: str, negative: str) -> None:
-    given_settings = GenerationSettings(
-        negative_prompt=negative, num_inference_steps=1, guidance_scale=2.0
-    )
     try:
+        given_settings = GenerationSettings(
+            negative_prompt=negative, num_inference_steps=1, guidance_scale=2.0
+        )
         (picture,) = generate(pipeline, prompt, given_settings)
     except ValueError as error:  # surrogates are no characters
         assert not _is_text(prompt + negative), error

@@ -91,8 +91,10 @@ def check_text(name: str, value: object) -> str:
         The value.
 
     Raises:
-        ValueError: It is of another type.
+        ValueError: It is of another type, or no text that UTF-8 can hold.
     """
     if not isinstance(value, str):
         raise ValueError(f"{name}: {value!r} must be a text")
+    if value.encode("utf-8", "replace").decode("utf-8") != value:
+        raise ValueError(f"{name} holds half of a surrogate pair, which is no character")
     return value

@@ -125,7 +125,7 @@ def tasks_of(row: int, values: Mapping[str, Any] | ValueError, defaults: Default
     if given["prompt"] is None:
         raise ValueError("prompt is missing")
     told = {name: value for name, value in given.items() if value is not None and value != ""}
-    prompt = _text("prompt", given["prompt"])
+    prompt = check_text("prompt", given["prompt"])
     settings = _settings(told, defaults)
     seed = _whole("seed", told.get("seed", defaults.seed))
     count = _whole("num_images", told.get("num_images", defaults.num_images))
@@ -169,7 +169,7 @@ def unconditional_tasks(count: int, defaults: Defaults) -> Iterator[Task]:
 def _settings(told: Mapping[str, Any], defaults: Defaults) -> GenerationSettings:
     changes: dict[str, Any] = {}
     if "negative_prompt" in told:
-        changes["negative_prompt"] = _text("negative_prompt", told["negative_prompt"])
+        changes["negative_prompt"] = check_text("negative_prompt", told["negative_prompt"])
     for column, name in {
         "width": "width",
         "height": "height",
@@ -193,13 +193,6 @@ def _check_limits(settings: GenerationSettings, defaults: Defaults) -> None:
     if settings.num_inference_steps > defaults.max_steps:
         steps = settings.num_inference_steps
         raise ValueError(f"steps={steps} must be at most {defaults.max_steps} (--max-steps)")
-
-
-def _text(name: str, value: object) -> str:
-    text = check_text(name, value)
-    if _clean(text) != text:
-        raise ValueError(f"{name} holds half of a surrogate pair, which is no character")
-    return text
 
 
 def _clean(text: str) -> str:
