@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import time
@@ -28,12 +29,16 @@ class StandIn:
         most: Tasks that its memory has room for.
         seconds: What a batch takes.
         sizes: Of the batches that it was given.
+        watches: Whether `held` is kept, which takes its time.
+        held: How many drawings were in memory at each batch.
     """
 
     name: str = "stand-in"
     most: int = 1000
     seconds: float = 0.0
     sizes: list[int] = field(default_factory=list)
+    watches: bool = False
+    held: list[int] = field(default_factory=list)
 
     @property
     def identity(self) -> dict[str, str]:
@@ -44,6 +49,8 @@ class StandIn:
 
     def draw(self, tasks: Sequence[Task]) -> list[Drawing]:
         self.sizes.append(len(tasks))
+        if self.watches:
+            self.held.append(sum(type(found) is Drawing for found in gc.get_objects()))
         time.sleep(self.seconds)
         if len(tasks) > self.most:
             raise torch.OutOfMemoryError("no room")

@@ -99,7 +99,7 @@ def test_what_failed_is_tried_again_if_wished_or_mended(tmp_path: Path) -> None:
 def test_pictures_of_other_rows_or_models_are_not_mixed(tmp_path: Path) -> None:
     job(listed(tmp_path / "a.jsonl", ["a", "b"]), tmp_path / "out").run()
     before = rows_of(tmp_path / "out")
-    with pytest.raises(ValueError, match=r"row 1 \(from 0\) is not what"):
+    with pytest.raises(ValueError, match=r"row 1 \(from 0\), or an option, is not what"):
         job(listed(tmp_path / "b.jsonl", ["a", "other"]), tmp_path / "out").run()
     longer = listed(tmp_path / "a.jsonl", ["a", "b", "c"])
     for other in (
@@ -162,6 +162,13 @@ def test_shards_are_tar_files_as_webdataset_reads_them(tmp_path: Path) -> None:
         with tarfile.open(path) as archive:
             members += [name for name in archive.getnames() if name.endswith(".png")]
     assert sorted(members) == [f"{n:09d}-000.png" for n in range(6)]
+
+
+def test_a_shard_is_written_as_it_is_drawn(tmp_path: Path) -> None:
+    """It may hold more pictures than memory has room for."""
+    artist = StandIn(watches=True)
+    assert job(40, tmp_path / "out", artist, shard_size=40).run().done == 40
+    assert max(artist.held) <= 3
 
 
 @pytest.mark.parametrize("shard_size", [None, 3])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from self_attention_guidance.batch import Manifest, PromptList, Storage
+from self_attention_guidance.batch import storage as storage_module
 from self_attention_guidance.batch.tasks import bad_row, tasks_of, unconditional_tasks
 from stand_in import DEFAULTS
 
@@ -194,7 +196,16 @@ def test_a_folder_is_for_one_run_at_a_time(storage: Storage) -> None:
         pass
 
 
-def test_a_run_that_is_dead_holds_no_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_picture_keeps_its_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage_module, "_LOCK_SECONDS", 0.4)
+    fsspec.filesystem("memory").store.clear()
+    with Storage("memory://out").locked():
+        time.sleep(1)
+        with pytest.raises(ValueError, match="in use by another run"):
+            Storage("memory://out").locked().__enter__()
+
+
+def test_a_run_that_is_dead_holds_no_lock() -> None:
     """In an object store; here the system frees the lock."""
     fsspec.filesystem("memory").store.clear()
     storage = Storage("memory://out")

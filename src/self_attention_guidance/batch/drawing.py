@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import tarfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
@@ -24,6 +25,8 @@ IMAGES = "images"
 _ROWS_IN_FOLDER = 1000
 
 Row = dict[str, Any]
+# A task, its drawing or `None` if it failed, and its row of the manifest.
+_Drawn = tuple[Task, Drawing | None, Row]
 
 
 @dataclass(frozen=True)
@@ -90,14 +93,15 @@ class UnitWorker:
             OSError: A file cannot be written.
             RuntimeError: The device does not answer any more.
         """
-        drawn = [found for group in _groups(unit.tasks) for found in self._draw_group(group)]
+        # Pictures are written as they are drawn: a shard may hold more than fit in memory.
+        drawn = (found for group in _groups(unit.tasks) for found in self._draw_group(group))
         if unit.shard is None:
             rows = [self._save(task, drawing, row) for task, drawing, row in drawn]
         else:
             rows = self._save_shard(unit.shard, drawn)
         return UnitResult(self.identity, rows)
 
-    def _draw_group(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Drawing | None, Row]]:
+    def _draw_group(self, tasks: Sequence[Task]) -> Iterator[_Drawn]:
         waiting = list(tasks)
         while waiting:
             batch = waiting[: self.together]
@@ -116,9 +120,7 @@ class UnitWorker:
                     yield task, drawing, self._row(task, seconds)
             del waiting[: len(batch)]
 
-    def _draw_alone(
-        self, tasks: Sequence[Task], error: Exception
-    ) -> Iterator[tuple[Task, Drawing | None, Row]]:
+    def _draw_alone(self, tasks: Sequence[Task], error: Exception) -> Iterator[_Drawn]:
         """Finds the tasks to blame for an error."""
         if len(tasks) > 1:
             for task in tasks:
@@ -142,11 +144,15 @@ class UnitWorker:
         self.storage.write(name, content)
         return row | _facts(drawing, content) | {"file": name}
 
-    def _save_shard(
-        self, shard: str, drawn: Sequence[tuple[Task, Drawing | None, Row]]
-    ) -> list[Row]:
-        if not any(drawing for _, drawing, _ in drawn):
-            return [row for _, _, row in drawn]
+    def _save_shard(self, shard: str, drawn: Iterator[_Drawn]) -> list[Row]:
+        rows: list[Row] = []
+        for first in drawn:
+            if first[1] is not None:  # else there may be nothing to write at all
+                return rows + self._write_shard(shard, itertools.chain([first], drawn))
+            rows.append(first[2])
+        return rows
+
+    def _write_shard(self, shard: str, drawn: Iterable[_Drawn]) -> list[Row]:
         name = f"{IMAGES}/{shard}.tar"
         rows: list[Row] = []
         with self.storage.writing(name) as file, tarfile.open(fileobj=file, mode="w|") as archive:

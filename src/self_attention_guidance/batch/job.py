@@ -200,7 +200,6 @@ class _Run:
 
     def _write(self) -> None:
         self.job.manifest.add(self.rows)
-        self.job.storage.renew()
         self.rows = []
         self.written = time.monotonic()
 

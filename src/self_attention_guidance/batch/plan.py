@@ -127,8 +127,8 @@ class Plan:
         if is_bad:  # it is not there, or the row was mended since
             return True
         raise ValueError(
-            f"prompts: row {item.row} (from 0) is not what the picture that is there was drawn of:"
-            " give the list that was drawn, with rows added at its end at most, choose another"
+            f"prompts: row {item.row} (from 0), or an option, is not what the picture that is there"
+            " was drawn of: give what was given, with rows added at the end at most, choose another"
             " place, or begin anew with --overwrite"
         )
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Generator
@@ -16,7 +17,7 @@ import fsspec.core
 
 _UNFINISHED = ".unfinished"
 _LOCK = ".lock"
-# In an object store a run shows that it is alive by writing its lock again.
+# Where the system locks no files, a run shows that it is alive by writing its lock again.
 _LOCK_SECONDS = 60.0
 
 
@@ -151,17 +152,13 @@ class Storage:
         Raises:
             ValueError: Another run is in it.
         """
-        with self._local_lock() if self.is_local else self._lease():
+        can_lock = self.is_local and os.name != "nt"
+        with self._local_lock() if can_lock else self._lease():
             self.remove(_UNFINISHED)  # what a run that was killed left
             try:
                 yield
             finally:
                 self.remove(_UNFINISHED)
-
-    def renew(self) -> None:
-        """Shows in an object store that the run is alive; call it more often than each minute."""
-        if not self.is_local:
-            self.write(_LOCK, json.dumps({"time": time.time()}).encode())
 
     def _open(self) -> tuple[Any, str]:
         try:
@@ -201,11 +198,25 @@ class Storage:
         age = time.time() - json.loads(there)["time"] if there else _LOCK_SECONDS
         if age < _LOCK_SECONDS:
             raise self._in_use()
-        self.renew()
+        ended = threading.Event()
+
+        def keep() -> None:
+            # From a thread: a single picture may take longer than a lock lasts.
+            while not ended.wait(_LOCK_SECONDS / 4):
+                self._write_lock()
+
+        self._write_lock()
+        keeper = threading.Thread(target=keep, daemon=True)
+        keeper.start()
         try:
             yield
         finally:
+            ended.set()
+            keeper.join()
             self.remove(_LOCK)
+
+    def _write_lock(self) -> None:
+        self.write(_LOCK, json.dumps({"time": time.time()}).encode())
 
     def _in_use(self) -> ValueError:
         return ValueError(f"out={self.url!r} is in use by another run: wait for it, or end it")

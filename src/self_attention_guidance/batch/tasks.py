@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
@@ -202,23 +202,24 @@ def _clean(text: str) -> str:
 
 def _whole(name: str, value: object) -> int:
     """A whole number; tables hold them as texts, or, beside empty cells, as floats."""
-    if isinstance(value, str):
-        try:
-            value = int(value)
-        except ValueError:
-            raise ValueError(f"{name}={value[:40]!r} must be a whole number") from None
+    value = _read(name, value, int, "a whole number")
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return check_count(name, value, least=0)
 
 
 def _number(name: str, value: object) -> float:
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            raise ValueError(f"{name}={value[:40]!r} must be a finite number") from None
-    return float(check_finite(name, value))
+    return float(check_finite(name, _read(name, value, float, "a finite number")))
+
+
+def _read(name: str, value: object, kind: Callable[[str], object], told: str) -> object:
+    """A cell's value, of which texts are read as the kind that its column holds."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return kind(value)
+    except ValueError:
+        raise ValueError(f"{name}={value[:40]!r} must be {told}") from None
 
 
 def _name(row: int, value: object) -> str:
