@@ -1,39 +1,37 @@
-"""Run the notebook and keep what it draws: `python notebooks/execute.py`, from the repository."""
+"""Run the notebook and keep what it draws: `python notebooks/execute.py`, from the repository.
+
+With two arguments, run the first one and write what comes out to the second one.
+"""
 
 from __future__ import annotations
 
-import asyncio
+import sys
 from pathlib import Path
-from typing import Any
 
 import nbformat
 from nbclient import NotebookClient
 
 NOTEBOOK = Path(__file__).parent / "self_attention_guidance.ipynb"
+SECONDS = 180
 
 
-def executed(notebook: Any, timeout: int = 180) -> Any:
+def execute(source: Path, target: Path) -> None:
     """Run a notebook in a fresh kernel of this interpreter.
 
     Args:
-        notebook: As nbformat reads it; it is filled with its outputs.
-        timeout: Seconds that one cell may take.
-
-    Returns:
-        The notebook.
+        source: The notebook.
+        target: Where it goes, with its outputs.
 
     Raises:
         nbclient.exceptions.CellExecutionError: A cell raised.
-        nbclient.exceptions.CellTimeoutError: A cell took too long.
+        nbclient.exceptions.CellTimeoutError: A cell took longer than `SECONDS`.
     """
+    notebook = nbformat.read(source, as_version=4)
     # Without times and versions, so that only what changed differs.
-    client: Any = NotebookClient(
-        notebook, timeout=timeout, kernel_name="python3", record_timing=False
-    )
-    asyncio.run(client.async_execute())  # its other way leaves an event loop open
+    NotebookClient(notebook, timeout=SECONDS, kernel_name="python3", record_timing=False).execute()
     notebook.metadata["language_info"] = {"name": "python"}
-    return notebook
+    nbformat.write(notebook, target)
 
 
 if __name__ == "__main__":
-    nbformat.write(executed(nbformat.read(NOTEBOOK, as_version=4)), NOTEBOOK)
+    execute(*(map(Path, sys.argv[1:3]) if sys.argv[1:] else (NOTEBOOK, NOTEBOOK)))

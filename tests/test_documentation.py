@@ -31,6 +31,9 @@ REPLACED = {
     "imagenet256": str(builtin_folder("emoji-adm")),
     "path/to/this/folder": str(builtin_folder("emoji")),
     "num_inference_steps=250": "num_inference_steps=2",
+    # Fewer steps than by default: what is tested is that it runs.
+    '("a red apple on a table")': '("a red apple on a table", num_inference_steps=4)',
+    '("a red apple on a table", sag': '("a red apple on a table", num_inference_steps=4, sag',
     'dit = load_original("dit", "DiT-XL-2-256x256.pt")': "",
 }
 # Blocks that are not run here, by how they begin, and where the same is.
