@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -37,3 +40,26 @@ def help_without_torch(command: str) -> str:
     )
     assert told.returncode == 0, told.stderr
     return told.stdout
+
+
+def in_a_process(*arguments: object) -> subprocess.Popen[str]:
+    """Starts a command, as a shell does: Ctrl-C reaches it."""
+    command = [sys.executable, "-m", "self_attention_guidance.cli", *map(str, arguments)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        command,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+def interrupted(process: subprocess.Popen[str], folder: Path) -> str:
+    """Sends Ctrl-C when there is a picture below a folder; returns what the command said."""
+    deadline = time.monotonic() + 120
+    while not any(folder.rglob("*.png")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    return process.communicate(timeout=60)[1]

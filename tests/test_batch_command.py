@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from command_line import error_of, help_without_torch, run
+from command_line import error_of, help_without_torch, in_a_process, interrupted, run
 from self_attention_guidance.generate import generate, load_pipeline, read_parameters
 from test_batch_jobs import listed, rows_of
+from tiny_pixels import arrays_of, save_tiny_pixels
 
 
 def test_help_needs_no_torch() -> None:
@@ -51,6 +48,20 @@ def test_pixel_models_draw_without_prompts(tmp_path: Path) -> None:
     source = listed(tmp_path / "a.jsonl", ["cat"])
     assert run("batch", source.path, *options, "--overwrite") == 3
     assert "prompt must be empty" in rows_of(out)[0]["error"]
+
+
+def test_a_pixel_model_that_recommends_nothing_has_the_settings_of_sample(
+    tmp_path: Path,
+) -> None:
+    model = Path(save_tiny_pixels(tmp_path / "model"))
+    (model / "sag_settings.json").unlink()
+    options = ("--model", model, "--steps", 2, "--threshold", 0.9)
+    assert run("batch", "--num-samples", 1, *options, "--out", tmp_path / "out") == 0
+    (row,) = rows_of(tmp_path / "out")
+    sample = ("sample", "--num-samples", 1, *options, "--batch-size", 1)
+    assert run(*sample, "--out", tmp_path / "a.npz") == 0
+    with Image.open(tmp_path / "out" / row["file"]) as image:
+        assert np.array_equal(np.asarray(image), arrays_of(tmp_path / "a.npz")["arr_0"][0])
 
 
 def test_failed_rows_are_told_by_the_exit_status(
@@ -101,21 +112,8 @@ def test_a_model_that_cannot_be_read_is_one_line(
 
 def test_ctrl_c_leaves_a_job_that_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "self_attention_guidance.cli", "batch", "--num-samples", "30"]
-    command += ["--steps", "3", "--out", str(out)]
-    job = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    end = time.monotonic() + 60
-    while not list(out.glob("images/*/*.png")) and time.monotonic() < end:
-        time.sleep(0.02)
-    job.send_signal(signal.SIGINT)
-    _, told = job.communicate(timeout=60)
+    job = in_a_process("batch", "--num-samples", 30, "--steps", 3, "--out", out)
+    told = interrupted(job, out)
     assert job.returncode == 130
     assert "of 30 pictures are done" in told
     assert "the same command goes on" in told

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from command_line import error_of, run
+from command_line import error_of, in_a_process, interrupted, run
 from self_attention_guidance.cli import main
 from self_attention_guidance.generate import read_parameters
 from tiny import save_tiny_model
@@ -283,12 +281,6 @@ def test_output_that_is_no_folder_is_an_error(
 # Processes
 
 
-def in_a_process(*arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "self_attention_guidance.cli", *arguments]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
-
-
 def test_help_and_version_need_no_heavy_library() -> None:
     script = (
         "import sys; from self_attention_guidance.cli import main\n"
@@ -305,7 +297,7 @@ def test_help_and_version_need_no_heavy_library() -> None:
 
 
 def test_a_process_says_nothing_but_the_path(tmp_path: Path, model: str) -> None:
-    process = in_a_process("generate", "a", "--model", model, "--out", str(tmp_path))
+    process = in_a_process("generate", "a", "--model", model, "--out", tmp_path)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0
     assert (out, err) == (f"{tmp_path / '00000-0.png'}\n", "")
@@ -313,23 +305,9 @@ def test_a_process_says_nothing_but_the_path(tmp_path: Path, model: str) -> None
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for other processes")
 def test_interrupt_leaves_whole_files_and_one_line(tmp_path: Path, model: str) -> None:
-    process = in_a_process(
-        "generate",
-        "a",
-        "--model",
-        model,
-        "--num-images",
-        "4000",
-        "--batch-size",
-        "1",
-        "--out",
-        str(tmp_path),
-    )
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("*.png")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    arguments = ("generate", "a", "--model", model, "--num-images", 4000, "--batch-size", 1)
+    process = in_a_process(*arguments, "--out", tmp_path)
+    err = interrupted(process, tmp_path)
     assert process.returncode == 130
     assert err == "error: interrupted\n"
     files = list(tmp_path.iterdir())

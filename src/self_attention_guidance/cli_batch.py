@@ -6,7 +6,7 @@ import importlib.util
 import json
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -155,12 +155,9 @@ def _model_and_defaults(options: BatchOptions) -> tuple[Model, Defaults]:
         device=options.device,
         dtype=options.dtype,
         scheduler=options.scheduler,
+        fast=options.fast,
+        guidance=options.guidance_arguments(),
     )
-    given = options.guidance_arguments()
-    if options.fast or given:
-        recommended = model.recommended
-        guidance = recommended.make_fast_guidance() if options.fast else recommended.make_guidance()
-        model = replace(model, guidance=replace(guidance, **given))
     defaults = Defaults(
         settings=model.settings(**options.generation_arguments()),
         seed=options.seed,

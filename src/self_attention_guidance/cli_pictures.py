@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -159,14 +158,9 @@ def _check_before_loading(options: PromptOptions, num_images: int, **settings: o
 
 
 def _load(options: PromptOptions) -> LoadedPipeline:
-    from .generate import load_pipeline, make_scheduler
+    from .generate import load_pipeline
 
     hide_loading_bars()
     loaded = load_pipeline(options.model, options.device, options.dtype)
-    pipeline: Any = loaded.pipeline
-    pipeline.set_progress_bar_config(disable=True)
-    guidance = loaded.recommended.make_fast_guidance() if options.fast else pipeline.guidance
-    pipeline.guidance = replace(guidance, **options.guidance_arguments())
-    if options.scheduler is not None:
-        pipeline.scheduler = make_scheduler(options.scheduler, pipeline.scheduler.config)
+    loaded.use(scheduler=options.scheduler, fast=options.fast, **options.guidance_arguments())
     return loaded

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -158,21 +158,13 @@ def _check_before_loading(
 
 
 def _load(options: SampleOptions) -> LoadedPixelModel:
-    from .generate import load_pixel_model, make_pixel_scheduler
+    from .generate import load_pixel_model
 
     hide_loading_bars()
     loaded = load_pixel_model(options.model, options.device, options.dtype, options.classifier)
-    pipeline: Any = loaded.pipeline
-    pipeline.set_progress_bar_config(disable=True)
-    recommended = loaded.recommended.make_fast_guidance() if options.fast else pipeline.guidance
-    pipeline.guidance = _guidance(recommended, options)
-    if options.scheduler is not None:
-        config = pipeline.unet.config
-        pipeline.scheduler = make_pixel_scheduler(
-            options.scheduler,
-            pipeline.scheduler.config,
-            learned_variance=config.out_channels == 2 * config.in_channels,
-        )
+    loaded.use(scheduler=options.scheduler, fast=options.fast, **options.guidance_arguments())
+    if options.blur_guidance:
+        loaded.pipeline.guidance = _without_mask(loaded.pipeline.guidance)
     return loaded
 
 
@@ -180,17 +172,11 @@ def _load_pipeline(options: SampleOptions) -> ADMPipeline:
     return _load(options).pipeline
 
 
-def _guidance(
-    recommended: SelfAttentionGuidance | BlurGuidance, options: SampleOptions
-) -> SelfAttentionGuidance | BlurGuidance:
+def _without_mask(guidance: SelfAttentionGuidance | BlurGuidance) -> BlurGuidance:
     from .guidance import BlurGuidance
 
-    chosen = replace(recommended, **options.guidance_arguments())
-    if not options.blur_guidance:
-        return chosen
-    return BlurGuidance(
-        **{field.name: getattr(chosen, field.name) for field in fields(BlurGuidance)}
-    )
+    names = (field.name for field in fields(BlurGuidance))
+    return BlurGuidance(**{name: getattr(guidance, name) for name in names})
 
 
 def _summary(finished: FinishedSamples) -> str:

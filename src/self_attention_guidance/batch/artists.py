@@ -4,31 +4,36 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from PIL import Image
 
-from ..builtin import RecommendedSettings, recommended_settings
+from ..builtin import recommended_settings
 from ..checks import check_finite
 from ..generate.drawing import PictureRequest, PromptArtist
+from ..generate.loaded import recommended_generation
 from ..generate.metadata import format_parameters, version_label
-from ..generate.models import find_device, find_dtype, find_model, load_pipeline
+from ..generate.models import (
+    LoadedPipeline,
+    find_device,
+    find_dtype,
+    find_model,
+    load_pipeline,
+)
 from ..generate.pixel_drawing import draw_samples, to_image
-from ..generate.pixel_models import find_pixel_model, is_pixel_model, load_pixel_model
+from ..generate.pixel_models import (
+    LoadedPixelModel,
+    find_pixel_model,
+    is_pixel_model,
+    load_pixel_model,
+)
 from ..generate.run_identity import describe_run, describe_scheduler, fingerprint
 from ..generate.sample_settings import SampleSettings, choose_labels
-from ..generate.schedulers import (
-    check_scheduler_name,
-    make_pixel_scheduler,
-    make_scheduler,
-    scheduler_label,
-)
+from ..generate.schedulers import check_scheduler_name, scheduler_label
 from ..generate.settings import GenerationSettings, check_size
 from ..guidance import BlurGuidance, SelfAttentionGuidance
 from .tasks import Task
-
-Guidance = SelfAttentionGuidance | BlurGuidance
 
 
 @dataclass(frozen=True)
@@ -70,26 +75,28 @@ class Model:
         device: As in `find_device`.
         dtype: As in `find_dtype`.
         scheduler: A name of `scheduler_names()`; `None` is the model's own.
-        guidance: `None` is what the model recommends.
+        fast: Whether guidance is the model's fast preset, and not what it recommends.
+        guidance: Settings of `SelfAttentionGuidance` that differ from these.
 
     Raises:
-        ValueError: There is no such model, or a setting is unknown.
+        ValueError: There is no such model, or a setting is unknown or outside its range.
     """
 
     name: str = "emoji"
     device: str = "auto"
     dtype: str = "auto"
     scheduler: str | None = None
-    guidance: Guidance | None = None
+    fast: bool = False
+    guidance: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def __post_init__(self) -> None:
         """Checks what can be checked before it is loaded."""
         self.find()
+        SelfAttentionGuidance(**self.guidance)
         if self.scheduler is not None:
             check_scheduler_name(self.scheduler)
-        if self.device == "auto":
-            # A worker may have a GPU where this process has none.
-            find_dtype(self.dtype, find_device("cpu"))
+        # Workers may have GPUs where this process has none.
+        find_dtype(self.dtype, find_device("cpu"))
 
     def find(self) -> str:
         """The folder, file or hub id of the model.
@@ -101,11 +108,6 @@ class Model:
             return find_pixel_model(self.name)
         return find_model(self.name)[0]
 
-    @property
-    def recommended(self) -> RecommendedSettings:
-        """What the model recommends for itself."""
-        return recommended_settings(self.find())
-
     def settings(self, **given: Any) -> GenerationSettings:
         """Settings of pictures: what is given, else what the model recommends.
 
@@ -115,13 +117,7 @@ class Model:
         Raises:
             ValueError: A setting is outside its range.
         """
-        recommended = self.recommended
-        chosen: dict[str, Any] = {
-            "guidance_scale": recommended.guidance_scale,
-            "num_inference_steps": recommended.num_inference_steps,
-        }
-        chosen |= {name: value for name, value in given.items() if value is not None}
-        return GenerationSettings(**{n: value for n, value in chosen.items() if value is not None})
+        return recommended_generation(recommended_settings(self.find()), **given)
 
     def __call__(self) -> Artist:
         """Loads it.
@@ -129,31 +125,28 @@ class Model:
         Raises:
             ValueError: It cannot be loaded.
         """
-        return _PixelTasks(self) if is_pixel_model(self.name) else _PromptTasks(self)
+        load = load_pixel_model if is_pixel_model(self.name) else load_pipeline
+        loaded = load(self.name, self.device, self.dtype)
+        loaded.use(scheduler=self.scheduler, fast=self.fast, **self.guidance)
+        if isinstance(loaded, LoadedPixelModel):
+            return _PixelTasks(loaded)
+        return _PromptTasks(loaded)
 
 
 class _PromptTasks:
     """An `Artist` of pipelines that take prompts."""
 
-    def __init__(self, model: Model) -> None:
-        loaded = load_pipeline(model.name, model.device, model.dtype)
+    def __init__(self, loaded: LoadedPipeline) -> None:
         self.pipeline: Any = loaded.pipeline
         self.name = loaded.name
-        self.pipeline.set_progress_bar_config(disable=True)
-        if model.guidance is not None:
-            self.pipeline.guidance = model.guidance
-        if model.scheduler is not None:
-            config = self.pipeline.scheduler.config
-            self.pipeline.scheduler = make_scheduler(model.scheduler, config)
         networks = (self.pipeline.unet, self.pipeline.vae, self.pipeline.text_encoder)
         self.identity = {
             "version": version_label(),
             "networks": [fingerprint(network) for network in networks],
             "dtype": str(self.pipeline.unet.dtype).removeprefix("torch."),
-            "device": self.pipeline.device.type,
-            "guidance": _told(self.pipeline.guidance),
-            "scale": float(self.pipeline.guidance.scale),
-        } | describe_scheduler(self.pipeline.scheduler)
+            **_identity(self.pipeline),
+            **describe_scheduler(self.pipeline.scheduler),
+        }
 
     def draw(self, tasks: Sequence[Task]) -> list[Drawing]:
         settings = tasks[0].settings
@@ -178,27 +171,13 @@ class _PromptTasks:
 class _PixelTasks:
     """An `Artist` of pixel-space models, which take no prompt; classes are drawn with the seed."""
 
-    def __init__(self, model: Model) -> None:
-        loaded = load_pixel_model(model.name, model.device, model.dtype)
+    def __init__(self, loaded: LoadedPixelModel) -> None:
         self.pipeline: Any = loaded.pipeline
         self.name = loaded.name
-        self.pipeline.set_progress_bar_config(disable=True)
-        if model.guidance is not None:
-            self.pipeline.guidance = model.guidance
-        if model.scheduler is not None:
-            config = self.pipeline.unet.config
-            self.pipeline.scheduler = make_pixel_scheduler(
-                model.scheduler,
-                self.pipeline.scheduler.config,
-                learned_variance=config.out_channels == 2 * config.in_channels,
-            )
         described = describe_run(self.pipeline, SampleSettings(), 0)
         of_tasks = ("num_inference_steps", "seed", "sag_scale")
-        self.identity = {n: value for n, value in described.items() if n not in of_tasks} | {
-            "device": self.pipeline.device.type,
-            "guidance": _told(self.pipeline.guidance),
-            "scale": float(self.pipeline.guidance.scale),
-        }
+        kept = {name: value for name, value in described.items() if name not in of_tasks}
+        self.identity = kept | _identity(self.pipeline)
 
     def draw(self, tasks: Sequence[Task]) -> list[Drawing]:
         settings = tasks[0].settings
@@ -238,7 +217,16 @@ class _PixelTasks:
         return format_parameters("", "", values)
 
 
-def _told(guidance: Guidance) -> str:
+def _identity(pipeline: Any) -> dict[str, Any]:
+    """What pictures of all kinds of models depend on."""
+    return {
+        "device": pipeline.device.type,
+        "guidance": _told(pipeline.guidance),
+        "scale": float(pipeline.guidance.scale),
+    }
+
+
+def _told(guidance: SelfAttentionGuidance | BlurGuidance) -> str:
     """Settings of guidance but its scale, which pictures may choose, as JSON."""
     values = {"form": type(guidance).__name__} | asdict(guidance)
     del values["scale"]

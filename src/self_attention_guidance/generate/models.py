@@ -20,6 +20,7 @@ from ..builtin import (
     recommended_settings,
 )
 from ..pipelines.stable_diffusion import StableDiffusionSAGPipeline
+from .loaded import Loaded, recommended_generation
 from .settings import GenerationSettings
 from .weights import refuse_missing_weights
 
@@ -39,7 +40,7 @@ IndexCheck = Callable[[str, Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadedPipeline:
+class LoadedPipeline(Loaded):
     """A pipeline with what its folder says about it.
 
     Attributes:
@@ -61,13 +62,7 @@ class LoadedPipeline:
         Raises:
             ValueError: A setting is outside its range.
         """
-        recommended: dict[str, Any] = {
-            "guidance_scale": self.recommended.guidance_scale,
-            "num_inference_steps": self.recommended.num_inference_steps,
-        }
-        chosen = recommended | {name: value for name, value in given.items() if value is not None}
-        known = {name: value for name, value in chosen.items() if value is not None}
-        return GenerationSettings(**known)
+        return recommended_generation(self.recommended, **given)
 
 
 def load_pipeline(

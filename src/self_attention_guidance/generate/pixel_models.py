@@ -13,6 +13,7 @@ import torch
 
 from ..builtin import RecommendedSettings, builtin_folder, builtin_names, recommended_settings
 from ..pipelines.adm import ADMPipeline
+from .loaded import Loaded
 from .models import (
     PIXEL_CLASSES,
     find_device,
@@ -22,11 +23,12 @@ from .models import (
     loading_failed,
 )
 from .sample_settings import SampleSettings
+from .schedulers import make_pixel_scheduler
 from .weights import refuse_missing_weights
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadedPixelModel:
+class LoadedPixelModel(Loaded):
     """A pipeline with what its folder says about it.
 
     Attributes:
@@ -52,6 +54,19 @@ class LoadedPixelModel:
         recommended: dict[str, Any] = {"num_inference_steps": self.recommended.num_inference_steps}
         chosen = recommended | {name: value for name, value in given.items() if value is not None}
         return SampleSettings(**{name: v for name, v in chosen.items() if v is not None})
+
+    def make_scheduler(self, name: str) -> Any:
+        """A scheduler for this model.
+
+        Args:
+            name: One of `scheduler_names()`.
+
+        Raises:
+            ValueError: It does not suit the model.
+        """
+        config: Any = self.pipeline.unet.config
+        learned = config.out_channels == 2 * config.in_channels
+        return make_pixel_scheduler(name, self.pipeline.scheduler.config, learned_variance=learned)
 
 
 def load_pixel_model(

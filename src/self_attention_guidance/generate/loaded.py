@@ -1,0 +1,61 @@
+"""Models that are loaded, and what is drawn with them unless one says otherwise."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from ..builtin import RecommendedSettings
+from .schedulers import make_scheduler
+from .settings import GenerationSettings
+
+
+class Loaded:
+    """What loaded models of all kinds have in common."""
+
+    pipeline: Any
+    recommended: RecommendedSettings
+
+    def use(self, *, scheduler: str | None = None, fast: bool = False, **guidance: Any) -> None:
+        """Prepares the pipeline for many pictures: it shows no bar of its own.
+
+        Args:
+            scheduler: A name of `scheduler_names()`; `None` keeps the model's own.
+            fast: Whether guidance is the model's fast preset, and not what it recommends.
+            **guidance: Settings that differ from these.
+
+        Raises:
+            ValueError: A setting is unknown or outside its range.
+        """
+        pipeline: Any = self.pipeline
+        pipeline.set_progress_bar_config(disable=True)
+        base = self.recommended.make_fast_guidance() if fast else pipeline.guidance
+        pipeline.guidance = replace(base, **guidance)
+        if scheduler is not None:
+            pipeline.scheduler = self.make_scheduler(scheduler)
+
+    def make_scheduler(self, name: str) -> Any:
+        """A scheduler for this model.
+
+        Args:
+            name: One of `scheduler_names()`.
+        """
+        return make_scheduler(name, self.pipeline.scheduler.config)
+
+
+def recommended_generation(recommended: RecommendedSettings, **given: Any) -> GenerationSettings:
+    """Generation settings: what is given, else what a model recommends.
+
+    Args:
+        recommended: What the model recommends.
+        **given: Arguments of `GenerationSettings`; `None` counts as not given.
+
+    Raises:
+        ValueError: A setting is outside its range.
+    """
+    chosen: dict[str, Any] = {
+        "guidance_scale": recommended.guidance_scale,
+        "num_inference_steps": recommended.num_inference_steps,
+    }
+    chosen |= {name: value for name, value in given.items() if value is not None}
+    return GenerationSettings(**{name: v for name, v in chosen.items() if v is not None})
