@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import tracemalloc
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -194,6 +196,27 @@ def test_ten_visitors_are_served_in_turn(demo: tuple[str, LoadedPipeline], tmp_p
     first = Client(demo[0], verbose=False, download_files=tmp_path / "again")
     _, again = first.predict(**{**SETTINGS, "steps": 2, "seed": 7}, api_name="/generate")
     assert np.array_equal(pixels(again), served[7])
+
+
+def test_memory_is_flat_however_many_come(tmp_path: Path) -> None:
+    """gradio keeps 80 kB for each visitor; here, for a number of them that is bounded."""
+    of_gradio = tracemalloc.Filter(True, "*/gradio/*")
+
+    def kept_after(visits: int) -> int:
+        for _ in range(visits):
+            client = Client(url, verbose=False, download_files=tmp_path)
+            client.predict(**{**SETTINGS, "steps": 1}, api_name="/generate")
+        gc.collect()
+        traces = tracemalloc.take_snapshot().filter_traces([of_gradio]).traces
+        return sum(trace.size for trace in traces)
+
+    with running(max_queue=1) as (url, _):
+        tracemalloc.start()
+        try:
+            before = kept_after(4)
+            assert kept_after(4) < before + 4 * 10_000
+        finally:
+            tracemalloc.stop()
 
 
 def test_only_the_newest_pictures_are_kept() -> None:

@@ -91,6 +91,29 @@ def draw(page: Page) -> None:
     expect(page.locator(PICTURE).first).to_be_visible()
 
 
+def downloaded_parameters(page: Page) -> str:
+    with page.expect_download() as downloading:
+        page.get_by_text("Download guided").click()
+    with Image.open(downloading.value.path()) as picture:
+        return picture.text["parameters"]  # type: ignore[attr-defined]
+
+
+def test_nobody_draws_before_the_address_is_read(page: Page, address: str) -> None:
+    held: list[Any] = []
+    page.route("**/run/predict**", lambda route: held.append(route))
+    page.goto(address + "?prompt=heart&seed=9&steps=3")
+    expect(button(page, COMPARE)).to_be_disabled()
+    while not held:
+        page.wait_for_timeout(20)
+    expect(button(page, COMPARE)).to_be_disabled()
+    for route in held:
+        route.continue_()
+    draw(page)
+    page.unroute("**/run/predict**")
+    parameters = downloaded_parameters(page)
+    assert parameters.startswith("heart\nSteps: 3,") and "Seed: 9," in parameters
+
+
 def test_compare_drag_and_keep(page: Page) -> None:
     draw(page)
     expect(page.get_by_role("button", name="Thumbnail 1 of 2")).to_be_visible()
@@ -106,10 +129,7 @@ def test_compare_drag_and_keep(page: Page) -> None:
     dragged = handle.bounding_box()
     assert dragged is not None and dragged["x"] > grip["x"] + box["width"] * 0.2
     page.screenshot(path=SHOTS / "dragged.png")
-    with page.expect_download() as downloading:
-        page.get_by_text("Download guided").click()
-    with Image.open(downloading.value.path()) as picture:
-        assert picture.text["parameters"].startswith("cat\nSteps: 4,")  # type: ignore[attr-defined]
+    assert downloaded_parameters(page).startswith("cat\nSteps: 4,")
 
 
 def test_settings_are_in_the_address_and_come_back(page: Page, address: str) -> None:

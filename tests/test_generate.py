@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from self_attention_guidance import SelfAttentionGuidance, StableDiffusionSAGPipeline
 from self_attention_guidance.generate import (
     GenerationSettings,
+    LoadedPipeline,
     check_folder,
     check_free,
     compare,
@@ -35,7 +36,8 @@ from self_attention_guidance.generate import (
     scheduler_names,
     seeds_of,
 )
-from tiny import save_tiny_model
+from single_file import CONFIGURATION_OF_SD1, save_single_file
+from tiny import put_into_hub_cache, save_tiny_model
 
 FEW = GenerationSettings(num_inference_steps=3, guidance_scale=3.0)
 
@@ -204,6 +206,46 @@ def test_missing_models_say_what_to_do(tmp_path: Path) -> None:
         load_pipeline("nobody/no-such-model")
     with pytest.raises(ValueError, match=r"without model_index\.json"):
         load_pipeline(str(tmp_path))
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
+
+
+def assert_same_weights(loaded: LoadedPipeline, folder: Path) -> None:
+    wanted = load_pipeline(str(folder), "cpu").pipeline
+    for part in ("unet", "vae", "text_encoder"):
+        found = getattr(loaded.pipeline, part).state_dict()
+        expected = getattr(wanted, part).state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_model_of_the_hub(tmp_path: Path, hub_cache: Path) -> None:
+    folder = save_tiny_model(tmp_path / "mine")
+    put_into_hub_cache(folder, hub_cache, "someone/tiny")
+    loaded = load_pipeline("someone/tiny", "cpu")
+    assert loaded.name == "tiny"
+    assert_same_weights(loaded, folder)
+
+
+def test_a_single_file(tmp_path: Path, hub_cache: Path) -> None:
+    folder = save_tiny_model(tmp_path / "mine")
+    put_into_hub_cache(folder, hub_cache, CONFIGURATION_OF_SD1)
+    original = load_pipeline(str(folder), "cpu").pipeline
+    file = save_single_file(original, tmp_path / "model.safetensors")
+    loaded = load_pipeline(str(file), "cpu")
+    assert loaded.name == "model"
+    assert_same_weights(loaded, folder)
+    for part, told in (("diffusion_model", "weights are missing"), ("cond", "does not hold '")):
+        tensors = load_file(file)
+        gone = max(name for name in tensors if part in name)
+        save_file({n: v for n, v in tensors.items() if n != gone}, tmp_path / "less.safetensors")
+        with pytest.raises(ValueError, match=told):
+            load_pipeline(str(tmp_path / "less.safetensors"), "cpu")
 
 
 def test_checkpoints_that_can_run_code_are_refused(tmp_path: Path) -> None:

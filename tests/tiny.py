@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -230,3 +231,12 @@ def save_tiny_model(folder: Path, settings: object = None) -> Path:
     if settings is not None:
         (folder / "sag_settings.json").write_text(json.dumps(settings))
     return folder
+
+
+def put_into_hub_cache(folder: Path, cache: Path, repository: str) -> None:
+    """Lay a model's folder where the hub's library keeps what it has downloaded."""
+    revision = "0" * 40
+    kept = cache / f"models--{repository.replace('/', '--')}"
+    (kept / "refs").mkdir(parents=True)
+    (kept / "refs" / "main").write_text(revision, encoding="utf-8")
+    shutil.copytree(folder, kept / "snapshots" / revision)

@@ -17,6 +17,8 @@ from .visits import Visits
 
 _MOST_KEPT = 24
 _CACHE_SECONDS = 3600
+# gradio keeps 80 kB for each session that it knows, of 10,000 if nothing is said.
+_SESSIONS_PER_PLACE = 4
 _INTRODUCTION = """# Self-Attention Guidance
 Each step of sampling is compared with the step it would have been, had the regions that the
 network attends to been blurred. The difference makes the picture clearer. Model: **{model}**"""
@@ -39,7 +41,8 @@ class Page:
 
     Attributes:
         app: gradio's `Blocks`, with its queue.
-        launch_settings: For `app.launch`: its look, and no files of the host.
+        launch_settings: For `app.launch`: its look, no files of the host, and how many visitors
+            are remembered.
     """
 
     app: gr.Blocks
@@ -76,8 +79,16 @@ def build_page(model: LoadedPipeline, limits: Limits | None = None) -> Page:
     theme.set(
         button_primary_background_fill="#c2410c", button_primary_background_fill_hover="#9a3412"
     )
-    look = {"theme": theme, "css": _STYLE}
-    return Page(app, {**look, "allowed_paths": [], "share": False, "enable_monitoring": False})
+    launch_settings: dict[str, Any] = {
+        "theme": theme,
+        "css": _STYLE,
+        "allowed_paths": [],
+        "share": False,
+        "enable_monitoring": False,
+        # Who is forgotten loses the list of earlier pictures, no more.
+        "state_session_capacity": _SESSIONS_PER_PLACE * limits.max_queue,
+    }
+    return Page(app, launch_settings)
 
 
 class _Builder:
@@ -88,6 +99,7 @@ class _Builder:
         self.limits = limits
         self.pictures = Pictures()
         self.visits = Visits()
+        self.starts: list[gr.Button] = []
 
     def draw(self, app: gr.Blocks) -> None:
         gr.Markdown(_INTRODUCTION.format(model=self.studio.model.name))
@@ -101,7 +113,18 @@ class _Builder:
                     self._draw_steps()
                 with gr.Tab("Sweep"):
                     self._draw_sweep()
-        app.load(self.controls.from_address, None, self.controls.inputs, api_visibility="private")
+        # Not before: a quick visitor would draw with other settings than the address gives.
+        app.load(
+            self._open, None, [*self.controls.inputs, *self.starts],
+            queue=False, show_progress="hidden", api_visibility="private",
+        )  # fmt: skip
+
+    def _open(self, request: gr.Request) -> list[Any]:
+        """The settings of the page's address, and the buttons that draw with them."""
+        return [
+            *self.controls.from_address(request),
+            *(gr.Button(interactive=True) for _ in self.starts),
+        ]
 
     def _draw_compare(self) -> None:
         start, cancel = _buttons("Draw without and with guidance")
@@ -164,6 +187,7 @@ class _Builder:
     ) -> Any:
         """Draw when a button is pressed; all drawings of the model share one place in line."""
         extra = extra or {}
+        self.starts.append(start)
         event = start.click(
             self.visits.endpoint(draw, len(outputs), list(extra)),
             [*self.controls.inputs, *extra.values()],
@@ -210,8 +234,10 @@ def _image(label: str) -> gr.Image:
 
 
 def _buttons(label: str) -> tuple[gr.Button, gr.Button]:
+    """One that draws, once the page is ready, and one that stops it."""
     with gr.Row():
-        return gr.Button(label, variant="primary", scale=3), gr.Button("Cancel", min_width=90)
+        start = gr.Button(label, variant="primary", scale=3, interactive=False)
+        return start, gr.Button("Cancel", min_width=90)
 
 
 def _keep(pair: tuple[str, str], kept: list[str]) -> tuple[Any, ...]:

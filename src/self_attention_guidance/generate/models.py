@@ -22,7 +22,7 @@ from ..builtin import (
 from ..pipelines.stable_diffusion import StableDiffusionSAGPipeline
 from .loaded import Loaded, recommended_generation
 from .settings import GenerationSettings
-from .weights import refuse_missing_weights
+from .weights import refuse_missing_weights, refuse_unloaded_weights
 
 _DTYPES = {
     "float32": torch.float32,
@@ -98,6 +98,7 @@ def load_pipeline(
         raise ValueError(loading_failed(model, source, error)) from error
     if os.path.isdir(source):  # what comes from the hub is checked by its checksums
         refuse_missing_weights(model, pipeline, source)
+    refuse_unloaded_weights(model, pipeline)
     recommended = recommended_settings(source)
     pipeline.guidance = recommended.make_guidance()
     return LoadedPipeline(
@@ -265,7 +266,10 @@ def loading_failed(model: str, source: str, error: Exception) -> str:
         error: What the libraries raised.
     """
     if Path(source).exists():
-        return f"model={model!r} cannot be loaded: {type(error).__name__}: {_one_line(error)}"
+        told = f"{type(error).__name__}: {_one_line(error)}"
+        if isinstance(error, NotImplementedError) and "meta tensor" in told:
+            told = "weights are missing: it is damaged, or of another model"
+        return f"model={model!r} cannot be loaded: {told}"
     return (
         f"model={model!r} is no local folder or file and could not be loaded from the Hugging"
         f" Face hub (is the id right, the network there, HF_HUB_OFFLINE unset?): give a local"

@@ -45,6 +45,26 @@ def refuse_missing_weights(model: str, pipeline: Any, folder: str | Path) -> Non
             _refuse_whole_numbers(model, name, component)
 
 
+def refuse_unloaded_weights(model: str, pipeline: Any) -> None:
+    """Refuses a pipeline with weights that nothing was loaded into.
+
+    Args:
+        model: As the user named it, for the message.
+        pipeline: As it was loaded.
+
+    Raises:
+        ValueError: A weight has a shape and no values.
+    """
+    for name, component in pipeline.components.items():
+        if isinstance(component, nn.Module):
+            empty = [weight for weight, value in component.named_parameters() if value.is_meta]
+            if empty:
+                raise ValueError(
+                    f"model={model!r} cannot be loaded: it does not hold {empty[0]!r} of its"
+                    f" {name}: it is damaged, or of another model"
+                )
+
+
 def _missing(component: nn.Module, files: list[Path]) -> list[str]:
     there: set[str] = set()
     for file in files:
