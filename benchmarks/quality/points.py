@@ -189,9 +189,9 @@ def _settings(name: str, model: Model) -> Iterator[Point]:
     for threshold in (0.7, 1.3):
         guidance = dataclasses.replace(model.exact, threshold=threshold)
         yield Point(name, "settings", f"threshold {threshold:g}", guidance)
-    for sigma in (1.0, 2.0):
-        guidance = dataclasses.replace(model.exact, blur_sigma=sigma)
-        yield Point(name, "settings", f"blur_sigma {sigma:g}", guidance)
+    yield Point(
+        name, "settings", "blur_sigma 1", dataclasses.replace(model.exact, blur_sigma=1.0)
+    )
     for label, layer in model.other_layers.items():
         guidance = dataclasses.replace(model.exact, layer=layer)
         yield Point(name, "settings", label, guidance)
@@ -200,10 +200,10 @@ def _settings(name: str, model: Model) -> Iterator[Point]:
 def _cheap(name: str, model: Model) -> Iterator[Point]:
     for every in (2, 3):
         guidance = dataclasses.replace(model.exact, every=every)
-        yield Point(name, "cheap", f"every {every}", guidance, STEPS)
+        yield Point(name, "cheap", f"every {every}", guidance)
     for start, stop in ((0.0, 0.3), (0.3, 0.65), (0.65, 1.0)):
         guidance = dataclasses.replace(model.exact, start=start, stop=stop)
-        yield Point(name, "cheap", f"steps from {start:g} to {stop:g}", guidance, STEPS)
+        yield Point(name, "cheap", f"steps from {start:g} to {stop:g}", guidance)
 
 
 def _conditional(name: str, model: Model) -> Iterator[Point]:
