@@ -79,7 +79,7 @@ def _row(point: Point, result: Result, other: Result | None) -> str:
 
 
 def summary(measured: Sequence[Measured]) -> Iterator[str]:
-    """The three-line table of README: Fréchet distances of unconditional samples."""
+    """The table of README: Fréchet distances of unconditional samples."""
     models = list(dict.fromkeys(point.model for point, _ in measured))
     names = " | ".join(f"`{model}`" for model in models)
     yield f"| Fréchet distance ↓ | {names} | rows of the network |"
@@ -88,6 +88,7 @@ def summary(measured: Sequence[Measured]) -> Iterator[str]:
         "unguided": "no guidance",
         "exact": "SAG at every step",
         "fast": "fast preset",
+        "unguided, twice the steps": "no guidance, twice the steps",
     }
     for label, title in titles.items():
         found = {
