@@ -189,9 +189,7 @@ def _settings(name: str, model: Model) -> Iterator[Point]:
     for threshold in (0.7, 1.3):
         guidance = dataclasses.replace(model.exact, threshold=threshold)
         yield Point(name, "settings", f"threshold {threshold:g}", guidance)
-    yield Point(
-        name, "settings", "blur_sigma 1", dataclasses.replace(model.exact, blur_sigma=1.0)
-    )
+    yield Point(name, "settings", "blur_sigma 1", dataclasses.replace(model.exact, blur_sigma=1.0))
     for label, layer in model.other_layers.items():
         guidance = dataclasses.replace(model.exact, layer=layer)
         yield Point(name, "settings", label, guidance)
