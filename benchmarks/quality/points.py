@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -133,6 +134,7 @@ class Point:
         told = dataclasses.asdict(self) | {
             "form": type(self.guidance).__name__,
             "weights": _digest_of_weights(self.model),
+            "own_scheduler": _own_scheduler(self.model),
         }
         return {name: value for name, value in told.items() if name not in ("group", "label")}
 
@@ -142,6 +144,13 @@ def _digest_of_weights(model: str) -> str:
     """Tells the weights of a model's network from earlier ones."""
     (weights,) = (builtin_folder(model) / "unet").glob("*.safetensors")
     return hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
+
+
+@functools.cache
+def _own_scheduler(model: str) -> dict[str, Any]:
+    """Tells the scheduler of a model from earlier ones."""
+    text = (builtin_folder(model) / "scheduler" / "scheduler_config.json").read_text("utf-8")
+    return {name: value for name, value in json.loads(text).items() if value is not None}
 
 
 def points() -> list[Point]:
