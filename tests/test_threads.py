@@ -104,6 +104,35 @@ def test_an_unguided_call_that_was_there_first_is_refused_in_its_middle(shared: 
         assert torch.equal(guided.result(), alone)
 
 
+def test_a_pass_that_began_before_guidance_is_not_read(shared: Any) -> None:
+    """Both are held before the layer, then the unguided pass goes through it first."""
+    alone = draw(pipeline_on(shared), 3.0)
+    pauses: dict[int, Pause] = {}
+
+    def hold(module: object, args: object, kwargs: object) -> None:
+        pause = pauses.pop(threading.get_ident(), None)
+        if pause is not None:
+            pause(0)
+
+    def held(pause: Pause, scale: float) -> Tensor:
+        pauses[threading.get_ident()] = pause
+        return draw(pipeline_on(shared), scale)
+
+    hook = shared.unet.down_blocks[-1].register_forward_pre_hook(hold, with_kwargs=True)
+    unguided, guided = Pause(0), Pause(0)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(held, unguided, 0.0)
+        assert unguided.reached.wait(60)
+        second = pool.submit(held, guided, 3.0)
+        assert guided.reached.wait(60)
+        unguided.go_on.set()
+        with pytest.raises(RuntimeError, match=REFUSED):
+            first.result()  # at its next step
+        guided.go_on.set()
+        assert torch.equal(second.result(), alone)
+    hook.remove()
+
+
 def test_threads_may_take_turns_with_one_handle(shared: Any) -> None:
     pipe: Any = pipeline_on(shared)
     alone = draw(pipe, 3.0)

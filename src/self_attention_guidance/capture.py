@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +67,12 @@ class _ReadingProcessor:
     def __init__(self, processor: Any, scores: list[Scores]) -> None:
         self.processor = processor
         self.scores = scores
+        self.thread = threading.get_ident()
+
+    def is_foreign(self) -> bool:
+        """Whether another thread is in a pass that it began before this layer was read."""
+        # Compiled passes can't ask; that they read one pass too many is noticed by its rows.
+        return not torch.compiler.is_compiling() and threading.get_ident() != self.thread
 
 
 @functools.cache
@@ -78,6 +85,8 @@ def _reading_class(processor: type) -> type[_ReadingProcessor]:
     """
 
     def call(self: _ReadingProcessor, attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self.is_foreign():
+            return self.processor(attention, *args, **kwargs)
         with _ScoreReader(self.scores):
             return self.processor(attention, *args, **kwargs)
 
