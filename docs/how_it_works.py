@@ -16,9 +16,9 @@ from self_attention_guidance import SelfAttentionGuidance, builtin_model
 from self_attention_guidance.maths import degrade
 
 IMAGES = Path(__file__).parent / "images"
-GUIDANCE = SelfAttentionGuidance(2.0, blur_sigma=3.0)
+GUIDANCE = SelfAttentionGuidance(2.0, blur_sigma=3.0, start=0.1)
 STEPS = 25
-SHOWN = (2, 8, 13, 17, 20, 22, 24)
+SHOWN = (4, 8, 13, 17, 20, 22, 24)
 SEED = 0
 ROWS = ("predicted x0", "attention received", "mask", "x0, blurred there", "guidance term")
 

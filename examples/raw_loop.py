@@ -19,7 +19,7 @@ no_class = torch.tensor([pipe.config.null_label])
 size = pipe.unet.config.sample_size
 sample = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
 
-guidance = SelfAttentionGuidance(2.0, blur_sigma=3.0)
+guidance = SelfAttentionGuidance(2.0, blur_sigma=3.0, start=0.1)  # earlier, all is noise
 with guidance.attach(pipe.unet, scheduler=scheduler), torch.no_grad():
     for timestep in scheduler.timesteps:
         prediction = pipe.unet(sample, timestep, class_labels=no_class).sample

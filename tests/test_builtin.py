@@ -16,6 +16,7 @@ from self_attention_guidance.builtin import (
     builtin_names,
     recommended_settings,
 )
+from self_attention_guidance.generate import make_scheduler
 
 
 def write_settings(folder: Path, content: object) -> Path:
@@ -80,6 +81,17 @@ def test_emoji_adm_draws_on_white_and_guidance_shows(pixels: ADMPipeline) -> Non
     assert handle is not None
     assert handle.attention is not None
     assert handle.attention.std() > 0.1  # where to blur is a choice, not chance
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpm++ 2m", "unipc", "euler", "heun", "lms"])
+def test_emoji_adm_draws_with_other_schedulers(name: str) -> None:
+    """Its steps begin where hardly anything of the picture is left, which not all can stand."""
+    pipe = builtin_model("emoji-adm")
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = make_scheduler(name, pipe.scheduler.config)
+    pictures = draw_pixels(pipe, sag_scale=0)
+    assert pictures[:, :, [0, 0, -1, -1], [0, -1, 0, -1]].mean() > 0.9
+    assert (pictures[..., 1:] - pictures[..., :-1]).abs().mean() < 0.2  # of noise, 0.5
 
 
 def test_emoji_adm_draws_what_its_classes_say(pixels: ADMPipeline) -> None:

@@ -86,7 +86,7 @@ def test_another_pipeline_draws_what_its_denoiser_draws(
 def test_the_loop_draws_what_the_pipeline_draws(drawn: Callable[[str], Image.Image]) -> None:
     pipe: Any = builtin_model("emoji-adm")
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-    pipe.guidance = SelfAttentionGuidance(2.0, blur_sigma=3.0)
+    pipe.guidance = SelfAttentionGuidance(2.0, blur_sigma=3.0, start=0.1)
     unguided, guided = (
         pipe(num_inference_steps=25, sag_scale=scale, generator=seeded(0)).images[0].tobytes()
         for scale in (0.0, 2.0)

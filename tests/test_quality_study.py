@@ -84,8 +84,9 @@ def test_a_random_mask_blurs_as_much_elsewhere_and_does_not_depend_on_the_batch(
     ("guidance", "rows"),
     [
         (SelfAttentionGuidance(0.0), 3),
-        (EXACT["emoji-adm"], 6),
-        (dataclasses.replace(EXACT["emoji-adm"], every=2), 5),
+        (dataclasses.replace(EXACT["emoji-adm"], start=0.0), 6),
+        (dataclasses.replace(EXACT["emoji-adm"], start=0.0, every=2), 5),
+        (EXACT["emoji-adm"], 5),
     ],
 )
 def test_rows_of_a_sample_are_counted(guidance: SelfAttentionGuidance, rows: int) -> None:
@@ -96,10 +97,11 @@ def test_rows_of_a_sample_are_counted(guidance: SelfAttentionGuidance, rows: int
 
 
 def test_a_sample_depends_on_its_seed_alone() -> None:
-    both = drawing.draw(point(), EXACT["emoji-adm"], [5, 6])
-    alone = drawing.draw(point(), EXACT["emoji-adm"], [6])
-    apart = (both.features[0] - both.features[1]).norm()
-    assert (both.features[1] - alone.features[0]).norm() < 0.1 * apart  # kernels round
+    """The batches are as large, as kernels round otherwise when there are more pictures."""
+    one = drawing.draw(point(), EXACT["emoji-adm"], [5, 6])
+    other = drawing.draw(point(), EXACT["emoji-adm"], [7, 6])
+    assert torch.equal(one.features[1], other.features[1])
+    assert not torch.equal(one.features[0], other.features[0])
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -109,7 +111,7 @@ def test_controls_of_equal_strength_have_a_term_as_large(
 ) -> None:
     monkeypatch.setattr(drawing, "MATCHING_SEEDS", range(4))
     exact = EXACT[model]
-    settings = {"blur_sigma": exact.blur_sigma}
+    settings = {"blur_sigma": exact.blur_sigma, "start": exact.start}
     if control is RandomMaskGuidance:
         settings["layer"] = exact.layer
     chosen = point(model, control(2.5, **settings), like=exact)
@@ -149,7 +151,7 @@ def test_figures_of_real_samples() -> None:
     drawn = drawing.draw(point(), EXACT["emoji-adm"], range(12))
     found = results.measured(point(), 1.0, [drawn])
     assert found.count == 12
-    assert found.rows == 6
+    assert found.rows == 5
     assert found.estimate("frechet_distance").value > 20
     assert found.term_size is not None
     assert found.term_size > 0

@@ -118,9 +118,12 @@ def test_a_pass_that_began_before_guidance_is_not_read(shared: Any) -> None:
         pauses[threading.get_ident()] = pause
         return draw(pipeline_on(shared), scale)
 
-    hook = shared.unet.down_blocks[-1].register_forward_pre_hook(hold, with_kwargs=True)
+    layer = shared.unet.down_blocks[-1]
     unguided, guided = Pause(0), Pause(0)
-    with ThreadPoolExecutor(2) as pool:
+    with (
+        layer.register_forward_pre_hook(hold, with_kwargs=True),
+        ThreadPoolExecutor(2) as pool,
+    ):
         first = pool.submit(held, unguided, 0.0)
         assert unguided.reached.wait(60)
         second = pool.submit(held, guided, 3.0)
@@ -130,7 +133,6 @@ def test_a_pass_that_began_before_guidance_is_not_read(shared: Any) -> None:
             first.result()  # at its next step
         guided.go_on.set()
         assert torch.equal(second.result(), alone)
-    hook.remove()
 
 
 def test_threads_may_take_turns_with_one_handle(shared: Any) -> None:

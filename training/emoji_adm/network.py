@@ -42,5 +42,18 @@ def set_attention_processor(unet: UNet2DModel, processor: Any) -> None:
 
 
 def build_scheduler() -> DDPMScheduler:
-    """The cosine schedule, which suits small pictures; fresh noise at every step mends errors."""
-    return DDPMScheduler(beta_schedule="squaredcos_cap_v2", variance_type="fixed_small")
+    """The cosine schedule, which suits small pictures; fresh noise at every step mends errors.
+
+    Steps are spaced as ADM spaces them, from the last timestep to the first: diffusers' default
+    begins short of the last, where the cosine schedule still has signal. At the last it has hardly
+    any, so that the predicted picture must be kept within its range. Thresholding with the greatest
+    value 1 does what clipping does, and other than `clip_sample` it is passed on to DPM-Solver++,
+    UniPC and their like by `from_config`.
+    """
+    return DDPMScheduler(
+        beta_schedule="squaredcos_cap_v2",
+        variance_type="fixed_small",
+        timestep_spacing="linspace",
+        thresholding=True,
+        sample_max_value=1.0,
+    )

@@ -70,6 +70,9 @@ def check_scheduler_name(name: str) -> None:
 def make_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
     """Makes a scheduler from its name and another scheduler's configuration.
 
+    If the configuration keeps the predicted picture within a range (`thresholding`), and the
+    scheduler can't, its steps begin short of the last timestep (`timestep_spacing="leading"`).
+
     Args:
         name: A friendly name as of `scheduler_names()` ("ddim", "euler-a", "dpm++ 2m karras";
             case, spaces, hyphens and underscores do not matter), or the name of a diffusers
@@ -92,7 +95,10 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
     flags = {flag: word == spacing for word, (_, flag) in _SPACINGS.items() if flag in known}
     if spacing and _SPACINGS[spacing][1] not in known:
         raise ValueError(f"scheduler={name!r}: {sampler.label} has no {spacing} spacing")
-    return scheduler_class.from_config(config, **flags, **sampler.overrides)
+    # Where nothing of a picture is left in the noise, predictions that are not bounded explode.
+    is_unbounded = bool(config.get("thresholding")) and "thresholding" not in known
+    early = {"timestep_spacing": "leading"} if is_unbounded and "timestep_spacing" in known else {}
+    return scheduler_class.from_config(config, **early, **flags, **sampler.overrides)
 
 
 def make_pixel_scheduler(
