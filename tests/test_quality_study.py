@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
+import bfloat16
 import drawing
 import report
 import results
@@ -102,6 +105,30 @@ def test_a_sample_depends_on_its_seed_alone() -> None:
     other = drawing.draw(point(), EXACT["emoji-adm"], [7, 6])
     assert torch.equal(one.features[1], other.features[1])
     assert not torch.equal(one.features[0], other.features[0])
+
+
+PRODUCTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "linear": lambda x: F.linear(x.flatten(2), x[0].flatten(1), x[0, :, 0, 0]),
+    "conv2d": lambda x: F.conv2d(x, x[:, :, :3, :3]),
+    "matmul": lambda x: x @ x.mT,
+    "attention": lambda x: F.scaled_dot_product_attention(x, x, x),
+}
+
+
+@pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)
+def test_without_instructions_for_bfloat16_products_are_rounded_ones_of_float32(
+    product: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    x = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), bfloat16.autocast():
+        found = product(x)
+        untouched = x.double() @ x.double()
+    expected = product(x.bfloat16().float())
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, expected.bfloat16())
+    assert not torch.equal(found.float(), product(x))
+    assert torch.equal(untouched, x.double() @ x.double())
 
 
 @pytest.mark.parametrize("model", MODELS)

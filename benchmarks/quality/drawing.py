@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import bfloat16
 from points import Guidance, Point
 from self_attention_guidance import builtin_model
 from self_attention_guidance.builtin import builtin_folder
@@ -57,9 +58,8 @@ def draw(point: Point, guidance: Guidance, seeds: Sequence[int]) -> Drawn:
     pipe.guidance_handle = None
     record = _Record()
     counter = pipe.unet.register_forward_pre_hook(record.count, with_kwargs=True)
-    # Half the time of float32, and alike for all points.
     try:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with bfloat16.autocast():
             pictures = _pictures(pipe, point, seeds, record.note)
     finally:
         counter.remove()
