@@ -160,7 +160,7 @@ def test_generate_fast_is_the_preset_with_the_models_blur(tmp_path: Path) -> Non
     model = str(save_tiny_model(tmp_path / "model", settings))
     for folder, options in (
         ("fast", ["--fast"]),
-        ("by-hand", ["--sag-scale", "4", "--start", "0.1", "--stop", "0.65", "--every", "3"]),
+        ("by-hand", ["--sag-scale", "4", "--start", "0.2", "--stop", "0.65", "--every", "3"]),
         ("usual", []),
     ):
         out = ["--out", str(tmp_path / folder), "--steps", "8"]

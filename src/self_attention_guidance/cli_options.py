@@ -54,7 +54,7 @@ class SamplingOptions:
         float | None, typer.Option(help="SAG: end of the guided part of the steps, 0 to 1.")
     ] = None
     fast: Annotated[
-        bool, typer.Option("--fast", help="SAG: a fifth of its cost; guides the middle steps only.")
+        bool, typer.Option("--fast", help="SAG: a sixth of its cost; guides the middle steps only.")
     ] = False
     every: Annotated[
         int | None, typer.Option(help="SAG: a second pass at every n-th step. [default: 1]")

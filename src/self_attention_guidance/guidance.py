@@ -138,9 +138,9 @@ class SelfAttentionGuidance(_Guidance):
 
     @classmethod
     def fast(cls, scale: float = 1.0, **settings: Any) -> SelfAttentionGuidance:
-        """Guidance that costs a fifth of what it costs at every step.
+        """Guidance that costs a sixth of what it costs at every step.
 
-        Only the steps from a tenth to two thirds of the way are guided, and a second pass runs at
+        Only the steps from a fifth to two thirds of the way are guided, and a second pass runs at
         every third of them: the term is small before, draws speckles after, and changes slowly.
 
         Args:
@@ -150,7 +150,7 @@ class SelfAttentionGuidance(_Guidance):
         Raises:
             ValueError: A setting is out of its range or not of its type.
         """
-        preset: dict[str, Any] = {"start": 0.1, "stop": 0.65, "every": 3}
+        preset: dict[str, Any] = {"start": 0.2, "stop": 0.65, "every": 3}
         return cls(scale, **{**preset, **settings})
 
     def attention_layer(self, denoiser: nn.Module) -> str:
