@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bfloat16
 import drawing
@@ -115,16 +116,31 @@ PRODUCTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+class _Computed(TorchDispatchMode):
+    """Notes in which type products are computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in bfloat16.PRODUCTS:
+            self.products.append(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)
 def test_without_instructions_for_bfloat16_products_are_rounded_ones_of_float32(
     product: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     x = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(), bfloat16.autocast():
+    computed = _Computed()
+    with torch.no_grad(), computed, bfloat16.autocast():
         found = product(x)
         untouched = x.double() @ x.double()
     expected = product(x.bfloat16().float())
+    assert computed.products == [torch.float32, torch.float64]
     assert found.dtype == torch.bfloat16
     assert torch.equal(found, expected.bfloat16())
     assert not torch.equal(found.float(), product(x))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-_PRODUCTS = frozenset(
+PRODUCTS = frozenset(
     {
         torch.ops.aten.convolution.default,
         torch.ops.aten.addmm.default,
@@ -39,7 +39,7 @@ class Float32Products(TorchDispatchMode):
     ) -> Any:
         """Run one operation."""
         kwargs = kwargs or {}
-        if func not in _PRODUCTS or args[0].dtype != torch.bfloat16:
+        if func not in PRODUCTS or args[0].dtype != torch.bfloat16:
             return func(*args, **kwargs)
         args, kwargs = tree_map_only(Tensor, Tensor.float, (args, kwargs))
         return tree_map_only(Tensor, Tensor.bfloat16, func(*args, **kwargs))
