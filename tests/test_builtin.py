@@ -17,6 +17,7 @@ from self_attention_guidance.builtin import (
     recommended_settings,
 )
 from self_attention_guidance.generate import make_scheduler
+from self_attention_guidance.versions import dtype_argument
 
 
 def write_settings(folder: Path, content: object) -> Path:
@@ -32,7 +33,14 @@ def test_emoji_loads_in_float32_with_its_recommended_settings() -> None:
 
 
 def test_emoji_takes_from_pretrained_arguments() -> None:
-    assert builtin_model("emoji", torch_dtype=torch.bfloat16).unet.dtype == torch.bfloat16
+    unet = builtin_model("emoji", **dtype_argument(torch.bfloat16)).unet
+    assert unet.dtype == torch.bfloat16
+
+
+def test_loading_does_not_warn_of_types(recwarn: pytest.WarningsRecorder) -> None:
+    builtin_model("emoji")
+    builtin_model("emoji-adm")
+    assert not [w for w in recwarn if "dtype" in str(w.message)]
 
 
 def test_emoji_draws_a_coloured_picture_on_white() -> None:

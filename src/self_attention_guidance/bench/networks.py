@@ -11,6 +11,7 @@ import torch
 
 from ..builtin import builtin_folder, builtin_model, recommended_settings
 from ..guidance import SelfAttentionGuidance
+from ..versions import dtype_argument
 from .random_networks import sd15_unet, sdxl_unet, stable_diffusion, stable_diffusion_xl
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def _builtin(name: str, inputs: Inputs, size: int, suits_diffusers: bool) -> Net
     folder = builtin_folder(name)
     recommended = recommended_settings(folder)
     return Network(
-        make=lambda dtype: builtin_model(name, torch_dtype=dtype),
+        make=lambda dtype: builtin_model(name, **dtype_argument(dtype)),
         inputs=inputs,
         steps=recommended.num_inference_steps or 25,
         size=size,

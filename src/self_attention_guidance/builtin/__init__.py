@@ -15,6 +15,8 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
+from ..versions import dtype_argument
+
 if TYPE_CHECKING:
     from ..guidance import SelfAttentionGuidance
     from ..pipelines.adm import ADMPipeline
@@ -120,7 +122,8 @@ def builtin_model(
         name: One of `builtin_names()`; "emoji" makes 64x64 pictures of emoji from prompts,
             "emoji-adm" makes them without, as a pixel-space model.
         **from_pretrained_arguments: Passed to the pipeline's `from_pretrained`, for example
-            `torch_dtype=torch.bfloat16` (the default is `torch.float32`).
+            `dtype=torch.bfloat16`, `torch_dtype` before diffusers 0.40 (the default is
+            `torch.float32`).
 
     Returns:
         The pipeline, with `pipe.guidance` set to the model's recommended settings.
@@ -131,8 +134,10 @@ def builtin_model(
     import torch
 
     folder = builtin_folder(name)
-    arguments: dict[str, object] = {"torch_dtype": torch.float32, "use_safetensors": True}
-    arguments |= {"local_files_only": True} | from_pretrained_arguments
+    arguments: dict[str, object] = {"use_safetensors": True, "local_files_only": True}
+    if not {"dtype", "torch_dtype"} & from_pretrained_arguments.keys():
+        arguments |= dtype_argument(torch.float32)
+    arguments |= from_pretrained_arguments
     pipeline = _pipeline_class(folder).from_pretrained(str(folder), **arguments)
     recommended = recommended_settings(folder)
     if recommended.guidance:

@@ -20,6 +20,7 @@ from ..builtin import (
     recommended_settings,
 )
 from ..pipelines.stable_diffusion import StableDiffusionSAGPipeline
+from ..versions import dtype_argument
 from .loaded import Loaded, recommended_generation
 from .settings import GenerationSettings
 from .weights import refuse_missing_weights, refuse_unloaded_weights
@@ -86,7 +87,7 @@ def load_pipeline(
         ValueError: The model is missing or cannot be loaded, or the device or dtype is unknown.
     """
     target = find_device(device)
-    arguments: dict[str, Any] = {"torch_dtype": find_dtype(dtype, target)}
+    arguments: dict[str, Any] = dtype_argument(find_dtype(dtype, target))
     source, is_file = find_model(model)
     try:
         if is_file:

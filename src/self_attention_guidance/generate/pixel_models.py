@@ -13,6 +13,7 @@ import torch
 
 from ..builtin import RecommendedSettings, builtin_folder, builtin_names, recommended_settings
 from ..pipelines.adm import ADMPipeline
+from ..versions import dtype_argument
 from .loaded import Loaded
 from .models import (
     PIXEL_CLASSES,
@@ -176,7 +177,7 @@ def _load_pipeline(model: str, source: str) -> Any:
         _check_index(model, index)
     try:
         return ADMPipeline.from_pretrained(
-            source, torch_dtype=torch.float32, use_safetensors=True, local_files_only=local
+            source, use_safetensors=True, local_files_only=local, **dtype_argument(torch.float32)
         )
     except Exception as error:
         raise ValueError(loading_failed(model, source, error)) from error
