@@ -170,9 +170,6 @@ def _headline(name: str, model: Model) -> Iterator[Point]:
         ("unguided, twice the steps", UNGUIDED, 2 * STEPS),
     ):
         yield Point(name, "headline", label, guidance, steps)
-    if model.exact.start > 0:
-        from_the_first = dataclasses.replace(model.exact, start=0.0)
-        yield Point(name, "headline", "exact, from the first step on", from_the_first, STEPS)
 
 
 def _steps(name: str, model: Model) -> Iterator[Point]:
@@ -209,6 +206,9 @@ def _settings(name: str, model: Model) -> Iterator[Point]:
 
 
 def _cheap(name: str, model: Model) -> Iterator[Point]:
+    if model.exact.start > 0:
+        from_the_first = dataclasses.replace(model.exact, start=0.0)
+        yield Point(name, "cheap", "from the first step on", from_the_first)
     for every in (2, 3):
         guidance = dataclasses.replace(model.exact, every=every)
         yield Point(name, "cheap", f"every {every}", guidance)
