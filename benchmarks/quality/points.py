@@ -212,7 +212,7 @@ def _cheap(name: str, model: Model) -> Iterator[Point]:
     for every in (2, 3):
         guidance = dataclasses.replace(model.exact, every=every)
         yield Point(name, "cheap", f"every {every}", guidance)
-    for start, stop in ((0.0, 0.3), (0.3, 0.65), (0.65, 1.0)):
+    for start, stop in ((model.exact.start, 0.3), (0.3, 0.65), (0.65, 1.0)):
         guidance = dataclasses.replace(model.exact, start=start, stop=stop)
         yield Point(name, "cheap", f"steps from {start:g} to {stop:g}", guidance)
 
