@@ -157,11 +157,19 @@ def test_controls_of_equal_strength_have_a_term_as_large(
     settings = {"blur_sigma": exact.blur_sigma, "start": exact.start}
     if control is RandomMaskGuidance:
         settings["layer"] = exact.layer
-    chosen = point(model, control(2.5, **settings), like=exact)
+    chosen = point(model, control(1.0, **settings), like=exact)
     found = drawing.matched(chosen)
     wanted = drawing.term_size(chosen, exact)
     assert drawing.term_size(chosen, found) == pytest.approx(wanted, rel=0.05)
     assert drawing.term_size(chosen, chosen.guidance) != pytest.approx(wanted, rel=0.05)
+
+
+def test_a_term_that_no_scale_gives_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drawing, "MATCHING_SEEDS", range(1))
+    monkeypatch.setattr(drawing, "_MOST_CORRECTIONS", 1)
+    chosen = point(guidance=BlurGuidance(0.01), like=EXACT["emoji-adm"])
+    with pytest.raises(RuntimeError, match="no scale gives a term"):
+        drawing.matched(chosen)
 
 
 def test_results_are_kept_until_settings_or_samples_change(kept: Path) -> None:

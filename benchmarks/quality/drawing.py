@@ -24,7 +24,7 @@ FIRST_SEED = 200_000
 MATCHING_SEEDS = range(190_000, 190_064)
 # Terms count as equally large within this share of each other.
 _AS_LARGE = 0.04
-_MOST_CORRECTIONS = 6
+_MOST_CORRECTIONS = 16
 CLASSES = 23
 
 
@@ -78,7 +78,11 @@ def term_size(point: Point, guidance: Guidance) -> float:
 def matched(point: Point) -> Guidance:
     """The point's guidance with the scale whose term is as large as that of `point.like`.
 
-    The size of the term is nearly proportional to the scale, so few corrections do.
+    The size of the term is nearly proportional to the scale, so few corrections do; but where masks
+    are random, the least change of the scale draws others, and one may miss by luck.
+
+    Raises:
+        RuntimeError: No scale was found.
     """
     guidance = point.guidance
     if point.like is None:
@@ -87,10 +91,10 @@ def matched(point: Point) -> Guidance:
     for _ in range(_MOST_CORRECTIONS):
         found = term_size(point, guidance)
         if abs(found / wanted - 1) < _AS_LARGE:
-            break
+            return guidance
         scale = guidance.scale * wanted / found
         guidance = dataclasses.replace(guidance, scale=round(scale, 3))
-    return guidance
+    raise RuntimeError(f"{point.name}: no scale gives a term of {wanted:.3f}.")
 
 
 class _Record:
