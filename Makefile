@@ -8,7 +8,7 @@ OLDEST := .venv-oldest
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PICTURE := out/compare.png
 # Loose prompts, where the builtin model is unsure: guidance shows there.
-PROMPTS := "" happy animal fruit cat --seed 4
+PROMPTS := "" happy face sad animal --seed 15
 
 export HF_HUB_OFFLINE := 1
 # Waiting threads sleep: spinning slows small models tenfold where other programs run, too.

@@ -152,7 +152,7 @@ def test_half_precision_runs() -> None:
 def test_builtin_models_are_guided_at_every_step_exactly(name: str) -> None:
     folder = NETWORKS[name].folder
     exact, fast = exact_guidance(folder), fast_guidance(folder)
-    assert (exact.start, exact.stop, exact.every) == (0, 1, 1)
+    assert (exact.start, exact.stop, exact.every, exact.layer) == (0, 1, 1, None)
     assert exact.blur_sigma == 3
     assert fast != exact
 

@@ -55,7 +55,9 @@ class Model:
 _EMOJI = SelfAttentionGuidance(
     3.0, blur_sigma=3.0, layer="mid_block.attentions.0.transformer_blocks.0.attn1"
 )
-_EMOJI_FAST = SelfAttentionGuidance.fast(4.0, blur_sigma=3.0, layer=_EMOJI.layer)
+# Its attention has four times as many positions as the paper's layer, that of the mid block.
+_EMOJI_ENCODER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+_EMOJI_FAST = SelfAttentionGuidance.fast(4.0, blur_sigma=3.0, layer=_EMOJI_ENCODER)
 # Its first steps see hardly more than noise: guidance there does harm, which a point shows.
 _EMOJI_ADM = SelfAttentionGuidance(2.0, blur_sigma=3.0, layer="mid_block.attentions.0", start=0.1)
 _EMOJI_ADM_HELD = dataclasses.replace(_EMOJI_ADM, every=4)
@@ -68,7 +70,7 @@ MODELS = {
         recommended=_EMOJI_FAST,
         recommended_steps=MORE_STEPS,
         other_layers={
-            "first encoder layer": "down_blocks.0.attentions.0.transformer_blocks.0.attn1",
+            "first encoder layer": _EMOJI_ENCODER,
             "last decoder layer": "up_blocks.1.attentions.1.transformer_blocks.0.attn1",
         },
         scales=(0.75, 1.5, 5.0),
@@ -170,6 +172,9 @@ def _headline(name: str, model: Model) -> Iterator[Point]:
         ("unguided, twice the steps", UNGUIDED, 2 * STEPS),
     ):
         yield Point(name, "headline", label, guidance, steps)
+    if model.fast.layer != model.exact.layer:
+        same_layer = dataclasses.replace(model.exact, layer=model.fast.layer)
+        yield Point(name, "headline", "exact, layer of the fast preset", same_layer, STEPS)
 
 
 def _steps(name: str, model: Model) -> Iterator[Point]:

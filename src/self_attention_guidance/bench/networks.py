@@ -65,7 +65,9 @@ class Network:
 
 
 def exact_guidance(folder: Path | None) -> SelfAttentionGuidance:
-    """Guidance with a second pass at every step.
+    """The paper's guidance: a second pass at every step, and the mask of the default layer.
+
+    diffusers' class has that layer fixed; a model may recommend another.
 
     Args:
         folder: The model's, for its recommended settings; `None` takes the defaults.
@@ -73,7 +75,7 @@ def exact_guidance(folder: Path | None) -> SelfAttentionGuidance:
     if folder is None:
         return SelfAttentionGuidance()
     recommended = recommended_settings(folder).make_guidance()
-    return replace(recommended, start=0.0, stop=1.0, every=1)
+    return replace(recommended, start=0.0, stop=1.0, every=1, layer=None)
 
 
 def fast_guidance(folder: Path | None) -> SelfAttentionGuidance:
