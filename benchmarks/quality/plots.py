@@ -84,7 +84,8 @@ def _draw_scales(axes: Any, name: str, measured: Sequence[Measured]) -> None:
 
 
 def _is_unconditional(point: Point) -> bool:
-    return not point.conditional and point.scheduler is None
+    """Whether a plot shows a point; what was measured with more samples is shown once."""
+    return not point.conditional and point.scheduler is None and point.times == 1
 
 
 def _draw_points(

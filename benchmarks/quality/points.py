@@ -38,6 +38,8 @@ class Model:
         mark: What a condition is called: a caption or a class.
         cfg: A usual scale of classifier-free guidance; `None` if the pipeline has none.
         schedulers: Other schedulers, by the names of `sag generate --scheduler`.
+        times: How many times as many samples it takes to tell what the model recommends from
+            `exact`; at 1 the headline does.
     """
 
     exact: SelfAttentionGuidance
@@ -50,6 +52,7 @@ class Model:
     mark: str
     cfg: float | None
     schedulers: tuple[str, ...]
+    times: int = 1
 
 
 _EMOJI = SelfAttentionGuidance(
@@ -77,6 +80,7 @@ MODELS = {
         mark="caption",
         cfg=3.0,
         schedulers=("euler", "dpm++ 2m", "unipc"),
+        times=3,
     ),
     "emoji-adm": Model(
         exact=_EMOJI_ADM,
@@ -113,6 +117,7 @@ class Point:
         guidance_scale: Of classifier-free guidance; 1 is off.
         like: Guidance whose term's size the scale is chosen to give; the scale of `guidance` is
             where the search begins.
+        times: How many times as many samples as other points.
     """
 
     model: str
@@ -124,6 +129,7 @@ class Point:
     conditional: bool = False
     guidance_scale: float = 1.0
     like: Guidance | None = None
+    times: int = 1
 
     @property
     def name(self) -> str:
@@ -139,7 +145,9 @@ class Point:
             "weights": _digest_of_weights(self.model),
             "own_scheduler": _own_scheduler(self.model),
         }
-        return {name: value for name, value in told.items() if name not in ("group", "label")}
+        # The number of samples is told by itself.
+        untold = ("group", "label", "times")
+        return {name: value for name, value in told.items() if name not in untold}
 
 
 @functools.cache
@@ -158,7 +166,17 @@ def _own_scheduler(model: str) -> dict[str, Any]:
 
 def points() -> list[Point]:
     """All points, those that matter most first; each has a name of its own."""
-    groups = (_headline, _steps, _controls, _scales, _settings, _cheap, _conditional, _schedulers)
+    groups = (
+        _headline,
+        _steps,
+        _recommended,
+        _controls,
+        _scales,
+        _settings,
+        _cheap,
+        _conditional,
+        _schedulers,
+    )
     return [point for group in groups for name in MODELS for point in group(name, MODELS[name])]
 
 
@@ -181,6 +199,18 @@ def _steps(name: str, model: Model) -> Iterator[Point]:
     for steps in (FEW_STEPS, MORE_STEPS):
         yield Point(name, "steps", f"unguided, {steps} steps", UNGUIDED, steps)
     yield Point(name, "steps", f"fast, {FEW_STEPS} steps", model.fast, FEW_STEPS)
+
+
+def _recommended(name: str, model: Model) -> Iterator[Point]:
+    if model.times == 1:
+        return
+    own = model.recommended_steps
+    for label, guidance, steps in (
+        (f"unguided, {own} steps", UNGUIDED, own),
+        ("exact", model.exact, STEPS),
+        (f"recommended, {own} steps", model.recommended, own),
+    ):
+        yield Point(name, "recommended", label, guidance, steps, times=model.times)
 
 
 def _controls(name: str, model: Model) -> Iterator[Point]:

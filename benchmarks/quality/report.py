@@ -113,7 +113,7 @@ def unguided(measured: Sequence[Measured], point: Point) -> Result | None:
     for other, result in measured:
         is_same = all(
             getattr(other, name) == getattr(point, name)
-            for name in ("model", "steps", "scheduler", "conditional", "guidance_scale")
+            for name in ("model", "steps", "scheduler", "conditional", "guidance_scale", "times")
         )
         if is_same and other.guidance.scale == 0:
             return result

@@ -69,8 +69,9 @@ def jobs_of(point: Point, options: argparse.Namespace, scale: float) -> list[Job
             old.unlink()
         folder.mkdir(parents=True, exist_ok=True)
         note.write_text(settings, encoding="utf-8")
-    seeds = range(FIRST_SEED, FIRST_SEED + options.count)
-    starts = range(0, options.count, CHUNK)
+    count = options.count * point.times
+    seeds = range(FIRST_SEED, FIRST_SEED + count)
+    starts = range(0, count, CHUNK)
     return [
         Job(point, scale, seeds[start : start + CHUNK], folder / f"{start}.pt") for start in starts
     ]
@@ -115,7 +116,7 @@ def main() -> None:
         for point in points()
         if point.model in options.models and point.group in (options.only or point.group)
     ]
-    missing = [point for point in chosen if results.read(point, options.count) is None]
+    missing = [p for p in chosen if results.read(p, options.count * p.times) is None]
     if not options.report:
         for point in measure(options, missing):
             for path in (options.work / point.name).glob("*"):
