@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bfloat16
 import drawing
+import plots
 import report
 import results
 import study
@@ -209,6 +210,17 @@ def test_more_samples_begin_with_the_seeds_of_other_points(kept: Path) -> None:
 def test_a_point_of_more_samples_is_compared_with_one_of_as_many() -> None:
     known = [(point(guidance=UNGUIDED, times=times), invented(times)) for times in (1, 3)]
     assert report.unguided(known, point(times=3)) is known[1][1]
+
+
+def test_plots_show_no_point_twice(tmp_path: Path) -> None:
+    """A point that was measured again with more samples stays out of them."""
+    known = [(p, invented(number)) for number, p in enumerate(points())]
+    for name, chosen in (("all", known), ("once", [m for m in known if m[0].times == 1])):
+        (tmp_path / name).mkdir()
+        plots.write(chosen, tmp_path / name)
+    for name in ("frontier.png", "scales.png"):
+        drawn = [(tmp_path / kind / name).read_bytes() for kind in ("all", "once")]
+        assert drawn[0] == drawn[1]
 
 
 def test_figures_of_real_samples() -> None:

@@ -59,7 +59,7 @@ def _draw_frontier(axes: Any, name: str, measured: Sequence[Measured]) -> None:
         (every[1], "a second pass every 3 steps", "v"),
     )
     for number, (guidance, label, marker) in enumerate(kinds):
-        chosen = [m for m in measured if m[0].guidance == guidance and _is_unconditional(m[0])]
+        chosen = [m for m in measured if m[0].guidance == guidance and _is_shown(m[0])]
         chosen.sort(key=lambda m: m[1].rows)
         _draw_points(axes, chosen, lambda m: m[1].rows, label, marker, f"C{number}")
     axes.set_xlabel("rows of the network for one sample", fontsize=8)
@@ -73,7 +73,7 @@ def _draw_scales(axes: Any, name: str, measured: Sequence[Measured]) -> None:
         for m in measured
         if m[0].group == "scale"
         or m[0].label == "attention's mask"
-        or (m[0].guidance.scale == 0 and m[0].steps == FEW_STEPS and _is_unconditional(m[0]))
+        or (m[0].guidance.scale == 0 and m[0].steps == FEW_STEPS and _is_shown(m[0]))
     ]
     chosen.sort(key=lambda m: m[1].scale)
     _draw_points(
@@ -83,8 +83,8 @@ def _draw_scales(axes: Any, name: str, measured: Sequence[Measured]) -> None:
     axes.legend(fontsize=7)
 
 
-def _is_unconditional(point: Point) -> bool:
-    """Whether a plot shows a point; what was measured with more samples is shown once."""
+def _is_shown(point: Point) -> bool:
+    """Whether it is unconditional, and not a point that was measured again with more samples."""
     return not point.conditional and point.scheduler is None and point.times == 1
 
 
