@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline
 import tiny_pixels
 from command_line import run
 from self_attention_guidance import SelfAttentionGuidance, StableDiffusionSAGPipeline
-from self_attention_guidance.finite import refuse_not_finite
+from self_attention_guidance.denoiser.finite import refuse_not_finite
 from tiny import tiny_pipeline
 
 
@@ -80,7 +80,7 @@ def test_the_second_pass_alone_is_reported_and_leaves_the_model_as_it_was() -> N
 def test_half_precision_is_named_as_the_cause() -> None:
     overflown = torch.full((1, 1), 70000.0).half()
     with pytest.raises(FloatingPointError, match="the sample is not finite; float16 overflows"):
-        refuse_not_finite({"the sample": overflown}, 3, torch.tensor(7))
+        refuse_not_finite("the sample", overflown, 3, torch.tensor(7))
 
 
 @pytest.mark.parametrize("scale", [0, 1])

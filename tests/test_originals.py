@@ -15,7 +15,7 @@ from original_unet import OriginalUNet
 from payload import Payload
 from recordings import KINDS, checkpoint, config, difference, network, tensors
 from self_attention_guidance import ADMPipeline, ADMUNet2DModel, NoisyClassifier, load_original
-from self_attention_guidance.capture import AttentionCapture, received, self_attention
+from self_attention_guidance.denoiser.attention import AttentionCapture, received, self_attention
 from self_attention_guidance.originals import OriginalDiTModel, convert_original, preset_names
 from self_attention_guidance.originals.architecture import architecture_of, complete_config
 from self_attention_guidance.originals.classifier import classifier_arguments

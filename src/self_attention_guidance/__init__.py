@@ -7,12 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .builtin import builtin_model
-    from .guidance import BlurGuidance, SelfAttentionGuidance
-    from .guider import SelfAttentionGuider
-    from .handle import GuidanceHandle
+    from .denoiser.families import Family, register_batch_arguments, register_family
+    from .guidance import (
+        BlurGuidance,
+        Guidance,
+        GuidanceHandle,
+        PerturbedAttentionGuidance,
+        SelfAttentionGuidance,
+        attach,
+    )
     from .originals import ADMUNet2DModel, NoisyClassifier, OriginalDiTModel, load_original
     from .pipelines.adm import ADMPipeline
     from .pipelines.dit import DiTSAGPipeline
+    from .pipelines.modular import SelfAttentionGuider
     from .pipelines.stable_diffusion import StableDiffusionSAGPipeline
     from .pipelines.stable_diffusion_xl import StableDiffusionXLSAGPipeline
 
@@ -21,7 +28,13 @@ __version__ = "0.1.0"
 __all__ = [
     "SelfAttentionGuidance",
     "BlurGuidance",
+    "PerturbedAttentionGuidance",
+    "Guidance",
     "GuidanceHandle",
+    "attach",
+    "Family",
+    "register_family",
+    "register_batch_arguments",
     "SelfAttentionGuider",
     "StableDiffusionSAGPipeline",
     "StableDiffusionXLSAGPipeline",
@@ -41,11 +54,17 @@ _HOMES = {
     "ADMUNet2DModel": "originals",
     "BlurGuidance": "guidance",
     "DiTSAGPipeline": "pipelines.dit",
-    "GuidanceHandle": "handle",
+    "Family": "denoiser.families",
+    "Guidance": "guidance",
+    "GuidanceHandle": "guidance",
     "NoisyClassifier": "originals",
     "OriginalDiTModel": "originals",
     "SelfAttentionGuidance": "guidance",
-    "SelfAttentionGuider": "guider",
+    "SelfAttentionGuider": "pipelines.modular",
+    "PerturbedAttentionGuidance": "guidance",
+    "attach": "guidance",
+    "register_batch_arguments": "denoiser.families",
+    "register_family": "denoiser.families",
     "StableDiffusionSAGPipeline": "pipelines.stable_diffusion",
     "StableDiffusionXLSAGPipeline": "pipelines.stable_diffusion_xl",
     "builtin_model": "builtin",

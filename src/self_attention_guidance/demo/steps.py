@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..handle import GuidanceHandle
+from ..guidance import GuidanceHandle
 from ..maths import degrade
 from ..pipelines.stable_diffusion import StableDiffusionSAGPipeline
 

@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..finite import refuse_not_finite
+from ..denoiser.finite import refuse_not_finite
 from ..guidance import BlurGuidance, SelfAttentionGuidance
-from ..handle import GuidanceHandle
+from ..guidance import GuidanceHandle
 from ..pipelines.stable_diffusion import StableDiffusionSAGPipeline
 from .metadata import format_parameters, version_label
 from .schedulers import scheduler_label
@@ -183,7 +183,7 @@ class _StepCallback:
     ) -> dict[str, Any]:
         if self.record and pipe.guidance_handle is not None:
             self._add(pipe.guidance_handle)
-        refuse_not_finite({"the sample": kwargs["latents"]}, step, timestep)
+        refuse_not_finite("the sample", kwargs["latents"], step, timestep)
         if self.on_progress is not None:
             self.on_progress(self.count / pipe.num_timesteps)
         return kwargs

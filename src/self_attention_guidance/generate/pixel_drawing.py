@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ..finite import refuse_not_finite
+from ..denoiser.finite import refuse_not_finite
 from ..pipelines.adm import ADMPipeline
 from .drawing import Progress, seeded_generators
 from .sample_settings import SampleSettings
@@ -41,7 +41,7 @@ def draw_samples(
     """
 
     def report(pipe: Any, step: int, timestep: object, tensors: dict[str, Any]) -> Any:
-        refuse_not_finite({"the sample": tensors["latents"]}, step, timestep)
+        refuse_not_finite("the sample", tensors["latents"], step, timestep)
         if on_progress is not None:
             on_progress(len(seeds) / len(pipe.scheduler.timesteps))
         return tensors

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from ..checks import check_count, seeds_of
 from ..pipelines.adm import ADMPipeline
-from ..prediction import check_scheduler
+from ..denoiser.noise import check_scheduler
 from ..workers import Crew, Lost, distribute
 from .drawing import Progress
 from .files import check_folder, check_free, save_png

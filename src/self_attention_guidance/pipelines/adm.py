@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from ..checks import check_count, check_finite
-from ..guidance import BlurGuidance, SelfAttentionGuidance
-from ..prediction import sharpen_noise_levels
+from ..denoiser.noise import sharp_noise_levels
+from ..guidance import Guidance, SelfAttentionGuidance
 from .classifier_guidance import classifier_guided_step, log_probability_gradient
 from .guided import GuidedPipelineMixin
 
@@ -43,7 +44,7 @@ class ADMPipeline(GuidedPipelineMixin, DiffusionPipeline):
     model_cpu_offload_seq = "classifier->unet"
     _optional_components = ["classifier"]  # noqa: RUF012  # diffusers reads it from the class
 
-    guidance: SelfAttentionGuidance | BlurGuidance = SelfAttentionGuidance(
+    guidance: Guidance = SelfAttentionGuidance(
         0.5, blur_sigma=9.0, blur_kernel_size=31
     )
 
@@ -121,10 +122,11 @@ class ADMPipeline(GuidedPipelineMixin, DiffusionPipeline):
         labels = self._labels(class_labels, batch_size)
         weight = self._classifier_weight(classifier_scale, class_labels)
         self._check_variance()
-        x_t = self._start(batch_size, generator, latents, num_inference_steps)
         loop = _Loop(self, labels, weight, eta, generator, callback_on_step_end)
-        with self.guided(sag_scale):
-            x_0 = loop.run(x_t)
+        with self._sharp_noise_levels():
+            x_t = self._start(batch_size, generator, latents, num_inference_steps)
+            with self.guided(sag_scale):
+                x_0 = loop.run(x_t)
         images: Any = x_0
         if output_type != "latent":
             images = self.image_processor.postprocess(x_0.float(), output_type)
@@ -169,6 +171,11 @@ class ADMPipeline(GuidedPipelineMixin, DiffusionPipeline):
                 "has learned no variance; use 'fixed_small' or 'fixed_large'"
             )
 
+    def _sharp_noise_levels(self) -> AbstractContextManager[None]:
+        # Apple's GPUs have no float64.
+        has_float64 = self._execution_device.type != "mps"
+        return sharp_noise_levels(self.scheduler) if has_float64 else nullcontext()
+
     def _start(
         self,
         batch_size: int,
@@ -187,8 +194,6 @@ class ADMPipeline(GuidedPipelineMixin, DiffusionPipeline):
         device = self._execution_device
         if latents is None:
             latents = randn_tensor(shape, generator, device, self.unet.dtype)
-        if device.type != "mps":  # which has no float64
-            sharpen_noise_levels(self.scheduler)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         return latents.to(device, self.unet.dtype) * self.scheduler.init_noise_sigma
 

@@ -9,7 +9,8 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
 
-from ..prediction import prediction_at
+from ..denoiser.noise import present_prediction
+from ..denoiser.outputs import precise
 
 
 def classifier_guided_step(
@@ -42,8 +43,9 @@ def classifier_guided_step(
         variance = ancestral_variance(scheduler, timestep, output)
         following: Any = scheduler.step(output, int(timestep), x_t, **step_arguments)
         return following.prev_sample + (variance * shift).to(x_t.dtype)
-    prediction = prediction_at(scheduler, timestep, x_t.device)
-    x0 = prediction.clipped(prediction.x0(x_in, output))  # float32 at least, as the levels are
+    prediction = present_prediction(scheduler, timestep)
+    x_in = precise(x_in)
+    x0 = prediction.limited(prediction.x0(x_in, output))
     x0 = x0 + prediction.sigma**2 / prediction.alpha * shift
     output = prediction.output(x_in, x0).to(output.dtype)
     # The moved sample is not clipped again.
@@ -112,5 +114,5 @@ def _variances(scheduler: DDPMScheduler, timestep: Tensor) -> tuple[Tensor, Tens
 def _without_clipping(scheduler: DDIMScheduler) -> DDIMScheduler:
     """The same scheduler, which keeps no state between steps, with clipping off."""
     copied = copy.copy(scheduler)
-    copied.register_to_config(clip_sample=False)
+    copied.register_to_config(clip_sample=False, thresholding=False)
     return copied

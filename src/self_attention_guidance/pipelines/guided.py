@@ -6,20 +6,19 @@ import dataclasses
 from collections.abc import Generator
 from contextlib import contextmanager
 
-from ..guidance import BlurGuidance, SelfAttentionGuidance
-from ..handle import GuidanceHandle
+from ..guidance import Guidance, GuidanceHandle, SelfAttentionGuidance, attach
 
 
 class GuidedPipelineMixin:
     """Settings of guidance on a diffusers pipeline, which its calls attach and remove.
 
     Attributes:
-        guidance: The settings; assign a `SelfAttentionGuidance` or a `BlurGuidance` to change
-            them. Their `scale` is replaced by the call's `sag_scale`.
+        guidance: The settings; assign a `SelfAttentionGuidance` or another guidance to change
+            them. Its `scale` is replaced by the call's `sag_scale`.
         guidance_handle: The handle of the running or last guided call: its mask and attention.
     """
 
-    guidance: SelfAttentionGuidance | BlurGuidance = SelfAttentionGuidance()
+    guidance: Guidance = SelfAttentionGuidance()
     guidance_handle: GuidanceHandle | None = None
 
     @contextmanager
@@ -42,5 +41,5 @@ class GuidedPipelineMixin:
         if guidance.scale == 0:
             yield
             return
-        with guidance.attach_to_call(self) as self.guidance_handle:
+        with attach(self, guidance, is_for_this_thread=True) as self.guidance_handle:
             yield

@@ -8,25 +8,21 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.guiders import ClassifierFreeGuidance
 from torch import Tensor, nn
 
-from .guidance import Branch, SelfAttentionGuidance
-from .handle import GuidanceHandle
-from .prediction import is_at
+from ..denoiser.caller import find_caller
+from ..guidance import Branch, GuidanceHandle, SelfAttentionGuidance
 
 
 class SelfAttentionGuider(ClassifierFreeGuidance):
     """Classifier-free and Self-Attention Guidance for diffusers' modular pipelines.
 
     It predicts what `SelfAttentionGuidance.attach` does on the other pipelines (Hong et al., ICCV
-    2023, arXiv 2210.00939, Eq. 16, added after classifier-free guidance). Guiders are not told
-    who schedules, so that this one needs to be given the pipeline's scheduler:
+    2023, arXiv 2210.00939, Eq. 16, added after classifier-free guidance):
 
-        guider = SelfAttentionGuider(guidance_scale=5.0)
-        guider.scheduler = pipe.scheduler
-        pipe.update_components(guider=guider)
+        pipe.update_components(guider=SelfAttentionGuider(guidance_scale=5.0))
 
     Attributes:
-        scheduler: The scheduler of the pipeline; not saved with the config. To be given before
-            the pipeline runs.
+        scheduler: The scheduler that drives a loop of your own; not saved with the config. `None`
+            is that of the modular pipeline that runs.
         guidance: The settings of Self-Attention Guidance.
         guidance_handle: The handle of the last guided step: its mask and attention.
 
@@ -87,22 +83,10 @@ class SelfAttentionGuider(ClassifierFreeGuidance):
             threshold=threshold,
             layer=layer,
         )
-        self._scheduler: Any = None
+        self.scheduler: Any = None
         self.guidance_handle: GuidanceHandle | None = None
         self._present: GuidanceHandle | None = None
         self._earlier: GuidanceHandle | None = None
-        self._run: Any = None
-
-    @property
-    def scheduler(self) -> Any:
-        """The scheduler of the pipeline; `None` if it was not given."""
-        return self._scheduler
-
-    @scheduler.setter
-    def scheduler(self, scheduler: Any) -> None:
-        self._scheduler = scheduler
-        # The scheduler that runs makes new timesteps for every run.
-        self._run = getattr(scheduler, "timesteps", None)
 
     def new(self, **kwargs: Any) -> SelfAttentionGuider:
         """A copy of this guider with the same scheduler and other settings.
@@ -115,34 +99,24 @@ class SelfAttentionGuider(ClassifierFreeGuidance):
         return copy
 
     def set_state(self, step: int, num_inference_steps: int, timestep: Any) -> None:
-        """Note where the sampling is; called by the pipeline at every step.
-
-        Raises:
-            ValueError: The guider does not know the pipeline's scheduler.
-        """
+        """Note where the sampling is; called by the pipeline at every step."""
         super().set_state(step, num_inference_steps, timestep)
         self._release()
         self._present = None
-        if not self._is_guiding:
-            return
-        run = getattr(self.scheduler, "timesteps", None)
-        is_stale = step == 0 and run is self._run
-        self._run = run
-        if is_stale or not is_at(self.scheduler, timestep):
-            raise ValueError(
-                f"scheduler={type(self.scheduler).__name__} must be the one that runs: set "
-                "guider.scheduler = pipe.scheduler"
-            )
 
     def prepare_models(self, denoiser: nn.Module) -> None:
-        """Guide the next call of the denoiser if it predicts the branch that is guided."""
+        """Guide the next call of the denoiser if it predicts the branch that is guided.
+
+        Raises:
+            ValueError: No pipeline runs and `scheduler` was not given.
+        """
         super().prepare_models(denoiser)
         self._release()
         alone = self.num_conditions == 1
         is_branch = alone or self.is_conditional == (self.guidance.branch == "cond")
         if self._is_guiding and is_branch:
             self._present = self.guidance.attach(
-                denoiser, scheduler=self.scheduler, batch_layout="single"
+                denoiser, scheduler=self._scheduler_that_runs(), batch_layout="single"
             )
             if self._earlier is not None:
                 self._present.continue_from(self._earlier)
@@ -175,6 +149,16 @@ class SelfAttentionGuider(ClassifierFreeGuidance):
         elif pred_uncond is not None:
             pred_cond = (pred_cond + handle.term).to(pred_cond.dtype)
         return super().forward(pred_cond, pred_uncond)
+
+    def _scheduler_that_runs(self) -> Any:
+        caller = find_caller() if self.scheduler is None else None
+        scheduler = self.scheduler if caller is None else caller.pipeline.scheduler
+        if scheduler is None:
+            raise ValueError(
+                "the guider does not know the scheduler: no modular pipeline runs; set "
+                "guider.scheduler to the one that drives your loop"
+            )
+        return scheduler
 
     @property
     def _is_guiding(self) -> bool:

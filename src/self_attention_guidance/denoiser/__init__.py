@@ -1,0 +1,1 @@
+"""The one seam: hooks on a denoiser, and all that is known of how diffusers calls it."""

@@ -1,0 +1,165 @@
+"""One call of a denoiser: its arguments by name, and how to repeat it for part of the batch."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .families import Family
+from .protocols import config_of, uncompiled
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a denoiser.
+
+    Attributes:
+        family: Of the denoiser.
+        arguments: All arguments by name, whole. Containers are copies: diffusers' U-Net empties
+            a list that it is given.
+        positional: Names of those that were given by position.
+        timestep_scale: What the network is given over what the scheduler counts.
+    """
+
+    family: Family
+    arguments: dict[str, Any]
+    positional: tuple[str, ...]
+    timestep_scale: float
+
+    @property
+    def sample(self) -> Tensor:
+        """x_t of the whole batch, as the denoiser receives it."""
+        return self.arguments[self.family.sample_argument]
+
+    @property
+    def condition(self) -> Tensor | None:
+        """What differs between the halves of classifier-free guidance, of the whole batch."""
+        found = self.arguments.get(self.family.condition)
+        return found if isinstance(found, Tensor) else None
+
+    @property
+    def timestep(self) -> Any:
+        """As the denoiser received it: a number, or a tensor of any shape."""
+        return self.arguments["timestep"]
+
+    def timesteps(self) -> Tensor:
+        """The timesteps as the scheduler counts, one or one a picture, float64 on the CPU."""
+        values = torch.as_tensor(self.timestep).flatten()
+        if not any(values.stride()):  # one number, repeated without a copy
+            values = values[:1]
+        values = values.cpu().double() / self.timestep_scale
+        return values[:1] if bool((values == values[0]).all()) else values
+
+    def rows(self, rows: slice, sample: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments of a call for part of the batch.
+
+        Args:
+            rows: The part.
+            sample: x_t of that part.
+
+        Raises:
+            ValueError: An argument that holds a row for each picture holds another number.
+        """
+        arguments = {name: _copied(value) for name, value in self.arguments.items()}
+        batch = len(self.sample)
+        if len(range(batch)[rows]) < batch:
+            cut = functools.partial(_cut, batched=_tree(self.family), batch=batch, rows=rows)
+            arguments = {name: cut(value, name) for name, value in arguments.items()}
+        arguments[self.family.sample_argument] = sample
+        return tuple(arguments.pop(name) for name in self.positional), arguments
+
+
+def call_of(
+    denoiser: nn.Module, family: Family, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Call:
+    """A call of a denoiser.
+
+    Args:
+        denoiser: The module, compiled or not.
+        family: Its row of the table.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+
+    Raises:
+        ValueError: The sample or the timestep is missing.
+    """
+    names = _parameters(type(uncompiled(denoiser)), family.sample_argument)
+    by_position = dict(zip(names, args, strict=False))
+    arguments = {**by_position, **kwargs}
+    for name in (family.sample_argument, "timestep"):
+        if arguments.get(name) is None:
+            raise ValueError(
+                f"{type(uncompiled(denoiser)).__name__} was called without {name!r}: give it by "
+                "name"
+            )
+    # Networks that were trained with rescaled timesteps say so in their config; for others, the
+    # table says what their pipelines do.
+    scale = config_of(denoiser).get("timestep_scale", family.timestep_scale)
+    copied = {name: _copied(value) for name, value in arguments.items()}
+    return Call(family, copied, tuple(by_position), float(scale))
+
+
+@functools.cache
+def _parameters(denoiser: type[nn.Module], sample_argument: str) -> list[str]:
+    """Names of a denoiser's arguments in order, by the first class that spells them out."""
+    for base in denoiser.__mro__:
+        if "forward" in vars(base):
+            names = list(inspect.signature(vars(base)["forward"]).parameters)[1:]
+            if sample_argument in names:
+                return names
+    return []
+
+
+@functools.cache
+def _tree(family: Family) -> dict[str, Any]:
+    """The names of batched arguments as nested dictionaries; an empty one holds all below."""
+    tree: dict[str, Any] = {}
+    for name in (family.sample_argument, "timestep", *family.batched):
+        branch = tree
+        for part in name.split("."):
+            branch = branch.setdefault(part, {})
+    return tree
+
+
+def _copied(argument: Any) -> Any:
+    """`argument` with its containers copied, and its tensors as they are."""
+    if isinstance(argument, Mapping):
+        entries = cast("Mapping[str, Any]", argument)
+        return {name: _copied(entry) for name, entry in entries.items()}
+    if type(argument) in (list, tuple):
+        return type(argument)(_copied(item) for item in argument)
+    return argument
+
+
+def _cut(argument: Any, name: str, batched: dict[str, Any], batch: int, rows: slice) -> Any:
+    """`argument` for some rows of the batch, if the names say that it holds them."""
+    if name not in batched or argument is None:
+        return argument
+    below = batched[name]
+    cut = functools.partial(_cut, batch=batch, rows=rows)
+    if isinstance(argument, Mapping):
+        entries = cast("Mapping[str, Any]", argument)
+        names = below or dict.fromkeys(entries, cast("dict[str, Any]", {}))
+        return {key: cut(entry, key, names) for key, entry in entries.items()}
+    if isinstance(argument, list | tuple):
+        items = cast("list[Any] | tuple[Any, ...]", argument)
+        if any(isinstance(item, Tensor | list | tuple) and _holds_tensors(item) for item in items):
+            return type(items)(cut(item, name, batched) for item in items)
+        return items[rows] if len(items) == batch else items
+    if not isinstance(argument, Tensor) or argument.ndim == 0 or len(argument) == 1:
+        return argument
+    if len(argument) != batch:
+        raise ValueError(f"{name} holds {len(argument)} rows, but the batch holds {batch} pictures")
+    return argument[rows]
+
+
+def _holds_tensors(item: Any) -> bool:
+    if isinstance(item, list | tuple):
+        return any(_holds_tensors(part) for part in cast("list[Any]", item))
+    return isinstance(item, Tensor)

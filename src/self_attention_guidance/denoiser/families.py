@@ -1,0 +1,243 @@
+"""What guidance needs to know about each class of denoiser: a table, no code per class."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from .protocols import uncompiled
+
+BatchLayout = Literal[
+    "single", "uncond_first", "cond_first", "cond_call_first", "uncond_call_first"
+]
+"""What a call holds under classifier-free guidance: a picture a row ("single"), two halves of a
+batch in either order, or the first of two calls of a step, in either order."""
+
+TWO_CALLS = ("cond_call_first", "uncond_call_first")
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How latents are packed into a sequence of tokens, (batch, tokens, channels).
+
+    Attributes:
+        ids: Name of the forward argument that tells where tokens lie: "img_ids" holds a row and a
+            column for each, "img_shapes" the rows and columns of each picture.
+        patch: Side of the square of latent pixels that makes a token.
+    """
+
+    ids: Literal["img_ids", "img_shapes"]
+    patch: int = 2
+
+
+@dataclass(frozen=True)
+class Family:
+    """One class of denoisers.
+
+    Attributes:
+        layer: Dotted path of the self-attention layer that guidance reads or weakens by default;
+            "middle" stands for the middle one of a list of blocks.
+        sample_argument: Name of the forward argument that holds x_t.
+        batched: Names of the forward arguments that hold a row for each picture: tensors, or
+            lists of tensors or of other things, or dictionaries of these. "a.b" is the entry b of
+            the dictionary a. All other arguments reach the weakened pass whole. `sample_argument`
+            and "timestep" need not be named.
+        condition: Name of the argument that differs between the halves of classifier-free
+            guidance.
+        cfg_layout: What diffusers' pipelines do under classifier-free guidance; "single" if the
+            class has no such guidance.
+        null_label: Entry of the denoiser's config that holds the label of "no class", by which
+            the halves are told apart where the pipeline does not tell; `None` if there is none.
+        timestep_scale: The timestep that pipelines give to the network, over the scheduler's.
+        tokens: How attention sees the picture: "levels" of a U-Net, each half as fine as the one
+            before, or square "patches" of the size that the config holds as `patch_size`.
+        joint: Where the picture's tokens lie in attention over picture and text together; `None`
+            if attention is over the picture alone.
+        packing: How the latents are packed; `None` if they are (batch, channels, height, width).
+    """
+
+    layer: str
+    sample_argument: str = "hidden_states"
+    batched: tuple[str, ...] = ("encoder_hidden_states",)
+    condition: str = "encoder_hidden_states"
+    cfg_layout: BatchLayout = "uncond_first"
+    null_label: str | None = None
+    timestep_scale: float = 1.0
+    tokens: Literal["levels", "patches"] = "patches"
+    joint: Literal["picture_first", "picture_last"] | None = None
+    packing: Packing | None = None
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+# The middle block of transformers, by argument: all blocks see the same grid of tokens, the
+# first ones attend to neighbours and the last ones serve the pixels, so that the middle is what
+# the bottleneck of a U-Net is, the layer that the paper reads. diffusers' examples of
+# perturbed-attention guidance, a relative of this method, take the middle block, too.
+_FAMILIES = {
+    "UNet2DConditionModel": Family(
+        layer="mid_block.attentions.0.transformer_blocks.0.attn1",
+        sample_argument="sample",
+        batched=_names(
+            """encoder_hidden_states class_labels timestep_cond attention_mask
+            encoder_attention_mask added_cond_kwargs.text_embeds added_cond_kwargs.time_ids
+            added_cond_kwargs.image_embeds added_cond_kwargs.hint
+            down_block_additional_residuals mid_block_additional_residual
+            down_intrablock_additional_residuals cross_attention_kwargs.gligen"""
+        ),
+        tokens="levels",
+    ),
+    "UNet2DModel": Family(
+        layer="mid_block.attentions.0",
+        sample_argument="sample",
+        batched=("class_labels",),
+        condition="class_labels",
+        cfg_layout="single",
+        tokens="levels",
+    ),
+    "DiTTransformer2DModel": Family(
+        layer="transformer_blocks.middle.attn1",
+        batched=("class_labels",),
+        condition="class_labels",
+        cfg_layout="cond_first",
+        null_label="num_embeds_ada_norm",
+    ),
+    "PixArtTransformer2DModel": Family(
+        layer="transformer_blocks.middle.attn1",
+        batched=_names(
+            """encoder_hidden_states attention_mask encoder_attention_mask
+            added_cond_kwargs.resolution added_cond_kwargs.aspect_ratio"""
+        ),
+    ),
+    "HunyuanDiT2DModel": Family(
+        layer="blocks.middle.attn1",
+        batched=_names(
+            """encoder_hidden_states text_embedding_mask encoder_hidden_states_t5
+            text_embedding_mask_t5 image_meta_size style controlnet_block_samples"""
+        ),
+    ),
+    "SD3Transformer2DModel": Family(
+        layer="transformer_blocks.middle.attn",
+        batched=_names(
+            """encoder_hidden_states pooled_projections block_controlnet_hidden_states
+            joint_attention_kwargs.ip_adapter_image_embeds
+            joint_attention_kwargs.ip_hidden_states joint_attention_kwargs.temb"""
+        ),
+        joint="picture_first",
+    ),
+    "AuraFlowTransformer2DModel": Family(
+        layer="single_transformer_blocks.middle.attn",
+        timestep_scale=1e-3,
+        joint="picture_last",
+    ),
+    "FluxTransformer2DModel": Family(
+        layer="single_transformer_blocks.middle.attn",
+        batched=_names(
+            """encoder_hidden_states pooled_projections guidance controlnet_block_samples
+            controlnet_single_block_samples joint_attention_kwargs.ip_adapter_image_embeds"""
+        ),
+        cfg_layout="cond_call_first",
+        timestep_scale=1e-3,
+        joint="picture_last",
+        packing=Packing("img_ids"),
+    ),
+    "ChromaTransformer2DModel": Family(
+        layer="single_transformer_blocks.middle.attn",
+        batched=_names(
+            """encoder_hidden_states attention_mask controlnet_block_samples
+            controlnet_single_block_samples joint_attention_kwargs.ip_adapter_image_embeds"""
+        ),
+        cfg_layout="cond_call_first",
+        timestep_scale=1e-3,
+        joint="picture_last",
+        packing=Packing("img_ids"),
+    ),
+    "QwenImageTransformer2DModel": Family(
+        layer="transformer_blocks.middle.attn",
+        batched=_names(
+            """encoder_hidden_states encoder_hidden_states_mask img_shapes txt_seq_lens guidance
+            controlnet_block_samples additional_t_cond"""
+        ),
+        cfg_layout="cond_call_first",
+        timestep_scale=1e-3,
+        joint="picture_last",
+        packing=Packing("img_shapes"),
+    ),
+}
+
+
+def register_family(denoiser: str, family: Family) -> None:
+    """Tell guidance of a class of denoisers of your own, or change what it knows of one.
+
+    Args:
+        denoiser: Name of the class; its subclasses are guided, too.
+        family: What guidance needs to know. `family_of(denoiser)` is that of a known one, to be
+            changed by `dataclasses.replace`.
+
+    Raises:
+        ValueError: The name is empty, or `family` is not a `Family`.
+    """
+    if not denoiser or not isinstance(family, Family):  # type: ignore[redundant-expr]
+        raise ValueError(f"register_family({denoiser!r}, {family!r}): needs a name and a Family")
+    _FAMILIES[denoiser] = family
+
+
+def register_batch_arguments(denoiser: str, *names: str) -> None:
+    """Tell guidance of arguments that hold a row for each picture, beside those that it knows.
+
+    Args:
+        denoiser: Name of a class of denoisers that is known.
+        *names: As in `Family.batched`, "cross_attention_kwargs.mine" for example.
+
+    Raises:
+        ValueError: The class is not known.
+    """
+    family = _FAMILIES.get(denoiser)
+    if family is None:
+        raise ValueError(_not_supported(denoiser))
+    _FAMILIES[denoiser] = dataclasses.replace(family, batched=(*family.batched, *names))
+
+
+def default_layer(denoiser: nn.Module) -> str:
+    """Dotted path of the layer that the table names for a denoiser.
+
+    Raises:
+        ValueError: The class is not in the table.
+    """
+    path, module = "", uncompiled(denoiser)
+    for name in family_of(denoiser).layer.split("."):
+        if name == "middle" and isinstance(module, nn.ModuleList):
+            name = str(len(module) // 2)
+        path = f"{path}.{name}" if path else name
+        module = getattr(module, name, None)
+    return path
+
+
+def family_of(denoiser: nn.Module | type[nn.Module]) -> Family:
+    """The table's row for a denoiser, its class, or a subclass.
+
+    Raises:
+        ValueError: The class is not in the table.
+    """
+    cls = denoiser if isinstance(denoiser, type) else type(uncompiled(denoiser))
+    for base in cls.__mro__:
+        if base.__name__ in _FAMILIES:
+            return _FAMILIES[base.__name__]
+    raise ValueError(_not_supported(cls.__name__))
+
+
+def family_names() -> list[str]:
+    """Names of the classes of denoisers that can be guided."""
+    return list(_FAMILIES)
+
+
+def _not_supported(denoiser: str) -> str:
+    return (
+        f"denoiser {denoiser} is not supported; supported: {', '.join(_FAMILIES)}; for one of "
+        "your own, see register_family"
+    )

@@ -1,0 +1,401 @@
+"""Noise levels, and what a network's output says about the clean sample.
+
+In the denoiser's own input space every supported model sees
+
+    x_t = alpha_t * x0 + sigma_t * eps,
+
+and its output u is linear in the clean sample: x0 = from_input * x_t + from_output * u. This is
+the one file that knows how schedulers state their noise level.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from torch import Tensor
+
+from .protocols import Scheduler
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
+
+# Where schedulers that evaluate a midpoint keep its noise level, relative to their step index.
+_MIDPOINT_OFFSETS = {"KDPM2DiscreteScheduler": 0, "KDPM2AncestralDiscreteScheduler": -1}
+
+# What schedulers keep on the device, and guidance needs to know on the CPU.
+_TABLES = ("timesteps", "sigmas", "sigmas_interpol", "alphas_cumprod")
+
+Level = float | Tensor
+"""A number if all pictures share one noise level, else float32 or float64 of shape
+(batch, 1, 1, 1). Python's own numbers need no float64 on the device, and no transfer to it."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The linear relations between a network's input, output and clean sample at one step.
+
+    Attributes:
+        alpha: Signal level of the network's input.
+        sigma: Noise level of the network's input.
+        from_input: Weight of the input x_t in x0.
+        from_output: Weight of the output u in x0.
+        correction: Weight of the change of x0 in the guidance term, (1 - from_input * alpha) /
+            from_output: 0 for epsilon, -sigma for v, 1 for sample, -1 for flow prediction.
+        noise_from_output: Change of the predicted noise with the output,
+            -alpha * from_output / sigma: 1 for epsilon, alpha for v and flow, -alpha / sigma for
+            sample prediction.
+        limited: x0 as the scheduler uses it, which may clip or threshold it.
+    """
+
+    alpha: Level
+    sigma: Level
+    from_input: Level
+    from_output: Level
+    correction: Level
+    noise_from_output: Level
+    limited: Callable[[Tensor], Tensor]
+
+    def rows(self, rows: slice) -> Prediction:
+        """The relations for part of a batch; the same object if all rows share one step."""
+        if not isinstance(self.alpha, Tensor):
+            return self
+        levels = (self.alpha, self.sigma, self.from_input, self.from_output, self.correction)
+        cut = [level[rows] if isinstance(level, Tensor) else level for level in levels]
+        noise = self.noise_from_output
+        noise = noise[rows] if isinstance(noise, Tensor) else noise
+        return Prediction(*cut, noise_from_output=noise, limited=self.limited)
+
+    def x0(self, x_t: Tensor, output: Tensor) -> Tensor:
+        """The predicted clean sample, not limited; shapes (batch, channels, height, width)."""
+        return self.from_input * x_t + self.from_output * output
+
+    def output(self, x_t: Tensor, x0: Tensor) -> Tensor:
+        """The network's output that predicts `x0`; shapes (batch, channels, height, width)."""
+        return (x0 - self.from_input * x_t) / self.from_output
+
+    def renoise(self, x_t: Tensor, x0: Tensor, x0_degraded: Tensor) -> Tensor:
+        """alpha_t * x0_degraded + sigma_t * eps, eps being the noise in `x_t` beside `x0`.
+
+        Written as a change of `x_t`, so that it is bit-equal where nothing was degraded.
+        """
+        return x_t + self.alpha * (x0_degraded - x0)
+
+    def term(
+        self, output: Tensor, weak_output: Tensor, x0_change: Tensor | None = None
+    ) -> Tensor:
+        """The guidance term eps - eps' (arXiv 2210.00939, Eq. 16), in units of the output.
+
+        Args:
+            output: u, the network's output at x_t.
+            weak_output: u', that of the weakened network.
+            x0_change: By how much the clean sample of its input was changed; `None` if its input
+                was x_t.
+
+        Returns:
+            What is added to `output`, times the scale; same shape.
+        """
+        change = output - weak_output
+        return change if x0_change is None else change + self.correction * x0_change
+
+    def noise(self, term: Tensor) -> Tensor | None:
+        """A term in units of the noise, in which it may be held; `None` where alpha is 0."""
+        return None if _has_zero(self.noise_from_output) else term * self.noise_from_output
+
+    def held(self, noise: Tensor) -> Tensor:
+        """What `noise` gave, at this noise level and in units of the output."""
+        return noise / self.noise_from_output
+
+
+class Tables:
+    """A scheduler's tables on the CPU, taken there once a run and with one transfer.
+
+    Attributes:
+        waited: Whether they had to be fetched from a device.
+    """
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        """Fetch what is on a device."""
+        found = {name: getattr(scheduler, name, None) for name in _TABLES}
+        tables = {name: table for name, table in found.items() if isinstance(table, Tensor)}
+        remote = [table.flatten() for table in tables.values() if table.device.type != "cpu"]
+        self.waited = bool(remote)
+        if remote:
+            fetched = torch.cat(remote).cpu().split([len(table) for table in remote])
+            parts = iter(fetched)
+            tables = {n: t if t.device.type == "cpu" else next(parts) for n, t in tables.items()}
+        self._tables = tables
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A table in float64, one-dimensional."""
+        return self._tables[name].double()
+
+    def timestep(self, index: int) -> float:
+        """A timestep by its index."""
+        return float(self._tables["timesteps"][index])
+
+    def __len__(self) -> int:
+        """How many timesteps there are."""
+        return len(self._tables["timesteps"])
+
+    def is_unique(self, index: int) -> bool:
+        """Whether no other timestep is equal."""
+        timesteps = self._tables["timesteps"]
+        return int((timesteps == timesteps[index]).sum()) == 1
+
+
+def prediction_at(
+    scheduler: Scheduler, index: int, steps: Tensor, tables: Tables, like: Tensor
+) -> Prediction:
+    """What a scheduler says of a call of the denoiser.
+
+    Args:
+        scheduler: A diffusers scheduler whose timesteps are set.
+        index: Which of its timesteps it is at.
+        steps: The timesteps of the call, one or one a picture, float64 on the CPU, as the
+            scheduler counts; used where there are no sigmas.
+        tables: Of the scheduler.
+        like: Tells the device and the precision of levels that differ between pictures.
+
+    Returns:
+        The relations between input, output and clean sample.
+    """
+    kind = _prediction_type(scheduler)
+    limited = _limit_of(scheduler)
+    if hasattr(scheduler, "sigmas"):
+        sigma = _present_sigma(scheduler, index, tables)
+        if kind == "flow_prediction":
+            return _flow_matching(sigma)
+        if (sigma_data := setting(scheduler, "sigma_data")) is not None:
+            return _preconditioned(sigma, kind, float(sigma_data))
+        alpha = 1 / math.sqrt(1 + sigma**2)
+        return _variance_preserving(alpha, sigma * alpha, kind, limited)
+    alphas_squared = tables["alphas_cumprod"][steps.round().long()]
+    if len(alphas_squared) == 1:
+        square = float(alphas_squared)
+        return _variance_preserving(math.sqrt(square), math.sqrt(1 - square), kind, limited)
+    alphas_squared = alphas_squared.view(-1, 1, 1, 1)
+    levels = alphas_squared.sqrt(), (1 - alphas_squared).sqrt()
+    alpha, sigma = (level.to(like.dtype).to(like.device) for level in levels)
+    return _variance_preserving(alpha, sigma, kind, limited)
+
+
+def present_prediction(scheduler: Scheduler, timestep: Tensor) -> Prediction:
+    """What a scheduler says of its present step, in a loop that it drives.
+
+    Args:
+        scheduler: A diffusers scheduler whose timesteps are set.
+        timestep: The present one, as the scheduler counts.
+
+    Raises:
+        ValueError: The scheduler is not supported.
+    """
+    check_scheduler(scheduler)
+    tables, step = Tables(scheduler), timestep.detach().reshape(1).cpu().double()
+    index = index_of(scheduler)
+    index = index_of_value(scheduler, float(step), tables) if index is None else index
+    return prediction_at(scheduler, index, step, tables, timestep)
+
+
+@contextmanager
+def sharp_noise_levels(scheduler: Scheduler) -> Generator[None]:
+    """Give a DDPM or DDIM scheduler its noise levels in float64 inside the `with` statement.
+
+    diffusers computes them in float32, in which 1 - alphas_cumprod of the least noisy steps of a
+    cosine schedule has lost most of its digits. Levels that do not follow from the config are
+    left alone.
+
+    Args:
+        scheduler: A `DDPMScheduler` or `DDIMScheduler`; others are left alone.
+    """
+    levels = _sharp_levels(scheduler)
+    if levels is None:
+        yield
+        return
+    holder: Any = scheduler
+    own = holder.alphas_cumprod
+    holder.alphas_cumprod = levels
+    try:
+        yield
+    finally:
+        holder.alphas_cumprod = own
+
+
+def check_scheduler(scheduler: Any) -> None:
+    """Refuse schedulers whose noise level or prediction type is not known here.
+
+    Raises:
+        ValueError: Names the scheduler, what it says of itself, and what would be accepted.
+    """
+    name = type(scheduler).__name__
+    if not (hasattr(scheduler, "sigmas") or hasattr(scheduler, "alphas_cumprod")):
+        raise ValueError(f"scheduler {name} has neither sigmas nor alphas_cumprod: not supported")
+    if "Inverse" in name:
+        raise ValueError(
+            f"scheduler {name} is not supported: its samples have another noise level than its "
+            "timesteps say"
+        )
+    kind = _prediction_type(scheduler)
+    if kind not in PREDICTION_TYPES:
+        raise ValueError(
+            f"scheduler {name} has prediction_type={kind!r}; it must be one of "
+            f"{', '.join(PREDICTION_TYPES)}"
+        )
+    is_flow = _is_flow_matching(scheduler)
+    if is_flow != (kind == "flow_prediction"):
+        raise ValueError(
+            f"scheduler {name} has prediction_type={kind!r} with "
+            f"use_flow_sigmas={is_flow}; flow_prediction needs flow sigmas, and they need it"
+        )
+    if setting(scheduler, "invert_sigmas"):
+        raise ValueError(f"scheduler {name} has invert_sigmas=True: not supported")
+    if setting(scheduler, "sigma_data") is not None and "beta_schedule" in scheduler.config:
+        raise ValueError(
+            f"scheduler {name} was made from the config of a variance-preserving scheduler "
+            f"(beta_schedule={scheduler.config['beta_schedule']!r}), but it needs a denoiser with "
+            "EDM preconditioning; use EulerDiscreteScheduler for this model"
+        )
+
+
+def setting(scheduler: Any, name: str, default: Any = None) -> Any:
+    """A setting that a scheduler uses.
+
+    Configs also hold settings of other schedulers that they were made from.
+
+    Args:
+        scheduler: A diffusers scheduler.
+        name: Of the setting.
+        default: What to return if the scheduler's class does not know it.
+    """
+    config = getattr(scheduler, "config", {})
+    known = inspect.signature(type(scheduler).__init__).parameters
+    return config.get(name, default) if name in known else default
+
+
+def index_of(scheduler: Any) -> int | None:
+    """Which of its timesteps a scheduler is at; `None` if it does not know."""
+    index = getattr(scheduler, "step_index", None)
+    index = getattr(scheduler, "begin_index", None) if index is None else index
+    return None if index is None else int(index)
+
+
+def index_of_value(scheduler: Any, value: float, tables: Tables) -> int:
+    """The index of the timestep that is nearest to a value."""
+    timesteps = tables["timesteps"]
+    nearest = int((timesteps - value).abs().argmin())
+    if hasattr(scheduler, "sigmas") and hasattr(scheduler, "index_for_timestep"):
+        # Of equal ones, a scheduler that begins in the middle may mean the second.
+        return int(scheduler.index_for_timestep(scheduler.timesteps[nearest]))
+    return nearest
+
+
+def place_in(timesteps: Tensor, timestep: Any) -> int | None:
+    """Where a view lies in the tensor of timesteps that it was taken from; else `None`."""
+    is_single = isinstance(timestep, Tensor) and not any(timestep.stride())
+    if not is_single or timesteps.ndim != 1 or timestep.dtype != timesteps.dtype:
+        return None
+    same_memory = timestep.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr()
+    place, rest = divmod(
+        timestep.storage_offset() - timesteps.storage_offset(), timesteps.stride(0) or 1
+    )
+    return place if same_memory and not rest and 0 <= place < len(timesteps) else None
+
+
+def _is_flow_matching(scheduler: Any) -> bool:
+    # Schedulers made for flow matching have no setting that says so.
+    is_made_for_it = type(scheduler).__name__.startswith("FlowMatch")
+    return is_made_for_it or bool(setting(scheduler, "use_flow_sigmas"))
+
+
+def _prediction_type(scheduler: Any) -> Any:
+    default = "flow_prediction" if _is_flow_matching(scheduler) else None
+    return setting(scheduler, "prediction_type", default)
+
+
+def _limit_of(scheduler: Any) -> Callable[[Tensor], Tensor]:
+    """How a scheduler limits x0: thresholding, where it knows both, goes before clipping."""
+    if setting(scheduler, "thresholding"):
+        return scheduler._threshold_sample
+    if not setting(scheduler, "clip_sample"):
+        return _unchanged
+    clip = float(setting(scheduler, "clip_sample_range", 1.0))
+    return lambda x0: x0.clamp(-clip, clip)
+
+
+def _unchanged(x0: Tensor) -> Tensor:
+    return x0
+
+
+def _present_sigma(scheduler: Any, index: int, tables: Tables) -> float:
+    """The scheduler's sigma: that of x0 + sigma * eps, or of (1 - sigma) * x0 + sigma * eps."""
+    if not getattr(scheduler, "state_in_first_order", True):
+        if hasattr(scheduler, "mid_point_sigma"):
+            return float(scheduler.mid_point_sigma)
+        offset = _MIDPOINT_OFFSETS.get(type(scheduler).__name__)
+        if offset is not None:
+            return float(tables["sigmas_interpol"][index + offset])
+    return float(tables["sigmas"][index])
+
+
+def _variance_preserving(
+    alpha: Level, sigma: Level, kind: str, limited: Callable[[Tensor], Tensor]
+) -> Prediction:
+    if kind == "epsilon":
+        weights = (_ratio(1.0, alpha), -_ratio(sigma, alpha), 0.0, 1.0)
+    elif kind == "v_prediction":
+        weights = (alpha, -sigma, -sigma, alpha)
+    else:
+        weights = (0.0, 1.0, 1.0, -_ratio(alpha, sigma))
+    return Prediction(alpha, sigma, *weights, limited=limited)
+
+
+def _preconditioned(sigma: float, kind: str, sigma_data: float) -> Prediction:
+    """EDM's preconditioning (Karras et al., arXiv 2206.00364, Table 1)."""
+    c_in = 1 / math.sqrt(sigma**2 + sigma_data**2)
+    c_skip = (sigma_data * c_in) ** 2
+    c_out = sigma * sigma_data * c_in * (-1 if kind == "v_prediction" else 1)
+    correction = _ratio(1 - c_skip, c_out)
+    noise = -_ratio(c_out, sigma)
+    return Prediction(
+        c_in, sigma * c_in, c_skip / c_in, c_out, correction, noise, limited=_unchanged
+    )
+
+
+def _flow_matching(sigma: float) -> Prediction:
+    """Rectified flow: x = (1 - sigma) * x0 + sigma * eps, u = eps - x0 (arXiv 2209.03003)."""
+    alpha = 1 - sigma
+    return Prediction(alpha, sigma, 1.0, -sigma, -1.0, alpha, limited=_unchanged)
+
+
+def _ratio(a: Level, b: Level) -> Level:
+    """a / b, infinite where Python's own numbers would raise."""
+    return math.inf if not isinstance(b, Tensor) and b == 0 else a / b
+
+
+def _has_zero(level: Level) -> bool:
+    return bool((level == 0).any()) if isinstance(level, Tensor) else level == 0
+
+
+def _sharp_levels(scheduler: Any) -> Tensor | None:
+    config = scheduler.config
+    if not isinstance(scheduler, DDPMScheduler | DDIMScheduler) or config.rescale_betas_zero_snr:
+        return None
+    count, kind = config.num_train_timesteps, config.beta_schedule
+    if config.trained_betas is not None:
+        betas = torch.as_tensor(config.trained_betas, dtype=torch.float64)
+    elif kind == "linear":
+        betas = torch.linspace(config.beta_start, config.beta_end, count, dtype=torch.float64)
+    elif kind == "squaredcos_cap_v2":  # arXiv 2102.09672, Eq. 17
+        angle = (torch.arange(count + 1, dtype=torch.float64) / count + 0.008) / 1.008 * math.pi / 2
+        level = angle.cos() ** 2
+        betas = (1 - level[1:] / level[:-1]).clamp(max=0.999)
+    else:
+        return None
+    levels = (1 - betas).cumprod(0)
+    is_same = torch.allclose(levels, scheduler.alphas_cumprod.double(), rtol=1e-3, atol=1e-6)
+    return levels if is_same else None

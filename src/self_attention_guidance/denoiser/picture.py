@@ -1,0 +1,177 @@
+"""Where the picture lies in what a denoiser receives, returns and attends to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .call import Call
+from .families import Packing
+from .protocols import config_of, uncompiled
+
+OnCPU = Callable[[Tensor], Tensor]
+"""Copies a tensor to the CPU, once a run."""
+
+
+@dataclass(frozen=True)
+class PicturePlace:
+    """The picture that is denoised, in the input and output tensors of one call.
+
+    Tensors may hold more: inpainting networks see channels that they do not denoise, editing
+    networks see tokens of another picture, and networks that learn their variance return it.
+
+    Attributes:
+        channels: Channels of the picture, or of its tokens.
+        grid: Rows and columns of the picture's tokens if latents are packed, else `None`.
+        patch: Side of the square of latent pixels that makes a packed token.
+    """
+
+    channels: int
+    grid: tuple[int, int] | None = None
+    patch: int = 1
+
+    def read(self, tensor: Tensor) -> Tensor:
+        """The picture, (batch, channels, height, width), in an input or output of the denoiser."""
+        if self.grid is None:
+            return tensor[:, : self.channels]
+        rows, columns = self.grid
+        tokens = tensor[:, : rows * columns, : self.channels]
+        return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, self.grid), self.patch)
+
+    def written(self, tensor: Tensor, picture: Tensor) -> Tensor:
+        """A tensor like `tensor` that holds `picture`, as `read` gives it."""
+        if self.grid is None and picture.shape == tensor.shape:
+            return picture.to(tensor.dtype)
+        copy = tensor.clone()
+        if self.grid is None:
+            copy[:, : self.channels] = picture
+            return copy
+        tokens = F.pixel_unshuffle(picture, self.patch).flatten(2).transpose(1, 2)
+        copy[:, : tokens.shape[1], : self.channels] = tokens
+        return copy
+
+
+def place_of(call: Call, output: Tensor, on_cpu: OnCPU) -> PicturePlace:
+    """Where the picture lies in the tensors of one call.
+
+    Args:
+        call: The call.
+        output: What the denoiser returned.
+        on_cpu: Copies a tensor to the CPU.
+
+    Raises:
+        ValueError: The positions of packed tokens do not form a grid, more than one picture is
+            denoised, or the denoiser returns another size than it receives.
+    """
+    sample, packing = call.sample, call.family.packing
+    if packing is None:
+        if sample.shape[-2:] != output.shape[-2:]:
+            sides = " x ".join(str(side) for side in sample.shape[-2:])
+            raise ValueError(f"latents of {sides} do not fit the patches of the denoiser")
+        return PicturePlace(min(sample.shape[1], output.shape[1]))
+    channels = min(sample.shape[2], output.shape[2])
+    _refuse_several_pictures(call, packing, sample.shape[2] > output.shape[2], on_cpu)
+    return PicturePlace(channels, _packed_grid(call, packing, on_cpu), packing.patch)
+
+
+def picture_tokens(
+    denoiser: nn.Module, layer: str, call: Call, positions: int, on_cpu: OnCPU
+) -> tuple[slice, tuple[int, int]]:
+    """Which positions of an attention layer are the picture's, and their rows and columns.
+
+    Args:
+        denoiser: The module, compiled or not.
+        layer: Dotted path of the layer.
+        call: Of the denoiser.
+        positions: Positions that the layer attends over.
+        on_cpu: Copies a tensor to the CPU.
+
+    Raises:
+        ValueError: The layer does not see all of the picture's positions.
+    """
+    family, sample = call.family, call.sample
+    pictures = None
+    if family.packing is not None:
+        grid, pictures = _packed_grid(call, family.packing, on_cpu), sample.shape[1]
+    elif family.tokens == "levels":
+        grid = _level_grid(uncompiled(denoiser), layer, positions, *sample.shape[-2:])
+    else:
+        patch = int(config_of(denoiser).get("patch_size", 1))
+        grid = sample.shape[-2] // patch, sample.shape[-1] // patch
+    count = grid[0] * grid[1]
+    start = positions - (pictures or count) if family.joint == "picture_last" else 0
+    if start < 0 or (positions < count if family.joint else positions != count):
+        raise ValueError(
+            f"{layer!r} attends over {positions} positions, but its picture has {grid[0]} x "
+            f"{grid[1]}: what merges or leaves out tokens (such as tomesd) is not supported"
+        )
+    return slice(start, start + count), grid
+
+
+def _level_grid(
+    denoiser: nn.Module, layer: str, positions: int, height: int, width: int
+) -> tuple[int, int]:
+    """Rows and columns of a U-Net's layer, which follow from the levels above it.
+
+    Some kinds of blocks round odd sides up, others down.
+    """
+    levels = _levels_above(denoiser, layer)
+    for rounded in (math.ceil, math.floor):
+        rows, columns = height, width
+        for _ in range(levels):
+            rows, columns = max(rounded(rows / 2), 1), max(rounded(columns / 2), 1)
+        if rows * columns == positions:
+            break
+    return rows, columns
+
+
+def _levels_above(denoiser: nn.Module, layer: str) -> int:
+    """How often a U-Net halves the picture before a layer."""
+    part, _, rest = layer.partition(".")
+    down = list(denoiser.get_submodule("down_blocks").children())
+    if part == "down_blocks":
+        down = down[: int(rest.split(".")[0])]
+    levels = sum(getattr(block, "downsamplers", None) is not None for block in down)
+    if part == "up_blocks":
+        up = list(denoiser.get_submodule(part).children())[: int(rest.split(".")[0])]
+        levels -= sum(getattr(block, "upsamplers", None) is not None for block in up)
+    return levels
+
+
+def _refuse_several_pictures(
+    call: Call, packing: Packing, sees_conditions: bool, on_cpu: OnCPU
+) -> None:
+    """Refuse sequences of which more than the first picture is denoised.
+
+    Editing pipelines append pictures that are not. Those of in-context examples (a network that
+    sees conditions beside its latents) and of layers (with a condition of their own) are.
+    """
+    if packing.ids == "img_shapes":
+        several = call.arguments.get("additional_t_cond") is not None
+    else:
+        ids = on_cpu(call.arguments["img_ids"])
+        several = sees_conditions and bool((ids[..., 0] != ids.flatten()[0]).any())
+    if several:
+        raise ValueError("sequences of several pictures that are denoised are not supported")
+
+
+def _packed_grid(call: Call, packing: Packing, on_cpu: OnCPU) -> tuple[int, int]:
+    """Rows and columns of the first picture's tokens, which is the one that is denoised."""
+    places = call.arguments[packing.ids]
+    if packing.ids == "img_shapes":
+        while not isinstance(places[0], int):
+            places = places[0]
+        return int(places[-2]), int(places[-1])
+    ids = on_cpu(places)
+    ids = ids[0] if ids.ndim == 3 else ids
+    ids = ids[ids[:, 0] == ids[0, 0]]
+    rows, columns = (int(side) + 1 for side in ids[:, 1:3].max(dim=0).values)
+    expected = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).to(ids)
+    if not torch.equal(ids[:, 1:3], expected):
+        raise ValueError(f"{packing.ids} does not hold the rows and columns of one picture")
+    return rows, columns

@@ -1,0 +1,20 @@
+"""Guidances: one paper, one file, and what attaches them to a denoiser."""
+
+from __future__ import annotations
+
+from .attach import GuidanceHandle, attach
+from .base import METHODS, Branch, Guidance
+from .blur import BlurGuidance
+from .pag import PerturbedAttentionGuidance
+from .sag import SelfAttentionGuidance
+
+__all__ = [
+    "METHODS",
+    "BlurGuidance",
+    "Branch",
+    "Guidance",
+    "GuidanceHandle",
+    "PerturbedAttentionGuidance",
+    "SelfAttentionGuidance",
+    "attach",
+]
