@@ -8,7 +8,7 @@ import sys
 import torch
 
 from self_attention_guidance import StableDiffusionSAGPipeline
-from self_attention_guidance.builtin import builtin_folder
+from self_attention_guidance.models.builtin import builtin_folder
 
 pipe = StableDiffusionSAGPipeline.from_pretrained(str(builtin_folder("emoji")))
 image = pipe(

@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from self_attention_guidance.versions import dtype_argument
 
 from self_attention_guidance import ADMPipeline, SelfAttentionGuidance, builtin_model
-from self_attention_guidance.builtin import (
+from self_attention_guidance.generate import make_scheduler
+from self_attention_guidance.models.builtin import (
     RecommendedSettings,
     builtin_folder,
     builtin_names,
     recommended_settings,
 )
-from self_attention_guidance.generate import make_scheduler
-from self_attention_guidance.versions import dtype_argument
 
 
 def write_settings(folder: Path, content: object) -> Path:

@@ -12,7 +12,7 @@ from torch import Tensor
 from recordings import difference, network
 from self_attention_guidance import BlurGuidance, DiTSAGPipeline, SelfAttentionGuidance
 from self_attention_guidance.maths import degrade
-from self_attention_guidance.originals import OriginalDiTModel, dit_scheduler
+from self_attention_guidance.models.originals import OriginalDiTModel, dit_scheduler
 from tiny import seeded, tiny_vae
 
 NULL = 10
@@ -167,8 +167,7 @@ def test_other_schedulers_and_blur_guidance() -> None:
 
 def test_the_default_layer_is_the_middle_block() -> None:
     scheduler = dit_scheduler()
-    with GUIDANCE.attach(network("dit"), scheduler=scheduler) as handle:
-        assert handle._layer == "transformer_blocks.2.attn1"
+    assert GUIDANCE.reads(network("dit")) == ("transformer_blocks.2.attn1",)
     with pytest.raises(ValueError, match="is not a self-attention layer"):
         SelfAttentionGuidance(layer="transformer_blocks.middle.attn2").attach(
             network("dit"), scheduler=scheduler

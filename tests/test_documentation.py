@@ -15,8 +15,8 @@ from PIL import Image
 
 from command_line import run
 from self_attention_guidance import builtin_model
-from self_attention_guidance.builtin import builtin_folder, builtin_names
 from self_attention_guidance.cli import app
+from self_attention_guidance.models.builtin import builtin_folder, builtin_names
 from test_batch_jobs import StandIn, job, listed
 
 ROOT = Path(__file__).parents[1]

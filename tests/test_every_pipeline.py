@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 
 import test_guidance
 from self_attention_guidance import SelfAttentionGuidance
-from self_attention_guidance.originals import dit_scheduler
+from self_attention_guidance.models.originals import dit_scheduler
 from test_dit_pipeline import with_1001_labels
 from tiny import tiny_pipeline, tiny_vae
 from tiny_transformers import TRANSFORMERS, draw

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from self_attention_guidance import SelfAttentionGuidance, maths
-from self_attention_guidance.capture import token_grid
 from tiny import TEXT_WIDTH, tiny_scheduler, tiny_unet
 
 
@@ -140,20 +139,6 @@ def test_degrade_blurs_inside_the_mask_only() -> None:
     everywhere = maths.degrade(x0, None, 2.0, 9)
     assert torch.equal(degraded[:, :, :4, 4:], everywhere[:, :, :4, 4:])
     assert not torch.equal(degraded, x0)
-
-
-@settings(deadline=None)
-@given(height=st.integers(1, 200), width=st.integers(1, 200), halvings=st.integers(0, 4))
-def test_token_grid_is_found_for_every_size(height: int, width: int, halvings: int) -> None:
-    rows, columns = height, width
-    for _ in range(halvings):
-        rows, columns = (rows + 1) // 2, (columns + 1) // 2
-    assert token_grid(rows * columns, height, width) == (rows, columns)
-
-
-def test_token_grid_refuses_what_is_no_grid() -> None:
-    with pytest.raises(ValueError, match="7 attention tokens do not form a grid over 8 x 8"):
-        token_grid(7, 8, 8)
 
 
 def test_autocast_changes_nothing() -> None:

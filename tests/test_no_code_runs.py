@@ -13,7 +13,7 @@ from command_line import run
 from payload import Payload
 from self_attention_guidance.batch import Model
 from self_attention_guidance.generate import load_pipeline, load_pixel_model
-from self_attention_guidance.originals import load_original, preset_names
+from self_attention_guidance.models.originals import load_original, preset_names
 from tiny import save_tiny_model
 from tiny_pixels import save_tiny_pixels
 

@@ -14,7 +14,7 @@ import nbformat
 import numpy as np
 from PIL import Image
 
-from self_attention_guidance.builtin import builtin_folder
+from self_attention_guidance.models.builtin import builtin_folder
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "self_attention_guidance.ipynb"
 FLAG = "USE_STABLE_DIFFUSION = "

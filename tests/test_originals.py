@@ -16,12 +16,16 @@ from payload import Payload
 from recordings import KINDS, checkpoint, config, difference, network, tensors
 from self_attention_guidance import ADMPipeline, ADMUNet2DModel, NoisyClassifier, load_original
 from self_attention_guidance.denoiser.attention import AttentionCapture, received, self_attention
-from self_attention_guidance.originals import OriginalDiTModel, convert_original, preset_names
-from self_attention_guidance.originals.architecture import architecture_of, complete_config
-from self_attention_guidance.originals.classifier import classifier_arguments
-from self_attention_guidance.originals.presets import PRESETS
-from self_attention_guidance.originals.rules import qkv_by_head, qkv_by_part
-from self_attention_guidance.originals.unet import unet_config
+from self_attention_guidance.models.originals import (
+    OriginalDiTModel,
+    convert_original,
+    preset_names,
+)
+from self_attention_guidance.models.originals.architecture import architecture_of, complete_config
+from self_attention_guidance.models.originals.classifier import classifier_arguments
+from self_attention_guidance.models.originals.presets import PRESETS
+from self_attention_guidance.models.originals.rules import qkv_by_head, qkv_by_part
+from self_attention_guidance.models.originals.unet import unet_config
 from self_attention_guidance.pipelines.classifier_guidance import log_probability_gradient
 from tiny import aligned
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from recordings import FOLDER, config, difference, network, tensors
 from self_attention_guidance import ADMPipeline, SelfAttentionGuidance
-from self_attention_guidance.originals import original_scheduler
+from self_attention_guidance.models.originals import original_scheduler
 
 RUNS: dict[str, dict[str, Any]] = json.loads((FOLDER / "sag/runs.json").read_text())["runs"]
 STEPS = 5

@@ -25,8 +25,8 @@ from controls import RandomMaskGuidance
 from points import MODELS, UNGUIDED, Point, points
 from results import Result
 from self_attention_guidance import BlurGuidance, SelfAttentionGuidance
-from self_attention_guidance.builtin import builtin_folder, recommended_settings
 from self_attention_guidance.evaluate import estimate
+from self_attention_guidance.models.builtin import builtin_folder, recommended_settings
 from tiny_pixels import one_thread
 
 EXACT = {name: model.exact for name, model in MODELS.items()}

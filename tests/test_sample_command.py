@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import self_attention_guidance.builtin as builtin
+import self_attention_guidance.models.builtin as builtin
 from command_line import error_of, run
 from self_attention_guidance import (
     ADMPipeline,

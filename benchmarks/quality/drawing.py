@@ -15,9 +15,9 @@ from torch import Tensor
 import bfloat16
 from points import Guidance, Point
 from self_attention_guidance import builtin_model
-from self_attention_guidance.builtin import builtin_folder
 from self_attention_guidance.evaluate import load_encoder
 from self_attention_guidance.generate import make_scheduler
+from self_attention_guidance.models.builtin import builtin_folder
 
 FIRST_SEED = 200_000
 # Scales are matched on seeds that no point uses.

@@ -12,7 +12,7 @@ from typing import Any
 
 from controls import RandomMaskGuidance
 from self_attention_guidance import BlurGuidance, SelfAttentionGuidance
-from self_attention_guidance.builtin import builtin_folder
+from self_attention_guidance.models.builtin import builtin_folder
 
 Guidance = SelfAttentionGuidance | BlurGuidance
 UNGUIDED = SelfAttentionGuidance(0.0)

@@ -14,8 +14,8 @@ DOCS = ROOT / "docs"
 # Pages of the site that are files outside docs.
 PAGES = {
     "benchmarks.md": ROOT / "benchmarks/README.md",
-    "models/emoji.md": ROOT / "src/self_attention_guidance/builtin/emoji/README.md",
-    "models/emoji-adm.md": ROOT / "src/self_attention_guidance/builtin/emoji-adm/README.md",
+    "models/emoji.md": ROOT / "src/self_attention_guidance/models/builtin/emoji/README.md",
+    "models/emoji-adm.md": ROOT / "src/self_attention_guidance/models/builtin/emoji-adm/README.md",
     "models/encoder.md": ROOT / "src/self_attention_guidance/evaluate/emoji_encoder/README.md",
 }
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#:]+)(#[^)\s]*)?\)")

@@ -6,7 +6,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .builtin import builtin_model
     from .denoiser.families import Family, register_batch_arguments, register_family
     from .guidance import (
         BlurGuidance,
@@ -16,7 +15,8 @@ if TYPE_CHECKING:
         SelfAttentionGuidance,
         attach,
     )
-    from .originals import ADMUNet2DModel, NoisyClassifier, OriginalDiTModel, load_original
+    from .models.builtin import builtin_model
+    from .models.originals import ADMUNet2DModel, NoisyClassifier, OriginalDiTModel, load_original
     from .pipelines.adm import ADMPipeline
     from .pipelines.dit import DiTSAGPipeline
     from .pipelines.modular import SelfAttentionGuider
@@ -51,14 +51,14 @@ __all__ = [
 # diffusers finds the classes of saved models here, too.
 _HOMES = {
     "ADMPipeline": "pipelines.adm",
-    "ADMUNet2DModel": "originals",
+    "ADMUNet2DModel": "models.originals",
     "BlurGuidance": "guidance",
     "DiTSAGPipeline": "pipelines.dit",
     "Family": "denoiser.families",
     "Guidance": "guidance",
     "GuidanceHandle": "guidance",
-    "NoisyClassifier": "originals",
-    "OriginalDiTModel": "originals",
+    "NoisyClassifier": "models.originals",
+    "OriginalDiTModel": "models.originals",
     "SelfAttentionGuidance": "guidance",
     "SelfAttentionGuider": "pipelines.modular",
     "PerturbedAttentionGuidance": "guidance",
@@ -67,8 +67,8 @@ _HOMES = {
     "register_family": "denoiser.families",
     "StableDiffusionSAGPipeline": "pipelines.stable_diffusion",
     "StableDiffusionXLSAGPipeline": "pipelines.stable_diffusion_xl",
-    "builtin_model": "builtin",
-    "load_original": "originals",
+    "builtin_model": "models.builtin",
+    "load_original": "models.originals",
 }
 
 

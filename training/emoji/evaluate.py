@@ -25,7 +25,7 @@ from torch import Tensor
 import data
 from data import Picture
 
-SHIPPED = Path(__file__).parents[2] / "src/self_attention_guidance/builtin/emoji"
+SHIPPED = Path(__file__).parents[2] / "src/self_attention_guidance/models/builtin/emoji"
 BLUR_SIGMA = 1.5  # pixels
 DRAWS = 100
 BATCH_SIZE = 25

@@ -19,7 +19,7 @@ from torch import Tensor
 from classes import CLASSES, labels_of, load_small
 from sampling import load, sample
 from self_attention_guidance import SelfAttentionGuidance
-from self_attention_guidance.builtin import recommended_settings
+from self_attention_guidance.models.builtin import recommended_settings
 from self_attention_guidance.pipelines.adm import ADMPipeline
 from shared import data
 from shipping import SHIPPED

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from sampling import load, sample, to_images
 from self_attention_guidance import SelfAttentionGuidance
-from self_attention_guidance.builtin import recommended_settings
 from self_attention_guidance.generate import draw_grid
+from self_attention_guidance.models.builtin import recommended_settings
 from shipping import SHIPPED
 
 SEEDS = range(10)

@@ -11,7 +11,7 @@ from diffusers import UNet2DModel
 from classes import CLASSES, NULL_LABEL
 from network import build_scheduler
 
-SHIPPED = Path(__file__).parents[2] / "src/self_attention_guidance/builtin/emoji-adm"
+SHIPPED = Path(__file__).parents[2] / "src/self_attention_guidance/models/builtin/emoji-adm"
 MODEL_INDEX = {
     "_class_name": "ADMPipeline",
     "_diffusers_version": "0.42.1",

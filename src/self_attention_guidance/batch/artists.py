@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from ..builtin import recommended_settings
 from ..checks import check_finite
 from ..generate.drawing import PictureRequest, PromptArtist
 from ..generate.loaded import recommended_generation
@@ -33,6 +32,7 @@ from ..generate.sample_settings import SampleSettings, choose_labels
 from ..generate.schedulers import check_scheduler_name, scheduler_label
 from ..generate.settings import GenerationSettings, check_size
 from ..guidance import BlurGuidance, SelfAttentionGuidance
+from ..models.builtin import recommended_settings
 from .tasks import Task
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from ..checks import check_count
-from ..workers import Crew, Lost, distribute
+from ..generate.workers import Crew, Lost, distribute
 from .artists import Artist
 from .drawing import (
     IMAGES,

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from ..workers import TRIES
+from ..generate.workers import TRIES
 from .drawing import Unit
 from .lists import PromptList
 from .manifest import Finished

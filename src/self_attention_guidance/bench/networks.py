@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..builtin import builtin_folder, builtin_model, recommended_settings
 from ..guidance import SelfAttentionGuidance
-from ..versions import dtype_argument
+from ..models.builtin import builtin_folder, builtin_model, recommended_settings
+from ..models.versions import dtype_argument
 from .random_networks import sd15_unet, sdxl_unet, stable_diffusion, stable_diffusion_xl
 
 if TYPE_CHECKING:

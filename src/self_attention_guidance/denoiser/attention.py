@@ -268,13 +268,14 @@ def attending(denoiser: nn.Module, layers: Sequence[str], attend: Attend) -> Gen
     finally:
         for module, processor in zip(modules, processors, strict=True):
             module.set_processor(processor)
-    for layer, processor, count in zip(layers, processors, weakened, strict=True):
+    for layer, module, count in zip(layers, modules, weakened, strict=True):
         if not count:
-            raise RuntimeError(f"no attention was weakened at {layer!r}: {why_unseen(processor)}")
+            raise RuntimeError(f"no attention was weakened at {layer!r}: {why_unseen(module)}")
 
 
-def why_unseen(processor: Any) -> str:
-    """Why attention could not be read or changed, and what to do."""
+def why_unseen(attention: Any) -> str:
+    """Why a layer's attention could not be read or changed, and what to do."""
+    processor = attention.processor
     name = type(processor).__name__
     backend = getattr(processor, "_attention_backend", None)
     if backend is not None:

@@ -86,9 +86,7 @@ class Prediction:
         """
         return x_t + self.alpha * (x0_degraded - x0)
 
-    def term(
-        self, output: Tensor, weak_output: Tensor, x0_change: Tensor | None = None
-    ) -> Tensor:
+    def term(self, output: Tensor, weak_output: Tensor, x0_change: Tensor | None = None) -> Tensor:
         """The guidance term eps - eps' (arXiv 2210.00939, Eq. 16), in units of the output.
 
         Args:

@@ -54,8 +54,8 @@ class TwoCalls:
         elif self._owes_guidance:
             self._owes_guidance = False
             raise RuntimeError(
-                "a step ran without its second call, and so without guidance; let guidance use "
-                "the other branch"
+                "a step ran without its second call, and so without guidance; use branch='cond', "
+                "or the branch that is called first"
             )
         if cfg is not None:
             self._expects_second = cfg
@@ -94,7 +94,7 @@ class TwoCalls:
             if first is None:
                 raise RuntimeError(
                     "the first call's prediction was copied before the second call, so it can't "
-                    "be guided; let guidance use the other branch: branch='cond'"
+                    "be guided; use branch='cond', or the branch that is called first"
                 )
             first.copy_(_added(self._first_plain, whole))
         self._owes_guidance = False

@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..denoiser.finite import refuse_not_finite
-from ..guidance import BlurGuidance, SelfAttentionGuidance
-from ..guidance import GuidanceHandle
+from ..guidance import BlurGuidance, GuidanceHandle, SelfAttentionGuidance
 from ..pipelines.stable_diffusion import StableDiffusionSAGPipeline
 from .metadata import format_parameters, version_label
 from .schedulers import scheduler_label

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ..builtin import RecommendedSettings
+from ..models.builtin import RecommendedSettings
 from .schedulers import make_scheduler
 from .settings import GenerationSettings
 

@@ -13,14 +13,14 @@ from typing import Any, cast
 
 import torch
 
-from ..builtin import (
+from ..models.builtin import (
     RecommendedSettings,
     builtin_folder,
     builtin_names,
     recommended_settings,
 )
+from ..models.versions import dtype_argument
 from ..pipelines.stable_diffusion import StableDiffusionSAGPipeline
-from ..versions import dtype_argument
 from .loaded import Loaded, recommended_generation
 from .settings import GenerationSettings
 from .weights import refuse_missing_weights, refuse_unloaded_weights

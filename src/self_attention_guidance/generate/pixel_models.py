@@ -11,9 +11,14 @@ from typing import Any, cast
 
 import torch
 
-from ..builtin import RecommendedSettings, builtin_folder, builtin_names, recommended_settings
+from ..models.builtin import (
+    RecommendedSettings,
+    builtin_folder,
+    builtin_names,
+    recommended_settings,
+)
+from ..models.versions import dtype_argument
 from ..pipelines.adm import ADMPipeline
-from ..versions import dtype_argument
 from .loaded import Loaded
 from .models import (
     PIXEL_CLASSES,
@@ -184,7 +189,7 @@ def _load_pipeline(model: str, source: str) -> Any:
 
 
 def _load_classifier(folder: str | Path, size: int) -> Any:
-    from ..originals import NoisyClassifier
+    from ..models.originals import NoisyClassifier
 
     path = find_classifier(folder)
     try:

@@ -23,9 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checks import check_count, seeds_of
-from ..pipelines.adm import ADMPipeline
 from ..denoiser.noise import check_scheduler
-from ..workers import Crew, Lost, distribute
+from ..pipelines.adm import ADMPipeline
 from .drawing import Progress
 from .files import check_folder, check_free, save_png
 from .grid import draw_tiles
@@ -36,6 +35,7 @@ from .pixel_drawing import draw_samples, to_image
 from .run_identity import describe_run
 from .sample_settings import SampleSettings, choose_labels
 from .schedulers import scheduler_label
+from .workers import Crew, Lost, distribute
 
 _MOST_TILES = 64
 

@@ -254,7 +254,8 @@ class GuidanceHandle:
         self._run.at(call, caller, self._scheduler)
         if self._run.is_new:
             refuse_caches(module)
-        acting = [number for number in range(len(self.guidances)) if self._acts(number)]
+        step, steps = self._run.step, len(self._run.tables)
+        acting = [n for n, each in enumerate(self.guidances) if each.acts_at(step, steps)]
         if not acting:
             self._run.checks.read()
             return
@@ -284,14 +285,6 @@ class GuidanceHandle:
         return first, {layer: capture.stop() for layer, capture in captures.items()}
 
     # What a call is for
-
-    def _acts(self, number: int) -> bool:
-        guidance = self.guidances[number]
-        if guidance.scale == 0:
-            return False
-        fraction = self._run.step / len(self._run.tables)
-        # A fraction such as 1 - 0.7 is not quite the 0.3 at which the step lies.
-        return guidance.start - 1e-9 <= fraction < guidance.stop - 1e-9
 
     def _planned(
         self, module: nn.Module, call: Call, caller: Caller | None, acting: list[int]
@@ -328,7 +321,9 @@ class GuidanceHandle:
         for layer, noted in scores.items():
             if not noted:
                 processor: Any = getattr(self_attention(module, layer), "processor", None)
-                raise RuntimeError(f"no attention was recorded at {layer!r}: {why_unseen(processor)}")
+                raise RuntimeError(
+                    f"no attention was recorded at {layer!r}: {why_unseen(processor)}"
+                )
         place = place_of(call, whole, run.on_cpu)
         prediction = run.prediction(call, precise(call.sample))
         terms: dict[int, Tensor] = {}
@@ -400,9 +395,7 @@ class GuidanceHandle:
             "its prediction in the second pass, of the blurred sample,": guided,
         }
         for name, tensor in stages.items():
-            error = functools.partial(
-                not_finite, name, tensor.dtype, self._run.step, call.timestep
-            )
+            error = functools.partial(not_finite, name, tensor.dtype, self._run.step, call.timestep)
             self._run.checks.refuse(~tensor.isfinite().all(), error)
 
     def _layers(self, denoiser: nn.Module) -> list[str]:

@@ -74,6 +74,17 @@ class Guidance:
         if self.branch not in get_args(Branch):
             raise ValueError(f"branch={self.branch!r} must be 'uncond' or 'cond'")
 
+    def acts_at(self, step: int, steps: int) -> bool:
+        """Whether a step of a run is guided.
+
+        Args:
+            step: Its index among the scheduler's timesteps.
+            steps: How many there are.
+        """
+        # A fraction such as 1 - 0.7 is not quite the 0.3 at which the step lies.
+        is_inside = self.start - 1e-9 <= step / steps < self.stop - 1e-9
+        return self.scale != 0 and is_inside
+
     def reads(self, denoiser: nn.Module) -> tuple[str, ...]:
         """Dotted paths of the self-attention layers to read in the first pass; none by default.
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .checks import check_count
-from .cli_options import check_outputs
-from .cli_output import print_line, work_progress
+from ..checks import check_count
+from .options import check_outputs
+from .output import print_line, work_progress
 
 if TYPE_CHECKING:
-    from .evaluate import LoadedSet, PictureSource, Report, SampleReport, SavedStatistics
+    from ..evaluate import LoadedSet, PictureSource, Report, SampleReport, SavedStatistics
 
 
 def evaluate_command(
@@ -65,7 +65,7 @@ def evaluate_command(
     if len(paths) < 2 and save_statistics is None:
         raise ValueError("SAMPLES and REFERENCE must be given: one path needs --save-statistics")
 
-    from . import evaluate
+    from .. import evaluate
 
     if plot is not None:
         evaluate.check_plotting()
@@ -85,7 +85,7 @@ def _check_numbers(bootstrap: int, seed: int, batch_size: int) -> None:
 
 
 def _load(paths: Sequence[Path], features: str, batch_size: int) -> list[LoadedSet]:
-    from .evaluate import check_encoder, load_encoder, load_set, open_set
+    from ..evaluate import check_encoder, load_encoder, load_set, open_set
 
     check_encoder(features)
     opened = [open_set(path) for path in paths]
@@ -95,7 +95,7 @@ def _load(paths: Sequence[Path], features: str, batch_size: int) -> list[LoadedS
 
 
 def _pictures(opened: PictureSource | SavedStatistics) -> int:
-    from .evaluate import SavedStatistics
+    from ..evaluate import SavedStatistics
 
     return 0 if isinstance(opened, SavedStatistics) else opened.count
 
@@ -103,7 +103,7 @@ def _pictures(opened: PictureSource | SavedStatistics) -> int:
 def _measure(
     samples: Sequence[LoadedSet], reference: LoadedSet, bootstrap: int, seed: int
 ) -> list[SampleReport]:
-    from .evaluate import SampleReport, measure, short_names, work
+    from ..evaluate import SampleReport, measure, short_names, work
 
     names = short_names([sample.path for sample in samples])
     total = sum(work(sample, reference, bootstrap) for sample in samples)
@@ -117,7 +117,7 @@ def _measure(
 
 
 def _show(report: Report, json_file: Path | None, plot: Path | None) -> None:
-    from .evaluate import as_json, format_table, write_plot
+    from ..evaluate import as_json, format_table, write_plot
 
     if json_file is not None:
         text = json.dumps(as_json(report), indent=2, ensure_ascii=False)

@@ -10,8 +10,8 @@ import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 from torch import Tensor
 
-from ..checks import check_count
-from ..pipelines.dit import CFG_CHANNELS
+from ...checks import check_count
+from ...pipelines.dit import CFG_CHANNELS
 from .rules import Rule, convert, qkv_by_part
 
 # Those of the original constructor, which make DiT-XL/2.

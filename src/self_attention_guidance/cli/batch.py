@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .cli_options import PromptOptions, with_options
-from .cli_output import hide_loading_bars, print_line
+from .options import PromptOptions, with_options
+from .output import hide_loading_bars, print_line
 
 if TYPE_CHECKING:
-    from .batch import BatchJob, Defaults, Model, Summary
+    from ..batch import BatchJob, Defaults, Model, Summary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,7 @@ def batch_command(
     if (prompts is None) == (options.num_samples is None):
         raise ValueError("give either PROMPTS or --num-samples")
 
-    from .workers import Crew
+    from ..generate.workers import Crew
 
     crew = Crew(
         workers=options.workers,
@@ -123,8 +123,8 @@ def batch_command(
 def _job(
     prompts: str | None, out: str, overwrite: bool, retry_failed: bool, options: BatchOptions
 ) -> BatchJob:
-    from .batch import BatchJob, PromptList, unused_columns
-    from .checks import check_count
+    from ..batch import BatchJob, PromptList, unused_columns
+    from ..checks import check_count
 
     if prompts is None:
         source = check_count("num_samples", options.num_samples)
@@ -148,7 +148,7 @@ def _job(
 
 
 def _model_and_defaults(options: BatchOptions) -> tuple[Model, Defaults]:
-    from .batch import Defaults, Model
+    from ..batch import Defaults, Model
 
     model = Model(
         name=options.model,
@@ -173,7 +173,7 @@ def _progress() -> Generator[tuple[Callable[[Summary], object], Callable[[], Sum
     """A bar on stderr, if that is a terminal; yields what to tell it, and what it was told last."""
     from tqdm import tqdm
 
-    from .batch import Summary
+    from ..batch import Summary
 
     latest = Summary(total=0, done=0, failed=0)
     form = (

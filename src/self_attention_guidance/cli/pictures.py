@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .cli_options import PromptOptions, parse_numbers, with_options
-from .cli_output import hide_loading_bars, print_line, progress
+from .options import PromptOptions, parse_numbers, with_options
+from .output import hide_loading_bars, print_line, progress
 
 if TYPE_CHECKING:
-    from .generate import LoadedPipeline
+    from ..generate import LoadedPipeline
 
 
 @with_options(PromptOptions)
@@ -37,7 +37,7 @@ def generate_command(
       sag generate "red heart" "grinning face" --num-images 4
       sag generate "a lighthouse" --model ./my-model --size 512x768 --scheduler "dpm++ 2m karras"
     """
-    from .generate import (
+    from ..generate import (
         check_folder,
         check_free,
         generate,
@@ -100,7 +100,7 @@ def compare_command(
       sag compare "red heart" "" --sag-scales 0,0.5,1
       sag compare "grinning face" --show-attention --out face.png
     """
-    from .generate import (
+    from ..generate import (
         check_folder,
         check_free,
         check_scales,
@@ -135,7 +135,7 @@ def compare_command(
 
 def _check_before_loading(options: PromptOptions, num_images: int, **settings: object) -> None:
     """Refuses what can be refused before a model is loaded, which takes its time."""
-    from .generate import (
+    from ..generate import (
         GenerationSettings,
         check_count,
         check_scheduler_name,
@@ -144,7 +144,7 @@ def _check_before_loading(options: PromptOptions, num_images: int, **settings: o
         find_model,
         seeds_of,
     )
-    from .guidance import SelfAttentionGuidance
+    from ..guidance import SelfAttentionGuidance
 
     given: dict[str, Any] = settings | options.generation_arguments()
     GenerationSettings(**{name: value for name, value in given.items() if value is not None})
@@ -158,7 +158,7 @@ def _check_before_loading(options: PromptOptions, num_images: int, **settings: o
 
 
 def _load(options: PromptOptions) -> LoadedPipeline:
-    from .generate import load_pipeline
+    from ..generate import load_pipeline
 
     hide_loading_bars()
     loaded = load_pipeline(options.model, options.device, options.dtype)

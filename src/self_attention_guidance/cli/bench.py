@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .checks import check_count
-from .cli_options import check_outputs, parse_names, with_options
-from .cli_output import print_line, work_progress
+from ..checks import check_count
+from .options import check_outputs, parse_names, with_options
+from .output import print_line, work_progress
 
 if TYPE_CHECKING:
-    from .bench import Configuration, Report
+    from ..bench import Configuration, Report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +81,8 @@ def bench_command(*, options: BenchOptions) -> None:
     check_outputs({"json": options.json_file, "plot": options.plot}, options.overwrite)
     check_count("pairs", options.pairs)
 
-    from . import bench
-    from .cli_output import hide_loading_bars
+    from .. import bench
+    from .output import hide_loading_bars
 
     if options.plot is not None:
         bench.check_plotting()
@@ -95,8 +95,8 @@ def bench_command(*, options: BenchOptions) -> None:
 
 
 def _plan(options: BenchOptions) -> list[Configuration]:
-    from .bench import plan
-    from .generate import find_device
+    from ..bench import plan
+    from ..generate import find_device
 
     return plan(
         parse_names(options.networks),
@@ -111,7 +111,7 @@ def _plan(options: BenchOptions) -> list[Configuration]:
 
 
 def _show(report: Report, options: BenchOptions) -> None:
-    from .bench import as_json, format_table, write_plot
+    from ..bench import as_json, format_table, write_plot
 
     if options.json_file is not None:
         content: dict[str, Any] = as_json(report)

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal, cast, overload
 from ..versions import dtype_argument
 
 if TYPE_CHECKING:
-    from ..guidance import SelfAttentionGuidance
-    from ..pipelines.adm import ADMPipeline
-    from ..pipelines.stable_diffusion import StableDiffusionSAGPipeline
+    from ...guidance import SelfAttentionGuidance
+    from ...pipelines.adm import ADMPipeline
+    from ...pipelines.stable_diffusion import StableDiffusionSAGPipeline
 
 SETTINGS_FILE = "sag_settings.json"
 
@@ -56,7 +56,7 @@ class RecommendedSettings:
         Raises:
             ValueError: A setting is unknown or outside its range.
         """
-        from ..guidance import SelfAttentionGuidance
+        from ...guidance import SelfAttentionGuidance
 
         known = {setting.name for setting in fields(SelfAttentionGuidance)}
         _check_keys("guidance", self.guidance, known)
@@ -71,7 +71,7 @@ class RecommendedSettings:
         Raises:
             ValueError: A setting is unknown or outside its range.
         """
-        from ..guidance import SelfAttentionGuidance
+        from ...guidance import SelfAttentionGuidance
 
         known = {setting.name for setting in fields(SelfAttentionGuidance)}
         _check_keys("guidance", self.guidance, known)
@@ -148,10 +148,10 @@ def builtin_model(
 def _pipeline_class(folder: Path) -> type[StableDiffusionSAGPipeline] | type[ADMPipeline]:
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     if index["_class_name"] == "ADMPipeline":
-        from ..pipelines.adm import ADMPipeline
+        from ...pipelines.adm import ADMPipeline
 
         return ADMPipeline
-    from ..pipelines.stable_diffusion import StableDiffusionSAGPipeline
+    from ...pipelines.stable_diffusion import StableDiffusionSAGPipeline
 
     return StableDiffusionSAGPipeline
 

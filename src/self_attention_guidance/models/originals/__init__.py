@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from ..pipelines.adm import ADMPipeline
+from ...pipelines.adm import ADMPipeline
 from .adm import load_unet, original_scheduler
 from .checkpoint import read_checkpoint
 from .classifier import NoisyClassifier, load_classifier

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .cli_options import with_options
+from .options import with_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +49,9 @@ def demo_command(*, options: DemoOptions) -> None:
         raise ValueError("the demo needs gradio: pip install 'self-attention-guidance[demo]'")
     _check_port(options.port)
 
-    from .cli_output import hide_loading_bars
-    from .demo import Limits, build_page
-    from .generate import load_pipeline
+    from ..demo import Limits, build_page
+    from ..generate import load_pipeline
+    from .output import hide_loading_bars
 
     hide_loading_bars()
     limits = Limits(

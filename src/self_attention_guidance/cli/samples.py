@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from .cli_options import SamplingOptions, parse_classes, with_options
-from .cli_output import counting_progress, hide_loading_bars, print_line
+from .options import SamplingOptions, parse_classes, with_options
+from .output import counting_progress, hide_loading_bars, print_line
 
 if TYPE_CHECKING:
-    from .generate import FinishedSamples, LoadedPixelModel
-    from .guidance import BlurGuidance, SelfAttentionGuidance
-    from .pipelines.adm import ADMPipeline
+    from ..generate import FinishedSamples, LoadedPixelModel
+    from ..guidance import BlurGuidance, SelfAttentionGuidance
+    from ..pipelines.adm import ADMPipeline
 
 _KINDS = ("adm", "iddpm", "dit", "classifier")
 
@@ -96,8 +96,8 @@ def sample_command(
       sag sample --model ./imagenet128 --num-samples 8 --classes 207,360 --sag-scale 0.1
       sag sample --model ./imagenet256 --num-samples 50000 --batch-size 16 --out in256.npz
     """
-    from .generate import SampleRun
-    from .workers import Crew
+    from ..generate import SampleRun
+    from ..generate.workers import Crew
 
     crew = Crew(workers=workers)
     _check_before_loading(options, num_samples, out, overwrite)
@@ -123,7 +123,7 @@ def _check_before_loading(
     options: SampleOptions, num_samples: int, out: Path, overwrite: bool
 ) -> None:
     """Refuses what can be refused before a model is loaded, which takes its time."""
-    from .generate import (
+    from ..generate import (
         SampleSettings,
         check_count,
         check_samples_path,
@@ -134,7 +134,7 @@ def _check_before_loading(
         find_pixel_model,
         seeds_of,
     )
-    from .guidance import SelfAttentionGuidance
+    from ..guidance import SelfAttentionGuidance
 
     given = options.sample_arguments()
     SampleSettings(**{name: value for name, value in given.items() if value is not None})
@@ -158,7 +158,7 @@ def _check_before_loading(
 
 
 def _load(options: SampleOptions) -> LoadedPixelModel:
-    from .generate import load_pixel_model
+    from ..generate import load_pixel_model
 
     hide_loading_bars()
     loaded = load_pixel_model(options.model, options.device, options.dtype, options.classifier)
@@ -173,7 +173,7 @@ def _load_pipeline(options: SampleOptions) -> ADMPipeline:
 
 
 def _without_mask(guidance: SelfAttentionGuidance | BlurGuidance) -> BlurGuidance:
-    from .guidance import BlurGuidance
+    from ..guidance import BlurGuidance
 
     names = (field.name for field in fields(BlurGuidance))
     return BlurGuidance(**{name: getattr(guidance, name) for name in names})
@@ -224,7 +224,7 @@ def convert_command(
         raise ValueError("config and preset must not be given both")
     chosen = preset if config is None else _read_config(config)
 
-    from .originals import convert_original, preset_names
+    from ..models.originals import convert_original, preset_names
 
     names = preset_names(kind)
     if preset is not None and preset not in names:

@@ -2,7 +2,7 @@
 
 Example:
     ```python
-    from self_attention_guidance.workers import Crew, distribute
+    from self_attention_guidance.generate.workers import Crew, distribute
 
     for unit, result in distribute(range(100), make_worker, Crew(workers=4)):
         ...
@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
-from .checks import check_count
+from ..checks import check_count
 
 Unit = TypeVar("Unit")
 Result = TypeVar("Result")

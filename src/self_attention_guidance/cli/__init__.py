@@ -14,13 +14,13 @@ from typing import Annotated, Any
 
 import typer
 
-from . import __version__
-from .cli_batch import batch_command
-from .cli_bench import bench_command
-from .cli_demo import demo_command
-from .cli_evaluate import evaluate_command
-from .cli_pictures import compare_command, generate_command
-from .cli_samples import convert_command, sample_command
+from .. import __version__
+from .batch import batch_command
+from .bench import bench_command
+from .demo import demo_command
+from .evaluate import evaluate_command
+from .pictures import compare_command, generate_command
+from .samples import convert_command, sample_command
 
 # typer does not export the base class of its errors about the command line itself.
 _UsageError: Any = typer.BadParameter.__base__
@@ -110,7 +110,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _fail(message: str, status: int) -> int:
     typer.echo("error: " + " ".join(message.split()), err=True)
     return status
-
-
-if __name__ == "__main__":
-    sys.exit(main())

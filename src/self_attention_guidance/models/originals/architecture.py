@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..checks import check_count
+from ...checks import check_count
 
 # What the original scripts assume where a flag is not given. A config is in their form if it has
 # `num_channels`, in that of the network's constructor if it has `model_channels`.

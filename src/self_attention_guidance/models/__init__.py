@@ -1,0 +1,1 @@
+"""Models: the paper's original checkpoints, and the small ones that ship with the package."""

@@ -1,0 +1,3 @@
+"""The former home of `models.originals`, from which imports go on working."""
+
+from .models.originals import *  # noqa: F403
