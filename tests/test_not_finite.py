@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline
 import tiny_pixels
 from command_line import run
 from self_attention_guidance import SelfAttentionGuidance, StableDiffusionSAGPipeline
-from self_attention_guidance.denoiser.finite import refuse_not_finite
+from self_attention_guidance.generate.finite import refuse_not_finite
 from tiny import tiny_pipeline
 
 
@@ -67,7 +67,7 @@ def test_the_second_pass_alone_is_reported_and_leaves_the_model_as_it_was() -> N
         calls.append(len(output[0]))
         return (output[0] * torch.nan,) if len(calls) == 2 else None
 
-    told = "step 0 .* its prediction in the second pass, of the blurred sample, is not finite"
+    told = "step 0 .* its prediction in the weakened pass is not finite"
     # A hook that is there first sees both passes before guidance does.
     hook = pipe.unet.register_forward_hook(spoil)
     with SelfAttentionGuidance().attach(pipe), pytest.raises(FloatingPointError, match=told):

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,61 +22,39 @@ from ..maths import attention_received
 from .protocols import uncompiled
 
 # Torch's own kernel, also where `torch.nn.functional` holds a wrapper of it.
-_KERNEL: Any = torch._C._nn.scaled_dot_product_attention
-
-Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""What a layer computes of queries, keys and values, with its own mask and scale."""
-
-
-class Attend(Protocol):
-    """What a weakened layer computes in place of its own attention."""
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, kernel: Kernel) -> Tensor:
-        """Attend.
-
-        Args:
-            query: Shape (..., queries, channels).
-            key: Shape (..., positions, channels).
-            value: Shape (..., positions, channels).
-            kernel: The layer's own attention.
-
-        Returns:
-            Shape of `query`.
-        """
-        ...
+_KERNEL: Any = torch._C._nn.scaled_dot_product_attention  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
-class Scores:
-    """Operands of one call that computes attention scores.
+class Operands:
+    """Operands of one call of an attention kernel.
 
     Attributes:
-        query: Shape (..., queries, channels).
+        query: Shape (..., queries, channels); in front are rows and heads, or their product.
         key: Shape (..., positions, channels).
+        value: Shape (..., positions, channels).
         scale: Factor of the scores; `None` is 1 / sqrt(channels).
         bias: Added to the scores, or where they count if bool; `None` if there is none.
     """
 
     query: Tensor
     key: Tensor
+    value: Tensor
     scale: float | None
-    bias: Tensor | None = None
+    bias: Tensor | None
+
+
+Attend = Callable[[Operands, Callable[[], Tensor]], Tensor]
+"""What stands in for a kernel: given its operands and the kernel's own work, its result."""
 
 
 class _KernelCalls(TorchFunctionMode):
-    """Sees calls of attention kernels; all other calls pass."""
+    """Lets a function stand in for attention kernels; all other calls pass."""
 
-    def kernel(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A call of the fused kernel."""
-        return func(*args, **kwargs)
-
-    def scores(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """How attention without it, whole or in slices, computes its scores."""
-        return func(*args, **kwargs)
-
-    def values(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """And how it applies them."""
-        return func(*args, **kwargs)
+    def __init__(self, attend: Attend) -> None:
+        super().__init__()
+        self.attend = attend
+        self.scores: Any = None
 
     def __torch_function__(
         self,
@@ -87,85 +65,49 @@ class _KernelCalls(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is _KERNEL:
-            return self.kernel(func, args, kwargs)
+            names = ("query", "key", "value", "attn_mask")
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            operands = Operands(
+                given["query"],
+                given["key"],
+                given["value"],
+                given.get("scale"),
+                given.get("attn_mask"),
+            )
+            return self.attend(operands, lambda: func(*args, **kwargs))
+        # Attention without the fused kernel, whole or in slices, computes scores, then this.
         if func is torch.baddbmm:
-            return self.scores(func, args, kwargs)
-        if func is torch.bmm:
-            return self.values(func, args, kwargs)
+            bias = args[0] if kwargs.get("beta", 1) else None
+            self.scores = (args[1], args[2].transpose(-1, -2), kwargs.get("alpha", 1), bias)
+        elif func is torch.bmm and self.scores is not None:
+            (query, key, scale, bias), self.scores = self.scores, None
+            operands = Operands(query, key, args[1], scale, bias)
+            return self.attend(operands, lambda: func(*args, **kwargs))
         if args and func is torch.Tensor.unflatten:  # torch.compile traces it as a method only
             return args[0].unflatten(*args[1:], **kwargs)
         return func(*args, **kwargs)
 
 
-class _Reader(_KernelCalls):
-    """Notes the operands of attention kernels."""
+class Noting:
+    """Notes the operands of kernels, and lets them work."""
 
-    def __init__(self, noted: list[Scores]) -> None:
-        super().__init__()
-        self.noted = noted
+    def __init__(self) -> None:
+        """Nothing is noted yet."""
+        self.noted: list[Operands] = []
 
-    def kernel(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        query = args[0] if args else kwargs["query"]
-        key = args[1] if len(args) > 1 else kwargs["key"]
-        bias = args[3] if len(args) > 3 else kwargs.get("attn_mask")
-        self.noted.append(Scores(query, key, kwargs.get("scale"), bias))
-        return func(*args, **kwargs)
-
-    def scores(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        bias = args[0] if kwargs.get("beta", 1) else None
-        scale = kwargs.get("alpha", 1)
-        self.noted.append(Scores(args[1], args[2].transpose(-1, -2), scale, bias))
-        return func(*args, **kwargs)
-
-
-class _Weakener(_KernelCalls):
-    """Computes another attention in place of the layer's own."""
-
-    def __init__(self, attend: Attend, weakened: list[int]) -> None:
-        super().__init__()
-        self.attend = attend
-        self.weakened = weakened
-        self.sides: Any = None
-
-    def kernel(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        names = ("query", "key", "value")
-        sides = [args[i] if len(args) > i else kwargs[name] for i, name in enumerate(names)]
-        rest = {name: value for name, value in kwargs.items() if name not in names}
-
-        def own(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return func(query, key, value, *args[3:], **rest)
-
-        self.weakened.append(1)
-        return self.attend(sides[0], sides[1], sides[2], own)
-
-    def scores(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.sides = (args[0], args[1], args[2].transpose(-1, -2), kwargs)
-        return func(*args, **kwargs)
-
-    def values(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.sides is None:
-            return func(*args, **kwargs)
-        bias, query, key, settings = self.sides
-        self.sides = None
-
-        def own(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            scores = torch.baddbmm(bias, query, key.transpose(-1, -2), **settings)
-            return torch.bmm(scores.softmax(dim=-1).to(value.dtype), value)
-
-        self.weakened.append(1)
-        return self.attend(query, key, args[1], own)
+    def __call__(self, operands: Operands, kernel: Callable[[], Tensor]) -> Tensor:
+        """Note the operands of one call."""
+        self.noted.append(operands)
+        return kernel()
 
 
 class _StandIn:
     """Stands in for a layer's attention processor during one forward pass."""
 
-    def __init__(self, processor: Any) -> None:
+    def __init__(self, processor: Any, attend: Attend) -> None:
         self.processor = processor
+        self.attend = attend
         self.thread = threading.get_ident()
-
-    def mode(self) -> TorchFunctionMode:
-        """What sees the kernel's calls."""
-        raise NotImplementedError
 
     def is_foreign(self) -> bool:
         """Whether another thread is in a pass that it began before this one."""
@@ -173,27 +115,8 @@ class _StandIn:
         return not torch.compiler.is_compiling() and threading.get_ident() != self.thread
 
 
-class _Reading(_StandIn):
-    def __init__(self, processor: Any, noted: list[Scores]) -> None:
-        super().__init__(processor)
-        self.noted = noted
-
-    def mode(self) -> TorchFunctionMode:
-        return _Reader(self.noted)
-
-
-class _Weak(_StandIn):
-    def __init__(self, processor: Any, attend: Attend, weakened: list[int]) -> None:
-        super().__init__(processor)
-        self.attend = attend
-        self.weakened = weakened
-
-    def mode(self) -> TorchFunctionMode:
-        return _Weakener(self.attend, self.weakened)
-
-
 @functools.cache
-def _standing_in(kind: type[_StandIn], processor: type) -> Callable[..., _StandIn]:
+def _standing_in(processor: type, attend: Any) -> type[_StandIn]:
     """The class that stands in for processors of one class.
 
     diffusers drops every keyword that is not in the signature of a processor's `__call__`, so it
@@ -204,44 +127,39 @@ def _standing_in(kind: type[_StandIn], processor: type) -> Callable[..., _StandI
     def call(self: _StandIn, attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self.is_foreign():
             return self.processor(attention, *args, **kwargs)
-        with self.mode():
+        with _KernelCalls(self.attend):
             return self.processor(attention, *args, **kwargs)
 
     # What else is known of the processor's own call, such as that it is not compiled, is not true
     # of this one.
     functools.update_wrapper(call, processor.__call__, assigned=(), updated=())
-    return type(f"{kind.__name__}{processor.__name__}", (kind,), {"__call__": call})
+    return type(f"StandIn{processor.__name__}", (_StandIn,), {"__call__": call})
 
 
-class AttentionCapture:
-    """Reads one layer's queries and keys between `start` and `stop`.
+class Replaced:
+    """A layer whose kernels a function stands in for, between `start` and `stop`.
 
-    The layer's processor is replaced only in between, by one that calls it, so that outputs stay
-    bit-equal, processors may be changed at any other time, and compiled modules notice.
+    Its processor is replaced only in between, by one that calls it, so that processors may be
+    changed at any other time, and compiled modules notice.
     """
 
-    def __init__(self, attention: nn.Module) -> None:
-        """Prepare to read `attention`, a layer as `self_attention` returns it."""
+    def __init__(self, attention: nn.Module, attend: Attend) -> None:
+        """Prepare `attention`, a layer as `self_attention` returns it."""
         self._attention: Any = attention
+        self._attend = attend
         self._processor: Any = None
-        self._noted: list[Scores] = []
 
     def start(self) -> None:
-        """Begin reading."""
+        """Replace the processor."""
         self._processor = self._attention.processor
-        reading = _standing_in(_Reading, type(self._processor))
-        self._attention.set_processor(reading(self._processor, self._noted))
+        stand_in = _standing_in(type(self._processor), type(self._attend))
+        self._attention.set_processor(stand_in(self._processor, self._attend))
 
-    def stop(self) -> list[Scores]:
-        """Restore the layer; idempotent.
-
-        Returns:
-            What was read since `start`.
-        """
+    def stop(self) -> None:
+        """Restore the processor; idempotent."""
         if self._processor is not None:
             self._attention.set_processor(self._processor)
-        noted, self._processor, self._noted = self._noted, None, []
-        return noted
+            self._processor = None
 
 
 @contextmanager
@@ -255,61 +173,67 @@ def attending(denoiser: nn.Module, layers: Sequence[str], attend: Attend) -> Gen
 
     Raises:
         ValueError: There is no self-attention layer of that name.
-        RuntimeError: A layer ran, but its attention could not be changed, or it did not run.
+        RuntimeError: The attention of a layer was not changed.
     """
-    modules: list[Any] = [self_attention(denoiser, layer) for layer in layers]
-    processors = [module.processor for module in modules]
-    weakened: list[list[int]] = [[] for _ in modules]
+    modules = [self_attention(denoiser, layer) for layer in layers]
+    counts = [_Counting(attend) for _ in layers]
+    replaced = [Replaced(*pair) for pair in zip(modules, counts, strict=True)]
     try:
-        for module, processor, count in zip(modules, processors, weakened, strict=True):
-            weak = _standing_in(_Weak, type(processor))
-            module.set_processor(weak(processor, attend, count))
+        for each in replaced:
+            each.start()
         yield
     finally:
-        for module, processor in zip(modules, processors, strict=True):
-            module.set_processor(processor)
-    for layer, module, count in zip(layers, modules, weakened, strict=True):
-        if not count:
+        for each in replaced:
+            each.stop()
+    for layer, module, count in zip(layers, modules, counts, strict=True):
+        if not count.calls:
             raise RuntimeError(f"no attention was weakened at {layer!r}: {why_unseen(module)}")
+
+
+class _Counting:
+    """Notes that a kernel was replaced."""
+
+    def __init__(self, attend: Attend) -> None:
+        self.attend = attend
+        self.calls: list[bool] = []
+
+    def __call__(self, operands: Operands, kernel: Callable[[], Tensor]) -> Tensor:
+        self.calls.append(True)
+        return self.attend(operands, kernel)
 
 
 def why_unseen(attention: Any) -> str:
     """Why a layer's attention could not be read or changed, and what to do."""
-    processor = attention.processor
+    processor, wrapper = attention.processor, F.scaled_dot_product_attention
     name = type(processor).__name__
     backend = getattr(processor, "_attention_backend", None)
     if backend is not None:
-        backend = getattr(backend, "value", backend)
         return (
-            f"its attention backend {backend!r} does not call torch's kernel; call "
-            "set_attention_backend('native')"
+            f"its attention backend {str(getattr(backend, 'value', backend))!r} does not call "
+            "torch's kernel; call set_attention_backend('native')"
         )
     if "XFormers" in name:
-        return (
-            f"its processor {name} does not call torch's kernel; call "
-            "disable_xformers_memory_efficient_attention()"
-        )
-    if F.scaled_dot_product_attention is not _KERNEL:
+        return f"its {name} does not; call disable_xformers_memory_efficient_attention()"
+    if wrapper is not _KERNEL:
         return (
             "torch.nn.functional.scaled_dot_product_attention was replaced by "
-            f"{getattr(F.scaled_dot_product_attention, '__qualname__', 'another kernel')}, which "
-            "does not call torch's own"
+            f"{getattr(wrapper, '__qualname__', wrapper)}, which does not call torch's own"
         )
     return (
-        f"the layer did not run, or its processor {name} uses a kernel that can't be read; use "
-        "diffusers' default processor there, and if the denoiser was compiled and run before "
-        "guidance was attached, call torch.compiler.reset() first"
+        f"the layer did not run, or its {name} uses a kernel that can't be read; use diffusers' "
+        "default processor there, and if the denoiser was compiled and run before guidance was "
+        "attached, call torch.compiler.reset() first"
     )
 
 
-def received(noted: list[Scores], batch: int, rows: slice, picture: slice | None = None) -> Tensor:
+def received(noted: list[Operands], batch: int, rows: slice, picture: slice) -> Tensor:
     """The attention that each position received (see `maths.attention_received`).
 
     Args:
-        noted: What `AttentionCapture.stop` returned; not empty.
+        noted: The calls of the layer's kernel in one pass; not empty.
         batch: Batch size of the pass that was read.
         rows: The part of the batch that is wanted.
-        picture: The positions that are wanted; `None` is all.
+        picture: The positions that are wanted.
 
     Returns:
         Shape (rows, positions), float32.
@@ -318,43 +242,38 @@ def received(noted: list[Scores], batch: int, rows: slice, picture: slice | None
         RuntimeError: The layer attended for another number of rows than the batch has.
     """
     # Image prompts are attended to in a call of their own.
-    noted = [scores for scores in noted if scores.key.shape[-2] == noted[0].key.shape[-2]]
+    positions = noted[0].key.shape[-2]
+    noted = [each for each in noted if each.key.shape[-2] == positions]
     by_row = noted[0].query.ndim == 4
-    found = sum(len(scores.query) for scores in noted)
+    found = sum(len(each.query) for each in noted)
     if found != batch if by_row else found % batch:
         raise RuntimeError(
             f"attention was recorded for {found} {'' if by_row else 'heads '}of {batch} rows: "
             "another processor changed the batch; use diffusers' default processor at this layer"
         )
-    sides = (
-        _joined([side.flatten(0, -3) for side in parts]).unflatten(0, (batch, -1))[rows]
-        for parts in zip(*((scores.query, scores.key) for scores in noted), strict=True)
+
+    def joined(parts: list[Tensor]) -> Tensor:
+        # Of one tensor, too, torch.cat makes a copy.
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return (whole if by_row else whole.unflatten(0, (batch, -1)))[rows]
+
+    query, key = joined([each.query for each in noted]), joined([each.key for each in noted])
+    biases = [_bias(each) for each in noted if each.bias is not None]
+    is_whole = picture == slice(0, positions)
+    return attention_received(
+        query,
+        key,
+        noted[0].scale,
+        joined(biases) if biases else None,
+        None if is_whole else picture,
     )
-    query, key = sides
-    bias = _bias(noted, batch)
-    bias = None if bias is None else bias[rows]
-    return attention_received(query, key, noted[0].scale, bias, picture)
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    # Of one tensor, too, torch.cat makes a copy.
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _bias(noted: list[Scores], batch: int) -> Tensor | None:
-    """What is added to the scores, (rows, heads or 1, queries or 1, keys)."""
-    parts: list[Tensor] = []
-    for scores in noted:
-        if scores.bias is None:
-            return None
-        if scores.query.ndim == 4:
-            bias = scores.bias[(None,) * (4 - scores.bias.ndim)]
-            parts.append(bias.expand(len(scores.query), -1, -1, -1))
-        else:
-            bias = scores.bias[(None,) * (3 - scores.bias.ndim)]
-            parts.append(bias.expand(len(scores.query), -1, -1))
-    joined = torch.cat(parts)
-    return joined if joined.ndim == 4 else joined.unflatten(0, (batch, -1))
+def _bias(operands: Operands) -> Tensor:
+    """What is added to the scores, with as many rows as these have."""
+    bias: Any = operands.bias
+    query = operands.query
+    return bias[(None,) * (query.ndim - bias.ndim)].expand(len(query), *[-1] * (query.ndim - 1))
 
 
 def self_attention(denoiser: nn.Module, layer: str) -> nn.Module:
@@ -367,17 +286,12 @@ def self_attention(denoiser: nn.Module, layer: str) -> nn.Module:
     Raises:
         ValueError: There is no self-attention layer of that name; lists those that there are.
     """
-    denoiser = uncompiled(denoiser)
-    try:
-        module = denoiser.get_submodule(layer)
-    except AttributeError:
-        module = None
-    if module is not None and _is_self_attention(module):
-        return module
-    layers = self_attention_layers(denoiser)
+    modules = dict(uncompiled(denoiser).named_modules())
+    if layer in modules and _is_self_attention(modules[layer]):
+        return modules[layer]
     raise ValueError(
-        f"layer {layer!r} is not a self-attention layer of {type(denoiser).__name__}; "
-        f"it must be one of {', '.join(layers) or '(there is none)'}"
+        f"layer {layer!r} is not a self-attention layer of {type(uncompiled(denoiser)).__name__}; "
+        f"it must be one of {', '.join(self_attention_layers(denoiser)) or '(there is none)'}"
     )
 
 

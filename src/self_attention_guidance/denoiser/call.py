@@ -48,12 +48,17 @@ class Call:
         """As the denoiser received it: a number, or a tensor of any shape."""
         return self.arguments["timestep"]
 
+    @property
+    def has_one_timestep(self) -> bool:
+        """Whether the timestep is one number, maybe repeated without a copy."""
+        return not isinstance(self.timestep, Tensor) or not any(self.timestep.stride())
+
     def timesteps(self) -> Tensor:
         """The timesteps as the scheduler counts, one or one a picture, float64 on the CPU."""
         values = torch.as_tensor(self.timestep).flatten()
-        if not any(values.stride()):  # one number, repeated without a copy
-            values = values[:1]
-        values = values.cpu().double() / self.timestep_scale
+        values = (
+            values[:1] if self.has_one_timestep else values
+        ).cpu().double() / self.timestep_scale
         return values[:1] if bool((values == values[0]).all()) else values
 
     def rows(self, rows: slice, sample: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -10,6 +10,7 @@ the one file that knows how schedulers state their noise level.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Generator
@@ -63,13 +64,9 @@ class Prediction:
 
     def rows(self, rows: slice) -> Prediction:
         """The relations for part of a batch; the same object if all rows share one step."""
-        if not isinstance(self.alpha, Tensor):
-            return self
-        levels = (self.alpha, self.sigma, self.from_input, self.from_output, self.correction)
-        cut = [level[rows] if isinstance(level, Tensor) else level for level in levels]
-        noise = self.noise_from_output
-        noise = noise[rows] if isinstance(noise, Tensor) else noise
-        return Prediction(*cut, noise_from_output=noise, limited=self.limited)
+        levels = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        cut = {n: level[rows] for n, level in levels.items() if isinstance(level, Tensor)}
+        return dataclasses.replace(self, **cut) if cut else self
 
     def x0(self, x_t: Tensor, output: Tensor) -> Tensor:
         """The predicted clean sample, not limited; shapes (batch, channels, height, width)."""
@@ -114,37 +111,40 @@ class Tables:
     """A scheduler's tables on the CPU, taken there once a run and with one transfer.
 
     Attributes:
-        waited: Whether they had to be fetched from a device.
+        has_waited: Whether they had to be fetched from a device.
     """
 
-    def __init__(self, scheduler: Scheduler) -> None:
-        """Fetch what is on a device."""
+    def __init__(self, scheduler: Scheduler | None) -> None:
+        """Fetch what is on a device; without a scheduler there are no timesteps."""
         found = {name: getattr(scheduler, name, None) for name in _TABLES}
         tables = {name: table for name, table in found.items() if isinstance(table, Tensor)}
-        remote = [table.flatten() for table in tables.values() if table.device.type != "cpu"]
-        self.waited = bool(remote)
+        remote = {name: t for name, t in tables.items() if t.device.type != "cpu"}
+        self.has_waited = bool(remote)
         if remote:
-            fetched = torch.cat(remote).cpu().split([len(table) for table in remote])
-            parts = iter(fetched)
-            tables = {n: t if t.device.type == "cpu" else next(parts) for n, t in tables.items()}
+            whole = torch.cat([table.flatten() for table in remote.values()]).cpu()
+            lengths = [table.numel() for table in remote.values()]
+            tables.update(zip(remote, whole.split(lengths), strict=True))
         self._tables = tables
+
+    def __len__(self) -> int:
+        """How many timesteps there are."""
+        return len(self._tables.get("timesteps", ()))
 
     def __getitem__(self, name: str) -> Tensor:
         """A table in float64, one-dimensional."""
         return self._tables[name].double()
 
-    def timestep(self, index: int) -> float:
-        """A timestep by its index."""
-        return float(self._tables["timesteps"][index])
-
-    def __len__(self) -> int:
-        """How many timesteps there are."""
-        return len(self._tables["timesteps"])
-
     def is_unique(self, index: int) -> bool:
         """Whether no other timestep is equal."""
-        timesteps = self._tables["timesteps"]
-        return int((timesteps == timesteps[index]).sum()) == 1
+        return int((self["timesteps"] == self["timesteps"][index]).sum()) == 1
+
+    def nearest(self, scheduler: Any, timestep: float) -> int:
+        """The index of the timestep that is nearest to a value."""
+        index = int((self["timesteps"] - timestep).abs().argmin())
+        if hasattr(scheduler, "sigmas") and hasattr(scheduler, "index_for_timestep"):
+            # Of equal ones, a scheduler that begins in the middle may mean the second.
+            return int(scheduler.index_for_timestep(scheduler.timesteps[index]))
+        return index
 
 
 def prediction_at(
@@ -196,7 +196,7 @@ def present_prediction(scheduler: Scheduler, timestep: Tensor) -> Prediction:
     check_scheduler(scheduler)
     tables, step = Tables(scheduler), timestep.detach().reshape(1).cpu().double()
     index = index_of(scheduler)
-    index = index_of_value(scheduler, float(step), tables) if index is None else index
+    index = tables.nearest(scheduler, float(step)) if index is None else index
     return prediction_at(scheduler, index, step, tables, timestep)
 
 
@@ -282,26 +282,23 @@ def index_of(scheduler: Any) -> int | None:
     return None if index is None else int(index)
 
 
-def index_of_value(scheduler: Any, value: float, tables: Tables) -> int:
-    """The index of the timestep that is nearest to a value."""
-    timesteps = tables["timesteps"]
-    nearest = int((timesteps - value).abs().argmin())
-    if hasattr(scheduler, "sigmas") and hasattr(scheduler, "index_for_timestep"):
-        # Of equal ones, a scheduler that begins in the middle may mean the second.
-        return int(scheduler.index_for_timestep(scheduler.timesteps[nearest]))
-    return nearest
+def is_at(scheduler: Any, timestep: float) -> bool:
+    """Whether a scheduler's timesteps are set, and its state is that of a step at a timestep."""
+    if getattr(scheduler, "num_inference_steps", None) is None:
+        return False
+    tables, index = Tables(scheduler), index_of(scheduler)
+    index = tables.nearest(scheduler, timestep) if index is None else index
+    return 0 <= index < len(tables) and abs(float(tables["timesteps"][index]) - timestep) < 1
 
 
 def place_in(timesteps: Tensor, timestep: Any) -> int | None:
     """Where a view lies in the tensor of timesteps that it was taken from; else `None`."""
     is_single = isinstance(timestep, Tensor) and not any(timestep.stride())
-    if not is_single or timesteps.ndim != 1 or timestep.dtype != timesteps.dtype:
+    if not is_single or timestep.dtype != timesteps.dtype or timesteps.stride() != (1,):
         return None
+    place = int(timestep.storage_offset() - timesteps.storage_offset())
     same_memory = timestep.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr()
-    place, rest = divmod(
-        timestep.storage_offset() - timesteps.storage_offset(), timesteps.stride(0) or 1
-    )
-    return place if same_memory and not rest and 0 <= place < len(timesteps) else None
+    return place if same_memory and 0 <= place < len(timesteps) else None
 
 
 def _is_flow_matching(scheduler: Any) -> bool:

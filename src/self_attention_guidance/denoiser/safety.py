@@ -63,6 +63,22 @@ def refuse_caches(denoiser: nn.Module) -> None:
             )
 
 
+def not_finite(name: str, dtype: torch.dtype, step: int, timestep: Any) -> FloatingPointError:
+    """The error that says where values are no numbers, and the likely cause.
+
+    Args:
+        name: Of what was computed, fit for "... is not finite".
+        dtype: Of its values.
+        step: Index of the present step, from 0.
+        timestep: What the denoiser was given.
+    """
+    cause = "the weights are damaged, or do not fit the model's config or scheduler"
+    if dtype == torch.float16:
+        cause = "float16 overflows beyond 65504: use bfloat16 or float32"
+    at = float(torch.as_tensor(timestep).flatten()[0])
+    return FloatingPointError(f"step {step} (timestep {at:g}): {name} is not finite; {cause}")
+
+
 def refuse_compiled_in_place(module: nn.Module) -> None:
     """Refuse a denoiser whose later hooks would be ignored.
 

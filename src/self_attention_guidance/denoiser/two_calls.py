@@ -22,13 +22,12 @@ class TwoCalls:
 
     Attributes:
         is_second: Whether the present call is the second of its step.
-        first_terms: The terms of the first call, by the number of their guidance.
     """
 
     def __init__(self) -> None:
         """No call yet."""
         self.is_second = False
-        self.first_terms: dict[int, Tensor] = {}
+        self._first_terms: dict[int, Tensor] = {}
         self._expects_second = False
         self._owes_guidance = False
         self._first: Any = None
@@ -60,16 +59,20 @@ class TwoCalls:
         if cfg is not None:
             self._expects_second = cfg
         if not self.is_second:
-            self.first_terms = {}
+            self._first_terms = {}
 
     def needs_term(self, layout: Layout, branch: str) -> bool:
         """Whether the present call makes the term of a guided branch."""
+        if not layout.has_two_calls:
+            return True
         if layout.is_of_first_call(branch):
             return not self.is_second
         return self.is_second or not self._expects_second
 
-    def finish(self, prediction: Tensor, terms: dict[int, Tensor], are_all: bool) -> Tensor:
-        """What a call returns.
+    def finish(
+        self, prediction: Tensor, terms: dict[int, Tensor], are_all: bool
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """What a call returns, and the terms in it.
 
         Args:
             prediction: Of the network.
@@ -86,9 +89,9 @@ class TwoCalls:
         if not self.is_second:
             guided = _added(prediction, terms) if terms else prediction.clone()
             self._first, self._first_plain = weakref.ref(guided), prediction
-            self.first_terms, self._owes_guidance = terms, not are_all
-            return guided
-        whole = {**self.first_terms, **terms}
+            self._first_terms, self._owes_guidance = terms, not are_all
+            return guided, terms
+        whole = {**self._first_terms, **terms}
         if terms:
             first = self._first()
             if first is None:
@@ -98,7 +101,7 @@ class TwoCalls:
                 )
             first.copy_(_added(self._first_plain, whole))
         self._owes_guidance = False
-        return _added(prediction, whole)
+        return _added(prediction, whole), whole
 
 
 def _added(prediction: Tensor, terms: dict[int, Tensor]) -> Tensor:

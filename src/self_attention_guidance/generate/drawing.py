@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..denoiser.finite import refuse_not_finite
 from ..guidance import BlurGuidance, GuidanceHandle, SelfAttentionGuidance
 from ..pipelines.stable_diffusion import StableDiffusionSAGPipeline
+from .finite import refuse_not_finite
 from .metadata import format_parameters, version_label
 from .schedulers import scheduler_label
 from .settings import GenerationSettings

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ..denoiser.finite import refuse_not_finite
 from ..pipelines.adm import ADMPipeline
 from .drawing import Progress, seeded_generators
+from .finite import refuse_not_finite
 from .sample_settings import SampleSettings
 
 

@@ -17,18 +17,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..denoiser.attention import AttentionCapture, Scores, received, self_attention, why_unseen
+from ..denoiser.attention import Noting, Replaced, received, self_attention, why_unseen
 from ..denoiser.call import Call, call_of
 from ..denoiser.caller import Caller, find_caller, refuse_unknown
-from ..denoiser.families import BatchLayout, Family, family_names, family_of
-from ..denoiser.finite import not_finite
+from ..denoiser.families import BatchLayout, family_names, family_of
 from ..denoiser.layout import Layout, layout_of
 from ..denoiser.noise import Prediction, check_scheduler
 from ..denoiser.outputs import added, precise, with_first
 from ..denoiser.picture import PicturePlace, picture_tokens, place_of
 from ..denoiser.protocols import Scheduler, uncompiled
 from ..denoiser.run import Run
-from ..denoiser.safety import refuse_caches, refuse_compiled_in_place, run_uncompiled
+from ..denoiser.safety import (
+    not_finite,
+    refuse_caches,
+    refuse_compiled_in_place,
+    run_uncompiled,
+)
 from ..denoiser.step import Step
 from ..denoiser.two_calls import TwoCalls, total
 from .base import Guidance
@@ -64,41 +68,33 @@ def attach(
         ValueError: The denoiser, its layers or the scheduler are not supported, or the denoiser is
             guided already.
     """
-    if not guidances or not all(isinstance(each, Guidance) for each in guidances):
-        raise ValueError("attach needs guidances behind its target, SelfAttentionGuidance() say")
+    if not guidances or not all(hasattr(each, "weaken") for each in guidances):
+        raise ValueError(
+            "attach(target, ...) needs a guidance, SelfAttentionGuidance() for example"
+        )
     if batch_layout is not None and batch_layout not in get_args(BatchLayout):
         choices = ", ".join(get_args(BatchLayout))
         raise ValueError(f"batch_layout={batch_layout!r} must be one of {choices}")
     pipeline = None if isinstance(target, nn.Module) else target
-    denoiser = target if isinstance(target, nn.Module) else _denoiser_of(target)
+    denoiser = target if pipeline is None else _denoiser_of(pipeline)
     if denoiser is None:
         raise ValueError(
             f"target={type(target).__name__} must be a diffusers pipeline with a unet or a "
             f"transformer, or a denoiser; supported denoisers: {', '.join(family_names())}"
         )
-    family = family_of(denoiser)
-    if pipeline is None:
-        if scheduler is None:
-            raise ValueError("scheduler=None must be the scheduler that drives this denoiser")
-        check_scheduler(scheduler)
-    else:
-        if scheduler is not None:
-            raise ValueError("scheduler must not be given with a pipeline: its own is used")
+    family_of(denoiser)
+    if pipeline is not None:
         refuse_unknown(pipeline)
-        check_scheduler(pipeline.scheduler)
-    target = _Target(denoiser, family, scheduler, pipeline, batch_layout)
-    return GuidanceHandle(guidances, target, Run(is_for_this_thread))
-
-
-@dataclass(frozen=True)
-class _Target:
-    """What `attach` was given."""
-
-    denoiser: nn.Module
-    family: Family
-    scheduler: Scheduler | None
-    pipeline: Any
-    layout: BatchLayout | None
+    if (pipeline is None) == (scheduler is None):
+        raise ValueError(
+            "scheduler=None must be the scheduler that drives this denoiser"
+            if pipeline is None
+            else "scheduler must not be given with a pipeline: its own is used"
+        )
+    check_scheduler(scheduler if pipeline is None else pipeline.scheduler)
+    handle = GuidanceHandle(guidances, Run(is_for_this_thread), scheduler, batch_layout)
+    handle._hook(denoiser, pipeline)
+    return handle
 
 
 @dataclass(frozen=True)
@@ -111,14 +107,24 @@ class _FirstPass:
         plan: The guidances that act, by number, each with the noise that it adds again; `None`
             needs a weakened pass.
         has_all_terms: Whether no term is left to a second call of the step.
-        captures: What reads attention layers, by their dotted paths.
+        read: The layers that are read, by their dotted paths.
     """
 
     call: Call
     layout: Layout
     plan: dict[int, Tensor | None]
     has_all_terms: bool
-    captures: dict[str, AttentionCapture]
+    read: dict[str, tuple[Replaced, Noting]]
+
+    def attention(self, denoiser: nn.Module, layer: str, rows: slice, on_cpu: Any) -> Tensor:
+        """What each of the picture's tokens received, (rows, token rows, columns)."""
+        noted = self.read[layer][1].noted
+        if not noted:
+            reason = why_unseen(self_attention(denoiser, layer))
+            raise RuntimeError(f"no attention was recorded at {layer!r}: {reason}")
+        positions = noted[0].key.shape[-2]
+        picture, grid = picture_tokens(denoiser, layer, self.call, positions, on_cpu)
+        return received(noted, len(self.call.sample), rows, picture).unflatten(1, grid)
 
 
 class GuidanceHandle:
@@ -141,29 +147,28 @@ class GuidanceHandle:
             `SelfAttentionGuidance`.
     """
 
-    def __init__(self, guidances: tuple[Guidance, ...], target: _Target, run: Run) -> None:
-        """Guide `target`; raises ValueError if that is not possible."""
+    def __init__(
+        self,
+        guidances: tuple[Guidance, ...],
+        run: Run,
+        scheduler: Scheduler | None,
+        batch_layout: BatchLayout | None,
+    ) -> None:
+        """Use `attach`."""
         self.guidances = guidances
         self.attached = True
         self.steps = 0
         self.x0: Tensor | None = None
         self.term: Tensor | None = None
         self.noted: dict[str, Tensor] = {}
+        self._run, self._two_calls = run, TwoCalls()
+        self._scheduler, self._layout = scheduler, batch_layout
         # A pipeline keeps its handle, and a denoiser its hooks: neither may be kept by them.
-        self._denoiser = weakref.ref(target.denoiser)
-        self._pipeline = None if target.pipeline is None else weakref.ref(target.pipeline)
-        self._family = target.family
-        self._scheduler = target.scheduler
-        self._own_layout = target.layout
-        self._run = run
-        self._two_calls = TwoCalls()
+        self._denoiser: Any = _nothing
+        self._pipeline: Any = _nothing
+        self._hooks: tuple[RemovableHandle, ...] = ()
         self._first: _FirstPass | None = None
-        self._is_weak = False
-        self._is_for_one_call = self._has_begun = False
-        for layer in self._layers(target.denoiser):
-            self_attention(target.denoiser, layer)
-        with _attaching:
-            self._hooks = self._hooked(target.denoiser)
+        self._is_weak = self._is_for_one_call = self._has_begun = False
 
     @property
     def guidance(self) -> Any:
@@ -210,12 +215,11 @@ class GuidanceHandle:
             RuntimeError: The pipeline got another denoiser, which was not guided.
         """
         self.remove()
-        pipeline = self._pipeline and self._pipeline()
-        present = None if pipeline is None else _denoiser_of(pipeline)
+        present = _denoiser_of(self._pipeline())
         if error is None and present is not None and not self._was_on(present):
             raise RuntimeError(
-                f"{type(pipeline).__name__} got another denoiser after guidance was attached; "
-                "what it drew with that one is not guided: attach again after the change"
+                f"{type(self._pipeline()).__name__} got another denoiser after guidance was "
+                "attached; what it drew with that one is not guided: attach again after the change"
             )
 
     def __deepcopy__(self, memo: object) -> GuidanceHandle:
@@ -224,44 +228,51 @@ class GuidanceHandle:
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what belongs to this process; a guided denoiser can be pickled."""
-        transient = {"_denoiser": _nothing, "_pipeline": None, "_first": None}
+        transient = {"_denoiser": _nothing, "_pipeline": _nothing, "_first": None}
         return {**self.__dict__, **transient, "_two_calls": TwoCalls(), "_is_weak": False}
 
     # The hooks
 
-    def _hooked(self, denoiser: nn.Module) -> tuple[RemovableHandle, ...]:
-        for module in {denoiser, uncompiled(denoiser)}:
-            _refuse_guided(module)
-            refuse_compiled_in_place(module)
-        refuse_caches(denoiser)
-        return (
-            denoiser.register_forward_pre_hook(self._before, with_kwargs=True),
-            denoiser.register_forward_hook(self._after, with_kwargs=True, always_call=True),
-        )
+    def _hook(self, denoiser: nn.Module, pipeline: Any) -> None:
+        for guidance in self.guidances:
+            for layer in guidance.reads(denoiser):
+                self_attention(denoiser, layer)
+        with _attaching:
+            for module in {denoiser, uncompiled(denoiser)}:
+                _refuse_guided(module)
+                refuse_compiled_in_place(module)
+            refuse_caches(denoiser)
+            self._hooks = (
+                denoiser.register_forward_pre_hook(self._before, with_kwargs=True),
+                denoiser.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+            )
+        self._denoiser = weakref.ref(denoiser)
+        self._pipeline = _nothing if pipeline is None else weakref.ref(pipeline)
 
     @run_uncompiled
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.attached or (self._is_weak and self._run.is_inside()):
+        run = self._run
+        if not self.attached or (self._is_weak and run.is_inside()):
             return
-        self._run.enter(module)
+        run.enter(module)
         if self._is_for_one_call and self._has_begun:  # Ctrl-C ended the one call
             self.remove()
             return
         self._has_begun, self._is_weak = True, False
         self._stop_reading()
-        call = call_of(module, self._family, args, kwargs)
-        caller = find_caller(self._pipeline and self._pipeline())
-        self._run.at(call, caller, self._scheduler)
-        if self._run.is_new:
+        call = call_of(module, family_of(module), args, kwargs)
+        caller = find_caller(self._pipeline())
+        run.at(call, caller, self._scheduler)
+        if run.is_new:
             refuse_caches(module)
-        step, steps = self._run.step, len(self._run.tables)
-        acting = [n for n, each in enumerate(self.guidances) if each.acts_at(step, steps)]
+        steps = len(run.tables)
+        acting = [n for n, each in enumerate(self.guidances) if each.acts_at(run.step, steps)]
         if not acting:
-            self._run.checks.read()
+            run.read_checks()
             return
         self._first = self._planned(module, call, caller, acting)
-        for capture in self._first.captures.values():
-            capture.start()
+        for layer, _ in self._first.read.values():
+            layer.start()
 
     @run_uncompiled
     def _after(
@@ -270,60 +281,50 @@ class GuidanceHandle:
         if self._is_weak or not self._run.is_inside():
             return None
         try:
-            first, scores = self._stop_reading()
+            first = self._stop_reading()
             if first is None or output is None:  # the pass failed, its exception is under way
                 return None
-            return with_first(output, self._guided(module, first, scores, output[0]))
+            return with_first(output, self._guided(module, first, output[0]))
         finally:
             self._run.leave()
             if self._is_for_one_call:
                 self.remove()
 
-    def _stop_reading(self) -> tuple[_FirstPass | None, dict[str, list[Scores]]]:
+    def _stop_reading(self) -> _FirstPass | None:
         first, self._first = self._first, None
-        captures = {} if first is None else first.captures
-        return first, {layer: capture.stop() for layer, capture in captures.items()}
-
-    # What a call is for
+        for layer, _ in () if first is None else first.read.values():
+            layer.stop()
+        return first
 
     def _planned(
         self, module: nn.Module, call: Call, caller: Caller | None, acting: list[int]
     ) -> _FirstPass:
+        """What the call holds, and what each acting guidance needs of it."""
         run, two_calls = self._run, self._two_calls
-        layout = layout_of(call, caller, self._own_layout)
-        if layout is None:
-            layout = run.layout(module, call, caller)
+        layout = layout_of(call, caller, self._layout) or run.layout(module, call, caller)
         if layout.has_two_calls:
             cfg = None if caller is None else caller.cfg
             two_calls.begin(run.is_new, run.is_same_sample(call), cfg)
-        run.notice(call, layout)
+        run.compare(call, layout)
         plan: dict[int, Tensor | None] = {}
+        read: dict[str, tuple[Replaced, Noting]] = {}
         for number in acting:
             guidance = self.guidances[number]
             shape = call.sample[layout.rows(len(call.sample), guidance.branch)].shape
-            held = run.held_noise(number, guidance.every, shape, 2 if layout.has_two_calls else 1)
-            if held is not None or not layout.has_two_calls:
-                plan[number] = held
-            elif two_calls.needs_term(layout, guidance.branch):
-                plan[number] = None
-        fresh = [self.guidances[number] for number, held in plan.items() if held is None]
-        layers = {layer for guidance in fresh for layer in guidance.reads(module)}
-        captures = {layer: AttentionCapture(self_attention(module, layer)) for layer in layers}
-        return _FirstPass(call, layout, plan, len(plan) == len(acting), captures)
+            held = run.held(number, guidance.every, shape, 2 if layout.has_two_calls else 1)
+            if held is None and not two_calls.needs_term(layout, guidance.branch):
+                continue
+            plan[number] = held
+            for layer in guidance.reads(module) if held is None else ():
+                noting = Noting()
+                read[layer] = Replaced(self_attention(module, layer), noting), noting
+        return _FirstPass(call, layout, plan, len(plan) == len(acting), read)
 
     # Algorithm 1
 
-    def _guided(
-        self, module: nn.Module, first: _FirstPass, scores: dict[str, list[Scores]], whole: Tensor
-    ) -> Tensor:
+    def _guided(self, module: nn.Module, first: _FirstPass, whole: Tensor) -> Tensor:
         """The denoiser's output with what all guidances add to it."""
         call, run = first.call, self._run
-        for layer, noted in scores.items():
-            if not noted:
-                processor: Any = getattr(self_attention(module, layer), "processor", None)
-                raise RuntimeError(
-                    f"no attention was recorded at {layer!r}: {why_unseen(processor)}"
-                )
         place = place_of(call, whole, run.on_cpu)
         prediction = run.prediction(call, precise(call.sample))
         terms: dict[int, Tensor] = {}
@@ -331,53 +332,66 @@ class GuidanceHandle:
             rows = first.layout.rows(len(call.sample), self.guidances[number].branch)
             levels = prediction.rows(rows)
             if held is None:
-                work = _Work(module, call, rows, place, levels, scores, whole)
-                term = self._term(number, work)
+                term = self._term(number, module, first, rows, place, levels, whole[rows])
             else:
                 term = levels.held(held)
             nothing = torch.zeros_like(whole[rows], dtype=term.dtype)
             terms[number] = place.written(nothing, term)
         if first.layout.has_two_calls:
-            guided = self._two_calls.finish(whole, terms, first.has_all_terms)
-            terms = {**self._two_calls.first_terms, **terms}
+            guided, terms = self._two_calls.finish(whole, terms, first.has_all_terms)
         else:
             guided = added(whole, total(terms))
         self.term = total(terms).detach() if terms else self.term
-        self._check_finite(call, whole, guided)
+        stages = {
+            "the denoiser's input": call.sample,
+            "the denoiser's prediction": whole,
+            "its prediction in the weakened pass": guided,
+        }
+        for name, tensor in stages.items():
+            error = functools.partial(not_finite, name, tensor.dtype, run.step, call.timestep)
+            run.refuse(~tensor.isfinite().all(), error)
         run.read_checks()
         return guided
 
-    def _term(self, number: int, work: _Work) -> Tensor:
+    def _term(
+        self,
+        number: int,
+        module: nn.Module,
+        first: _FirstPass,
+        rows: slice,
+        place: PicturePlace,
+        levels: Prediction,
+        output: Tensor,
+    ) -> Tensor:
         """scale * (eps - eps'), in units of the output, by a weakened pass."""
-        guidance, run, levels = self.guidances[number], self._run, work.levels
-        sample = work.call.sample[work.rows]
-        x_t, u = precise(work.place.read(sample)), precise(work.place.read(work.whole[work.rows]))
+        guidance, run = self.guidances[number], self._run
+        sample = first.call.sample[rows]
+        x_t, u = precise(place.read(sample)), precise(place.read(output))
         x0 = levels.x0(x_t, u)
-        step = Step(work.module, levels.limited(x0), work.attention(guidance, run.on_cpu))
-        with guidance.weaken(step) as x0_degraded:
-            change = None if x0_degraded is None else x0_degraded - x0
-            degraded = sample
-            if x0_degraded is not None:
-                x_degraded = levels.renoise(x_t, x0, x0_degraded)
-                degraded = work.place.written(sample, x_degraded)
-            u_weak = precise(work.place.read(self._weak_pass(work, degraded)))
+        layers = guidance.reads(module)
+        attention = {n: first.attention(module, n, rows, run.on_cpu) for n in layers}
+        step = Step(module, levels.limited(x0), attention)
+        with guidance.weaken(step) as x0_weak:
+            sample_weak = sample
+            if x0_weak is not None:
+                sample_weak = place.written(sample, levels.renoise(x_t, x0, x0_weak))
+            u_weak = precise(place.read(self._weak_pass(module, first.call, rows, sample_weak)))
+        change = None if x0_weak is None else x0_weak - x0
         term = guidance.scale * levels.term(u, u_weak, change)
-        has_changed = torch.tensor(True) if change is None else (degraded != sample).any()
-        run.checks.refuse(
-            has_changed.to(term.device) & (term == 0).all(),
-            functools.partial(_no_effect, guidance, run.step),
-        )
-        noise = levels.noise(term.detach())
-        run.hold(number, noise, sample.shape)
+        is_nothing = (term == 0).all()
+        if change is not None:  # where there was nothing to blur, there is nothing to add
+            is_nothing = is_nothing & (sample_weak != sample).any()
+        run.refuse(is_nothing, functools.partial(_no_effect, guidance, run.step))
+        run.hold(number, levels.noise(term.detach()), sample.shape)
         self.x0, self.noted = step.x0.detach(), step.noted
         self.steps += 1
         return term
 
-    def _weak_pass(self, work: _Work, sample: Tensor) -> Tensor:
-        args, kwargs = work.call.rows(work.rows, sample)
+    def _weak_pass(self, module: nn.Module, call: Call, rows: slice, sample: Tensor) -> Tensor:
+        args, kwargs = call.rows(rows, sample)
         self._is_weak = True
         try:
-            output: Tensor = work.module(*args, **kwargs)[0]
+            output: Tensor = module(*args, **kwargs)[0]
         finally:
             self._is_weak = False
         if len(output) != len(sample):
@@ -387,19 +401,6 @@ class GuidanceHandle:
                 "register_batch_arguments"
             )
         return output
-
-    def _check_finite(self, call: Call, whole: Tensor, guided: Tensor) -> None:
-        stages = {
-            "the denoiser's input": call.sample,
-            "the denoiser's prediction": whole,
-            "its prediction in the second pass, of the blurred sample,": guided,
-        }
-        for name, tensor in stages.items():
-            error = functools.partial(not_finite, name, tensor.dtype, self._run.step, call.timestep)
-            self._run.checks.refuse(~tensor.isfinite().all(), error)
-
-    def _layers(self, denoiser: nn.Module) -> list[str]:
-        return [layer for guidance in self.guidances for layer in guidance.reads(denoiser)]
 
     def _was_on(self, denoiser: nn.Module) -> bool:
         """Whether a denoiser is the guided one, or a copy of it."""
@@ -411,38 +412,13 @@ class GuidanceHandle:
         return any(getattr(hook, "__self__", None) is self for hook in hooks)
 
 
-@dataclass(frozen=True)
-class _Work:
-    """What a weakened pass starts from: the first pass and its output."""
-
-    module: nn.Module
-    call: Call
-    rows: slice
-    place: PicturePlace
-    levels: Prediction
-    scores: dict[str, list[Scores]]
-    whole: Tensor
-
-    def attention(self, guidance: Guidance, on_cpu: Any) -> dict[str, Tensor]:
-        """What each of the picture's tokens received in the layers that a guidance reads."""
-        found: dict[str, Tensor] = {}
-        for layer in guidance.reads(self.module):
-            scores = self.scores[layer]
-            positions = scores[0].key.shape[-2]
-            picture, grid = picture_tokens(self.module, layer, self.call, positions, on_cpu)
-            inside = picture if self.call.family.joint else None
-            values = received(scores, len(self.call.sample), self.rows, inside)
-            found[layer] = values.unflatten(1, grid)
-        return found
-
-
 def _denoiser_of(pipeline: Any) -> nn.Module | None:
     found = getattr(pipeline, "unet", getattr(pipeline, "transformer", None))
     return found if isinstance(found, nn.Module) else None
 
 
 def _nothing() -> None:
-    """In place of a weak reference, which can't be pickled."""
+    """In place of a weak reference to what is not there."""
 
 
 def _no_effect(guidance: Guidance, step: int) -> RuntimeError:

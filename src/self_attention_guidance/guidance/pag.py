@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 
 from torch import Tensor, nn
 
-from ..denoiser.attention import Kernel, self_attention, self_attention_layers
+from ..denoiser.attention import Operands, self_attention, self_attention_layers
 from ..denoiser.families import family_of
 from ..denoiser.step import Step
 from .base import Branch, Guidance, check_layer
@@ -79,6 +79,6 @@ class PerturbedAttentionGuidance(Guidance, method="pag"):
         return layers
 
 
-def identity(query: Tensor, key: Tensor, value: Tensor, kernel: Kernel) -> Tensor:
+def identity(operands: Operands, kernel: Callable[[], Tensor]) -> Tensor:
     """Attention whose map is the identity matrix."""
-    return value
+    return operands.value
