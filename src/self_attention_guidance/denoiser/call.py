@@ -56,9 +56,8 @@ class Call:
     def timesteps(self) -> Tensor:
         """The timesteps as the scheduler counts, one or one a picture, float64 on the CPU."""
         values = torch.as_tensor(self.timestep).flatten()
-        values = (
-            values[:1] if self.has_one_timestep else values
-        ).cpu().double() / self.timestep_scale
+        values = (values[:1] if self.has_one_timestep else values).cpu().double()
+        values = values / self.timestep_scale
         return values[:1] if bool((values == values[0]).all()) else values
 
     def rows(self, rows: slice, sample: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -134,6 +134,10 @@ class Tables:
         """A table in float64, one-dimensional."""
         return self._tables[name].double()
 
+    def first_equal(self, index: int) -> int:
+        """The first of the timesteps that are equal to one."""
+        return int((self["timesteps"] == self["timesteps"][index]).int().argmax())
+
     def is_unique(self, index: int) -> bool:
         """Whether no other timestep is equal."""
         return int((self["timesteps"] == self["timesteps"][index]).sum()) == 1
@@ -296,7 +300,7 @@ def place_in(timesteps: Tensor, timestep: Any) -> int | None:
     is_single = isinstance(timestep, Tensor) and not any(timestep.stride())
     if not is_single or timestep.dtype != timesteps.dtype or timesteps.stride() != (1,):
         return None
-    place = int(timestep.storage_offset() - timesteps.storage_offset())
+    place = int(timestep.storage_offset()) - int(timesteps.storage_offset())
     same_memory = timestep.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr()
     return place if same_memory and 0 <= place < len(timesteps) else None
 

@@ -138,8 +138,10 @@ class Run:
         # Pipelines take the timestep out of the scheduler's own tensor.
         place = place_in(scheduler.timesteps, call.timestep) if call.timestep_scale == 1 else None
         step = index_of(scheduler)
-        step = place if step is None else step
-        if step is None:
+        if step is None and place is not None:
+            # PNDM evaluates a timestep twice, and does not tell which time it is.
+            step = place = tables.first_equal(place)
+        elif step is None:
             step = tables.nearest(scheduler, float(self._timesteps_of(call)[0]))
         if not 0 <= step < len(tables):
             raise _not_at(scheduler, call)

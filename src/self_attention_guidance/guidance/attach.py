@@ -69,9 +69,7 @@ def attach(
             guided already.
     """
     if not guidances or not all(hasattr(each, "weaken") for each in guidances):
-        raise ValueError(
-            "attach(target, ...) needs a guidance, SelfAttentionGuidance() for example"
-        )
+        raise ValueError("attach needs a guidance behind its target: SelfAttentionGuidance(0.75)")
     if batch_layout is not None and batch_layout not in get_args(BatchLayout):
         choices = ", ".join(get_args(BatchLayout))
         raise ValueError(f"batch_layout={batch_layout!r} must be one of {choices}")
@@ -162,7 +160,8 @@ class GuidanceHandle:
         self.term: Tensor | None = None
         self.noted: dict[str, Tensor] = {}
         self._run, self._two_calls = run, TwoCalls()
-        self._scheduler, self._layout = scheduler, batch_layout
+        self._scheduler = scheduler
+        self._layout: BatchLayout | None = batch_layout
         # A pipeline keeps its handle, and a denoiser its hooks: neither may be kept by them.
         self._denoiser: Any = _nothing
         self._pipeline: Any = _nothing
