@@ -52,12 +52,6 @@ def draw_modular(made: Any, seeds: tuple[int, ...] = (0,), **arguments: Any) -> 
     )
 
 
-def guider_for(pipe: Any, **settings: Any) -> SelfAttentionGuider:
-    guider = SelfAttentionGuider(**settings)
-    guider.scheduler = pipe.scheduler
-    return guider
-
-
 @pytest.mark.supports("runs", "formula", pipeline="Stable Diffusion XL, modular")
 @pytest.mark.parametrize("branch", ["uncond", "cond"])
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
@@ -66,7 +60,7 @@ def test_xl_equals_attach(pipe: Any, guidance_scale: float, branch: Any) -> None
     with SelfAttentionGuidance(1.5, **settings).attach(pipe):
         expected = draw_xl(pipe, (3, 4), guidance_scale=guidance_scale)
     plain = draw_xl(pipe, (3, 4), guidance_scale=guidance_scale)
-    guider = guider_for(pipe, guidance_scale=guidance_scale, sag_scale=1.5, **settings)
+    guider = SelfAttentionGuider(guidance_scale=guidance_scale, sag_scale=1.5, **settings)
     guided = draw_modular(modular_xl(pipe, guider), (3, 4))
     assert (expected - plain).abs().max() > 1e-2
     assert (guided - expected).abs().max() < 1e-4 * expected.abs().max()
@@ -80,8 +74,8 @@ def test_the_guider_holds_as_attach_does(pipe: Any, guidance_scale: float) -> No
     settings: dict[str, Any] = {"every": 2, "stop": 0.6}
     with SelfAttentionGuidance(1.5, **settings).attach(pipe) as handle:
         expected = draw_xl(pipe, (3, 4), guidance_scale=guidance_scale)
-    guider = guider_for(
-        pipe, guidance_scale=guidance_scale, sag_scale=1.5, every=2, sag_stop=settings["stop"]
+    guider = SelfAttentionGuider(
+        guidance_scale=guidance_scale, sag_scale=1.5, every=2, sag_stop=settings["stop"]
     )
     guided = draw_modular(modular_xl(pipe, guider), (3, 4))
     assert handle.steps == 1
@@ -109,7 +103,7 @@ def test_stable_diffusion_3_equals_attach(guidance_scale: float) -> None:
     pipe = stable_diffusion_3()
     with SelfAttentionGuidance(1.5, **SETTINGS).attach(pipe):
         expected = draw("Stable Diffusion 3.5", pipe, (3, 4), guidance_scale)
-    guider = guider_for(pipe, guidance_scale=guidance_scale, sag_scale=1.5, **SETTINGS)
+    guider = SelfAttentionGuider(guidance_scale=guidance_scale, sag_scale=1.5, **SETTINGS)
     assert (draw_3(pipe, guider) - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
@@ -119,17 +113,17 @@ def test_disabling_switches_off_classifier_free_guidance_alone() -> None:
     with SelfAttentionGuidance(1.5, **SETTINGS).attach(pipe):
         expected = draw("Stable Diffusion 3.5", pipe, (3, 4), 1.0)
     plain = draw("Stable Diffusion 3.5", pipe, (3, 4), 1.0)
-    guider = guider_for(pipe, guidance_scale=3.0, sag_scale=1.5, **SETTINGS)
+    guider = SelfAttentionGuider(guidance_scale=3.0, sag_scale=1.5, **SETTINGS)
     guider.disable()
     assert (draw_3(pipe, guider) - expected).abs().max() < 1e-4 * expected.abs().max()
-    guider = guider_for(pipe, guidance_scale=3.0, sag_scale=1.5, enabled=False)
+    guider = SelfAttentionGuider(guidance_scale=3.0, sag_scale=1.5, enabled=False)
     assert (draw_3(pipe, guider) - plain).abs().max() < 1e-4 * plain.abs().max()
 
 
 def test_only_part_of_the_steps_is_guided(pipe: Any) -> None:
     with SelfAttentionGuidance(1.5, stop=0.5).attach(pipe):
         expected = draw_xl(pipe, guidance_scale=5.0)
-    guider = guider_for(pipe, guidance_scale=5.0, sag_scale=1.5, sag_stop=0.5)
+    guider = SelfAttentionGuider(guidance_scale=5.0, sag_scale=1.5, sag_stop=0.5)
     guided = draw_modular(modular_xl(pipe, guider))
     assert (guided - expected).abs().max() < 1e-4 * expected.abs().max()
 
@@ -141,24 +135,31 @@ def test_scale_zero_is_bit_equal_to_no_guidance(pipe: Any) -> None:
 
 
 @pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, DDIMScheduler])
-def test_a_guider_that_does_not_know_the_scheduler_is_refused(pipe: Any, scheduler: Any) -> None:
+def test_the_scheduler_of_the_pipeline_that_runs_is_followed(pipe: Any, scheduler: Any) -> None:
     pipe.scheduler = tiny_scheduler(scheduler)
-    with pytest.raises(ValueError, match=r"set guider\.scheduler = pipe\.scheduler"):
-        draw_modular(modular_xl(pipe, SelfAttentionGuider()))
-    made = modular_xl(pipe, guider_for(pipe))
+    made = modular_xl(pipe, SelfAttentionGuider(5.0, sag_scale=1.5))
     for has_run in (False, True):
         if has_run:
-            draw_modular(made)
-        made.update_components(scheduler=type(pipe.scheduler).from_config(pipe.scheduler.config))
-        with pytest.raises(ValueError, match=r"set guider\.scheduler = pipe\.scheduler"):
-            draw_modular(made)
-        made.update_components(scheduler=pipe.scheduler)
+            made.update_components(scheduler=scheduler.from_config(pipe.scheduler.config))
+        with SelfAttentionGuidance(1.5).attach(pipe):
+            expected = draw_xl(pipe, guidance_scale=5.0)
+        assert (draw_modular(made) - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_a_loop_of_ones_own_must_give_the_scheduler(pipe: Any) -> None:
+    guider = SelfAttentionGuider(1.0)
+    pipe.scheduler.set_timesteps(3)
+    guider.set_state(0, 3, pipe.scheduler.timesteps[0])
+    guider.prepare_inputs({"x": (torch.zeros(1), None)})
+    with pytest.raises(ValueError, match="no modular pipeline runs; set guider"):
+        guider.prepare_models(pipe.unet)
+    assert not pipe.unet._forward_hooks
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_nothing_stays_after_an_exception(pipe: Any, error: type[BaseException]) -> None:
     plain = draw_xl(pipe, guidance_scale=5.0)
-    made = modular_xl(pipe, guider_for(pipe, guidance_scale=5.0, sag_scale=1.5))
+    made = modular_xl(pipe, SelfAttentionGuider(guidance_scale=5.0, sag_scale=1.5))
     guided = draw_modular(made)
 
     def fail(*_: Any) -> None:
@@ -176,7 +177,8 @@ def test_nothing_stays_after_an_exception(pipe: Any, error: type[BaseException])
 
 
 def test_settings_are_saved_and_loaded(pipe: Any, tmp_path: Path) -> None:
-    guider = guider_for(pipe, guidance_scale=4.0, sag_scale=1.5, sag_stop=0.5, **SETTINGS)
+    guider = SelfAttentionGuider(guidance_scale=4.0, sag_scale=1.5, sag_stop=0.5, **SETTINGS)
+    guider.scheduler = pipe.scheduler
     guider.save_pretrained(tmp_path)
     loaded = SelfAttentionGuider.from_pretrained(tmp_path)
     assert loaded.guidance == guider.guidance

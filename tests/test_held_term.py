@@ -10,16 +10,19 @@ import torch
 from diffusers import (
     DDIMScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
+    UNet2DConditionModel,
 )
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor
 
 from self_attention_guidance import SelfAttentionGuidance
 from test_guidance import difference, draw
 from test_guidance import pipe as pipe
-from tiny import tiny_scheduler
+from tiny import tiny_scheduler, tiny_unet
 from tiny_transformers import TRANSFORMERS
 from tiny_transformers import draw as draw_transformer
 
@@ -52,6 +55,101 @@ def test_the_term_is_new_at_every_nth_step_and_the_same_between(
     )
     same = [torch.equal(a, b) for a, b in itertools.pairwise(found)]
     assert same == [True, True, False, True, True, False]
+
+
+LEVELS = tiny_scheduler().alphas_cumprod.double()
+
+
+class Rewritten(UNet2DConditionModel):
+    """A network of predictions of noise that is rewritten to predict something else."""
+
+    kind = "epsilon"
+    scheduler: Any = None
+
+    def forward(self, sample: Tensor, timestep: Any, states: Tensor, **_: Any) -> Any:
+        if self.kind == "flow_prediction":  # x / (alpha + sigma) is what flow matching sees
+            sigma = self.scheduler.sigmas[self.scheduler.step_index or 0].double()
+            share = sigma / (1 - sigma)
+            level = 1 / (1 + share**2)
+            near = (LEVELS - level).abs().argmin()
+            alpha, sigma_t = level.sqrt(), (1 - level).sqrt()
+            noise = super().forward(sample * (alpha + sigma_t), near, states).sample
+            clean = (sample - sigma * noise) / (1 - sigma)
+            return UNet2DConditionOutput(noise - clean)
+        noise = super().forward(sample, timestep, states).sample
+        level = LEVELS[int(timestep)]
+        alpha, sigma = level.sqrt(), (1 - level).sqrt()
+        clean = (sample - sigma * noise) / alpha
+        outputs = {"epsilon": noise, "v_prediction": alpha * noise - sigma * clean, "sample": clean}
+        return UNet2DConditionOutput(outputs[self.kind])
+
+
+def draw_as(kind: str, every: int, scale: float = 2.0) -> Tensor:
+    """Latents that one function draws, written as a prediction of one kind, with DDIM's steps.
+
+    DDIM's step, of x0 and noise, is Euler's step of flow matching in other coordinates.
+    """
+    unet: Any = tiny_unet().double()
+    unet.__class__, unet.kind = Rewritten, kind
+    usual = tiny_scheduler()
+    usual.set_timesteps(12)
+    levels = [LEVELS[int(t)] for t in usual.timesteps] + [usual.final_alpha_cumprod.double()]
+    sums = [float(level.sqrt() + (1 - level).sqrt()) for level in levels]
+    scheduler: Any = usual
+    if kind == "flow_prediction":
+        scheduler = FlowMatchEulerDiscreteScheduler()
+        sigmas = [
+            float((1 - level).sqrt()) / total for level, total in zip(levels, sums, strict=True)
+        ]
+        scheduler.set_timesteps(sigmas=sigmas[:-1])
+        scheduler.sigmas = torch.tensor(sigmas, dtype=torch.float64)
+        unet.scheduler = scheduler
+    else:
+        scheduler = tiny_scheduler(prediction_type=kind)
+        scheduler.set_timesteps(12)
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).double()
+    states = torch.randn(1, 7, 32, generator=torch.Generator().manual_seed(1)).double()
+    is_flow = kind == "flow_prediction"
+    guidance = SelfAttentionGuidance(scale, every=every, blur_sigma=2.0)
+    with guidance.attach(unet, scheduler=scheduler, batch_layout="single"), torch.no_grad():
+        x = x / sums[0] if is_flow else x
+        for t in scheduler.timesteps:
+            x = scheduler.step(unet(x, t, states).sample, t, x).prev_sample.double()
+        return x * sums[-1] if is_flow else x
+
+
+@pytest.mark.parametrize("every", [1, 3, 5])
+def test_one_function_draws_one_picture_however_its_prediction_is_written(every: int) -> None:
+    """The term is held as noise: in units of the output it would mean another thing each step."""
+    expected = draw_as("epsilon", every)
+    effect = (expected - draw_as("epsilon", every, 0.0)).norm()
+    assert effect > 0.05 * expected.norm()
+    for kind in ("v_prediction", "sample", "flow_prediction"):
+        assert (draw_as(kind, every) - expected).norm() < 1e-5 * effect
+
+
+@pytest.mark.parametrize("name", ["zero terminal SNR", "flow matching"])
+def test_where_there_is_no_signal_nothing_is_held(name: str) -> None:
+    if name == "flow matching":
+        scheduler: Any = FlowMatchEulerDiscreteScheduler()
+        scheduler.set_timesteps(6)
+    else:
+        zero = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        scheduler = tiny_scheduler(DDIMScheduler, "v_prediction", **zero)
+        scheduler.set_timesteps(6)
+        scheduler.alphas_cumprod[-1] = 0.0
+    unet, states = tiny_unet(), torch.randn(1, 7, 32)
+    x = torch.randn(1, 4, 8, 8)
+    passes: list[int] = []
+    with (
+        SelfAttentionGuidance(1.0, every=3).attach(unet, scheduler=scheduler) as handle,
+        torch.no_grad(),
+    ):
+        for t in scheduler.timesteps:
+            x = scheduler.step(unet(x, t, states).sample, t, x).prev_sample
+            passes.append(handle.steps)
+    assert x.isfinite().all()
+    assert passes == [1, 2, 2, 2, 3, 3]
 
 
 def test_what_is_held_is_added(pipe: StableDiffusionPipeline) -> None:

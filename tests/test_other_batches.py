@@ -8,8 +8,6 @@ import pytest
 import torch
 from diffusers import (
     StableDiffusionInpaintPipeline,
-    StableDiffusionInstructPix2PixPipeline,
-    StableDiffusionPAGPipeline,
     StableDiffusionPipeline,
 )
 from PIL import Image
@@ -19,26 +17,6 @@ from tiny import tiny_pipeline, tiny_scheduler, tiny_unet
 
 PICTURE = Image.new("RGB", (64, 64), "red")
 USUAL: dict[str, Any] = {"num_inference_steps": 2, "output_type": "latent"}
-
-
-@pytest.mark.parametrize("pictures", [1, 2])
-def test_three_conditions_are_refused_whatever_the_batch(pictures: int) -> None:
-    pipe = tiny_pipeline(StableDiffusionInstructPix2PixPipeline, unet=tiny_unet(in_channels=8))
-    attached = SelfAttentionGuidance().attach(pipe)
-    with attached, pytest.raises(ValueError, match=r"conditional and (an )?unconditional half"):
-        pipe(prompt=["red"] * pictures, image=[PICTURE] * pictures, **USUAL)
-
-
-@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
-@pytest.mark.parametrize("pictures", [1, 2])
-def test_perturbed_attention_guidance_is_refused(pictures: int, guidance_scale: float) -> None:
-    pipe = tiny_pipeline(StableDiffusionPAGPipeline)
-    arguments = {"guidance_scale": guidance_scale, "height": 64, "width": 64, **USUAL}
-    with SelfAttentionGuidance().attach(pipe) as handle:
-        pipe(prompt=["red"] * pictures, pag_scale=0.0, **arguments)
-        assert handle.steps == 2
-        with pytest.raises(ValueError, match="perturbed-attention guidance is on"):
-            pipe(prompt=["red"] * pictures, pag_scale=3.0, **arguments)
 
 
 def test_inpainting_networks_keep_mask_and_masked_picture() -> None:
@@ -79,16 +57,3 @@ def test_attention_of_only_some_rows_is_refused() -> None:
     layer.set_processor(FirstRowOnly())
     with SelfAttentionGuidance().attach(pipe), pytest.raises(RuntimeError, match="for 1 of 3 rows"):
         pipe(["red"] * 3, guidance_scale=1.0, height=64, width=64, **USUAL)
-
-
-def test_another_pipeline_that_runs_the_same_denoiser_is_refused() -> None:
-    idle, running = tiny_pipeline(StableDiffusionPipeline), tiny_pipeline(StableDiffusionPipeline)
-    running.unet = idle.unet
-    running.scheduler = idle.scheduler
-    arguments: dict[str, Any] = {"height": 64, "width": 64, **USUAL}
-    with SelfAttentionGuidance().attach(idle):
-        idle("red", guidance_scale=1.0, **arguments)
-        with pytest.raises(ValueError, match="attach to the pipeline that runs"):
-            running("red", guidance_scale=5.0, **arguments)
-        same = [torch.Generator().manual_seed(0) for _ in range(2)]
-        idle(["red", "blue"], guidance_scale=1.0, generator=same, **arguments)

@@ -168,6 +168,9 @@ def _where_cfg_is_kept(pipeline: type) -> str:
         if _CFG in (*code.co_varnames, *code.co_cellvars):
             return "variable"
         # Others may use the property in part, and decide by something else.
-        if _CFG in code.co_names and base.__module__.startswith("diffusers."):
+        is_known = base.__module__.startswith("diffusers.")
+        if _CFG in code.co_names and is_known:
             return "property"
+        if not is_known and "super" not in code.co_names:
+            return "unknown"
     return "unknown"

@@ -1,0 +1,186 @@
+"""Guidance follows the pipeline that runs, its scheduler and its batch, or refuses."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    DDIMInverseScheduler,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionDiffEditPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+)
+from PIL import Image
+from torch import Tensor
+
+from self_attention_guidance import SelfAttentionGuidance
+from tiny import tiny_pipeline, tiny_scheduler, tiny_unet
+
+PICTURE = Image.new("RGB", (64, 64), "teal")
+SCHEDULERS = [DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler]
+GUIDANCE = SelfAttentionGuidance(2.0)
+
+
+def draw(pipe: Any, prompt: str = "red", **arguments: Any) -> Tensor:
+    usual = {"num_inference_steps": 5, "height": 64, "width": 64, "output_type": "latent"}
+    return pipe(prompt, generator=torch.Generator().manual_seed(0), **{**usual, **arguments}).images
+
+
+def redraw(pipe: Any) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    arguments: dict[str, Any] = {"strength": 0.8, "num_inference_steps": 5, "output_type": "latent"}
+    return pipe("green", image=PICTURE, generator=generator, **arguments).images
+
+
+def two_pipelines(scheduler: Any) -> tuple[Any, Any]:
+    """Text to image, and image to image on the same denoiser with a scheduler of its own."""
+    first = tiny_pipeline(StableDiffusionPipeline, scheduler=tiny_scheduler(scheduler))
+    parts = {**first.components, "scheduler": scheduler.from_config(first.scheduler.config)}
+    second = StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
+    second.set_progress_bar_config(disable=True)
+    return first, second
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_a_pipeline_that_shares_the_denoiser_is_guided_by_its_own_scheduler(scheduler: Any) -> None:
+    first, second = two_pipelines(scheduler)
+    with GUIDANCE.attach(second):
+        right = redraw(second)
+    with GUIDANCE.attach(first):
+        expected = draw(first)
+        assert torch.equal(redraw(second), right)
+        assert torch.equal(draw(first), expected)
+    assert not torch.equal(redraw(second), right)
+
+
+@pytest.mark.parametrize("idle_cfg", [1.0, 5.0])
+def test_the_pipeline_that_runs_tells_what_the_batch_holds(idle_cfg: float) -> None:
+    idle, running = tiny_pipeline(StableDiffusionPipeline), tiny_pipeline(StableDiffusionPipeline)
+    running.unet, running.scheduler = idle.unet, idle.scheduler
+    with GUIDANCE.attach(running):
+        right = draw(running, guidance_scale=6.0 - idle_cfg)
+    for steps in (5, 1):
+        with GUIDANCE.attach(idle) as handle:
+            draw(idle, guidance_scale=idle_cfg, num_inference_steps=steps)
+            found = draw(running, guidance_scale=6.0 - idle_cfg)
+            assert handle.mask is not None
+            assert len(handle.mask) == 1
+        assert torch.equal(found, right)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_a_deep_copy_of_a_guided_pipeline_draws_the_same(scheduler: Any) -> None:
+    pipe = tiny_pipeline(StableDiffusionPipeline, scheduler=tiny_scheduler(scheduler))
+    plain = draw(pipe)
+    with GUIDANCE.attach(pipe):
+        guided = draw(pipe)
+        other = copy.deepcopy(pipe)
+        assert torch.equal(draw(other), guided)
+        del pipe
+        assert torch.equal(draw(other), guided)
+    assert torch.equal(draw(other), plain)
+
+
+def test_two_pipelines_may_take_turns_at_every_step() -> None:
+    first, second = two_pipelines(EulerDiscreteScheduler)
+    guidance = SelfAttentionGuidance(2.0, every=2)
+    with guidance.attach(first):
+        expected, right = draw(first), redraw(second)
+        found: list[Tensor] = []
+
+        def between(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            if step == 1:
+                found.append(redraw(second))
+            return tensors
+
+        again = draw(first, callback_on_step_end=between)
+    assert torch.equal(found[0], right)
+    # The term that was held when the other run began is made anew.
+    assert (again - expected).abs().max() < expected.abs().max()
+
+
+def test_another_scheduler_in_the_same_pipeline_is_followed() -> None:
+    pipe = tiny_pipeline(StableDiffusionPipeline)
+    euler = tiny_scheduler(EulerDiscreteScheduler)
+    with GUIDANCE.attach(pipe):
+        draw(pipe)
+        pipe.scheduler = euler
+        found = draw(pipe)
+    with GUIDANCE.attach(pipe):
+        assert torch.equal(draw(pipe), found)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_a_scheduler_that_does_not_run_is_refused(scheduler: Any) -> None:
+    unet, running, idle = tiny_unet(), *(tiny_scheduler(scheduler) for _ in range(2))
+    running.set_timesteps(5)
+    idle.set_timesteps(7)
+    x, texts = torch.randn(1, 4, 8, 8), torch.randn(1, 7, 32)
+    told = r"is not at timestep .* attach guidance to the pipeline that runs"
+    guided = GUIDANCE.attach(unet, scheduler=idle)
+    with guided, torch.no_grad(), pytest.raises(ValueError, match=told):
+        for t in running.timesteps:
+            sample = running.scale_model_input(x, t)
+            x = running.step(unet(sample, t, texts).sample, t, x).prev_sample
+
+
+@pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, DPMSolverMultistepScheduler])
+def test_a_scheduler_whose_run_is_over_is_refused(scheduler: Any) -> None:
+    pipe = tiny_pipeline(StableDiffusionPipeline, scheduler=tiny_scheduler(scheduler))
+    draw(pipe)
+    t, texts = pipe.scheduler.timesteps[0], torch.randn(1, 7, 32)
+    guided = GUIDANCE.attach(pipe.unet, scheduler=pipe.scheduler)
+    with guided, torch.no_grad(), pytest.raises(ValueError, match="is not at timestep"):
+        pipe.unet(torch.randn(1, 4, 8, 8), t, texts)
+
+
+def test_rounded_timesteps_are_those_of_the_scheduler() -> None:
+    """Networks in half precision receive timesteps that are rounded."""
+    unet, scheduler = (
+        tiny_unet(),
+        tiny_scheduler(EulerDiscreteScheduler, timestep_spacing="linspace"),
+    )
+    scheduler.set_timesteps(7)
+    x, texts = torch.randn(1, 4, 8, 8), torch.randn(1, 7, 32)
+    for form in (torch.Tensor.bfloat16, torch.Tensor.half, torch.Tensor.long, float):
+        with GUIDANCE.attach(unet, scheduler=scheduler) as handle, torch.no_grad():
+            unet(x, form(scheduler.timesteps[0]), texts)
+        assert handle.steps == 1
+
+
+def test_an_inverse_scheduler_is_refused_by_name() -> None:
+    unet, scheduler = tiny_unet(), tiny_scheduler(DDIMInverseScheduler)
+    scheduler.set_timesteps(5)
+    with pytest.raises(ValueError, match="DDIMInverseScheduler is not supported"):
+        GUIDANCE.attach(unet, scheduler=scheduler)
+
+
+def test_inversion_by_a_pipeline_is_refused_and_drawing_is_not() -> None:
+    parts = {"inverse_scheduler": tiny_scheduler(DDIMInverseScheduler)}
+    pipe = tiny_pipeline(StableDiffusionDiffEditPipeline, **parts)
+    with GUIDANCE.attach(pipe), pytest.raises(ValueError, match="DDIMInverseScheduler is not supp"):
+        pipe.invert("red", image=PICTURE, num_inference_steps=3)
+
+
+def test_a_denoiser_that_replaces_the_guided_one_is_not_silently_unguided() -> None:
+    pipe = tiny_pipeline(StableDiffusionPipeline)
+    told = "got another denoiser after guidance was attached"
+    with pytest.raises(RuntimeError, match=told), GUIDANCE.attach(pipe):
+        pipe.unet = tiny_unet(seed=1)
+        draw(pipe)
+    pipe.unet = tiny_unet()
+    with GUIDANCE.attach(pipe):
+        pipe.unet = copy.deepcopy(pipe.unet)
+
+
+def test_the_error_of_a_run_is_not_hidden_by_the_one_about_the_denoiser() -> None:
+    pipe = tiny_pipeline(StableDiffusionPipeline)
+    with pytest.raises(KeyError, match="mine"), GUIDANCE.attach(pipe):
+        pipe.unet = tiny_unet(seed=1)
+        raise KeyError("mine")
