@@ -38,6 +38,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports --no-cache
 
 # Runs the notebook and keeps its pictures in it.
 notebook: $(VENV)/.dev
