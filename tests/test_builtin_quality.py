@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 import self_attention_guidance
 
-FOLDER = Path(self_attention_guidance.__file__).parent / "builtin" / "emoji"
+FOLDER = Path(self_attention_guidance.__file__).parent / "models" / "builtin" / "emoji"
 REFERENCE = Path(__file__).parent / "data" / "emoji_reference.npz"
 DRAWS = 20
 

@@ -9,6 +9,7 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -156,13 +157,14 @@ def test_jobs(rows: list[dict[str, Any]]) -> None:
 @examples(60)
 @given(
     values=st.dictionaries(
-        st.sampled_from(list(SelfAttentionGuidance.__dataclass_fields__)),
+        st.sampled_from([field.name for field in fields(SelfAttentionGuidance)]),
         st.one_of(NUMBERS, TEXT, st.none(), st.booleans(), st.floats(0, 1)),
     )
 )
 def test_settings_of_guidance(values: dict[str, Any]) -> None:
     for form in (SelfAttentionGuidance, BlurGuidance):
-        known = {n: v for n, v in values.items() if n in form.__dataclass_fields__}
+        names = [field.name for field in fields(form)]
+        known = {name: value for name, value in values.items() if name in names}
         try:
             guidance = form(**known)
         except ValueError as error:

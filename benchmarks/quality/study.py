@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from self_attention_guidance.workers import Crew, Lost, distribute
+from self_attention_guidance.generate.workers import Crew, Lost, distribute
 from tqdm import tqdm
 
 import results
