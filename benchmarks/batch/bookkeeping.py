@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
-from self_attention_guidance.generate.workers import Crew
 
 from self_attention_guidance.batch import BatchJob, Defaults, Drawing, PromptList, Task
 from self_attention_guidance.generate import GenerationSettings
+from self_attention_guidance.generate.workers import Crew
 
 
 class FreeArtist:

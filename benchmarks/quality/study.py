@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from self_attention_guidance.generate.workers import Crew, Lost, distribute
 from tqdm import tqdm
 
 import results
 from drawing import FIRST_SEED, Drawn, draw, matched
 from points import MODELS, Point, points
 from report import write_report
+from self_attention_guidance.generate.workers import Crew, Lost, distribute
 
 HERE = Path(__file__).parent
 CHUNK = 50
