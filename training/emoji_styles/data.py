@@ -60,13 +60,23 @@ class Dataset:
     pictures: list[Picture]
     pixels: Tensor
 
-    def select(self, *, held_out: bool, groups: Collection[str] | None = None) -> Dataset:
-        """The part to train on, or the part held out; of all groups, or of some."""
-        rows = [
-            row
-            for row, picture in enumerate(self.pictures)
-            if picture.held_out == held_out and (groups is None or picture.group in groups)
-        ]
+    def select(self, *, held_out: bool) -> Dataset:
+        """The part held out, or the rest."""
+        return self._where([picture.held_out == held_out for picture in self.pictures])
+
+    def held_out_pairs(self) -> Dataset:
+        """What is held out of the things that the rest shows in other styles."""
+        shown = {picture.label for picture in self.pictures if not picture.held_out}
+        return self._where(
+            [picture.held_out and picture.label in shown for picture in self.pictures]
+        )
+
+    def of_groups(self, groups: Collection[str] | None) -> Dataset:
+        """The things of some groups of CLDR, or all."""
+        return self._where([groups is None or picture.group in groups for picture in self.pictures])
+
+    def _where(self, wanted: Sequence[bool]) -> Dataset:
+        rows = [row for row, keep in enumerate(wanted) if keep]
         return Dataset([self.pictures[row] for row in rows], self.pixels[rows])
 
     @property
