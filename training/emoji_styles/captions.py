@@ -14,13 +14,15 @@ from transformers import CLIPTokenizer
 from data import BACKGROUNDS, STYLES, Picture, caption
 
 VOCABULARY_SIZE = 2600
-MAX_TOKENS = 32
+MAX_TOKENS = 20
 EMPTY_SHARE = 0.10
 SYNONYM_SHARE = 0.15
 # A caption may leave its style or its background open: "fox" alone should work, too.
 OPEN_SHARE = 0.05
 # A keyword that more things share is no other name of a thing: "animal", "face".
 MOST_SHARED = 2
+# Nor is a shorter one: "at", "c".
+SHORTEST_SYNONYM = 3
 
 
 def train_tokenizer(pictures: Iterable[Picture]) -> CLIPTokenizer:
@@ -44,7 +46,13 @@ class CaptionWriter:
         keywords = {picture.label: picture.keywords for picture in pictures}
         uses = Counter(word for words in keywords.values() for word in set(words))
         self.synonyms = {
-            label: [word for word in words if uses[word] <= MOST_SHARED and word not in keywords]
+            label: [
+                word
+                for word in words
+                if uses[word] <= MOST_SHARED
+                and len(word) >= SHORTEST_SYNONYM
+                and word not in keywords
+            ]
             for label, words in keywords.items()
         }
 
@@ -72,7 +80,7 @@ class Reader:
         self.known: dict[str, Tensor] = {}
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Token numbers, (captions, 32) int64."""
+        """Token numbers, (captions, 20) int64."""
         new = [text for text in dict.fromkeys(texts) if text not in self.known]
         if new:
             tokens = self.tokenizer(

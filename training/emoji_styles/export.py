@@ -17,8 +17,8 @@ import denoiser
 def assemble(work: Path) -> StableDiffusionPipeline:
     """The averaged weights of the checkpoint in `work`, as the pipeline that diffusers loads."""
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
-    model = denoiser.Model.new(tokenizer)
     state = torch.load(work / "unet.pt", weights_only=True, map_location="cpu")
+    model = denoiser.Model.new(tokenizer, state["channels"])
     model.load_state_dict(state["ema"])
     model.unet.set_attn_processor(AttnProcessor2_0())
     return StableDiffusionPipeline(

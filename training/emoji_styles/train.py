@@ -83,6 +83,13 @@ def parse_arguments() -> argparse.Namespace:
         metavar="FOLDER",
         help="start from an exported model where DIR has no checkpoint yet",
     )
+    parser.add_argument(
+        "--channels",
+        type=int,
+        nargs=2,
+        default=denoiser.CHANNELS,
+        help="of a new U-Net, at 16x16 and at 8x8 (default: %(default)s)",
+    )
     parser.add_argument("--batch-size", type=int, default=32, help="default: %(default)s")
     parser.add_argument("--learning-rate", type=float, default=8e-4, help="default: %(default)s")
     parser.add_argument("--compile", action="store_true", help="compile the networks (GPU)")
@@ -100,6 +107,7 @@ def denoiser_options(options: argparse.Namespace) -> denoiser.Options:
     return denoiser.Options(
         device=options.device,
         minutes=options.minutes,
+        channels=options.channels,
         anneal_minutes=options.anneal,
         batch_size=options.batch_size,
         learning_rate=options.learning_rate,
