@@ -1,0 +1,335 @@
+"""Train the U-Net and the text encoder together on precomputed latents."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+import data
+from captions import MAX_TOKENS, CaptionWriter, Reader
+from checkpoints import save
+from data import Picture
+
+TEXT_WIDTH = 192
+# On two cores 64 and 128 channels learn from twice as many samples an hour as 96 and 192.
+CHANNELS = (64, 128)
+WARM_UP_STEPS = 500
+EMA_DECAY = 0.9995
+# Errors in x0 weigh SNR + 1, as v-prediction has it, but never more than this.
+LARGEST_WEIGHT = 6.0
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Two layers, 192 wide."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=4 * TEXT_WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=6,
+            max_position_embeddings=MAX_TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def build_unet(channels: Sequence[int]) -> UNet2DConditionModel:
+    """Two resolutions, 16x16 and 8x8, with self-attention at both and in the mid block."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=tuple(channels),
+        layers_per_block=1,
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+
+
+def build_scheduler() -> DDIMScheduler:
+    """Stable Diffusion's noise schedule with a last step of noise alone (arXiv 2305.08891).
+
+    A schedule that leaves some signal in the last step teaches the model to read the mean colour
+    from there, and sampling, which starts from noise alone, then draws every background gray.
+    """
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        steps_offset=1,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+    )
+
+
+class Model(nn.Module):
+    """The two networks that learn together."""
+
+    def __init__(self, text_encoder: CLIPTextModel, unet: UNet2DConditionModel) -> None:
+        """Networks that fit each other."""
+        super().__init__()
+        self.text_encoder = text_encoder
+        self.unet = unet
+
+    @classmethod
+    def new(cls, tokenizer: CLIPTokenizer, channels: Sequence[int]) -> Model:
+        """Random weights; the text encoder fits `tokenizer`."""
+        return cls(build_text_encoder(tokenizer), build_unet(channels))
+
+    @classmethod
+    def exported(cls, folder: Path) -> Model:
+        """The networks of an exported model, in float32."""
+        return cls(
+            CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
+            UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32),
+        )
+
+    @property
+    def channels(self) -> list[int]:
+        """The U-Net's width at each resolution."""
+        return list(self.unet.config["block_out_channels"])
+
+    def forward(self, noisy: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
+        """The predicted velocity, (batch, 4, 16, 16)."""
+        states = self.text_encoder(tokens).last_hidden_state
+        return self.unet(noisy, timesteps, states).sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How one run goes."""
+
+    device: str
+    minutes: float
+    channels: Sequence[int] = CHANNELS
+    """Of a new U-Net; one that goes on keeps its own."""
+    anneal_minutes: float = 0.0
+    """The learning rate falls to zero over the last so many minutes of the run."""
+    batch_size: int = 32
+    learning_rate: float = 8e-4
+    compile: bool = False
+    save_minutes: float = 5.0
+
+    def rate(self, step: int, elapsed: float) -> float:
+        """Linear warm-up, then constant: the run need not know how many will follow it."""
+        remaining = self.minutes * 60 - elapsed
+        fall = min(1.0, max(remaining, 0.0) / (self.anneal_minutes * 60 or 1e-9))
+        return self.learning_rate * min(1.0, (step + 1) / WARM_UP_STEPS) * fall
+
+
+@dataclass
+class Progress:
+    """What a checkpoint holds beside the networks and the optimizer."""
+
+    step: int = 0
+    samples: int = 0
+    hours: float = 0.0
+    rng: random.Random = field(default_factory=lambda: random.Random(data.SEED))
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Pictures and their latents on every background, (pictures, 11, 4, 16, 16) float16."""
+
+    pictures: Sequence[Picture]
+    latents: Tensor
+
+
+class Trainer:
+    """The networks, their moving average and the optimizer, with one checkpoint file."""
+
+    def __init__(
+        self, tokenizer: CLIPTokenizer, checkpoint: Path, options: Options, start: Path | None
+    ) -> None:
+        """Resume from `checkpoint`, else from the exported model `start`, else from nothing."""
+        torch.manual_seed(data.SEED)
+        self.checkpoint, self.options = checkpoint, options
+        self.reader = Reader(tokenizer)
+        state: dict[str, Any] = {}
+        if checkpoint.exists():
+            state = torch.load(checkpoint, weights_only=True, map_location="cpu")
+        if start and not state:
+            self.model = Model.exported(start)
+        else:
+            self.model = Model.new(tokenizer, state.get("channels", options.channels))
+        self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
+        for model in (self.model, self.average):
+            model.to(options.device)
+            # The fused kernel's backward pass is slow on CPU.
+            on_cpu = options.device == "cpu"
+            model.unet.set_attn_processor(AttnProcessor() if on_cpu else AttnProcessor2_0())
+        self.model.train()
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=options.learning_rate,
+            betas=(0.9, 0.99),
+            weight_decay=0.01,
+        )
+        self.progress = Progress()
+        if state:
+            self._resume(state)
+        self.signal = build_scheduler().alphas_cumprod.to(options.device)
+        self.palette = list(data.BACKGROUNDS)
+
+    def train(self, seen: Examples, held_out: Examples, writer: CaptionWriter, log: Path) -> None:
+        """Train for the minutes of the options, with a checkpoint and a line of log regularly.
+
+        Args:
+            seen: What to learn.
+            held_out: Never learned from; their loss is logged beside the other.
+            writer: Draws the captions of `seen`.
+            log: One JSON object a line.
+        """
+        options, progress = self.options, self.progress
+        latents = seen.latents.to(options.device)
+        predict = torch.compile(self.model) if options.compile else self.model
+        began = saved = time.monotonic()
+        earlier, losses, samples_before = progress.hours, [], progress.samples
+        while (elapsed := time.monotonic() - began) < options.minutes * 60:
+            for group in self.optimizer.param_groups:
+                group["lr"] = options.rate(progress.step, elapsed)
+            rows = torch.randint(len(seen.pictures), (options.batch_size,))
+            colours = torch.randint(len(self.palette), (options.batch_size,))
+            texts = [
+                writer.draw(seen.pictures[row], self.palette[colour], progress.rng)
+                for row, colour in zip(rows.tolist(), colours.tolist(), strict=True)
+            ]
+            clean = latents[rows.to(options.device), colours.to(options.device)].float()
+            losses.append(self._step(predict, clean, self.reader(texts).to(options.device)))
+            progress.step += 1
+            progress.samples += options.batch_size
+            progress.hours = earlier + (time.monotonic() - began) / 3600
+            now = time.monotonic()
+            if now - saved >= options.save_minutes * 60:
+                self._save()
+                self._write(log, losses, held_out, (progress.samples - samples_before), now - saved)
+                saved, losses, samples_before = time.monotonic(), [], progress.samples
+        self._save()
+        if losses:
+            spent = time.monotonic() - saved
+            self._write(log, losses, held_out, progress.samples - samples_before, spent)
+
+    def _step(self, predict: nn.Module, clean: Tensor, tokens: Tensor) -> Tensor:
+        timesteps = stratified_timesteps(len(clean)).to(clean.device)
+        noise = torch.randn_like(clean)
+        loss = denoising_loss(predict, clean, noise, timesteps, tokens, self.signal).mean()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        update_average(self.average, self.model, self.progress.step)
+        # Not `.item()`: the next step need not wait for this one on a GPU.
+        return loss.detach()
+
+    @torch.no_grad()
+    def held_out_loss(self, examples: Examples, count: int = 512) -> float:
+        """The averaged model's loss, always on the same pictures, backgrounds and noise."""
+        generator = torch.Generator().manual_seed(data.SEED)
+        rows = torch.randint(len(examples.pictures), (count,), generator=generator)
+        colours = torch.randint(len(self.palette), (count,), generator=generator)
+        noise = torch.randn(count, 4, 16, 16, generator=generator)
+        texts = [
+            examples.pictures[row].caption(self.palette[colour])
+            for row, colour in zip(rows.tolist(), colours.tolist(), strict=True)
+        ]
+        timesteps = (torch.arange(count) * (1000 / count)).long()
+        columns = (examples.latents[rows, colours].float(), noise, timesteps, self.reader(texts))
+        chunks = zip(*(column.to(self.options.device).split(64) for column in columns), strict=True)
+        losses = [denoising_loss(self.average, *chunk, self.signal) for chunk in chunks]
+        return torch.cat(losses).mean().item()
+
+    def _write(
+        self, log: Path, losses: list[Tensor], held_out: Examples, samples: int, seconds: float
+    ) -> None:
+        line = {
+            "step": self.progress.step,
+            "samples": self.progress.samples,
+            "hours": round(self.progress.hours, 4),
+            "loss": round(torch.stack(losses).mean().item(), 5),
+            "held_out_loss": round(self.held_out_loss(held_out), 5),
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "samples_per_second": round(samples / seconds, 1),
+        }
+        with log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        print(json.dumps(line), flush=True)
+
+    def _save(self) -> None:
+        state = {
+            "channels": self.model.channels,
+            "model": self.model.state_dict(),
+            "ema": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.progress.step,
+            "samples": self.progress.samples,
+            "hours": self.progress.hours,
+            "captions_rng": self.progress.rng.getstate(),
+            "torch_rng": torch.get_rng_state(),
+        }
+        save(state, self.checkpoint)
+
+    def _resume(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.progress.step, self.progress.samples = state["step"], state["samples"]
+        self.progress.hours = state["hours"]
+        self.progress.rng.setstate(state["captions_rng"])
+        torch.set_rng_state(state["torch_rng"])
+
+
+def stratified_timesteps(count: int, steps: int = 1000) -> Tensor:
+    """`count` timesteps, one in each of `count` equal slices of the schedule."""
+    return ((torch.arange(count) + torch.rand(count)) * (steps / count)).long()
+
+
+def denoising_loss(
+    predict: nn.Module,
+    clean: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    tokens: Tensor,
+    signal: Tensor,
+) -> Tensor:
+    """Velocity-prediction error of each example, (batch,).
+
+    Plain v-prediction weighs an error in x0 with SNR + 1. Here the weight stops at
+    `LARGEST_WEIGHT`, as Min-SNR has it (arXiv 2303.09556), for most of what a sample shows is
+    decided where noise is strong. Unlike Min-SNR it stays 1 where there is no signal.
+    """
+    kept = signal[timesteps].view(-1, 1, 1, 1)
+    noisy = kept.sqrt() * clean + (1 - kept).sqrt() * noise
+    velocity = kept.sqrt() * noise - (1 - kept).sqrt() * clean
+    with torch.autocast(clean.device.type, dtype=torch.bfloat16):
+        predicted = predict(noisy, timesteps, tokens)
+    # SNR + 1 = 1 / (1 - kept); the weight of v is that of x0 times 1 - kept.
+    weight = (LARGEST_WEIGHT * (1 - kept)).clamp(max=1.0)
+    return (weight * (predicted.float() - velocity).square()).mean((1, 2, 3))
+
+
+@torch.no_grad()
+def update_average(average: Model, model: Model, step: int) -> None:
+    """Move the averaged weights towards the current ones, faster in the beginning."""
+    decay = min(EMA_DECAY, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
