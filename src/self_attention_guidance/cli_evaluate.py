@@ -106,7 +106,7 @@ def _measure(
     from .evaluate import SampleReport, measure, short_names, work
 
     names = short_names([sample.path for sample in samples])
-    total = sum(work(sample, reference, bootstrap) for sample in samples)
+    total = sum(work(sample, reference) for sample in samples)
     reports: list[SampleReport] = []
     with work_progress("measuring", total) as advance:
         for name, sample in zip(names, samples, strict=True):

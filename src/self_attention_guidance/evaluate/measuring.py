@@ -5,20 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from .features import FeatureSet
 from .loading import LoadedSet
-from .neighbours import NEIGHBOURS, precisions, recalls
+from .pairs import pair_work
 from .resampling import Estimate, estimate, random_halves
-from .statistics import (
-    FrechetReference,
-    Moments,
-    inception_scores,
-    kernel_distances,
-    moments_of,
-)
+from .statistics import frechet_distances, inception_scores
 
 Advance = Callable[[int], object]
 
@@ -67,7 +60,7 @@ def measure(
         reference: Only Fréchet distances can be taken to one without features.
         repetitions: Halves of the samples that the intervals come from; 0 for no intervals.
         seed: Of the halves.
-        advance: Called with shares of `work(samples, reference, repetitions)`.
+        advance: Called with shares of `work(samples, reference)`.
 
     Returns:
         Estimates by `Metric.key`, in the order of `METRICS`.
@@ -106,49 +99,35 @@ def repeated_values(
         ValueError: The sets do not fit each other.
     """
     drawn = _check_fit(samples, reference)
-    values: dict[str, Tensor] = {
-        "frechet_distance": _frechet(drawn.features, reference.moments, halves, advance)
+    values = {
+        "frechet_distance": frechet_distances(
+            drawn.features, samples.moments, reference.moments, halves
+        )
     }
-    if drawn.spatial is not None and reference.spatial_moments is not None:
-        values["sfid"] = _frechet(drawn.spatial, reference.spatial_moments, halves, advance)
+    advance(1)
+    if drawn.spatial is not None and samples.spatial_moments and reference.spatial_moments:
+        values["sfid"] = frechet_distances(
+            drawn.spatial, samples.spatial_moments, reference.spatial_moments, halves
+        )
+        advance(1)
     if drawn.probabilities is not None:
         values["inception_score"] = inception_scores(drawn.probabilities, halves)
-    if reference.features is not None:
-        values |= _pairwise(drawn.features, reference.features.features, halves, advance)
+    if reference.pairs is not None:
+        values |= reference.pairs.figures(drawn.features, halves, advance)
     return values
 
 
-def work(samples: LoadedSet, reference: LoadedSet, repetitions: int) -> int:
+def work(samples: LoadedSet, reference: LoadedSet) -> int:
     """How much `measure` will report to its `advance`, for a progress bar.
 
     Args:
         samples: As in `measure`.
         reference: As in `measure`.
-        repetitions: As in `measure`.
     """
-    spatial = samples.spatial_moments is not None and reference.spatial_moments is not None
-    both = (samples.features, reference.features)
-    pictures = [len(each.features) for each in both if each is not None]
-    return (1 + spatial) * (repetitions + 1) + (sum(pictures) if len(pictures) == 2 else 0)
-
-
-def _pairwise(
-    samples: Tensor, reference: Tensor, halves: Tensor, advance: Advance
-) -> dict[str, Tensor]:
-    return {
-        "kid": kernel_distances(samples, reference, halves),
-        "precision": precisions(samples, reference, halves),
-        "recall": recalls(samples, reference, halves, NEIGHBOURS, advance),
-    }
-
-
-def _frechet(rows: Tensor, reference: Moments, halves: Tensor, advance: Advance) -> Tensor:
-    to_reference = FrechetReference(reference)
-    distances: list[float] = []
-    for half in halves:
-        distances.append(to_reference.distance(moments_of(rows[half])))
-        advance(1)
-    return torch.tensor(distances, dtype=torch.float64)
+    distances = 1 + bool(samples.spatial_moments and reference.spatial_moments)
+    if samples.features is None or reference.features is None:
+        return distances
+    return distances + pair_work(len(samples.features.features), len(reference.features.features))
 
 
 def _check_fit(samples: LoadedSet, reference: LoadedSet) -> FeatureSet:
