@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .advice import FEWEST_FOR_SHARES
 from .features import FeatureSet
 from .loading import LoadedSet
 from .pairs import pair_work
@@ -63,7 +64,9 @@ def measure(
         advance: Called with shares of `work(samples, reference)`.
 
     Returns:
-        Estimates by `Metric.key`, in the order of `METRICS`.
+        Estimates by `Metric.key`, in the order of `METRICS`; without precision and recall if the
+        samples or the reference have fewer than `FEWEST_FOR_SHARES` pictures. What no half changes
+        has no interval.
 
     Raises:
         ValueError: The sets do not fit each other.
@@ -71,8 +74,16 @@ def measure(
     drawn = _check_fit(samples, reference)
     halves = random_halves(len(drawn.features), repetitions, seed)
     values = repeated_values(samples, reference, halves, advance)
-    known = [metric for metric in METRICS if metric.key in values]
-    return {m.key: estimate(values[m.key], m.least, m.most) for m in known}
+    real = reference.features
+    few = real is not None and min(len(drawn.features), len(real.features)) < FEWEST_FOR_SHARES
+    left_out = {"precision", "recall"} if few else set[str]()
+    known = [m for m in METRICS if m.key in values and m.key not in left_out]
+    return {m.key: _estimate(values[m.key], m) for m in known}
+
+
+def _estimate(values: Tensor, metric: Metric) -> Estimate:
+    is_constant = bool((values == values[0]).all())
+    return estimate(values[:1] if is_constant else values, metric.least, metric.most)
 
 
 def repeated_values(
