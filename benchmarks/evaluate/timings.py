@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=2 python benchmarks/evaluate/timings.py --count 50000
     OMP_NUM_THREADS=1 python benchmarks/evaluate/timings.py --count 2500 --against
 
-It measures everything but encoding: KID, precision and recall, the Fréchet distance from features on,
-and all of them with intervals, and the peak memory of the process. `--against` lets pytorch-fid's way
-(numpy's covariance, SciPy's root of the product) take turns with ours and prints the ratio; it needs
-SciPy.
+It measures everything but encoding: the Fréchet distance from features on, KID with precision and
+recall, all figures without and with intervals, and the peak memory of the process. `--against` lets
+pytorch-fid's way (numpy's covariance, SciPy's root of the product) take turns with ours and prints
+the ratio; it needs SciPy.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ def with_scipy(samples: Tensor, reference: Tensor) -> float:
     from scipy import linalg
 
     a, b = (rows.numpy().astype(np.float64) for rows in (samples, reference))
-    means, covariances = zip(*((rows.mean(0), np.cov(rows, rowvar=False)) for rows in (a, b)))
-    root = linalg.sqrtm(covariances[0] @ covariances[1])
-    traces = np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * np.trace(root.real)
-    return float(np.square(means[0] - means[1]).sum() + traces)
+    first, second = (np.cov(rows, rowvar=False) for rows in (a, b))
+    root = linalg.sqrtm(first @ second)
+    traces = np.trace(first) + np.trace(second) - 2 * np.trace(root.real)
+    return float(np.square(a.mean(0) - b.mean(0)).sum() + traces)
 
 
 def ours(samples: Tensor, reference: Tensor) -> float:
