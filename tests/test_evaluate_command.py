@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,17 +15,31 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 
 from command_line import error_of, help_without_torch, run
 from drawings import blur, draw, save_folder, save_npz
-from self_attention_guidance.evaluate import load_encoder, load_set, measure, open_set, work
-from self_attention_guidance.evaluate.encoder import ENCODER_FOLDER
+from self_attention_guidance.evaluate import (
+    FEWEST_FOR_SHARES,
+    Estimate,
+    Report,
+    SampleReport,
+    load_encoder,
+    load_set,
+    measure,
+    open_set,
+    work,
+    write_plot,
+)
+from self_attention_guidance.evaluate.encoder import ENCODER_FOLDER, KNOWN_FILE, farther_than_art
 from tiny_pixels import arrays_of, one_thread
 
 INCEPTION = "torch_fidelity.feature_extractor_inceptionv3"
 KEYS = ["frechet_distance", "sfid", "kid", "inception_score", "precision", "recall"]
 QUICK = ("--bootstrap", 10)
+# As few as precision and recall take.
+SAMPLES, REFERENCE = FEWEST_FOR_SHARES, 110
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -37,10 +52,10 @@ def on_one_thread() -> Iterator[None]:
 def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A reference, samples like it, the same ones blurred, and others in a folder."""
     folder = tmp_path_factory.mktemp("sets")
-    save_npz(folder / "reference.npz", draw(70, 0))
-    save_npz(folder / "sharp.npz", draw(50, 1))
-    save_npz(folder / "blurred.npz", blur(draw(50, 1), 1.5))
-    save_folder(folder / "pictures", draw(50, 1))
+    save_npz(folder / "reference.npz", draw(REFERENCE, 0))
+    save_npz(folder / "sharp.npz", draw(SAMPLES, 1))
+    save_npz(folder / "blurred.npz", blur(draw(SAMPLES, 1), 1.5))
+    save_folder(folder / "pictures", draw(SAMPLES, 1))
     return folder
 
 
@@ -48,6 +63,15 @@ def evaluate(*arguments: object, out: Path) -> list[dict[str, Any]]:
     """Runs the command; returns the samples of its JSON."""
     assert run("evaluate", *arguments, "--json", out, "--overwrite") == 0
     return json.loads(out.read_text(encoding="utf-8"))["samples"]
+
+
+def low(found: dict[str, Any]) -> float:
+    """Lower end of an interval; what no half changes has none."""
+    return found["value"] if found["low"] is None else found["low"]
+
+
+def high(found: dict[str, Any]) -> float:
+    return found["value"] if found["high"] is None else found["high"]
 
 
 # Figures
@@ -60,15 +84,15 @@ def test_blurred_pictures_score_worse(sets: Path, tmp_path: Path) -> None:
     assert [sharp["name"], soft["name"]] == ["sharp", "blurred"]
     assert list(sharp["metrics"]) == KEYS
     for key in ("frechet_distance", "sfid", "kid"):
-        assert sharp["metrics"][key]["high"] < soft["metrics"][key]["low"], key
-    assert sharp["metrics"]["precision"]["low"] > soft["metrics"]["precision"]["high"]
+        assert high(sharp["metrics"][key]) < low(soft["metrics"][key]), key
+    assert low(sharp["metrics"]["precision"]) > high(soft["metrics"]["precision"])
 
 
 def test_few_kinds_of_pictures_have_low_recall(sets: Path, tmp_path: Path) -> None:
-    kinds = save_npz(tmp_path / "kinds.npz", np.repeat(draw(5, 1), 10, axis=0))
+    kinds = save_npz(tmp_path / "kinds.npz", np.repeat(draw(5, 1), 20, axis=0))
     names = (sets / "sharp.npz", kinds, sets / "reference.npz")
     many, few = evaluate(*names, *QUICK, out=tmp_path / "a.json")
-    assert few["metrics"]["recall"]["high"] < many["metrics"]["recall"]["low"]
+    assert high(few["metrics"]["recall"]) < low(many["metrics"]["recall"])
 
 
 def test_a_set_against_itself_is_perfect(sets: Path, tmp_path: Path) -> None:
@@ -84,7 +108,7 @@ def test_a_set_against_itself_is_perfect(sets: Path, tmp_path: Path) -> None:
 
 def test_batches_order_and_kind_of_file_do_not_matter(sets: Path, tmp_path: Path) -> None:
     reference = sets / "reference.npz"
-    shuffled = draw(50, 1)[np.random.default_rng(0).permutation(50)]
+    shuffled = draw(SAMPLES, 1)[np.random.default_rng(0).permutation(SAMPLES)]
     save_npz(tmp_path / "shuffled.npz", shuffled)
     runs = [
         (sets / "sharp.npz", reference, "--batch-size", 64),
@@ -105,7 +129,7 @@ def test_seeds_move_the_intervals_only(sets: Path, tmp_path: Path) -> None:
     assert first == again
     for key in KEYS:
         assert first[key]["value"] == other[key]["value"]
-        assert first[key]["low"] <= first[key]["value"] <= first[key]["high"]
+        assert low(first[key]) <= first[key]["value"] <= high(first[key])
     assert first["kid"]["low"] != other["kid"]["low"]
 
 
@@ -116,9 +140,9 @@ def test_progress_ends_at_the_whole(sets: Path) -> None:
         load_set(open_set(path), encoder, 16, lambda more: encoded.append(encoded[-1] + more))
         for path in paths
     )
-    assert encoded[-1] == 50 + 70
+    assert encoded[-1] == SAMPLES + REFERENCE
     measure(samples, reference, 5, 0, lambda more: done.append(done[-1] + more))
-    assert done[-1] == work(samples, reference, 5)
+    assert done[-1] == work(samples, reference)
 
 
 # Outputs
@@ -127,15 +151,14 @@ def test_progress_ends_at_the_whole(sets: Path) -> None:
 def test_table_names_all_figures(sets: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("evaluate", sets / "sharp.npz", sets / "reference.npz", *QUICK) == 0
     captured = capsys.readouterr()
-    assert captured.err == ""
     *rows, footnote = captured.out.splitlines()
     assert rows[0].split() == ["sharp"]
-    assert rows[1].split() == ["pictures", "50"]
+    assert rows[1].split() == ["pictures", str(SAMPLES)]
     titles = [row[:20].split("  ")[0].strip() for row in rows[2:]]
     assert titles[0] == "Fréchet distance ↓"
     assert titles[-1] == "recall ↑"
     assert len(titles) == len(KEYS)
-    assert all("[" in row for row in rows[2:])
+    assert all("[" in row for row in rows[2:] if "precision" not in row)
     assert footnote.endswith("95 % intervals from 10 halves of the samples")
 
 
@@ -180,6 +203,88 @@ def test_moments_of_other_tools_give_frechet_distances(sets: Path, tmp_path: Pat
     assert found["metrics"]["frechet_distance"] == own["metrics"]["frechet_distance"]
 
 
+# Warnings
+
+
+def noise(count: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+
+
+def test_pictures_unlike_the_art_are_told(
+    sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    strange = save_npz(tmp_path / "strange.npz", noise(REFERENCE))
+    out, plot = tmp_path / "a.json", tmp_path / "a.png"
+    paths = (strange, sets / "sharp.npz", sets / "reference.npz")
+    assert run("evaluate", *paths, *QUICK, "--json", out, "--plot", plot) == 0
+    told = "strange: most pictures are unlike the art that the features emoji were made for"
+    lines = [line for line in capsys.readouterr().err.splitlines() if "unlike" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith(f"warning: {told}")
+    assert lines[0].endswith("--features inception (pip install torch-fidelity)")
+    told_in_file = json.loads(out.read_text(encoding="utf-8"))["warnings"]
+    assert lines[0].removeprefix("warning: ") in told_in_file
+
+
+def test_few_pictures_have_no_precision(
+    sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = save_npz(tmp_path / "few.npz", draw(FEWEST_FOR_SHARES - 1, 2))
+    for paths in ((few, sets / "reference.npz"), (sets / "sharp.npz", few)):
+        (found,) = evaluate(*paths, *QUICK, out=tmp_path / "a.json")
+        assert list(found["metrics"]) == KEYS[:4]
+        captured = capsys.readouterr()
+        assert "precision" not in captured.out
+        name = "few" if paths[0] == few else "the reference"
+        told = f"warning: {name}: precision and recall are left out, 99 pictures are too few"
+        assert told in captured.err
+    both = evaluate(few, sets / "sharp.npz", sets / "reference.npz", out=tmp_path / "a.json")
+    assert [len(each["metrics"]) for each in both] == [4, 6]
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "precision" in line]
+    assert row.split()[2] == "-"
+
+
+def test_few_pictures_for_a_figure_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def warnings_of(*counts: int) -> list[str]:
+        paths = [save_npz(tmp_path / f"{count}.npz", draw(count, count)) for count in counts]
+        assert run("evaluate", *paths, "--bootstrap", 0) == 0
+        return [line for line in capsys.readouterr().err.splitlines() if " few for " in line]
+
+    of_all = "Fréchet distance (64 features), sFID (128 features) and Inception Score (23 classes)"
+    assert warnings_of(12, 64, 12) == [
+        f"warning: 12 and the reference: 12 pictures are few for {of_all}; compare such figures"
+        " between sets of as many only",
+        "warning: 64: 64 pictures are few for Fréchet distance (64 features) and sFID (128"
+        " features); compare such figures between sets of as many only",
+    ]
+    assert warnings_of(129, 130) == []
+
+
+def test_plots_tell_features_and_warnings(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    metrics = {"kid": Estimate(1.0, 0.5, 1.5)}
+    reference: Any = SimpleNamespace(path=Path("reference"), features=None)
+    sample = SampleReport("samples", Path("samples"), 100, metrics)
+    heights: list[int] = []
+    for told in ((), ("Beware of these figures.",), ("Beware of these figures.",) * 2):
+        report = Report(reference, "emoji", 0, 0, [sample], told)
+        write_plot(tmp_path / "a.png", report)
+        with Image.open(tmp_path / "a.png") as image:
+            heights.append(image.height)
+            last_line = np.asarray(image.convert("L"))[-15:]
+        assert (last_line < 128).any()
+    assert heights[0] < heights[1] < heights[2]
+
+
+def test_what_no_half_changes_has_no_interval(sets: Path, tmp_path: Path) -> None:
+    path = sets / "reference.npz"
+    (same,) = evaluate(path, path, *QUICK, out=tmp_path / "a.json")
+    assert same["metrics"]["precision"] == {"value": 1.0, "low": None, "high": None}
+    assert same["metrics"]["kid"]["low"] < same["metrics"]["kid"]["high"]
+
+
 # Errors
 
 
@@ -203,7 +308,7 @@ def test_wrong_inputs_are_one_line(
     np.savez(tmp_path / "shapes.npz", mu=np.zeros(5), sigma=np.eye(4))
     for name, told in {
         "none": "does not exist: give a folder of pictures or an .npz file",
-        "empty": "holds no pictures: none of .bmp, .jpeg, .jpg, .png, .webp",
+        "empty": "holds no pictures: none of .apng, .bmp, .gif, .jfif, .jpe, .jpeg, .jpg, .png",
         "mixed": "z.png' is 40x32, 00000.png is 32x32: all pictures must have one size",
         "broken": "00007.png' cannot be read as a picture",
         "text.npz": "cannot be read as an .npz file",
@@ -214,7 +319,7 @@ def test_wrong_inputs_are_one_line(
         "few.npz": "holds 9 pictures: at least 10 are needed",
         "large.npz": "hold pictures of 64x64 and 32x32 pixels: they must be of one size",
         "mu.npz": "holds moments and no features: it can be the reference only",
-        "shapes.npz": "mu has shape (5,) and sigma (4, 4); they must be",
+        "shapes.npz": "sigma is float64 of shape (4, 4); it must be finite numbers of shape (5, 5)",
     }.items():
         assert told in error_of(capsys, "evaluate", tmp_path / name, sets / "sharp.npz"), name
     told = error_of(capsys, "evaluate", sets / "sharp.npz", tmp_path / "mu.npz")
@@ -222,13 +327,83 @@ def test_wrong_inputs_are_one_line(
 
 
 @pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"features": np.full((12, 64), np.nan)}, "features is float64 of shape (12, 64); it must"),
+        ({"features": np.zeros(64)}, "it must be finite numbers of shape (any, any)"),
+        ({"features": np.zeros((12, 64), complex)}, "features is complex128"),
+        ({"features": np.full((12, 64), "a")}, "features is <U1"),
+        ({"features": np.full((12, 64), 1e20)}, "must be finite and of sizes below 1e+06"),
+        ({"features": np.zeros((12, 9))}, "holds statistics of 9 features, emoji has 64"),
+        ({"features": np.zeros((5, 64))}, "holds 5 pictures: at least 10 are needed"),
+        ({"probabilities": np.ones((5, 23))}, "it must be finite numbers of shape (12, any)"),
+        ({"size": np.array([32, 32, 3])}, "size is int64 of shape (3,); it must be finite"),
+        ({"encoder": np.array("clip")}, "holds features of clip, not of emoji"),
+        ({"mu": np.full(64, np.inf), "features": None}, "mu is float64 of shape (64,); it must be"),
+        ({"mu": np.zeros((1, 64)), "features": None}, "it must be finite numbers of shape (any)"),
+        ({"sigma": np.array({}), "features": None}, "cannot be read: Object arrays cannot be"),
+    ],
+)
+def test_broken_statistics_are_one_line(
+    changed: dict[str, Any], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = np.random.default_rng(0).standard_normal((12, 64), dtype=np.float32)
+    arrays = {"encoder": np.array("emoji"), "size": np.array([32, 32]), "features": rows}
+    arrays |= {"mu": rows.mean(0), "sigma": np.cov(rows.T)} | changed
+    given = {name: array for name, array in arrays.items() if array is not None}
+    np.savez(tmp_path / "broken.npz", **given)
+    save_npz(tmp_path / "samples.npz", draw(12, 0))
+    error = error_of(capsys, "evaluate", tmp_path / "samples.npz", tmp_path / "broken.npz")
+    assert told in error
+
+
+def test_statistics_may_be_of_any_type_of_number(sets: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "saved.npz"
+    assert run("evaluate", sets / "reference.npz", "--save-statistics", saved) == 0
+    arrays = arrays_of(saved)
+    found = []
+    for dtype in ("<f4", ">f4", ">f8"):
+        kept = {name: arrays[name].astype(dtype) for name in ("features", "mu", "sigma")}
+        np.savez(tmp_path / "kept.npz", **arrays | kept)
+        paths = (sets / "sharp.npz", tmp_path / "kept.npz")
+        found.append(evaluate(*paths, *QUICK, out=tmp_path / "a.json")[0]["metrics"])
+    assert found[0] == found[1] == found[2]
+
+
+def changed_archive(path: Path, change: Callable[[bytearray, int], None]) -> Path:
+    content = bytearray(save_npz(path, draw(12, 0)).read_bytes())
+    change(content, content.find(b"PK\x01\x02"))
+    path.write_bytes(content)
+    return path
+
+
+def test_broken_archives_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def encrypt(content: bytearray, directory: int) -> None:
+        content[6] |= 1
+        content[directory + 8] |= 1
+
+    def compress(content: bytearray, directory: int) -> None:
+        content[8] = content[directory + 10] = 99
+
+    def damage(content: bytearray, directory: int) -> None:
+        content[2000] ^= 255
+
+    def damage_the_header(content: bytearray, directory: int) -> None:
+        content[content.find(b"NUMPY")] ^= 255
+
+    for change in (encrypt, compress, damage, damage_the_header):
+        path = changed_archive(tmp_path / "a.npz", change)
+        assert "a.npz'" in error_of(capsys, "evaluate", path, path), change.__name__
+
+
+@pytest.mark.parametrize(
     ("arguments", "told"),
     [
         ([], "SAMPLES and REFERENCE must be given"),
-        (["b.npz", "--features", "clip"], "features='clip' must be one of emoji, inception"),
-        (["b.npz", "--bootstrap", "-1"], "bootstrap=-1 must be a whole number, at least 0"),
-        (["b.npz", "--seed", "-1"], "seed=-1 must be a whole number, at least 0"),
-        (["b.npz", "--batch-size", "0"], "batch_size=0 must be a whole number, at least 1"),
+        (["b.npz", "--features", "clip"], "--features='clip' must be one of emoji, inception"),
+        (["b.npz", "--bootstrap", "-1"], "--bootstrap=-1 must be a whole number, at least 0"),
+        (["b.npz", "--seed", "-1"], "--seed=-1 must be a whole number, at least 0"),
+        (["b.npz", "--batch-size", "0"], "--batch-size=0 must be a whole number, at least 1"),
         (["b.npz", "--json", "a.txt"], "json='a.txt' must end in .json"),
         (["b.npz", "--plot", "a.pdf"], "plot='a.pdf' must end in .png"),
         (["b.npz", "--plot", "none/a.png"], "there is no folder 'none'"),
@@ -264,8 +439,12 @@ def test_missing_libraries_are_one_line(
 ) -> None:
     paths = (sets / "sharp.npz", sets / "reference.npz")
     for name, arguments, told in (
-        (INCEPTION, ("--features", "inception"), "needs torch-fidelity: pip install"),
-        ("matplotlib", ("--plot", sets / "a.png"), "plot needs matplotlib: pip install"),
+        (INCEPTION, ("--features", "inception"), "need torch-fidelity: pip install torch-fidelity"),
+        (
+            "matplotlib",
+            ("--plot", sets / "a.png"),
+            "--plot needs matplotlib: pip install matplotlib",
+        ),
     ):
         monkeypatch.setitem(sys.modules, name, None)
         assert told in error_of(capsys, "evaluate", *paths, *arguments)
@@ -300,9 +479,9 @@ def test_inception_comes_from_torch_fidelity(
     assert list(found["metrics"]) == KEYS
     loaded = load_set(open_set(paths[0]), load_encoder("inception"), 16)
     assert loaded.features is not None
-    assert loaded.features.features.shape == (50, 9)
+    assert loaded.features.features.shape == (SAMPLES, 9)
     assert loaded.features.spatial is not None
-    assert loaded.features.spatial.shape == (50, 7 * 4 * 4)
+    assert loaded.features.spatial.shape == (SAMPLES, 7 * 4 * 4)
 
 
 def test_published_moments_are_taken_with_the_pictures(
@@ -312,7 +491,7 @@ def test_published_moments_are_taken_with_the_pictures(
     monkeypatch.setitem(sys.modules, INCEPTION, fake)
     encoder = load_encoder("inception")
     moments = {"mu": np.full(9, 1e3), "sigma": np.eye(9)}
-    reference = save_npz(tmp_path / "batch.npz", draw(20, 0), **moments)
+    reference = save_npz(tmp_path / "batch.npz", draw(REFERENCE, 0), **moments)
     samples = load_set(open_set(sets / "sharp.npz"), encoder, 16)
     found = measure(samples, load_set(open_set(reference), encoder, 16), 0, 0)
     assert found["frechet_distance"].value > 9 * 800**2
@@ -329,7 +508,9 @@ def test_failed_downloads_are_one_line(
     monkeypatch.setitem(sys.modules, INCEPTION, fake)
     paths = (sets / "sharp.npz", sets / "reference.npz")
     told = error_of(capsys, "evaluate", *paths, "--features", "inception")
-    assert "torch-fidelity could not fetch the network's weights: RuntimeError: no network" in told
+    assert (
+        "torch-fidelity could not fetch the weights of inception: RuntimeError: no network" in told
+    )
 
 
 # What ships
@@ -337,19 +518,24 @@ def test_failed_downloads_are_one_line(
 
 def test_encoder_is_small_and_safe() -> None:
     files = [file for file in ENCODER_FOLDER.iterdir() if file.is_file()]
-    assert {file.name for file in files} == {"README.md", "config.json", "model.safetensors"}
+    assert {file.name for file in files} == {
+        "README.md",
+        "config.json",
+        "known_art.safetensors",
+        "model.safetensors",
+    }
     assert sum(file.stat().st_size for file in files) <= 2_000_000
 
 
-def test_transparent_pictures_are_on_white(tmp_path: Path) -> None:
-    clear = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
-    for folder, image in (("clear", clear), ("white", Image.new("L", (32, 32), 255))):
-        (tmp_path / folder).mkdir()
-        for index in range(10):
-            image.save(tmp_path / folder / f"{index}.PNG")
-    pictures = [next(open_set(tmp_path / name).batches(3)) for name in ("clear", "white")]
-    assert (pictures[0] == 255).all()
-    assert (pictures[0] == pictures[1]).all()
+def test_known_art_is_that_of_the_references() -> None:
+    script = Path(__file__).parents[1] / "benchmarks" / "evaluate" / "known_art.py"
+    expected = runpy.run_path(str(script))["known_art"]()
+    found = load_file(ENCODER_FOLDER / KNOWN_FILE)
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name], values, rtol=1e-4, atol=1e-4)
+    for file in sorted((script.parents[1] / "quality" / "references").glob("*.npz")):
+        assert farther_than_art(torch.from_numpy(arrays_of(file)["features"])) < 1e-3
 
 
 def test_help_answers_without_torch() -> None:

@@ -75,19 +75,24 @@ def evaluate_command(
         print_line(save_statistics)
     if samples:
         measured = _measure(samples, reference, bootstrap, seed)
-        _show(evaluate.Report(reference, features, bootstrap, seed, measured), json_file, plot)
+        sets = {one.name: sample.features for one, sample in zip(measured, samples, strict=True)}
+        sets["the reference"] = reference.features
+        told = evaluate.advice({name: one for name, one in sets.items() if one is not None})
+        report = evaluate.Report(reference, features, bootstrap, seed, measured, told)
+        _show(report, json_file, plot)
 
 
 def _check_numbers(bootstrap: int, seed: int, batch_size: int) -> None:
-    check_count("bootstrap", bootstrap, least=0)
-    check_count("seed", seed, least=0)
-    check_count("batch_size", batch_size)
+    check_count("--bootstrap", bootstrap, least=0)
+    check_count("--seed", seed, least=0)
+    check_count("--batch-size", batch_size)
 
 
 def _load(paths: Sequence[Path], features: str, batch_size: int) -> list[LoadedSet]:
-    from ..evaluate import check_encoder, load_encoder, load_set, open_set
+    from ..evaluate import ENCODERS, load_encoder, load_set, open_set
 
-    check_encoder(features)
+    if features not in ENCODERS:
+        raise ValueError(f"--features={features!r} must be one of {', '.join(ENCODERS)}")
     opened = [open_set(path) for path in paths]
     encoder = load_encoder(features)
     with work_progress("encoding", sum(map(_pictures, opened))) as advance:
@@ -106,7 +111,7 @@ def _measure(
     from ..evaluate import SampleReport, measure, short_names, work
 
     names = short_names([sample.path for sample in samples])
-    total = sum(work(sample, reference, bootstrap) for sample in samples)
+    total = sum(work(sample, reference) for sample in samples)
     reports: list[SampleReport] = []
     with work_progress("measuring", total) as advance:
         for name, sample in zip(names, samples, strict=True):
@@ -125,3 +130,5 @@ def _show(report: Report, json_file: Path | None, plot: Path | None) -> None:
     if plot is not None:
         write_plot(plot, report)
     print_line(format_table(report))
+    for told in report.warnings:
+        typer.echo(f"warning: {told}", err=True)

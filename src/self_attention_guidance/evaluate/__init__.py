@@ -13,6 +13,7 @@ Example:
     ```
 """
 
+from .advice import FEWEST_FOR_SHARES, advice
 from .features import ENCODERS, FeatureSet, check_encoder, extract, load_encoder
 from .loading import LoadedSet, SavedStatistics, load_set, open_set, write_statistics
 from .measuring import METRICS, measure, repeated_values, work
@@ -41,6 +42,8 @@ __all__ = [
     "SavedStatistics",
     "extract",
     "write_statistics",
+    "FEWEST_FOR_SHARES",
+    "advice",
     "Report",
     "SampleReport",
     "as_json",

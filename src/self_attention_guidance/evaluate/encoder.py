@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+KNOWN_FILE = "known_art.safetensors"
 ENCODER_FOLDER = Path(__file__).parent / "emoji_encoder"
 
 _SPATIAL_CHANNELS = 8
@@ -108,3 +109,26 @@ def load_emoji_encoder(folder: Path = ENCODER_FOLDER) -> EmojiEncoder:
     )
     encoder.load_state_dict(load_file(folder / WEIGHTS_FILE))
     return encoder.double().eval().requires_grad_(False)
+
+
+def farther_than_art(features: Tensor, folder: Path = ENCODER_FOLDER) -> float:
+    """Share of pictures that are less like the art that the encoder was made for than any of it.
+
+    Args:
+        features: (pictures, features) of the encoder that ships with the package.
+        folder: With `known_art.safetensors`.
+
+    Returns:
+        From 0 to 1, by Mahalanobis distances from the art's mean.
+
+    Raises:
+        ValueError: They are not of that encoder.
+    """
+    from safetensors.torch import load_file
+
+    known = load_file(folder / KNOWN_FILE)
+    width, right = features.shape[1], len(known["mean"])
+    if width != right:
+        raise ValueError(f"features must be {right} for each picture, as emoji has, not {width}")
+    distances = ((features.float() - known["mean"]) @ known["whitening"]).norm(dim=1)
+    return float((distances > known["radius"]).double().mean())

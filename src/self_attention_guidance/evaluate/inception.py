@@ -52,8 +52,7 @@ def _load() -> Any:
         module: Any = import_module("torch_fidelity.feature_extractor_inceptionv3")
     except ImportError as error:
         raise ValueError(
-            "features='inception' needs torch-fidelity: pip install"
-            f" 'self-attention-guidance[evaluate]' ({error})"
+            f"the features inception need torch-fidelity: pip install torch-fidelity ({error})"
         ) from error
     try:
         return module.FeatureExtractorInceptionV3(
@@ -62,5 +61,5 @@ def _load() -> Any:
     except Exception as error:  # a download fails in as many ways as there are networks
         told = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ValueError(
-            f"features='inception': torch-fidelity could not fetch the network's weights: {told}"
+            f"torch-fidelity could not fetch the weights of inception: {told}"
         ) from error

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .features import Encoder, FeatureSet, extract
+from .pairs import PairReference
 from .sources import PICTURES_KEY, FolderSource, NpzSource, PictureSource, npz_keys
 from .statistics import Moments, moments_of
 
@@ -52,6 +56,11 @@ class LoadedSet:
     spatial_moments: Moments | None
     features: FeatureSet | None
 
+    @cached_property
+    def pairs(self) -> PairReference | None:
+        """The features, to compare others with pair by pair."""
+        return None if self.features is None else PairReference(self.features.features)
+
 
 def open_set(path: Path) -> PictureSource | SavedStatistics:
     """Finds out what a path holds, without encoding pictures.
@@ -79,19 +88,22 @@ def open_set(path: Path) -> PictureSource | SavedStatistics:
 
 
 def _enough(source: PictureSource) -> PictureSource:
-    if source.count < FEWEST_PICTURES:
-        raise ValueError(
-            f"{str(source.path)!r} holds {source.count} pictures: at least {FEWEST_PICTURES} are"
-            " needed"
-        )
+    _check_count(source.path, source.count)
     return source
+
+
+def _check_count(path: Path, count: int) -> None:
+    if count < FEWEST_PICTURES:
+        raise ValueError(
+            f"{str(path)!r} holds {count} pictures: at least {FEWEST_PICTURES} are needed"
+        )
 
 
 def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
         raise ValueError(f"{str(path)!r} cannot be read: {error}") from error
 
 
@@ -142,27 +154,44 @@ def _from_saved(saved: SavedStatistics, encoder: str) -> LoadedSet:
     if made_by != encoder:
         raise ValueError(f"{str(saved.path)!r} holds features of {made_by}, not of {encoder}")
     if "features" in arrays:
-        width, height = arrays["size"].tolist()
-        parts = {name: _tensor(arrays.get(name)) for name in _OPTIONAL}
-        features = torch.from_numpy(arrays["features"])
-        return _from_features(saved.path, FeatureSet(encoder, (width, height), features, **parts))
+        return _from_features(saved.path, _saved_features(saved, encoder))
     moments = _moments(saved, "mu", "sigma")
     spatial = _moments(saved, "mu_s", "sigma_s") if "mu_s" in arrays else None
     return LoadedSet(saved.path, moments, spatial, None)
 
 
-def _tensor(array: NDArray[Any] | None) -> Tensor | None:
-    return None if array is None else torch.from_numpy(array)
+def _saved_features(saved: SavedStatistics, encoder: str) -> FeatureSet:
+    features = _numbers(saved, "features", None, None)
+    _check_count(saved.path, len(features))
+    width, height = _numbers(saved, "size", 2).int().tolist()
+    parts = {
+        name: _numbers(saved, name, len(features), None)
+        for name in _OPTIONAL
+        if name in saved.arrays
+    }
+    return FeatureSet(encoder, (width, height), features, **parts)
 
 
 def _moments(saved: SavedStatistics, mean: str, covariance: str) -> Moments:
-    mu, sigma = (saved.arrays.get(name, np.zeros(0)) for name in (mean, covariance))
-    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+    mu = _numbers(saved, mean, None)
+    sigma = _numbers(saved, covariance, len(mu), len(mu))
+    return Moments(mu.double(), sigma.double())
+
+
+def _numbers(saved: SavedStatistics, name: str, *shape: int | None) -> Tensor:
+    """An array, float32 or float64, that must have a shape; `None` is any length."""
+    array = saved.arrays.get(name, np.zeros(()))
+    fits = len(shape) == array.ndim and all(
+        wanted in (None, length) for wanted, length in zip(shape, array.shape, strict=True)
+    )
+    if not fits or array.dtype.kind not in "fiu" or not np.isfinite(array).all():
+        wanted = ", ".join("any" if length is None else str(length) for length in shape)
         raise ValueError(
-            f"{str(saved.path)!r}: {mean} has shape {mu.shape} and {covariance} {sigma.shape}; they"
-            " must be (features,) and (features, features)"
+            f"{str(saved.path)!r}: {name} is {array.dtype} of shape {array.shape}; it must be"
+            f" finite numbers of shape ({wanted})"
         )
-    return Moments(torch.from_numpy(mu).double(), torch.from_numpy(sigma).double())
+    kind = np.float32 if array.dtype.itemsize <= 4 and array.dtype.kind == "f" else np.float64
+    return torch.from_numpy(array.astype(kind))
 
 
 def write_statistics(path: Path, loaded: LoadedSet) -> None:

@@ -5,20 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from .advice import FEWEST_FOR_SHARES
 from .features import FeatureSet
 from .loading import LoadedSet
-from .neighbours import NEIGHBOURS, precisions, recalls
+from .pairs import pair_work
 from .resampling import Estimate, estimate, random_halves
-from .statistics import (
-    FrechetReference,
-    Moments,
-    inception_scores,
-    kernel_distances,
-    moments_of,
-)
+from .statistics import frechet_distances, inception_scores
 
 Advance = Callable[[int], object]
 
@@ -67,10 +61,12 @@ def measure(
         reference: Only Fréchet distances can be taken to one without features.
         repetitions: Halves of the samples that the intervals come from; 0 for no intervals.
         seed: Of the halves.
-        advance: Called with shares of `work(samples, reference, repetitions)`.
+        advance: Called with shares of `work(samples, reference)`.
 
     Returns:
-        Estimates by `Metric.key`, in the order of `METRICS`.
+        Estimates by `Metric.key`, in the order of `METRICS`; without precision and recall if the
+        samples or the reference have fewer than `FEWEST_FOR_SHARES` pictures. What no half changes
+        has no interval.
 
     Raises:
         ValueError: The sets do not fit each other.
@@ -78,8 +74,16 @@ def measure(
     drawn = _check_fit(samples, reference)
     halves = random_halves(len(drawn.features), repetitions, seed)
     values = repeated_values(samples, reference, halves, advance)
-    known = [metric for metric in METRICS if metric.key in values]
-    return {m.key: estimate(values[m.key], m.least, m.most) for m in known}
+    real = reference.features
+    few = real is not None and min(len(drawn.features), len(real.features)) < FEWEST_FOR_SHARES
+    left_out = {"precision", "recall"} if few else set[str]()
+    known = [m for m in METRICS if m.key in values and m.key not in left_out]
+    return {m.key: _estimate(values[m.key], m) for m in known}
+
+
+def _estimate(values: Tensor, metric: Metric) -> Estimate:
+    is_constant = bool((values == values[0]).all())
+    return estimate(values[:1] if is_constant else values, metric.least, metric.most)
 
 
 def repeated_values(
@@ -106,49 +110,35 @@ def repeated_values(
         ValueError: The sets do not fit each other.
     """
     drawn = _check_fit(samples, reference)
-    values: dict[str, Tensor] = {
-        "frechet_distance": _frechet(drawn.features, reference.moments, halves, advance)
+    values = {
+        "frechet_distance": frechet_distances(
+            drawn.features, samples.moments, reference.moments, halves
+        )
     }
-    if drawn.spatial is not None and reference.spatial_moments is not None:
-        values["sfid"] = _frechet(drawn.spatial, reference.spatial_moments, halves, advance)
+    advance(1)
+    if drawn.spatial is not None and samples.spatial_moments and reference.spatial_moments:
+        values["sfid"] = frechet_distances(
+            drawn.spatial, samples.spatial_moments, reference.spatial_moments, halves
+        )
+        advance(1)
     if drawn.probabilities is not None:
         values["inception_score"] = inception_scores(drawn.probabilities, halves)
-    if reference.features is not None:
-        values |= _pairwise(drawn.features, reference.features.features, halves, advance)
+    if reference.pairs is not None:
+        values |= reference.pairs.figures(drawn.features, halves, advance)
     return values
 
 
-def work(samples: LoadedSet, reference: LoadedSet, repetitions: int) -> int:
+def work(samples: LoadedSet, reference: LoadedSet) -> int:
     """How much `measure` will report to its `advance`, for a progress bar.
 
     Args:
         samples: As in `measure`.
         reference: As in `measure`.
-        repetitions: As in `measure`.
     """
-    spatial = samples.spatial_moments is not None and reference.spatial_moments is not None
-    both = (samples.features, reference.features)
-    pictures = [len(each.features) for each in both if each is not None]
-    return (1 + spatial) * (repetitions + 1) + (sum(pictures) if len(pictures) == 2 else 0)
-
-
-def _pairwise(
-    samples: Tensor, reference: Tensor, halves: Tensor, advance: Advance
-) -> dict[str, Tensor]:
-    return {
-        "kid": kernel_distances(samples, reference, halves),
-        "precision": precisions(samples, reference, halves),
-        "recall": recalls(samples, reference, halves, NEIGHBOURS, advance),
-    }
-
-
-def _frechet(rows: Tensor, reference: Moments, halves: Tensor, advance: Advance) -> Tensor:
-    to_reference = FrechetReference(reference)
-    distances: list[float] = []
-    for half in halves:
-        distances.append(to_reference.distance(moments_of(rows[half])))
-        advance(1)
-    return torch.tensor(distances, dtype=torch.float64)
+    distances = 1 + bool(samples.spatial_moments and reference.spatial_moments)
+    if samples.features is None or reference.features is None:
+        return distances
+    return distances + pair_work(len(samples.features.features), len(reference.features.features))
 
 
 def _check_fit(samples: LoadedSet, reference: LoadedSet) -> FeatureSet:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from .measuring import METRICS, Metric
-from .report import Report, SampleReport
+from .report import Report, SampleReport, footnote
 
 _PANEL_INCHES = 2.6
 _ROW_INCHES = 0.32
+_LINE_INCHES = 0.13
 _COLUMNS = 3
+# Of the notes below.
+_LETTERS_PER_INCH = 18
 
 
 def check_plotting() -> None:
@@ -23,9 +27,7 @@ def check_plotting() -> None:
     try:
         import_module("matplotlib")
     except ImportError as error:
-        raise ValueError(
-            "plot needs matplotlib: pip install 'self-attention-guidance[evaluate]'"
-        ) from error
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from error
 
 
 def write_plot(path: Path, report: Report) -> None:
@@ -44,15 +46,17 @@ def write_plot(path: Path, report: Report) -> None:
     ]
     columns = min(_COLUMNS, len(known))
     rows = -(-len(known) // columns)
-    height = rows * (1.1 + _ROW_INCHES * len(report.samples))
-    figure: Any = module.Figure(
-        figsize=(columns * _PANEL_INCHES + 1.2, height), layout="constrained"
-    )
+    width = columns * _PANEL_INCHES + 1.2
+    told = [footnote(report), *(f"Warning: {each}" for each in report.warnings)]
+    lines = [line for each in told for line in wrap(each, int(_LETTERS_PER_INCH * width))]
+    height = rows * (1.1 + _ROW_INCHES * len(report.samples)) + _LINE_INCHES * len(lines)
+    figure: Any = module.Figure(figsize=(width, height), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for axes, metric in zip(grid.flat, known, strict=False):
         _draw_panel(axes, metric, report.samples)
     for axes in list(grid.flat)[len(known) :]:
         axes.set_visible(False)
+    figure.supxlabel("\n".join(lines), x=0.01, horizontalalignment="left", fontsize=7)
     figure.savefig(path, format="png", dpi=150)
 
 

@@ -41,6 +41,7 @@ class Report:
         repetitions: Halves that the intervals come from.
         seed: Of the halves.
         samples: One or more sets.
+        warnings: What a reader must know, each a sentence; see `advice`.
     """
 
     reference: LoadedSet
@@ -48,6 +49,7 @@ class Report:
     repetitions: int
     seed: int
     samples: Sequence[SampleReport]
+    warnings: Sequence[str] = ()
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
@@ -90,15 +92,20 @@ def format_table(report: Report) -> str:
             rows.append([title, *map(format_estimate, found)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-    return "\n".join([*lines, _footnote(report)])
+    return "\n".join([*lines, footnote(report)])
 
 
-def _footnote(report: Report) -> str:
+def footnote(report: Report) -> str:
+    """What the figures were taken with, in one line.
+
+    Args:
+        report: What was measured.
+    """
     features = report.reference.features
     count = "" if features is None else f", {len(features.features)} pictures"
     intervals = ""
     if report.repetitions > 1:
-        intervals = f"; in brackets: 95 % intervals from {report.repetitions} halves of the samples"
+        intervals = f"; 95 % intervals from {report.repetitions} halves of the samples"
     return f"reference: {report.reference.path}{count}; features: {report.encoder}{intervals}"
 
 
@@ -120,6 +127,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "features": report.encoder,
         "bootstrap": report.repetitions,
         "seed": report.seed,
+        "warnings": list(report.warnings),
         "samples": [
             {
                 "name": sample.name,

@@ -15,11 +15,17 @@ from typing import IO, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 PICTURES_KEY = "arr_0"
 
-_SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".webp"))
+# Others may run programs (EPS), or hold values whose white is not known.
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+# Tags of TIFF.
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
+_WHITE_IS_ZERO, _UNSIGNED = 0, {1, 4}
+# RuntimeError is of encrypted archives and unknown compression.
+_UNREADABLE = (OSError, zipfile.BadZipFile, RuntimeError)
 _READ_HEADER = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
@@ -55,7 +61,11 @@ class PictureSource(Protocol):
 
 
 class FolderSource:
-    """The images in a folder, without those in folders below it; transparent ones on white."""
+    """The images in a folder, as viewers show them: upright, transparent ones on white.
+
+    Those in folders below it are left out, and so are hidden files, whose names start with a dot.
+    Of an animation it is the first picture. Values of 16 bits are scaled to 8.
+    """
 
     def __init__(self, path: Path) -> None:
         """Lists the folder and looks at the first image's size.
@@ -64,15 +74,17 @@ class FolderSource:
             path: A folder.
 
         Raises:
-            ValueError: It holds no image.
+            ValueError: It holds no image, or the first one cannot be read.
         """
         self.path = path
+        suffixes = _suffixes()
         self._files = sorted(
-            file for file in path.iterdir() if file.suffix.lower() in _SUFFIXES and file.is_file()
+            file
+            for file in path.iterdir()
+            if file.suffix.lower() in suffixes and file.name[0] != "." and file.is_file()
         )
         if not self._files:
-            suffixes = ", ".join(sorted(_SUFFIXES))
-            raise ValueError(f"{str(path)!r} holds no pictures: none of {suffixes}")
+            raise ValueError(f"{str(path)!r} holds no pictures: none of {', '.join(suffixes)}")
         self.count = len(self._files)
         height, width, _ = _read_image(self._files[0]).shape
         self.size = width, height
@@ -93,15 +105,46 @@ class FolderSource:
         return pixels
 
 
+def _suffixes() -> list[str]:
+    known = Image.registered_extensions().items()
+    return sorted(suffix for suffix, name in known if name in _FORMATS)
+
+
 def _read_image(file: Path) -> NDArray[np.uint8]:
     try:
-        with Image.open(file) as image:
-            drawing = image.convert("RGBA")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        # Not by its name: Pillow would map the file, and reads TIFFs on their side wrongly then.
+        with open(file, "rb") as content, Image.open(content, formats=_FORMATS) as image:
+            drawing = ImageOps.exif_transpose(_in_8_bits(image)).convert("RGBA")
+    except UnidentifiedImageError as error:
+        why = "it is none, or of an unknown kind" if file.stat().st_size else "it is empty"
+        raise ValueError(f"{str(file)!r} cannot be read as a picture: {why}") from error
+    except Exception as error:  # a broken file fails in as many ways as there are formats
         raise ValueError(f"{str(file)!r} cannot be read as a picture: {error}") from error
     white = Image.new("RGBA", drawing.size, "white")
     white.alpha_composite(drawing)
     return np.asarray(white.convert("RGB"))
+
+
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    """The same image; Pillow's conversions cut values off that are above 255."""
+    tags: Any = getattr(image, "tag_v2", {})
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        white = 2 ** tags.get(_BITS, (16,))[0] - 1
+    elif image.mode in ("I", "F") or not set(tags.get(_SAMPLE_FORMAT, ())) <= _UNSIGNED:
+        raise ValueError(
+            "its values must be unsigned, of 8 or 16 bits: white is not known of others"
+        )
+    else:
+        return image
+    values = np.asarray(image).astype(np.int64)
+    gray = (values * 255 + white // 2) // white
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        gray = 255 - gray
+    if "transparency" in image.info:
+        gray[values == image.info["transparency"]] = 255
+    scaled = Image.fromarray(gray.astype(np.uint8))
+    scaled.info["exif"] = image.getexif().tobytes()
+    return scaled
 
 
 class NpzSource:
@@ -140,14 +183,15 @@ class NpzSource:
                 archive.open(f"{PICTURES_KEY}.npy") as member,
             ):
                 yield member, self._shape(member)
-        except (OSError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except (*_UNREADABLE, KeyError, EOFError, zlib.error) as error:
             raise ValueError(f"{str(self.path)!r} cannot be read: {error}") from error
 
     def _shape(self, member: IO[bytes]) -> tuple[int, ...]:
-        reader: Any = _READ_HEADER.get(np.lib.format.read_magic(member))
-        if reader is None:
-            raise ValueError(f"{str(self.path)!r}: {PICTURES_KEY} is of an unknown .npy version")
-        shape, fortran_order, dtype = reader(member)
+        try:
+            reader: Any = _READ_HEADER[np.lib.format.read_magic(member)]
+            shape, fortran_order, dtype = reader(member)
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{str(self.path)!r}: {PICTURES_KEY} is no .npy array") from error
         if fortran_order or dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
             raise ValueError(
                 f"{str(self.path)!r}: {PICTURES_KEY} is {dtype} of shape {shape}, it must be uint8"
@@ -168,5 +212,5 @@ def npz_keys(path: Path) -> frozenset[str]:
     try:
         with zipfile.ZipFile(path) as archive:
             return frozenset(name.removesuffix(".npy") for name in archive.namelist())
-    except (OSError, zipfile.BadZipFile) as error:
+    except _UNREADABLE as error:
         raise ValueError(f"{str(path)!r} cannot be read as an .npz file: {error}") from error
