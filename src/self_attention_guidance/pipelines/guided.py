@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator
+import inspect
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from typing import Any, TypeVar, cast
 
 from ..guidance import Guidance, GuidanceHandle, SelfAttentionGuidance, attach
+
+Call = TypeVar("Call", bound=Callable[..., Any])
 
 
 class GuidedPipelineMixin:
@@ -43,3 +47,31 @@ class GuidedPipelineMixin:
             return
         with attach(self, guidance, is_for_this_thread=True) as self.guidance_handle:
             yield
+
+
+def with_arguments_of(parent: Callable[..., Any]) -> Callable[[Call], Call]:
+    """Show a call that passes everything on with all arguments by name.
+
+    They are those of the installed version of diffusers.
+
+    Args:
+        parent: The call that everything is passed on to.
+
+    Returns:
+        A decorator: `help` and `inspect.signature` list the arguments of `parent`, then the
+        keywords that the decorated call adds.
+    """
+
+    def show(call: Call) -> Call:
+        theirs = inspect.signature(parent)
+        added = inspect.signature(call).parameters.values()
+        shown = {
+            each.name: each
+            for each in (*theirs.parameters.values(), *added)
+            if each.kind is not each.VAR_POSITIONAL
+        }
+        in_order = sorted(shown.values(), key=lambda each: each.kind)
+        cast("Any", call).__signature__ = theirs.replace(parameters=in_order)
+        return call
+
+    return show
