@@ -23,7 +23,7 @@ from ..checks import check_count, check_finite
 from ..denoiser.noise import sharp_noise_levels
 from ..guidance import Guidance, SelfAttentionGuidance
 from .classifier_guidance import classifier_guided_step, log_probability_gradient
-from .guided import GuidedPipelineMixin
+from .guided import GuidedPipelineMixin, show_to_loaders
 
 Labels = int | Sequence[int] | Tensor
 StepCallback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
@@ -194,6 +194,9 @@ class ADMPipeline(GuidedPipelineMixin, DiffusionPipeline):
             latents = randn_tensor(shape, generator, device, self.unet.dtype)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         return latents.to(device, self.unet.dtype) * self.scheduler.init_noise_sigma
+
+
+show_to_loaders(ADMPipeline)
 
 
 class _Loop:

@@ -13,7 +13,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
 from ..checks import check_count
-from .guided import GuidedPipelineMixin
+from .guided import GuidedPipelineMixin, share_tasks
 
 Callback = Callable[[int, Any, Tensor], None]
 StepCallback = (
@@ -185,3 +185,6 @@ def _add_callback(callback: Callback, every: int, arguments: dict[str, Any]) -> 
 
     arguments["callback_on_step_end"] = on_step_end
     arguments["callback_on_step_end_tensor_inputs"] = list(dict.fromkeys(["latents", *inputs]))
+
+
+share_tasks(StableDiffusionSAGPipeline, "stable-diffusion")

@@ -6,7 +6,7 @@ from typing import Any
 
 from diffusers import StableDiffusionXLPipeline
 
-from .guided import GuidedPipelineMixin, with_arguments_of
+from .guided import GuidedPipelineMixin, share_tasks, with_arguments_of
 
 
 class StableDiffusionXLSAGPipeline(GuidedPipelineMixin, StableDiffusionXLPipeline):
@@ -34,3 +34,6 @@ class StableDiffusionXLSAGPipeline(GuidedPipelineMixin, StableDiffusionXLPipelin
         """
         with self.guided(sag_scale):
             return super().__call__(*args, **kwargs)
+
+
+share_tasks(StableDiffusionXLSAGPipeline, "stable-diffusion-xl")
