@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from diffusers import (
@@ -130,6 +130,12 @@ class ADMPipeline(GuidedPipelineMixin, DiffusionPipeline):
             images = self.image_processor.postprocess(x_0.float(), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @classmethod
+    def _get_signature_types(cls) -> dict[str, Any]:
+        """The types of the components; diffusers 0.36 cannot read them here."""
+        hints = get_type_hints(cls.__init__)
+        return {name: get_args(hint) or (hint,) for name, hint in hints.items() if name != "return"}
 
     def _labels(self, class_labels: Labels | None, batch_size: int) -> Tensor | None:
         """One label a picture, (batch,) int64; `None` for models without classes."""
