@@ -88,14 +88,10 @@ def with_arguments_of(parent: Callable[..., Any]) -> Callable[[Call], Call]:
 
     def show(call: Call) -> Call:
         theirs = inspect.signature(parent)
-        added = inspect.signature(call).parameters.values()
-        shown = {
-            each.name: each
-            for each in (*theirs.parameters.values(), *added)
-            if each.kind is not each.VAR_POSITIONAL
-        }
-        in_order = sorted(shown.values(), key=lambda each: each.kind)
-        cast("Any", call).__signature__ = theirs.replace(parameters=in_order)
+        own = inspect.signature(call).parameters.values()
+        added = [each for each in own if each.kind is each.KEYWORD_ONLY]
+        shown = sorted([*theirs.parameters.values(), *added], key=lambda each: each.kind)
+        cast("Any", call).__signature__ = theirs.replace(parameters=shown)
         return call
 
     return show

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +12,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
 from ..checks import check_count
-from .guided import GuidedPipelineMixin, share_tasks
+from .guided import GuidedPipelineMixin, share_tasks, with_arguments_of
 
 Callback = Callable[[int, Any, Tensor], None]
 StepCallback = (
@@ -134,10 +133,18 @@ class StableDiffusionSAGPipeline(GuidedPipelineMixin, StableDiffusionPipeline):
         """Decode large pictures in one piece again."""
         self.vae.disable_tiling()
 
-    @functools.wraps(StableDiffusionPipeline.encode_prompt)
-    def encode_prompt(  # noqa: D102 # pyright: ignore[reportIncompatibleMethodOverride]
-        self, *args: Any, **kwargs: Any
-    ) -> Any:
+    @with_arguments_of(StableDiffusionPipeline.encode_prompt)
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+        """Embed prompts, as the calls do.
+
+        Args:
+            *args: As diffusers' class has them.
+            **kwargs: As diffusers' class has them.
+
+        Returns:
+            The embeddings of the prompts and those of the negative prompts, `None` without
+            classifier-free guidance; (pictures, tokens, channels) each.
+        """
         text_encoder = self.text_encoder
         if hasattr(text_encoder, "final_layer_norm") and not hasattr(text_encoder, "text_model"):
             vars(self)["text_encoder"] = _OlderTextEncoder(text_encoder)
