@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from diffusers import (
@@ -23,7 +23,7 @@ from ..checks import check_count, check_finite
 from ..denoiser.noise import sharp_noise_levels
 from ..guidance import Guidance, SelfAttentionGuidance
 from .classifier_guidance import classifier_guided_step, log_probability_gradient
-from .guided import GuidedPipelineMixin
+from .guided import GuidedPipelineMixin, show_to_loaders
 
 Labels = int | Sequence[int] | Tensor
 StepCallback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
@@ -131,6 +131,12 @@ class ADMPipeline(GuidedPipelineMixin, DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
+    @classmethod
+    def _get_signature_types(cls) -> dict[str, Any]:
+        """The types of the components; diffusers 0.36 cannot read them here."""
+        hints = get_type_hints(cls.__init__)
+        return {name: get_args(hint) or (hint,) for name, hint in hints.items() if name != "return"}
+
     def _labels(self, class_labels: Labels | None, batch_size: int) -> Tensor | None:
         """One label a picture, (batch,) int64; `None` for models without classes."""
         classes: int | None = self.unet.config.get("num_class_embeds")
@@ -194,6 +200,9 @@ class ADMPipeline(GuidedPipelineMixin, DiffusionPipeline):
             latents = randn_tensor(shape, generator, device, self.unet.dtype)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         return latents.to(device, self.unet.dtype) * self.scheduler.init_noise_sigma
+
+
+show_to_loaders(ADMPipeline)
 
 
 class _Loop:

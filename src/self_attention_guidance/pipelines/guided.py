@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator
+import inspect
+import json
+import os
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import diffusers
+from diffusers import DiffusionPipeline
 
 from ..guidance import Guidance, GuidanceHandle, SelfAttentionGuidance, attach
+
+Call = TypeVar("Call", bound=Callable[..., Any])
 
 
 class GuidedPipelineMixin:
@@ -43,3 +53,80 @@ class GuidedPipelineMixin:
             return
         with attach(self, guidance, is_for_this_thread=True) as self.guidance_handle:
             yield
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
+        """Write the `model_index.json` of a saved folder.
+
+        It names the class of diffusers that this one extends, which is all that diffusers' loaders
+        know. Without such a class it keeps the name, and tells the package.
+
+        Args:
+            json_file_path: The file.
+        """
+        index: dict[str, Any] = json.loads(cast("Any", self).to_json_string())
+        parent = _diffusers_class(type(self))
+        if parent is None:
+            index["_module"] = type(self).__module__.split(".")[0]
+        else:
+            index["_class_name"] = parent.__name__
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        Path(json_file_path).write_text(text, encoding="utf-8")
+
+
+def with_arguments_of(parent: Callable[..., Any]) -> Callable[[Call], Call]:
+    """Show a call that passes everything on with all arguments by name.
+
+    They are those of the installed version of diffusers.
+
+    Args:
+        parent: The call that everything is passed on to.
+
+    Returns:
+        A decorator: `help` and `inspect.signature` list the arguments of `parent`, then the
+        keywords that the decorated call adds.
+    """
+
+    def show(call: Call) -> Call:
+        theirs = inspect.signature(parent)
+        own = inspect.signature(call).parameters.values()
+        added = [each for each in own if each.kind is each.KEYWORD_ONLY]
+        shown = sorted([*theirs.parameters.values(), *added], key=lambda each: each.kind)
+        cast("Any", call).__signature__ = theirs.replace(parameters=shown)
+        return call
+
+    return show
+
+
+def share_tasks(pipeline: type[DiffusionPipeline], model: str) -> None:
+    """Let `AutoPipelineForImage2Image.from_pipe` and the others take a class of ours.
+
+    Args:
+        pipeline: The class.
+        model: The name under which they keep the pipelines of its model.
+    """
+    try:
+        from diffusers.pipelines.auto_pipeline import SUPPORTED_TASKS_MAPPINGS
+    except Exception:  # it imports a hundred pipelines; where one can't be, none of these work
+        return
+    mappings: list[Any] = SUPPORTED_TASKS_MAPPINGS
+    mappings.append({model: pipeline})
+
+
+def show_to_loaders(pipeline: type[DiffusionPipeline]) -> None:
+    """Let `DiffusionPipeline.from_pretrained` load a class that extends none of diffusers'.
+
+    Args:
+        pipeline: The class; diffusers looks for classes in its own namespace only.
+    """
+    if not hasattr(diffusers, pipeline.__name__):
+        setattr(diffusers, pipeline.__name__, pipeline)
+
+
+def _diffusers_class(pipeline: type) -> type | None:
+    """The class of diffusers that a pipeline extends, if it is more than their base."""
+    for base in pipeline.__mro__:
+        if base is not DiffusionPipeline and base.__module__.startswith("diffusers."):
+            return base
+        if base is DiffusionPipeline:
+            break
+    return None

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,9 +12,17 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
 from ..checks import check_count
-from .guided import GuidedPipelineMixin
+from .guided import GuidedPipelineMixin, share_tasks, with_arguments_of
 
 Callback = Callable[[int, Any, Tensor], None]
+StepCallback = (
+    Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
+    | PipelineCallback
+    | MultiPipelineCallbacks
+)
+
+_PARENTS = inspect.signature(StableDiffusionPipeline.__call__).parameters.keys()
+_PASSED_ON = _PARENTS - {"self", "kwargs"}
 
 
 class StableDiffusionSAGPipeline(GuidedPipelineMixin, StableDiffusionPipeline):
@@ -32,7 +39,7 @@ class StableDiffusionSAGPipeline(GuidedPipelineMixin, StableDiffusionPipeline):
         prompt: str | list[str] | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = 50,
         guidance_scale: float = 7.5,
         sag_scale: float = 0.75,
         negative_prompt: str | list[str] | None = None,
@@ -43,12 +50,19 @@ class StableDiffusionSAGPipeline(GuidedPipelineMixin, StableDiffusionPipeline):
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
         ip_adapter_image: Any = None,
+        ip_adapter_image_embeds: list[Tensor] | None = None,
         output_type: str | None = "pil",
         return_dict: bool = True,
         callback: Callback | None = None,
         callback_steps: int | None = 1,
         cross_attention_kwargs: dict[str, Any] | None = None,
         clip_skip: int | None = None,
+        *,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
+        guidance_rescale: float = 0.0,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006  # the parent's
         **kwargs: Any,
     ) -> Any:
         """Draw pictures of a prompt.
@@ -57,7 +71,8 @@ class StableDiffusionSAGPipeline(GuidedPipelineMixin, StableDiffusionPipeline):
             prompt: What to draw; one, or a list for a batch.
             height: In pixels, a multiple of 8; `None` is the model's own size.
             width: Like `height`.
-            num_inference_steps: Steps of denoising, at least 1.
+            num_inference_steps: Steps of denoising, at least 1; of no effect, and may be `None`,
+                beside `timesteps` or `sigmas`.
             guidance_scale: Weight of classifier-free guidance; 1 is off.
             sag_scale: Weight of self-attention guidance, any finite number; 0 is off and costs
                 nothing.
@@ -69,14 +84,22 @@ class StableDiffusionSAGPipeline(GuidedPipelineMixin, StableDiffusionPipeline):
             prompt_embeds: Instead of `prompt`: (prompts, tokens, channels).
             negative_prompt_embeds: Instead of `negative_prompt`, same shape.
             ip_adapter_image: Image prompt of a loaded IP-Adapter.
+            ip_adapter_image_embeds: Instead of `ip_adapter_image`: a tensor for each IP-Adapter,
+                as `prepare_ip_adapter_image_embeds` returns them.
             output_type: "pil", "np", "pt" or "latent".
             return_dict: Return an object instead of a tuple.
             callback: Called as `callback(step, timestep, latents)`.
             callback_steps: Call `callback` every so many steps, at least 1.
             cross_attention_kwargs: Passed to the attention processors.
             clip_skip: Layers of the text encoder to skip from its end.
-            **kwargs: Everything else that diffusers' `StableDiffusionPipeline` takes, such as
-                `timesteps`, `sigmas`, `guidance_rescale`, `callback_on_step_end`.
+            timesteps: The schedule, falling, for schedulers that take one.
+            sigmas: Instead of `timesteps`: noise levels, falling.
+            guidance_rescale: How much of the contrast that classifier-free guidance adds is taken
+                back, 0 to 1 (arXiv 2305.08891, Sec. 3.4).
+            callback_on_step_end: Called as `callback(pipe, step, timestep, tensors)`; the tensors
+                that it returns replace the pipeline's.
+            callback_on_step_end_tensor_inputs: Which tensors it is given.
+            **kwargs: What a newer `StableDiffusionPipeline` takes besides.
 
         Returns:
             `StableDiffusionPipelineOutput` with `images` and `nsfw_content_detected`, or a tuple
@@ -85,30 +108,12 @@ class StableDiffusionSAGPipeline(GuidedPipelineMixin, StableDiffusionPipeline):
         Raises:
             ValueError: An argument is out of its range, or the scheduler or U-Net can't be guided.
         """
-        check_count("num_inference_steps", num_inference_steps)
+        arguments = {name: value for name, value in locals().items() if name in _PASSED_ON}
+        arguments |= kwargs
+        if timesteps is None and sigmas is None:
+            check_count("num_inference_steps", num_inference_steps)
         if callback is not None:
-            check_count("callback_steps", callback_steps)
-            _add_callback(callback, callback_steps or 1, num_inference_steps, kwargs)
-        arguments: dict[str, Any] = {
-            "prompt": prompt,
-            "height": height,
-            "width": width,
-            "num_inference_steps": num_inference_steps,
-            "guidance_scale": guidance_scale,
-            "negative_prompt": negative_prompt,
-            "num_images_per_prompt": num_images_per_prompt,
-            "eta": eta,
-            "generator": generator,
-            "latents": latents,
-            "prompt_embeds": prompt_embeds,
-            "negative_prompt_embeds": negative_prompt_embeds,
-            "ip_adapter_image": ip_adapter_image,
-            "output_type": output_type,
-            "return_dict": return_dict,
-            "cross_attention_kwargs": cross_attention_kwargs,
-            "clip_skip": clip_skip,
-            **kwargs,
-        }
+            _add_callback(callback, check_count("callback_steps", callback_steps), arguments)
         with self.guided(sag_scale):
             return super().__call__(**arguments)
 
@@ -128,51 +133,65 @@ class StableDiffusionSAGPipeline(GuidedPipelineMixin, StableDiffusionPipeline):
         """Decode large pictures in one piece again."""
         self.vae.disable_tiling()
 
-    @functools.wraps(StableDiffusionPipeline.encode_prompt)
-    def encode_prompt(  # noqa: D102 # pyright: ignore[reportIncompatibleMethodOverride]
-        self, *args: Any, **kwargs: Any
-    ) -> Any:
-        with _text_model_attribute(self.text_encoder):
+    @with_arguments_of(StableDiffusionPipeline.encode_prompt)
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+        """Embed prompts, as the calls do.
+
+        Args:
+            *args: As diffusers' class has them.
+            **kwargs: As diffusers' class has them.
+
+        Returns:
+            The embeddings of the prompts and those of the negative prompts, `None` without
+            classifier-free guidance; (pictures, tokens, channels) each.
+        """
+        text_encoder = self.text_encoder
+        if hasattr(text_encoder, "final_layer_norm") and not hasattr(text_encoder, "text_model"):
+            vars(self)["text_encoder"] = _OlderTextEncoder(text_encoder)
+        try:
             return super().encode_prompt(*args, **kwargs)
+        finally:
+            vars(self)["text_encoder"] = text_encoder
 
 
-@contextmanager
-def _text_model_attribute(text_encoder: Any) -> Generator[None]:
-    """Give a text encoder the attribute that diffusers' `clip_skip` expects of it.
+class _OlderTextEncoder:
+    """A text encoder with its layers where diffusers' `clip_skip` looks for them.
 
-    transformers 5 moved the layers of `CLIPTextModel.text_model` to the model itself.
+    transformers 5 moved those of `CLIPTextModel.text_model` to the model itself.
     """
-    moved = hasattr(text_encoder, "final_layer_norm") and not hasattr(text_encoder, "text_model")
-    if moved:
-        text_encoder.__dict__["text_model"] = text_encoder
-    try:
-        yield
-    finally:
-        if moved:
-            del text_encoder.__dict__["text_model"]
+
+    def __init__(self, text_model: Any) -> None:
+        self.text_model = text_model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.text_model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.text_model, name)
 
 
-def _add_callback(
-    callback: Callback, every: int, num_inference_steps: int, kwargs: dict[str, Any]
-) -> None:
+def _add_callback(callback: Callback, every: int, arguments: dict[str, Any]) -> None:
     """Let diffusers' present callback argument call one of the older kind as well.
 
     The older kind is called once a step of the schedule, not once an evaluation of the denoiser.
     """
-    present = kwargs.get("callback_on_step_end")
-    inputs = kwargs.get("callback_on_step_end_tensor_inputs", ["latents"])
+    present = arguments["callback_on_step_end"]
+    inputs = arguments["callback_on_step_end_tensor_inputs"]
     if isinstance(present, PipelineCallback | MultiPipelineCallbacks):
         inputs = present.tensor_inputs
-    by_hand = kwargs.get("timesteps") or kwargs.get("sigmas")
+    by_hand = arguments["timesteps"] is not None or arguments["sigmas"] is not None
 
     def on_step_end(pipeline: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> Any:
         outputs = {} if present is None else present(pipeline, index, timestep, tensors)
         order, total = pipeline.scheduler.order, pipeline.num_timesteps
-        warm_up = total - (total if by_hand else num_inference_steps) * order
-        ends_a_step = index + 1 > warm_up and (index + 1) % order == 0
+        steps = total if by_hand else arguments["num_inference_steps"]
+        ends_a_step = index + 1 > total - steps * order and (index + 1) % order == 0
         if (ends_a_step or index == total - 1) and index % every == 0:
             callback(index // order, timestep, outputs.get("latents", tensors["latents"]))
         return outputs
 
-    kwargs["callback_on_step_end"] = on_step_end
-    kwargs["callback_on_step_end_tensor_inputs"] = list(dict.fromkeys(["latents", *inputs]))
+    arguments["callback_on_step_end"] = on_step_end
+    arguments["callback_on_step_end_tensor_inputs"] = list(dict.fromkeys(["latents", *inputs]))
+
+
+share_tasks(StableDiffusionSAGPipeline, "stable-diffusion")

@@ -6,7 +6,7 @@ from typing import Any
 
 from diffusers import StableDiffusionXLPipeline
 
-from .guided import GuidedPipelineMixin
+from .guided import GuidedPipelineMixin, share_tasks, with_arguments_of
 
 
 class StableDiffusionXLSAGPipeline(GuidedPipelineMixin, StableDiffusionXLPipeline):
@@ -16,6 +16,7 @@ class StableDiffusionXLSAGPipeline(GuidedPipelineMixin, StableDiffusionXLPipelin
     ICCV 2023, arXiv 2210.00939.
     """
 
+    @with_arguments_of(StableDiffusionXLPipeline.__call__)
     def __call__(self, *args: Any, sag_scale: float = 0.75, **kwargs: Any) -> Any:
         """Draw pictures of a prompt.
 
@@ -33,3 +34,6 @@ class StableDiffusionXLSAGPipeline(GuidedPipelineMixin, StableDiffusionXLPipelin
         """
         with self.guided(sag_scale):
             return super().__call__(*args, **kwargs)
+
+
+share_tasks(StableDiffusionXLSAGPipeline, "stable-diffusion-xl")
