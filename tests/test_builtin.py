@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from self_attention_guidance.versions import dtype_argument
 
 from self_attention_guidance import ADMPipeline, SelfAttentionGuidance, builtin_model
 from self_attention_guidance.generate import make_scheduler
@@ -18,6 +17,7 @@ from self_attention_guidance.models.builtin import (
     builtin_names,
     recommended_settings,
 )
+from self_attention_guidance.models.versions import dtype_argument
 
 
 def write_settings(folder: Path, content: object) -> Path:
