@@ -69,7 +69,7 @@ class SamplingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptOptions(SamplingOptions):
-    """The options that `generate` and `compare` have in common; `None` was not given."""
+    """The options that all commands that draw prompts have; `None` was not given."""
 
     model: Annotated[
         str,
@@ -106,6 +106,19 @@ class PromptOptions(SamplingOptions):
             "width": width,
             "height": height,
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneScaleOptions(PromptOptions):
+    """The options of `PromptOptions`, and one scale of guidance; `None` was not given."""
+
+    sag_scale: Annotated[
+        float | None, typer.Option(help="SAG: 0 is off. [default: the model's, else 0.75]")
+    ] = None
+
+    def generation_arguments(self) -> dict[str, Any]:
+        """Arguments of `GenerationSettings`; `None` was not given."""
+        return super().generation_arguments() | {"sag_scale": self.sag_scale}
 
 
 def with_options(
