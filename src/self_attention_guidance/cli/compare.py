@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .loading import check_prompting, load_pipeline_of
 from .options import PromptOptions, parse_numbers, with_options
 from .output import print_line, progress
+
+if TYPE_CHECKING:
+    from ..generate import LoadedPipeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +58,8 @@ def compare_command(
     check_free([options.out], options.overwrite)
     check_folder(options.out.parent)
     loaded = load_pipeline_of(options)
-    default_scales = loaded.recommended.compare_sag_scales or (0, loaded.pipeline.guidance.scale)
     prompts = prompts or list(loaded.recommended.compare_prompts) or [""]
-    scales = given_scales or default_scales
+    scales = given_scales or _default_scales(loaded, options)
     with progress(len(prompts) * options.num_images * len(scales)) as advance:
         comparison = compare(
             loaded.pipeline,
@@ -72,3 +75,12 @@ def compare_command(
         )
     save_png(comparison.grid, options.out, comparison.parameters, options.overwrite)
     print_line(options.out)
+
+
+def _default_scales(loaded: LoadedPipeline, options: CompareOptions) -> Sequence[float]:
+    """What the model suggests for its own guidance; else without, and with that of the options."""
+    guidance, recommended = loaded.pipeline.guidance, loaded.recommended
+    is_own = guidance.method == recommended.make_guidance().method
+    if is_own and recommended.compare_sag_scales and "scale" not in options.guidance_arguments():
+        return recommended.compare_sag_scales
+    return (0, guidance.scale)

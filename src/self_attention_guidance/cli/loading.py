@@ -22,9 +22,8 @@ def check_sampling(options: SamplingOptions, num_images: int) -> None:
         ValueError: An option is outside its range.
     """
     from ..generate import check_count, check_scheduler_name, find_device, find_dtype, seeds_of
-    from ..guidance import SelfAttentionGuidance
 
-    SelfAttentionGuidance(**options.guidance_arguments())
+    options.guidance_arguments()
     seeds_of(options.seed, num_images)
     check_count("batch_size", options.batch_size)
     if options.scheduler is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +15,7 @@ from .output import counting_progress, hide_loading_bars, print_line
 
 if TYPE_CHECKING:
     from ..generate import FinishedSamples, LoadedPixelModel
-    from ..guidance import BlurGuidance, SelfAttentionGuidance
+    from ..guidance import Guidance
     from ..pipelines.adm import ADMPipeline
 
 
@@ -133,11 +133,11 @@ def _check_before_loading(
     SampleSettings(**{name: value for name, value in given.items() if value is not None})
     check_count("num_samples", num_samples)
     check_sampling(options, num_samples)
-    for name in ("threshold", "layer") if options.blur_guidance else ():
+    for name in ("guidance", "threshold", "layer") if options.blur_guidance else ():
         if getattr(options, name) is not None:
             raise ValueError(
                 f"{name}={getattr(options, name)!r} must not be given with --blur-guidance, which"
-                " reads no attention"
+                " blurs everywhere"
             )
     find_pixel_model(options.model)
     if options.classifier is not None:
@@ -160,11 +160,13 @@ def _load_pipeline(options: SampleOptions) -> ADMPipeline:
     return _load(options).pipeline
 
 
-def _without_mask(guidance: SelfAttentionGuidance | BlurGuidance) -> BlurGuidance:
-    from ..guidance import BlurGuidance
+def _without_mask(guidance: Guidance) -> Guidance:
+    """Blur guidance with what its settings have in common with those of another guidance."""
+    from ..guidance import BlurGuidance, Guidance
 
-    names = (field.name for field in fields(BlurGuidance))
-    return BlurGuidance(**{name: getattr(guidance, name) for name in names})
+    own = guidance.to_dict()
+    shared = {name: own[name] for name in BlurGuidance().to_dict() if name in own}
+    return Guidance.from_dict({**shared, "method": BlurGuidance.method})
 
 
 def _summary(finished: FinishedSamples) -> str:
