@@ -73,7 +73,7 @@ def compare_command(
             show_attention=options.show_attention,
             on_progress=advance,
         )
-    save_png(comparison.grid, options.out, comparison.parameters, options.overwrite)
+    save_png(comparison.grid, options.out, comparison.record, options.overwrite)
     print_line(options.out)
 
 

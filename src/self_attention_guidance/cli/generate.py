@@ -61,7 +61,7 @@ def generate_command(
             on_progress=advance,
         )
         for picture, path in zip(pictures, paths, strict=True):
-            save_png(picture.image, path, picture.parameters, options.overwrite)
+            save_png(picture.image, path, picture.record, options.overwrite)
             print_line(path)
             if picture.flagged:
                 typer.echo(f"warning: the model's safety checker blanked {path}", err=True)
