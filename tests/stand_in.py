@@ -14,10 +14,26 @@ import numpy as np
 import torch
 from PIL import Image
 
-from self_attention_guidance.batch import Defaults, Drawing, Task
-from self_attention_guidance.generate import GenerationSettings
+from self_attention_guidance.batch import Defaults, Task
+from self_attention_guidance.generate import GeneratedImage, GenerationSettings, Record
 
 DEFAULTS = Defaults(settings=GenerationSettings(num_inference_steps=5))
+
+
+def record_of(task: Task, name: str) -> Record:
+    """What a picture of no model at all was made with."""
+    return {
+        "version": "none",
+        "model": name,
+        "prompt": task.prompt,
+        "seed": task.seed,
+        "size": [8, 8],
+        "settings": {"num_inference_steps": task.settings.num_inference_steps},
+        "guidance": {"method": "sag", "scale": 0.0},
+        "scheduler": "none",
+        "scheduler_config": {},
+        "dtype": "float32",
+    }
 
 
 @dataclass
@@ -47,14 +63,17 @@ class StandIn:
     def __call__(self) -> StandIn:
         return self
 
-    def draw(self, tasks: Sequence[Task]) -> list[Drawing]:
+    def draw(self, tasks: Sequence[Task]) -> list[GeneratedImage]:
         self.sizes.append(len(tasks))
         if self.watches:
-            self.held.append(sum(type(found) is Drawing for found in gc.get_objects()))
+            self.held.append(sum(type(found) is GeneratedImage for found in gc.get_objects()))
         time.sleep(self.seconds)
         if len(tasks) > self.most:
             raise torch.OutOfMemoryError("no room")
-        return [Drawing(picture(task.seed), "", {"model": self.name}) for task in map(_do, tasks)]
+        return [
+            GeneratedImage(image=picture(task.seed), index=index, record=record_of(task, self.name))
+            for index, task in enumerate(map(_do, tasks))
+        ]
 
 
 def picture(seed: int) -> Image.Image:

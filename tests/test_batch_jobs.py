@@ -15,7 +15,8 @@ import fsspec
 import pytest
 from PIL import Image
 
-from self_attention_guidance.batch import BatchJob, Manifest, PromptList, Storage, Summary
+from self_attention_guidance.batch import BatchJob, Defaults, Manifest, PromptList, Storage, Summary
+from self_attention_guidance.generate import GenerationSettings
 from stand_in import DEFAULTS, StandIn, picture
 
 
@@ -99,8 +100,23 @@ def test_what_failed_is_tried_again_if_wished_or_mended(tmp_path: Path) -> None:
 def test_pictures_of_other_rows_or_models_are_not_mixed(tmp_path: Path) -> None:
     job(listed(tmp_path / "a.jsonl", ["a", "b"]), tmp_path / "out").run()
     before = rows_of(tmp_path / "out")
-    with pytest.raises(ValueError, match=r"row 1 \(from 0\), or an option, is not what"):
-        job(listed(tmp_path / "b.jsonl", ["a", "other"]), tmp_path / "out").run()
+    for other, told in (
+        ("other", "prompt='b', not 'other'"),
+        ({"prompt": "b", "steps": 6}, "steps=5, not 6"),
+        (
+            {"prompt": "b", "seed": 2, "guidance_scale": 2},
+            r"seed=0, not 2; guidance_scale=7\.5, no",
+        ),
+        ({"prompt": "b", "sag_scale": 2}, r"sag_scale=0\.0, not 2\.0"),
+        ({"prompt": "b", "seed": -1}, "other cells, and seed=-1 must be"),
+    ):
+        with pytest.raises(ValueError, match=rf"row 1 \(from 0\) was drawn with {told}"):
+            job(listed(tmp_path / "b.jsonl", ["a", other]), tmp_path / "out").run()
+    scaled = Defaults(settings=GenerationSettings(num_inference_steps=5, sag_scale=2))
+    with pytest.raises(ValueError, match=r"row 0 \(from 0\) was drawn with sag_scale=0\.0, not 2"):
+        BatchJob(
+            PromptList(str(tmp_path / "a.jsonl")), str(tmp_path / "out"), StandIn(), scaled
+        ).run()
     longer = listed(tmp_path / "a.jsonl", ["a", "b", "c"])
     for other in (
         job(longer, tmp_path / "out", StandIn(name="other")),

@@ -91,8 +91,8 @@ def test_generate_uses_the_models_recommendation_and_says_so(tmp_path: Path, mod
         "Seed": "0",
         "Size": "64x64",
         "Model": "tiny",
-        "SAG scale": "1.5",
-        "SAG blur sigma": "2",
+        "SAG Guidance Scale": "1.5",
+        "SAG Blur Sigma": "2",
     }
     assert expected.items() <= read.settings.items()
 
@@ -144,13 +144,13 @@ def test_generate_options_reach_the_picture(tmp_path: Path, model: str) -> None:
         "Sampler": "DPM++ 2M Karras",
         "CFG scale": "2",
         "Size": "48x40",
-        "SAG scale": "0.5",
-        "SAG blur sigma": "1.5",
-        "SAG blur kernel size": "5",
-        "SAG threshold": "0.9",
-        "SAG branch": "cond",
-        "SAG start": "0.25",
-        "SAG stop": "0.75",
+        "SAG Guidance Scale": "0.5",
+        "SAG Blur Sigma": "1.5",
+        "SAG Blur Kernel Size": "5",
+        "SAG Mask Threshold": "0.9",
+        "SAG Branch": "cond",
+        "SAG Start": "0.25",
+        "SAG Stop": "0.75",
     }
     assert expected.items() <= read.settings.items()
 
@@ -204,7 +204,7 @@ def test_compare_draws_the_models_own_suggestions(
     assert capsys.readouterr().out == f"{out}\n"
     read = read_parameters(out)
     assert read.prompt == "a\nb\nc"
-    assert read.settings["SAG scale"] == "0, 1, 2"
+    assert read.settings["SAG Guidance Scale"] == "0, 1, 2"
     width, height = size_of(out)
     assert width > 3 * 192
     assert height > 3 * 192

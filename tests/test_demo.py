@@ -93,7 +93,7 @@ def test_a_sweep_is_one_labelled_grid(client: Client) -> None:
     path = client.predict(
         **SETTINGS, scales="0, 2", prompts="cat\nheart", num_seeds=1, api_name="/sweep"
     )
-    assert read_parameters(path).settings["SAG scale"] == "0, 2"
+    assert read_parameters(path).settings["SAG Guidance Scale"] == "0, 2"
     assert read_parameters(path).prompt == "cat\nheart"
     height, width, _ = pixels(path).shape
     assert width > 2 * 192 and height > 2 * 192

@@ -101,8 +101,8 @@ def test_sag_scale_changes_the_picture_and_defaults_to_the_pipelines(
     )
     assert own.image.tobytes() == same.image.tobytes()
     assert own.image.tobytes() != off.image.tobytes()
-    assert parse_parameters(own.parameters).settings["SAG scale"] == "2"
-    assert parse_parameters(off.parameters).settings["SAG scale"] == "0"
+    assert parse_parameters(own.parameters).settings["SAG Guidance Scale"] == "2"
+    assert parse_parameters(off.parameters).settings["SAG Guidance Scale"] == "0"
 
 
 def test_attended_share_counts_guided_steps_only(pipe: StableDiffusionSAGPipeline) -> None:
@@ -129,7 +129,7 @@ def test_metadata_reproduces_the_picture(pipe: StableDiffusionSAGPipeline) -> No
     width, height = map(int, read.settings["Size"].split("x"))
     again = GenerationSettings(
         negative_prompt=read.negative_prompt,
-        sag_scale=float(read.settings["SAG scale"]),
+        sag_scale=float(read.settings["SAG Guidance Scale"]),
         guidance_scale=float(read.settings["CFG scale"]),
         num_inference_steps=int(read.settings["Steps"]),
         width=width,
@@ -366,7 +366,7 @@ def test_unknown_scheduler_names_the_nearest() -> None:
     [("a cat", ""), ("", ""), ("two\nlines: a, b", "c,\nd"), ("é", "ü"), ("猫 🐱", "犬")],
 )
 def test_parameters_survive_a_png(tmp_path: Path, prompt: str, negative: str) -> None:
-    values = {"Steps": 25, "Model": 'a, "b": c', "CFG scale": 3.0, "SAG scale": 0.1, "None": None}
+    values = {"Steps": 25, "Model": 'a, "b": c', "CFG scale": 3.0, "Eta": 0.1, "None": None}
     path = tmp_path / "picture.png"
     save_png(Image.new("RGB", (8, 8)), path, format_parameters(prompt, negative, values))
     read = read_parameters(path)
@@ -375,7 +375,7 @@ def test_parameters_survive_a_png(tmp_path: Path, prompt: str, negative: str) ->
         "Steps": "25",
         "Model": 'a, "b": c',
         "CFG scale": "3",
-        "SAG scale": "0.1",
+        "Eta": "0.1",
     }
 
 
@@ -494,8 +494,8 @@ def test_comparison_has_a_column_a_scale_and_the_same_seed(
     assert result.grid.width > without.grid.width
     read = parse_parameters(result.parameters)
     assert read.prompt == "a\n"
-    assert read.settings["SAG scale"] == "0, 2"
-    assert read.settings["SAG blur sigma"] == "1"
+    assert read.settings["SAG Guidance Scale"] == "0, 2"
+    assert read.settings["SAG Blur Sigma"] == "1"
 
 
 @pytest.mark.parametrize("scales", [[], [0, float("nan")]])

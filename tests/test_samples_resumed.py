@@ -137,7 +137,7 @@ def other_guidance() -> Any:
         (tiny_pipeline, replace(FEW, num_inference_steps=3), 0, "num_inference_steps=2, not 3"),
         (tiny_pipeline, FEW, 1, "seed=0, not 1"),
         (tiny_pipeline, replace(FEW, sag_scale=1), 0, r"guidance\.scale=2\.0, not 1\.0"),
-        (tiny_pipeline, replace(FEW, sag_scale=0), 0, r"sag_scale=None, not 0\.0; .*more"),
+        (tiny_pipeline, replace(FEW, sag_scale=0), 0, r"guidance\.scale=2\.0, not 0\.0; .*more"),
         (lambda: tiny_pipeline(DDPMScheduler()), FEW, 0, "scheduler='DDIMScheduler', not 'DDPM"),
         (other_weights, FEW, 0, "unet='UNet2DModel [0-9a-f]{16}', not 'UNet2DModel"),
         (other_guidance, FEW, 0, r"guidance\.threshold=1\.0, not 0\.5"),

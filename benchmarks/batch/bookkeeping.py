@@ -17,9 +17,22 @@ from pathlib import Path
 
 from PIL import Image
 
-from self_attention_guidance.batch import BatchJob, Defaults, Drawing, PromptList, Task
-from self_attention_guidance.generate import GenerationSettings
+from self_attention_guidance.batch import BatchJob, Defaults, PromptList, Task
+from self_attention_guidance.generate import GeneratedImage, GenerationSettings
 from self_attention_guidance.generate.workers import Crew
+
+RECORD = {
+    "version": "",
+    "model": "free",
+    "prompt": "",
+    "seed": 0,
+    "size": [8, 8],
+    "settings": {"num_inference_steps": 1},
+    "guidance": {"method": "sag", "scale": 0.0},
+    "scheduler": "",
+    "scheduler_config": {},
+    "dtype": "",
+}
 
 
 class FreeArtist:
@@ -31,9 +44,9 @@ class FreeArtist:
         """Makes the picture."""
         self.image = Image.new("RGB", (8, 8), "white")
 
-    def draw(self, tasks: Sequence[Task]) -> list[Drawing]:
+    def draw(self, tasks: Sequence[Task]) -> list[GeneratedImage]:
         """Costs nothing."""
-        return [Drawing(self.image, "", {}) for _ in tasks]
+        return [GeneratedImage(image=self.image, index=0, record=RECORD) for _ in tasks]
 
 
 def run(prompts: Path, out: Path, workers: int) -> dict[str, float]:

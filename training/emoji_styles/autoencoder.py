@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from checkpoints import save
 from diffusers import AutoencoderKL
 from torch import Tensor
 
 import data
-from checkpoints import save
 
 CHANNELS = (32, 64, 64)
 KL_WEIGHT = 5e-4

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import sources
 import torch
 from torch import Tensor
-
-import sources
 
 BACKGROUNDS = {
     "white": (255, 255, 255),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checkpoints import save
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
@@ -19,7 +20,6 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import data
 from captions import MAX_TOKENS, CaptionWriter, Reader
-from checkpoints import save
 from data import Picture
 
 TEXT_WIDTH = 192

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import judge
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
@@ -26,7 +27,6 @@ from torch.nn.functional import avg_pool2d
 
 import data
 import export
-import judge
 
 BATCH_SIZE = 25
 STEPS = 25

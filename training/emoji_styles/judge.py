@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from checkpoints import save
 from torch import Tensor, nn
 
 import data
-from checkpoints import save
 
 BATCH_SIZE = 32
 PEAK_LEARNING_RATE = 2e-3

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import cairosvg
 import numpy as np
-from PIL import Image
-
 import sources
+from PIL import Image
 
 SIZE = 64
 # Many drawings touch the edge of their canvas. The margin shows the background all round.

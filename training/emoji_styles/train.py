@@ -13,7 +13,9 @@ import argparse
 import shutil
 from pathlib import Path
 
+import sources
 import torch
+from checkpoints import save
 from diffusers import AutoencoderKL
 from transformers import CLIPTokenizer
 
@@ -22,8 +24,6 @@ import captions
 import data
 import denoiser
 import export
-import sources
-from checkpoints import save
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ Example:
     ```
 """
 
-from .artists import Artist, Drawing, Model
+from .artists import Artist, Model
 from .job import BatchJob, Summary
 from .lists import PromptList
 from .manifest import Manifest
@@ -25,7 +25,6 @@ __all__ = [
     "BatchJob",
     "COLUMNS",
     "Defaults",
-    "Drawing",
     "Manifest",
     "Model",
     "PromptList",

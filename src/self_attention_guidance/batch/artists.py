@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from PIL import Image
-
-from ..checks import check_finite
-from ..generate.drawing import PictureRequest, PromptArtist
+from ..generate.drawing import GeneratedImage, PictureRequest, PromptArtist
 from ..generate.loaded import recommended_generation
-from ..generate.metadata import format_parameters, version_label
+from ..generate.metadata import Record
 from ..generate.models import (
     LoadedPipeline,
     find_device,
@@ -27,30 +23,13 @@ from ..generate.pixel_models import (
     is_pixel_model,
     load_pixel_model,
 )
-from ..generate.run_identity import describe_run, describe_scheduler, fingerprint
+from ..generate.record import describe, describe_samples, fingerprints
 from ..generate.sample_settings import SampleSettings, choose_labels
-from ..generate.schedulers import check_scheduler_name, scheduler_label
+from ..generate.schedulers import check_scheduler_name
 from ..generate.settings import GenerationSettings, check_size
-from ..guidance import BlurGuidance, SelfAttentionGuidance
+from ..guidance import Guidance
 from ..models.builtin import recommended_settings
 from .tasks import Task
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """A picture of a task.
-
-    Attributes:
-        image: The picture.
-        parameters: All settings, in the form of `format_parameters`.
-        facts: Settings that were decided by the model, by columns of the manifest.
-        flagged: Whether the model's safety checker blacked it out.
-    """
-
-    image: Image.Image
-    parameters: str
-    facts: Mapping[str, Any]
-    flagged: bool = False
 
 
 class Artist(Protocol):
@@ -61,7 +40,7 @@ class Artist(Protocol):
         """What pictures depend on beside their tasks; values that JSON can hold."""
         ...
 
-    def draw(self, tasks: Sequence[Task]) -> list[Drawing]:
+    def draw(self, tasks: Sequence[Task]) -> list[GeneratedImage]:
         """Draws tasks of equal settings in one batch."""
         ...
 
@@ -76,7 +55,8 @@ class Model:
         dtype: As in `find_dtype`.
         scheduler: A name of `scheduler_names()`; `None` is the model's own.
         fast: Whether guidance is the model's fast preset, and not what it recommends.
-        guidance: Settings of `SelfAttentionGuidance` that differ from these.
+        guidance: Settings that differ from these; with the short name of another guidance as
+            "method", those of that one.
 
     Raises:
         ValueError: There is no such model, or a setting is unknown or outside its range.
@@ -92,7 +72,7 @@ class Model:
     def __post_init__(self) -> None:
         """Checks what can be checked before it is loaded."""
         self.find()
-        SelfAttentionGuidance(**self.guidance)
+        Guidance.from_dict({"method": "sag", **self.guidance})
         if self.scheduler is not None:
             check_scheduler_name(self.scheduler)
         # Workers may have GPUs where this process has none.
@@ -139,33 +119,15 @@ class _PromptTasks:
     def __init__(self, loaded: LoadedPipeline) -> None:
         self.pipeline: Any = loaded.pipeline
         self.name = loaded.name
-        networks = (self.pipeline.unet, self.pipeline.vae, self.pipeline.text_encoder)
-        self.identity = {
-            "version": version_label(),
-            "networks": [fingerprint(network) for network in networks],
-            "dtype": str(self.pipeline.unet.dtype).removeprefix("torch."),
-            **_identity(self.pipeline),
-            **describe_scheduler(self.pipeline.scheduler),
-        }
+        networks = fingerprints(self.pipeline)
+        record = describe(self.pipeline, GenerationSettings(), networks=networks)
+        self.identity = _identity(record, self.pipeline)
 
-    def draw(self, tasks: Sequence[Task]) -> list[Drawing]:
+    def draw(self, tasks: Sequence[Task]) -> list[GeneratedImage]:
         settings = tasks[0].settings
         check_size(self.pipeline, settings.width, settings.height)
-        artist = PromptArtist(self.pipeline, settings, self.name)
-        facts = {
-            "negative_prompt": settings.negative_prompt,
-            "steps": settings.num_inference_steps,
-            "guidance_scale": settings.guidance_scale,
-            "sag_scale": artist.sag_scale,
-            "guidance": _told(self.pipeline.guidance),
-            "scheduler": scheduler_label(self.pipeline.scheduler),
-            "model": self.name,
-        }
         requests = [PictureRequest(n, task.prompt, task.seed) for n, task in enumerate(tasks)]
-        return [
-            Drawing(picture.image, picture.parameters, facts, picture.flagged)
-            for picture in artist.draw(requests)
-        ]
+        return list(PromptArtist(self.pipeline, settings, self.name).draw(requests))
 
 
 class _PixelTasks:
@@ -174,12 +136,11 @@ class _PixelTasks:
     def __init__(self, loaded: LoadedPixelModel) -> None:
         self.pipeline: Any = loaded.pipeline
         self.name = loaded.name
-        described = describe_run(self.pipeline, SampleSettings(), 0)
-        of_tasks = ("num_inference_steps", "seed", "sag_scale")
-        kept = {name: value for name, value in described.items() if name not in of_tasks}
-        self.identity = kept | _identity(self.pipeline)
+        self.networks = fingerprints(self.pipeline)
+        record = describe_samples(self.pipeline, SampleSettings(), self.networks)
+        self.identity = _identity(record, self.pipeline)
 
-    def draw(self, tasks: Sequence[Task]) -> list[Drawing]:
+    def draw(self, tasks: Sequence[Task]) -> list[GeneratedImage]:
         settings = tasks[0].settings
         for name in ("width", "height"):
             if getattr(settings, name) is not None:
@@ -191,43 +152,28 @@ class _PixelTasks:
             num_inference_steps=settings.num_inference_steps, sag_scale=settings.sag_scale
         )
         labels = choose_labels(self.pipeline, given, seeds)
-        scale = settings.sag_scale
-        facts = {
-            "steps": settings.num_inference_steps,
-            "sag_scale": self.pipeline.guidance.scale if scale is None else scale,
-            "guidance": _told(self.pipeline.guidance),
-            "scheduler": scheduler_label(self.pipeline.scheduler),
-            "model": self.name,
-        }
-        pixels = draw_samples(self.pipeline, given, seeds, labels)
+        pictures = map(to_image, draw_samples(self.pipeline, given, seeds, labels))
         return [
-            Drawing(to_image(picture), self._parameters(task, facts), facts)
-            for picture, task in zip(pixels, tasks, strict=True)
+            GeneratedImage(
+                image=picture,
+                index=number,
+                record=describe_samples(
+                    self.pipeline,
+                    replace(given, classes=labels[number : number + 1] if labels else ()),
+                    self.networks,
+                    model=self.name,
+                    prompt="",
+                    seed=seeds[number],
+                    size=picture.size,
+                    device=self.pipeline.device.type,
+                    together=len(seeds),
+                ),
+            )
+            for number, picture in enumerate(pictures)
         ]
 
-    def _parameters(self, task: Task, facts: Mapping[str, Any]) -> str:
-        values = {
-            "Steps": facts["steps"],
-            "Sampler": facts["scheduler"],
-            "Seed": task.seed,
-            "Model": self.name,
-            "SAG scale": check_finite("sag_scale", facts["sag_scale"]),
-            "Version": version_label(),
-        }
-        return format_parameters("", "", values)
 
-
-def _identity(pipeline: Any) -> dict[str, Any]:
-    """What pictures of all kinds of models depend on."""
-    return {
-        "device": pipeline.device.type,
-        "guidance": _told(pipeline.guidance),
-        "scale": float(pipeline.guidance.scale),
-    }
-
-
-def _told(guidance: SelfAttentionGuidance | BlurGuidance) -> str:
-    """Settings of guidance but its scale, which pictures may choose, as JSON."""
-    values = {"form": type(guidance).__name__} | asdict(guidance)
-    del values["scale"]
-    return json.dumps(values)
+def _identity(record: Record, pipeline: Any) -> dict[str, Any]:
+    """What pictures depend on beside their tasks, which may choose another scale."""
+    kept = {name: value for name, value in record.items() if name != "settings"}
+    return kept | {"guidance": pipeline.guidance.to_dict(), "device": pipeline.device.type}

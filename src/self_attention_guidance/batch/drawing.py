@@ -15,9 +15,12 @@ from typing import Any
 
 import torch
 
+from ..generate.drawing import GeneratedImage
 from ..generate.metadata import png_text
+from ..generate.record import difference
+from ..generate.schedulers import label_of
 from ..generate.settings import GenerationSettings
-from .artists import Artist, Drawing
+from .artists import Artist
 from .storage import Storage
 from .tasks import BadRow, Task
 
@@ -26,7 +29,7 @@ _ROWS_IN_FOLDER = 1000
 
 Row = dict[str, Any]
 # A task, its drawing or `None` if it failed, and its row of the manifest.
-_Drawn = tuple[Task, Drawing | None, Row]
+_Drawn = tuple[Task, GeneratedImage | None, Row]
 
 
 @dataclass(frozen=True)
@@ -129,14 +132,14 @@ class UnitWorker:
         reason = "out of memory" if _is_out_of_memory(error) else _line(error)
         yield tasks[0], None, self._row(tasks[0], None) | {"error": reason}
 
-    def _draw(self, tasks: Sequence[Task]) -> list[Drawing]:
+    def _draw(self, tasks: Sequence[Task]) -> list[GeneratedImage]:
         filled = [*tasks, *[tasks[-1]] * (self.together - len(tasks))]
         return self.artist.draw(filled)[: len(tasks)]
 
     def _row(self, task: Task, seconds: float | None) -> Row:
         return row_of_task(task) | {"together": self.together, "seconds": seconds}
 
-    def _save(self, task: Task, drawing: Drawing | None, row: Row) -> Row:
+    def _save(self, task: Task, drawing: GeneratedImage | None, row: Row) -> Row:
         if drawing is None:
             return row
         name = f"{IMAGES}/{task.row // _ROWS_IN_FOLDER:06d}/{task.name}.png"
@@ -213,11 +216,9 @@ def check_identity(found: Mapping[str, Any], expected: Mapping[str, Any] | None)
     """
     if expected is None or dict(expected) == dict(found):
         return
-    names = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
-    told = [f"{n}={expected.get(n)!r:.80}, not {found.get(n)!r:.80}" for n in names[:3]]
     raise ValueError(
-        f"out holds pictures with {'; '.join(told)}: go on with the same, choose another place, or"
-        " begin anew with --overwrite"
+        f"out holds pictures with {difference(expected, found)}: go on with the same, choose"
+        " another place, or begin anew with --overwrite"
     )
 
 
@@ -229,16 +230,21 @@ def _groups(tasks: Sequence[Task]) -> list[list[Task]]:
     return list(groups.values())
 
 
-def _png(drawing: Drawing) -> bytes:
+def _png(drawing: GeneratedImage) -> bytes:
     file = io.BytesIO()
-    drawing.image.save(file, format="PNG", pnginfo=png_text(drawing.parameters))
+    drawing.image.save(file, format="PNG", pnginfo=png_text(drawing.record))
     return file.getvalue()
 
 
-def _facts(drawing: Drawing, content: bytes) -> Row:
+def _facts(drawing: GeneratedImage, content: bytes) -> Row:
+    """What is known of a picture only once it is drawn, because the model decides it."""
     width, height = drawing.image.size
+    record = drawing.record
     return {
-        **drawing.facts,
+        "sag_scale": record["guidance"]["scale"],
+        "guidance": json.dumps(record["guidance"]),
+        "scheduler": label_of(record["scheduler"], record["scheduler_config"]),
+        "model": record["model"],
         "width": width,
         "height": height,
         "flagged": drawing.flagged,

@@ -121,7 +121,9 @@ class BatchJob:
             if self.overwrite:
                 self.storage.remove(JOB, MANIFEST, PARTS, IMAGES)
             finished = self.manifest.finished()
-            plan = Plan(self.source, self.defaults, finished, self.retry_failed)
+            plan = Plan(
+                self.source, self.defaults, finished, self.retry_failed, self.manifest.row_of
+            )
             run = _Run(self, plan, crew or Crew(), on_progress)
             try:
                 run.draw()

@@ -159,6 +159,19 @@ class Manifest:
         for batch in self._batches():
             yield from batch.to_pylist()
 
+    def row_of(self, row: int, image: int) -> dict[str, Any]:
+        """The newest row of a picture; empty if there is none.
+
+        Args:
+            row: Number of the row in the list.
+            image: Number of the picture in the row.
+        """
+        found: dict[str, Any] = {}
+        for batch in self._batches():
+            for place in np.flatnonzero(_keys(batch) == key_of(row, image)):
+                found = batch.slice(int(place), 1).to_pylist()[0]
+        return found
+
     def _batches(self, columns: list[str] | None = None) -> Iterator[Any]:
         """What is held, the oldest first."""
         joined = [MANIFEST] if self.storage.exists(MANIFEST) else []

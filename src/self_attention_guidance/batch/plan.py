@@ -7,14 +7,17 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+from ..generate.record import difference
 from ..generate.workers import TRIES
-from .drawing import Unit
+from .drawing import Row, Unit, row_of_task
 from .lists import PromptList
 from .manifest import Finished
 from .tasks import COLUMNS, BadRow, Defaults, Task, bad_row, tasks_of, unconditional_tasks
 
 Item = Task | BadRow
 Source = PromptList | int
+
+_TOLD = [name for name in COLUMNS if name not in ("id", "num_images")]
 
 
 def items_of(source: Source, defaults: Defaults) -> Iterator[Item]:
@@ -56,6 +59,7 @@ class Plan:
         defaults: What holds where a row says nothing.
         finished: What the manifest holds.
         retry_failed: Whether what failed is missing.
+        row_of: The manifest's row of a picture, by the numbers of its row and in it.
         total: Pictures that the list asks for; a row that cannot be read counts as one.
         done: How many of them are there.
         failed: How many of them failed, and are not missing.
@@ -65,6 +69,7 @@ class Plan:
     defaults: Defaults
     finished: Finished
     retry_failed: bool
+    row_of: Callable[[int, int], Row]
     total: int = 0
     done: int = 0
     failed: int = 0
@@ -127,10 +132,20 @@ class Plan:
         if is_bad:  # it is not there, or the row was mended since
             return True
         raise ValueError(
-            f"prompts: row {item.row} (from 0), or an option, is not what the picture that is there"
-            " was drawn of: give what was given, with rows added at the end at most, choose another"
-            " place, or begin anew with --overwrite"
+            f"prompts: row {item.row} (from 0) was drawn with {self._difference(item)}: give what"
+            " was given, with rows added at the end at most, choose another place, or begin anew"
+            " with --overwrite"
         )
+
+    def _difference(self, item: Item) -> str:
+        """How the picture that is there was drawn, where it is not what the list now asks for."""
+        if isinstance(item, BadRow):
+            return f"other cells, and {item.error}"
+        before, row = self.row_of(item.row, item.image), row_of_task(item)
+        left_open = [name for name in _TOLD if row[name] is None]  # the manifest has the model's
+        given = [name for name in _TOLD if name not in left_open]
+        told = difference({n: before.get(n) for n in given}, {n: row[n] for n in given})
+        return told or f"another {' or '.join(left_open)}"
 
 
 def after_death(unit: Unit, deaths: int) -> list[Unit]:

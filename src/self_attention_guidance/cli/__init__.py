@@ -17,10 +17,12 @@ import typer
 from .. import __version__
 from .batch import batch_command
 from .bench import bench_command
+from .compare import compare_command
+from .convert import convert_command
 from .demo import demo_command
 from .evaluate import evaluate_command
-from .pictures import compare_command, generate_command
-from .samples import convert_command, sample_command
+from .generate import generate_command
+from .sample import sample_command
 
 # typer does not export the base class of its errors about the command line itself.
 _UsageError: Any = typer.BadParameter.__base__

@@ -7,11 +7,11 @@ import json
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import PromptOptions, with_options
+from .options import OneScaleOptions, with_options
 from .output import hide_loading_bars, print_line
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchOptions(PromptOptions):
+class BatchOptions(OneScaleOptions):
     """The options of `batch`; `None` was not given."""
 
     seed: Annotated[
@@ -35,9 +35,6 @@ class BatchOptions(PromptOptions):
             " of all depend on it."
         ),
     ] = 1
-    sag_scale: Annotated[
-        float | None, typer.Option(help="SAG: 0 is off. [default: the model's, else 0.75]")
-    ] = None
     num_images: Annotated[int, typer.Option(help="Pictures of each row.")] = 1
     num_samples: Annotated[
         int | None, typer.Option(help="Draw so many without prompts, in the place of a list.")
@@ -59,10 +56,6 @@ class BatchOptions(PromptOptions):
     ] = None
     max_size: Annotated[int, typer.Option(help="Most pixels of a side.")] = 2048
     max_steps: Annotated[int, typer.Option(help="Most sampling steps.")] = 1000
-
-    def generation_arguments(self) -> dict[str, Any]:
-        """Arguments of `GenerationSettings`; `None` was not given."""
-        return super().generation_arguments() | {"sag_scale": self.sag_scale}
 
 
 @with_options(BatchOptions)

@@ -10,11 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast, get_type_hints
 
 import typer
 
+from .guidance_text import guidance_of
+
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 OptionsType = TypeVar("OptionsType", bound="DataclassInstance")
 
+_GUIDANCE_OPTIONS = (
+    *("blur_sigma", "blur_kernel_size", "threshold", "layer"),
+    *("start", "stop", "every", "branch"),
+)
 _SUFFIXES = {"json": ".json", "plot": ".png", "save_statistics": ".npz"}
 
 
@@ -34,6 +40,14 @@ class SamplingOptions:
     batch_size: Annotated[int, typer.Option(help="Pictures made at once.")] = 4
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto"
     dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto"
+    guidance: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="METHOD[:NAME=VALUE,...]",
+            help="sag, blur or pag, and its settings, say 'sag:scale=0.5,blur_sigma=2'. What is"
+            " not given is the model's if it recommends this guidance, else its default.",
+        ),
+    ] = None
     blur_sigma: Annotated[
         float | None, typer.Option(help="SAG: width of the blur. [default: the model's, else 1]")
     ] = None
@@ -61,15 +75,23 @@ class SamplingOptions:
     ] = None
 
     def guidance_arguments(self) -> dict[str, Any]:
-        """The settings of `SelfAttentionGuidance` that were given."""
-        names = ("blur_sigma", "blur_kernel_size", "threshold", "layer", "start", "stop", "every")
-        given = {name: getattr(self, name) for name in names}
-        return {name: value for name, value in given.items() if value is not None}
+        """The settings of guidance that were given, for `Guidance.from_dict`.
+
+        Raises:
+            ValueError: One is unknown, given twice or outside its range.
+        """
+        given = {name: getattr(self, name, None) for name in _GUIDANCE_OPTIONS}
+        scales = (getattr(self, name, None) for name in ("sag_scale", "sag_scales"))
+        return guidance_of(
+            self.guidance or (),
+            {name: value for name, value in given.items() if value is not None},
+            has_scale=any(scale is not None for scale in scales),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptOptions(SamplingOptions):
-    """The options that `generate` and `compare` have in common; `None` was not given."""
+    """The options that all commands that draw prompts have; `None` was not given."""
 
     model: Annotated[
         str,
@@ -91,11 +113,6 @@ class PromptOptions(SamplingOptions):
         str | None, typer.Option(help="SAG: uncond or cond. [default: the model's, else uncond]")
     ] = None
 
-    def guidance_arguments(self) -> dict[str, Any]:
-        """The settings of `SelfAttentionGuidance` that were given."""
-        branch = {} if self.branch is None else {"branch": self.branch}
-        return super().guidance_arguments() | branch
-
     def generation_arguments(self) -> dict[str, Any]:
         """Arguments of `GenerationSettings`; `None` was not given."""
         width, height = parse_size(self.size) if self.size is not None else (None, None)
@@ -106,6 +123,19 @@ class PromptOptions(SamplingOptions):
             "width": width,
             "height": height,
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneScaleOptions(PromptOptions):
+    """The options of `PromptOptions`, and one scale of guidance; `None` was not given."""
+
+    sag_scale: Annotated[
+        float | None, typer.Option(help="SAG: 0 is off. [default: the model's, else 0.75]")
+    ] = None
+
+    def generation_arguments(self) -> dict[str, Any]:
+        """Arguments of `GenerationSettings`; `None` was not given."""
+        return super().generation_arguments() | {"sag_scale": self.sag_scale}
 
 
 def with_options(

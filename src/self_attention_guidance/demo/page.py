@@ -206,7 +206,7 @@ class _Builder:
             gr.Warning("The model's safety checker blacked a picture out.")
         names = (f"{asked.seed}-unguided", f"{asked.seed}-guided")
         return tuple(
-            self.pictures.save(picture.image, name, picture.parameters)
+            self.pictures.save(picture.image, name, picture.record)
             for name, picture in zip(names, pair, strict=True)
         )
 
@@ -218,7 +218,7 @@ class _Builder:
     ) -> Any:
         numbers, lines = check_grid(scales, prompts or asked.prompt, int(num_seeds), self.limits)
         drawn = self.studio.grid(asked, numbers, lines, int(num_seeds), watch)
-        return self.pictures.save(drawn.grid, "grid", drawn.parameters)
+        return self.pictures.save(drawn.grid, "grid", drawn.record)
 
 
 def _image(label: str) -> gr.Image:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import tempfile
 import threading
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -29,13 +31,13 @@ class Pictures:
         self._made = 0
         self._turn = threading.Lock()
 
-    def save(self, image: Image.Image, name: str, parameters: str = "") -> str:
+    def save(self, image: Image.Image, name: str, record: Mapping[str, Any] | str = "") -> str:
         """Write a picture with its settings as metadata.
 
         Args:
             image: The picture.
             name: Begins the file's name.
-            parameters: In the form of `format_parameters`.
+            record: How it was made, if that is to be told.
 
         Returns:
             The path of the PNG file.
@@ -43,7 +45,7 @@ class Pictures:
         with self._turn:
             self._made += 1
             path = Path(self._folder.name) / f"{self._made:06d}-{name}.png"
-            save_png(image, path, parameters)
+            save_png(image, path, record)
             self._files.append(path)
             while len(self._files) > self._most:
                 self._files.popleft().unlink(missing_ok=True)

@@ -7,7 +7,7 @@ Example:
     loaded = load_pipeline("emoji")
     settings = loaded.settings(num_inference_steps=25)  # else as the model recommends
     for picture in generate(loaded.pipeline, ["red heart", "grinning face"], settings, seed=7):
-        save_png(picture.image, picture_path(".", picture.index, picture.seed), picture.parameters)
+        save_png(picture.image, picture_path(".", picture.index, picture.seed), picture.record)
     ```
 """
 
@@ -23,9 +23,11 @@ from .files import (
 from .grid import draw_grid, draw_tiles, overlay_attended
 from .metadata import (
     Parameters,
+    Record,
     format_parameters,
     parse_parameters,
     read_parameters,
+    read_record,
 )
 from .models import (
     LoadedPipeline,
@@ -67,6 +69,7 @@ __all__ = [
     "Parameters",
     "PictureRequest",
     "PromptArtist",
+    "Record",
     "SampleRun",
     "SampleSettings",
     "check_count",
@@ -96,6 +99,7 @@ __all__ = [
     "parse_parameters",
     "picture_path",
     "read_parameters",
+    "read_record",
     "save_png",
     "scheduler_label",
     "scheduler_names",

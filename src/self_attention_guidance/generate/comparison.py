@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from PIL import Image
 
 from ..checks import check_finite, check_prompts
+from ..guidance.blur import Blurring
 from ..pipelines.stable_diffusion import StableDiffusionSAGPipeline
 from .drawing import GeneratedImage, Progress
 from .grid import EMPTY_PROMPT, draw_grid, overlay_attended
-from .metadata import (
-    format_parameters,
-    parse_parameters,
-)
+from .metadata import method_label, text_of, written
 from .sampling import generate
+from .schedulers import label_of
 from .settings import GenerationSettings
 
 
@@ -26,12 +26,18 @@ class Comparison:
     Attributes:
         grid: The labelled grid.
         columns: The pictures, scale by scale, prompt by prompt.
-        parameters: The settings of the grid, in the form of `format_parameters`.
+        record: The settings of the grid, from which it can be drawn again: see `describe`. It has
+            "prompts", "num_images" and "sag_scales".
     """
 
     grid: Image.Image
     columns: Sequence[Sequence[GeneratedImage]]
-    parameters: str
+    record: Mapping[str, Any]
+
+    @property
+    def parameters(self) -> str:
+        """The settings of the grid, in the form of `format_parameters`."""
+        return text_of(self.record)
 
 
 def compare(
@@ -50,7 +56,7 @@ def compare(
     """Draws a grid: one row a prompt and seed, one column a guidance scale.
 
     Args:
-        pipeline: Its `guidance` holds the other settings of self-attention guidance.
+        pipeline: Its `guidance` holds the other settings of guidance.
         prompts: One prompt or several; an empty text is a prompt, too.
         sag_scales: Guidance scales, 0 is off.
         settings: What all pictures share; its `sag_scale` is not used.
@@ -59,7 +65,8 @@ def compare(
         batch_size: Pictures made at once.
         model_name: For the footer and the metadata; `None` leaves it out.
         show_attention: Whether a column follows each guided one that shows where the pictures
-            were blurred: the stronger the colour, the more of the guided steps.
+            were blurred: the stronger the colour, the more of the guided steps. For guidances
+            that blur.
         on_progress: As in `generate`.
 
     Returns:
@@ -71,6 +78,11 @@ def compare(
     prompts = check_prompts(prompts)
     scales = check_scales(sag_scales)
     settings = settings or GenerationSettings()
+    if show_attention and not isinstance(pipeline.guidance, Blurring):
+        raise ValueError(
+            f"show_attention shows where pictures were blurred: {pipeline.guidance.method} blurs"
+            " none"
+        )
     columns = [
         list(
             generate(
@@ -87,13 +99,24 @@ def compare(
         )
         for scale in scales
     ]
-    parameters = _grid_parameters(columns, prompts, scales)
-    headings, pictures = _drawn_columns(columns, scales)
+    # A guided column, if there is one, knows all the settings of the guidance.
+    guided = [column for column, scale in zip(columns, scales, strict=True) if scale != 0]
+    of_picture = (guided or columns)[0][0].record
+    record: dict[str, Any] = {
+        **{name: v for name, v in of_picture.items() if name not in ("prompt", "together")},
+        "prompts": prompts,
+        "seed": seed,
+        "num_images": num_images,
+        "batch_size": batch_size,
+        "sag_scales": scales,
+        "show_attention": show_attention,
+    }
+    headings, pictures = _drawn_columns(columns, scales, method_label(pipeline.guidance.method))
     rows = list(zip(*pictures, strict=True))
     return Comparison(
-        grid=draw_grid(rows, _row_labels(columns[0], num_images), headings, _footer(parameters)),
+        grid=draw_grid(rows, _row_labels(columns[0], num_images), headings, _footer(record)),
         columns=columns,
-        parameters=parameters,
+        record=record,
     )
 
 
@@ -118,16 +141,16 @@ def _row_labels(pictures: Sequence[GeneratedImage], num_images: int) -> list[str
 
 
 def _drawn_columns(
-    columns: Sequence[Sequence[GeneratedImage]], scales: Sequence[float]
+    columns: Sequence[Sequence[GeneratedImage]], scales: Sequence[float], method: str
 ) -> tuple[list[str], list[list[Image.Image]]]:
     headings: list[str] = []
     drawn: list[list[Image.Image]] = []
     for scale, pictures in zip(scales, columns, strict=True):
-        headings.append(f"SAG {scale:g}" if scale else "without SAG")
+        headings.append(f"{method} {scale:g}" if scale else f"without {method}")
         drawn.append([picture.image for picture in pictures])
         maps = [picture.attended for picture in pictures]
         if all(attended is not None for attended in maps):
-            headings.append(f"blurred (SAG {scale:g})")
+            headings.append(f"blurred ({method} {scale:g})")
             drawn.append(
                 [
                     overlay_attended(picture.image, attended)
@@ -138,28 +161,15 @@ def _drawn_columns(
     return headings, drawn
 
 
-def _grid_parameters(
-    columns: Sequence[Sequence[GeneratedImage]], prompts: Sequence[str], scales: Sequence[float]
-) -> str:
-    # A guided column, if there is one, knows all the settings of the guidance.
-    guided = [column for column, scale in zip(columns, scales, strict=True) if scale != 0]
-    parsed = parse_parameters((guided or columns)[0][0].parameters)
-    values = dict(parsed.settings)
-    values["SAG scale"] = ", ".join(f"{scale:g}" for scale in scales)
-    return format_parameters("\n".join(prompts), parsed.negative_prompt, values)
-
-
-def _footer(parameters: str) -> str:
-    values = parse_parameters(parameters).settings
+def _footer(record: Mapping[str, Any]) -> str:
+    settings, guidance = record["settings"], record["guidance"]
     shown = {
-        "Model": "model",
-        "Sampler": "sampler",
-        "Steps": "steps",
-        "CFG scale": "CFG",
-        "Seed": "seed",
-        "SAG blur sigma": "blur sigma",
-        "SAG threshold": "threshold",
+        "model": record["model"],
+        "sampler": label_of(record["scheduler"], record["scheduler_config"]),
+        "steps": settings["num_inference_steps"],
+        "CFG": settings["guidance_scale"],
+        "seed": record["seed"],
+        "blur sigma": guidance.get("blur_sigma"),
+        "threshold": guidance.get("threshold"),
     }
-    return "  ·  ".join(
-        f"{label} {values[name]}" for name, label in shown.items() if name in values
-    )
+    return "  ·  ".join(f"{label} {written(v)}" for label, v in shown.items() if v is not None)

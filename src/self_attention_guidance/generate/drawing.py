@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..guidance import BlurGuidance, GuidanceHandle, SelfAttentionGuidance
+from ..guidance import GuidanceHandle
 from ..pipelines.stable_diffusion import StableDiffusionSAGPipeline
 from .finite import refuse_not_finite
-from .metadata import format_parameters, version_label
-from .schedulers import scheduler_label
+from .metadata import Record, text_of
+from .record import describe
 from .settings import GenerationSettings
 
 Progress = Callable[[float], object]
@@ -43,29 +43,40 @@ class GeneratedImage:
     Attributes:
         image: The picture.
         index: Its number in the run, from 0.
-        prompt: Its prompt.
-        seed: Its seed.
-        parameters: All its settings, in the form of `format_parameters`.
+        record: All its settings, from which it can be drawn again: see `describe`.
         flagged: Whether the model's safety checker blacked it out.
         attended: Share of the guided steps at which a position was blurred, on the grid of the
-            attention layer, (height, width), 0 to 1; `None` if not recorded or if no step was
-            guided.
+            attention layer, (height, width), 0 to 1; `None` if not recorded or if nothing was
+            blurred.
     """
 
     image: Image.Image
     index: int
-    prompt: str
-    seed: int
-    parameters: str
+    record: Mapping[str, Any]
     flagged: bool = False
     attended: NDArray[np.float64] | None = None
+
+    @property
+    def prompt(self) -> str:
+        """Its prompt."""
+        return self.record["prompt"]
+
+    @property
+    def seed(self) -> int:
+        """Its seed."""
+        return self.record["seed"]
+
+    @property
+    def parameters(self) -> str:
+        """All its settings, in the form of `format_parameters`."""
+        return text_of(self.record)
 
 
 class PromptArtist:
     """Draws pictures of prompts with a pipeline; they share their settings.
 
     Attributes:
-        sag_scale: Scale of self-attention guidance, of the settings or of the pipeline.
+        sag_scale: Scale of guidance, of the settings or of the pipeline.
     """
 
     def __init__(
@@ -123,32 +134,26 @@ class PromptArtist:
             )
         images = self.pipeline.numpy_to_pil(output.images)
         flagged = output.nsfw_content_detected or [False] * len(requests)
+        record = self._record(images[0].size, len(requests))
         for number, request in enumerate(requests):
-            image = images[number]
             yield GeneratedImage(
-                image=image,
+                image=images[number],
                 index=request.index,
-                prompt=request.prompt,
-                seed=request.seed,
-                parameters=self._parameters(request, image.size),
+                record={**record, "prompt": request.prompt, "seed": request.seed},
                 flagged=bool(flagged[number]),
                 attended=callback.attended(number),
             )
 
-    def _parameters(self, request: PictureRequest, size: tuple[int, int]) -> str:
-        values = {
-            "Steps": self.settings.num_inference_steps,
-            "Sampler": scheduler_label(self.pipeline.scheduler),
-            "CFG scale": float(self.settings.guidance_scale),
-            "Seed": request.seed,
-            "Size": f"{size[0]}x{size[1]}",
-            "Model": self.model_name,
-            "SAG scale": float(self.sag_scale),
-        }
-        if self.sag_scale != 0:
-            values |= _guidance_values(self.pipeline.guidance)
-        values["Version"] = version_label()
-        return format_parameters(request.prompt, self.settings.negative_prompt, values)
+    def _record(self, size: tuple[int, int], together: int) -> Record:
+        """What all pictures of a batch have in common; the last bits depend on its size."""
+        return describe(
+            self.pipeline,
+            self.settings,
+            model=self.model_name,
+            size=size,
+            device=self.pipeline.device.type,
+            together=together,
+        )
 
 
 def seeded_generators(scheduler: Any, seeds: Sequence[int]) -> list[torch.Generator]:
@@ -195,17 +200,3 @@ class _StepCallback:
 
     def attended(self, number: int) -> NDArray[np.float64] | None:
         return self.blurred[number] / self.guided_steps if self.guided_steps else None
-
-
-def _guidance_values(guidance: SelfAttentionGuidance | BlurGuidance) -> dict[str, Any]:
-    with_mask = isinstance(guidance, SelfAttentionGuidance)
-    return {
-        "SAG form": None if with_mask else "blur guidance",
-        "SAG blur sigma": float(guidance.blur_sigma),
-        "SAG blur kernel size": guidance.blur_kernel_size,
-        "SAG threshold": float(guidance.threshold) if with_mask else None,
-        "SAG start": float(guidance.start),
-        "SAG stop": float(guidance.stop),
-        "SAG branch": guidance.branch,
-        "SAG layer": guidance.layer if with_mask else None,
-    }

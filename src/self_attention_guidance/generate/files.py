@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -69,13 +70,16 @@ def check_free(paths: Sequence[Path], overwrite: bool = False) -> None:
         )
 
 
-def save_png(image: Image.Image, path: Path, parameters: str, overwrite: bool = False) -> None:
+def save_png(
+    image: Image.Image, path: Path, record: Mapping[str, Any] | str, overwrite: bool = False
+) -> None:
     """Writes a picture in one go: the file appears whole or not at all.
 
     Args:
         image: The picture.
         path: The PNG file; its folder exists.
-        parameters: Text that tells the settings, as `format_parameters` writes it.
+        record: How it was made; see `read_record`. Of a text, as `format_parameters` writes it,
+            only `read_parameters` reads.
         overwrite: Whether an existing file may be replaced.
 
     Raises:
@@ -84,7 +88,7 @@ def save_png(image: Image.Image, path: Path, parameters: str, overwrite: bool = 
     # In the same folder, because a file can be moved in one go only within a file system.
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        image.save(part, format="PNG", pnginfo=png_text(parameters))
+        image.save(part, format="PNG", pnginfo=png_text(record))
         if overwrite:
             os.replace(part, path)
         else:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
+from ..guidance import Guidance
 from ..models.builtin import RecommendedSettings
 from .schedulers import make_scheduler
 from .settings import GenerationSettings
@@ -15,6 +16,7 @@ class Loaded:
 
     pipeline: Any
     recommended: RecommendedSettings
+    settings_class: ClassVar[Any]
 
     def use(self, *, scheduler: str | None = None, fast: bool = False, **guidance: Any) -> None:
         """Prepares the pipeline for many pictures: it shows no bar of its own.
@@ -22,17 +24,39 @@ class Loaded:
         Args:
             scheduler: A name of `scheduler_names()`; `None` keeps the model's own.
             fast: Whether guidance is the model's fast preset, and not what it recommends.
-            **guidance: Settings that differ from these.
+            **guidance: Settings that differ from these. With the short name of another guidance
+                as "method", they differ from its defaults, or its fast preset.
 
         Raises:
             ValueError: A setting is unknown or outside its range.
         """
         pipeline: Any = self.pipeline
         pipeline.set_progress_bar_config(disable=True)
-        base = self.recommended.make_fast_guidance() if fast else pipeline.guidance
-        pipeline.guidance = replace(base, **guidance)
+        base: Guidance = self.recommended.make_fast_guidance() if fast else pipeline.guidance
+        method = guidance.get("method", base.method)
+        if method != base.method:
+            base = Guidance.from_dict({"method": method})
+            base = base.fast() if fast else base
+        pipeline.guidance = Guidance.from_dict({**base.to_dict(), **guidance})
         if scheduler is not None:
             pipeline.scheduler = self.make_scheduler(scheduler)
+
+    def restore(self, record: Mapping[str, Any]) -> Any:
+        """Prepares the pipeline to draw pictures again: gives it their guidance and scheduler.
+
+        Args:
+            record: What `read_record` read. The model was loaded with its "dtype".
+
+        Returns:
+            Their settings, for `generate`, `compare` or `SampleRun`.
+
+        Raises:
+            ValueError: A setting is unknown or outside its range.
+        """
+        pipeline: Any = self.pipeline
+        pipeline.guidance = Guidance.from_dict(record["guidance"])
+        pipeline.scheduler = make_scheduler(record["scheduler"], record["scheduler_config"])
+        return self.settings_class(**record["settings"])
 
     def make_scheduler(self, name: str) -> Any:
         """A scheduler for this model.

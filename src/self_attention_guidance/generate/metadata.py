@@ -1,25 +1,34 @@
-"""Settings as text in the form that Stable Diffusion web interfaces write into pictures.
+"""Settings in files: as text for web interfaces and as JSON for this package.
 
-The prompt, then a line `Negative prompt: ...`, then one line `Steps: 25, Sampler: DDIM, ...`.
-A value that holds a comma, a colon or a line break is written as a JSON string.
+The text is what Stable Diffusion web interfaces write into pictures: the prompt, then a line
+`Negative prompt: ...`, then one line `Steps: 25, Sampler: DDIM, ...`. A value that holds a comma, a
+colon or a line break is written as a JSON string. The JSON is a record, see `record`.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+import numpy as np
+from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from .. import __version__
+from .schedulers import label_of
+
+Record = dict[str, Any]
 
 PARAMETERS_KEY = "parameters"
+RECORD_KEY = "sag_settings"
 
+# What extensions of the web interfaces call these.
+_WEB_NAMES = {"SAG Scale": "SAG Guidance Scale", "SAG Threshold": "SAG Mask Threshold"}
 _NEGATIVE = "Negative prompt: "
 _FIELD = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 
@@ -52,8 +61,11 @@ def format_parameters(prompt: str, negative_prompt: str, settings: Mapping[str, 
         The text of a PNG's `parameters` chunk.
     """
     negative = [_NEGATIVE + negative_prompt] if negative_prompt else []
-    written = {name: _written(value) for name, value in settings.items() if value is not None}
-    fields = ", ".join(f"{name}: {value}" for name, value in written.items())
+    fields = ", ".join(
+        f"{name}: {_quoted(written(value))}"
+        for name, value in settings.items()
+        if value is not None
+    )
     return "\n".join([prompt, *negative, fields])
 
 
@@ -74,26 +86,69 @@ def parse_parameters(text: str) -> Parameters:
     return Parameters(prompt="\n".join(lines[:split]), negative_prompt=negative, settings=settings)
 
 
-def png_text(parameters: str) -> PngInfo:
-    """A PNG's text chunk: `tEXt` if Latin-1 can hold the text, else `iTXt` in UTF-8.
+def text_of(record: Mapping[str, Any]) -> str:
+    """A record in the web interfaces' form; whatever else it has settings of is there, too.
 
     Args:
-        parameters: As `format_parameters` writes it.
+        record: Of a picture, or of a grid of "prompts" and "sag_scales".
+    """
+    settings = dict(record["settings"])
+    guidance = dict(record["guidance"])
+    if "sag_scales" in record:
+        guidance["scale"] = record["sag_scales"]
+    negative = settings.pop("negative_prompt", "")
+    named = {
+        "Steps": settings.pop("num_inference_steps"),
+        "Sampler": label_of(record["scheduler"], record["scheduler_config"]),
+        "CFG scale": settings.pop("guidance_scale", None),
+        "Seed": record["seed"],
+        "Size": "{}x{}".format(*record["size"]),
+        "Model": record.get("model"),
+        **_guidance_fields(guidance),
+    }
+    others = {
+        **{n: v for n, v in settings.items() if n not in ("width", "height") and v != []},
+        "classifier": record.get("networks", {}).get("classifier"),
+        "dtype": record["dtype"],
+        "version": record["version"],
+    }
+    named |= {name.replace("_", " ").capitalize(): value for name, value in others.items()}
+    prompt = "\n".join(record.get("prompts", [record.get("prompt", "")]))
+    return format_parameters(prompt, negative, named)
+
+
+def method_label(method: str) -> str:
+    """A guidance for readers, "SAG" say.
+
+    Args:
+        method: Its short name.
+    """
+    return method.upper() if len(method) <= 3 else method.capitalize()
+
+
+def png_text(record: Mapping[str, Any] | str) -> PngInfo:
+    """A PNG's text chunks: `tEXt` if Latin-1 can hold a text, else `iTXt` in UTF-8.
+
+    Args:
+        record: Its text and its JSON are written. A text is written as it is, without JSON.
 
     Returns:
         For the `pnginfo` argument of Pillow's `Image.save`.
     """
     info = PngInfo()
+    parameters = record if isinstance(record, str) else text_of(record)
     try:
         parameters.encode("latin-1")
         info.add_text(PARAMETERS_KEY, parameters)
     except UnicodeEncodeError:
         info.add_itxt(PARAMETERS_KEY, parameters)
+    if not isinstance(record, str):
+        info.add_text(RECORD_KEY, json.dumps(record))
     return info
 
 
 def read_parameters(path: str | Path) -> Parameters:
-    """Reads the settings that a picture was made with.
+    """Reads the settings that a picture was made with, as a web interface does.
 
     Args:
         path: A PNG file.
@@ -104,12 +159,54 @@ def read_parameters(path: str | Path) -> Parameters:
     Raises:
         ValueError: The file has no `parameters` text.
     """
-    with Image.open(path) as image:
-        image.load()
-        text: object = image.info.get(PARAMETERS_KEY)
+    return parse_parameters(_png_chunk(path, PARAMETERS_KEY))
+
+
+def read_record(path: str | Path) -> Record:
+    """Reads the record of a picture or of a file of samples: it can be drawn again from it.
+
+    Args:
+        path: A PNG file, or a `.npz` file that `SampleRun` wrote.
+
+    Raises:
+        ValueError: The file has no record.
+    """
+    text = (_npz_text if Path(path).suffix == ".npz" else _png_chunk)(path, RECORD_KEY)
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"path={str(path)!r}: its {RECORD_KEY!r} text is damaged") from error
+
+
+def _npz_text(path: str | Path, key: str) -> str:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return str(arrays[key].item())
+    except (KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"path={str(path)!r} has no {key!r} text") from error
+
+
+def _png_chunk(path: str | Path, key: str) -> str:
+    try:
+        with Image.open(path) as image:
+            image.load()
+            text: object = image.info.get(key)
+    except UnidentifiedImageError:
+        text = None
     if not isinstance(text, str):
-        raise ValueError(f"path={str(path)!r} has no {PARAMETERS_KEY!r} text")
-    return parse_parameters(text)
+        raise ValueError(f"path={str(path)!r} has no {key!r} text")
+    return text
+
+
+def written(value: object) -> str:
+    """A setting as text: floats in their shortest form, lists separated by commas.
+
+    Args:
+        value: The setting.
+    """
+    if isinstance(value, list | tuple):
+        return ", ".join(map(written, value))
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def version_label() -> str:
@@ -117,10 +214,20 @@ def version_label() -> str:
     return f"self-attention-guidance {__version__}"
 
 
-def _written(value: object) -> str:
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    text = str(value)
+def _guidance_fields(guidance: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of a guidance, "SAG Blur Sigma" and so on."""
+    method = guidance["method"]
+    fields: dict[str, Any] = {"Guidance Method": method}
+    for setting, value in guidance.items():
+        if setting == "method":
+            continue
+        words = setting.removeprefix(f"{method}_").replace("_", " ").title()
+        name = f"{method_label(method)} {words}"
+        fields[_WEB_NAMES.get(name, name)] = "default" if value is None else value
+    return fields
+
+
+def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False) if re.search(r'[,:\n"]', text) else text
 
 

@@ -53,6 +53,7 @@ class LoadedPipeline(Loaded):
     name: str
     pipeline: StableDiffusionSAGPipeline
     recommended: RecommendedSettings
+    settings_class = GenerationSettings
 
     def settings(self, **given: Any) -> GenerationSettings:
         """Generation settings: what is given, else what the model recommends.

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .record import difference
+
 SETTINGS_NAME = "settings.json"
 FINISHED_NAME = "finished.json"
 
@@ -59,16 +61,9 @@ class Parts:
             return None
         try:
             there = json.loads((self.folder / SETTINGS_NAME).read_text(encoding="utf-8"))
-            names = [*self.settings, *(name for name in there if name not in self.settings)]
-            differing = [name for name in names if there.get(name) != self.settings.get(name)]
+            return difference(there, self.settings)
         except (OSError, ValueError, TypeError, AttributeError):
             return f"{SETTINGS_NAME} is missing or damaged"
-        told = [
-            f"{name}={there.get(name)!r:.60}, not {self.settings.get(name)!r:.60}"
-            for name in differing
-        ]
-        more = [f"{len(told) - 3} more"] if len(told) > 3 else []
-        return "; ".join(told[:3] + more) or None
 
     def mark_finished(self, count: int) -> None:
         """Says that the samples are in their file, so that the batches may go.

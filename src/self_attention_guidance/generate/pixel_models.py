@@ -47,6 +47,7 @@ class LoadedPixelModel(Loaded):
     name: str
     pipeline: ADMPipeline
     recommended: RecommendedSettings
+    settings_class = SampleSettings
 
     def settings(self, **given: Any) -> SampleSettings:
         """Settings of samples: what is given, else what the model recommends.

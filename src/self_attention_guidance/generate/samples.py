@@ -12,6 +12,7 @@ Example:
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable
@@ -28,13 +29,12 @@ from ..pipelines.adm import ADMPipeline
 from .drawing import Progress
 from .files import check_folder, check_free, save_png
 from .grid import draw_tiles
-from .metadata import format_parameters, version_label
+from .metadata import RECORD_KEY, Record
 from .npz import StreamedArray, write_npz
 from .parts import Parts
 from .pixel_drawing import draw_samples, to_image
-from .run_identity import describe_run
+from .record import describe_samples
 from .sample_settings import SampleSettings, choose_labels
-from .schedulers import scheduler_label
 from .workers import Crew, Lost, distribute
 
 _MOST_TILES = 64
@@ -107,6 +107,7 @@ class SampleRun:
 
     Attributes:
         drawn: How many of the samples an earlier run left.
+        record: What decides how the samples look: see `describe_samples`.
     """
 
     def __init__(
@@ -125,13 +126,13 @@ class SampleRun:
         Args:
             pipeline: Its `guidance` and `scheduler` are part of the settings.
             out: A `.npz` file: `arr_0`, the samples, uint8, (samples, height, width, channels),
-                and `arr_1`, their classes, int64, (samples,), if they have any. A PNG file beside
-                it shows the first 64.
+                and `arr_1`, their classes, int64, (samples,), if they have any; `read_record`
+                reads its settings. A PNG file beside it shows the first 64.
             num_samples: How many.
             settings: What all samples share; `None` is the defaults.
             seed: Of the first sample.
             overwrite: Whether `out`, and what a run with other settings left, may be replaced.
-            model_name: For the metadata of the PNG file; `None` leaves it out.
+            model_name: For the metadata; `None` leaves it out.
 
         Raises:
             ValueError: An argument is outside its range or does not fit the model, or an
@@ -146,7 +147,8 @@ class SampleRun:
         self.model_name = model_name
         check_scheduler(pipeline.scheduler)
         self.labels = choose_labels(pipeline, self.settings, self.seeds)
-        self.parts = Parts(parts_folder(self.out), describe_run(pipeline, self.settings, seed))
+        self.record = describe_samples(pipeline, self.settings, seed=seed)
+        self.parts = Parts(parts_folder(self.out), self.record)
         difference = self.parts.difference()
         if difference is not None and not overwrite:
             raise ValueError(
@@ -233,6 +235,8 @@ class SampleRun:
         if self.labels is not None:
             labels = np.array(self.labels, dtype=np.int64)
             arrays["arr_1"] = StreamedArray(labels.shape, "int64", [labels])
+        text = np.array([json.dumps(self._whole_record())])
+        arrays[RECORD_KEY] = StreamedArray(text.shape, text.dtype.str, [text])
         whole = self.parts.temporary_path(self.out.name)
         write_npz(whole, arrays)
         os.replace(whole, self.out)
@@ -240,18 +244,12 @@ class SampleRun:
     def _write_grid(self) -> None:
         first = self.parts.read(min(self.num_samples, _MOST_TILES))
         pictures = [to_image(picture) for batch in first for picture in batch]
-        scale = self.settings.sag_scale
-        values = {
-            "Steps": self.settings.num_inference_steps,
-            "Sampler": scheduler_label(self.pipeline.scheduler),
-            "Seed": self.seeds[0],
-            "Size": "{}x{}".format(*pictures[0].size),
-            "Model": self.model_name,
-            "SAG scale": float(self.pipeline.guidance.scale if scale is None else scale),
-            "Version": version_label(),
-        }
-        text = format_parameters("", "", values)
-        save_png(draw_tiles(pictures), grid_path(self.out), text, overwrite=True)
+        save_png(draw_tiles(pictures), grid_path(self.out), self._whole_record(), overwrite=True)
+
+    def _whole_record(self) -> Record:
+        height, width, _ = next(self.parts.read(1)).shape[1:]
+        told = {"model": self.model_name, "size": [width, height], "num_samples": self.num_samples}
+        return {**self.record, **told}
 
 
 def check_samples_path(out: str | Path, overwrite: bool = False) -> Path:

@@ -87,7 +87,7 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
     """
     import diffusers
 
-    if name in _class_names():
+    if name in _class_names() or _is_class(name, diffusers):
         return getattr(diffusers, name).from_config(config)
     sampler, spacing = _find(name)
     scheduler_class = getattr(diffusers, sampler.class_name)
@@ -144,8 +144,16 @@ def scheduler_label(scheduler: Any) -> str:
     Returns:
         For example "DDIM" or "DPM++ 2M Karras"; the class's name where no friendlier one fits.
     """
-    config = scheduler.config
-    class_name = type(scheduler).__name__
+    return label_of(type(scheduler).__name__, scheduler.config)
+
+
+def label_of(class_name: str, config: Mapping[str, Any]) -> str:
+    """Like `scheduler_label`, of a scheduler that there is none of yet.
+
+    Args:
+        class_name: Of the scheduler.
+        config: Its configuration.
+    """
     for sampler in _SAMPLERS:
         chosen = all(config.get(key) == value for key, value in sampler.overrides.items())
         if sampler.class_name == class_name and chosen:
@@ -156,6 +164,11 @@ def scheduler_label(scheduler: Any) -> str:
 
 def _class_names() -> set[str]:
     return {sampler.class_name for sampler in _SAMPLERS}
+
+
+def _is_class(name: str, diffusers: Any) -> bool:
+    found = getattr(diffusers, name, None)
+    return isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin)
 
 
 def _find(name: str) -> tuple[_Sampler, str]:

@@ -1,24 +1,22 @@
-"""The commands `sample` and `convert`."""
+"""The command `sample`."""
 
 from __future__ import annotations
 
 import functools
-import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .loading import check_sampling
 from .options import SamplingOptions, parse_classes, with_options
 from .output import counting_progress, hide_loading_bars, print_line
 
 if TYPE_CHECKING:
     from ..generate import FinishedSamples, LoadedPixelModel
-    from ..guidance import BlurGuidance, SelfAttentionGuidance
+    from ..guidance import Guidance
     from ..pipelines.adm import ADMPipeline
-
-_KINDS = ("adm", "iddpm", "dit", "classifier")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,30 +125,20 @@ def _check_before_loading(
         SampleSettings,
         check_count,
         check_samples_path,
-        check_scheduler_name,
         find_classifier,
-        find_device,
-        find_dtype,
         find_pixel_model,
-        seeds_of,
     )
-    from ..guidance import SelfAttentionGuidance
 
     given = options.sample_arguments()
     SampleSettings(**{name: value for name, value in given.items() if value is not None})
-    SelfAttentionGuidance(**options.guidance_arguments())
-    for name in ("threshold", "layer") if options.blur_guidance else ():
+    check_count("num_samples", num_samples)
+    check_sampling(options, num_samples)
+    for name in ("guidance", "threshold", "layer") if options.blur_guidance else ():
         if getattr(options, name) is not None:
             raise ValueError(
                 f"{name}={getattr(options, name)!r} must not be given with --blur-guidance, which"
-                " reads no attention"
+                " blurs everywhere"
             )
-    check_count("num_samples", num_samples)
-    check_count("batch_size", options.batch_size)
-    seeds_of(options.seed, num_samples)
-    if options.scheduler is not None:
-        check_scheduler_name(options.scheduler)
-    find_dtype(options.dtype, find_device(options.device))
     find_pixel_model(options.model)
     if options.classifier is not None:
         find_classifier(options.classifier)
@@ -172,11 +160,13 @@ def _load_pipeline(options: SampleOptions) -> ADMPipeline:
     return _load(options).pipeline
 
 
-def _without_mask(guidance: SelfAttentionGuidance | BlurGuidance) -> BlurGuidance:
-    from ..guidance import BlurGuidance
+def _without_mask(guidance: Guidance) -> Guidance:
+    """Blur guidance with what its settings have in common with those of another guidance."""
+    from ..guidance import BlurGuidance, Guidance
 
-    names = (field.name for field in fields(BlurGuidance))
-    return BlurGuidance(**{name: getattr(guidance, name) for name in names})
+    own = guidance.to_dict()
+    shared = {name: own[name] for name in BlurGuidance().to_dict() if name in own}
+    return Guidance.from_dict({**shared, "method": BlurGuidance.method})
 
 
 def _summary(finished: FinishedSamples) -> str:
@@ -187,68 +177,3 @@ def _summary(finished: FinishedSamples) -> str:
     earlier = f", {before} of them drawn before, {finished.drawn} now" if before else ""
     rate = finished.drawn / finished.seconds
     return f"{count}{earlier} in {finished.seconds:.1f} s, {rate:.3g} a second"
-
-
-def convert_command(
-    kind: Annotated[str, typer.Argument(metavar="KIND", help="adm, iddpm, dit or classifier.")],
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="The original file.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of the model.")],
-    config: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="JSON: the arguments of the original script."),
-    ] = None,
-    preset: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="The published file's name, for a renamed one; an unknown name lists them.",
-        ),
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Write into a folder that is not empty.")
-    ] = False,
-) -> None:
-    """Convert an original checkpoint to a folder in diffusers format and print its path.
-
-    No code in the checkpoint is ever run. Published files are known by their names.
-
-    \b
-    Examples:
-      sag convert adm 256x256_diffusion_uncond.pt ./imagenet256-uncond
-      sag convert classifier renamed.pt ./classifier --preset 128x128_classifier
-    """
-    if kind not in _KINDS:
-        raise ValueError(f"kind={kind!r} must be one of {', '.join(_KINDS)}")
-    _check_paths(checkpoint, out, overwrite)
-    if config is not None and preset is not None:
-        raise ValueError("config and preset must not be given both")
-    chosen = preset if config is None else _read_config(config)
-
-    from ..models.originals import convert_original, preset_names
-
-    names = preset_names(kind)
-    if preset is not None and preset not in names:
-        raise ValueError(f"preset={preset!r} must be one of {', '.join(names)}")
-    print_line(convert_original(cast("Any", kind), checkpoint, out, chosen))
-
-
-def _check_paths(checkpoint: Path, out: Path, overwrite: bool) -> None:
-    if not checkpoint.is_file():
-        raise ValueError(f"checkpoint={str(checkpoint)!r} must be a file: there is none")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out={str(out)!r} is a file: name a folder")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise FileExistsError(
-            f"out: {str(out)!r} exists and is not empty: choose another place, or overwrite it"
-            " with --overwrite"
-        )
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config: object = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"config={str(path)!r} cannot be read as JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"config={str(path)!r} must hold a JSON object")
-    return config  # pyright: ignore[reportUnknownVariableType]  # JSON's names are texts

@@ -1,0 +1,66 @@
+"""What commands that draw do before they draw: refuse wrong options, then load the model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .options import PromptOptions, SamplingOptions
+from .output import hide_loading_bars
+
+if TYPE_CHECKING:
+    from ..generate import LoadedPipeline
+
+
+def check_sampling(options: SamplingOptions, num_images: int) -> None:
+    """Refuses what can be refused before a model is loaded, which takes its time.
+
+    Args:
+        options: Of a command that draws.
+        num_images: Pictures, which have seeds that follow each other.
+
+    Raises:
+        ValueError: An option is outside its range.
+    """
+    from ..generate import check_count, check_scheduler_name, find_device, find_dtype, seeds_of
+
+    options.guidance_arguments()
+    seeds_of(options.seed, num_images)
+    check_count("batch_size", options.batch_size)
+    if options.scheduler is not None:
+        check_scheduler_name(options.scheduler)
+    find_dtype(options.dtype, find_device(options.device))
+
+
+def check_prompting(options: PromptOptions, num_images: int) -> None:
+    """Like `check_sampling`, for commands that draw prompts.
+
+    Args:
+        options: Of the command.
+        num_images: Pictures of each prompt.
+
+    Raises:
+        ValueError: An option is outside its range, or there is no such model.
+    """
+    from ..generate import GenerationSettings, find_model
+
+    given: dict[str, Any] = options.generation_arguments()
+    GenerationSettings(**{name: value for name, value in given.items() if value is not None})
+    check_sampling(options, num_images)
+    find_model(options.model)
+
+
+def load_pipeline_of(options: PromptOptions) -> LoadedPipeline:
+    """The model that the options name, with the scheduler and guidance that they ask for.
+
+    Args:
+        options: Of a command that draws prompts.
+
+    Raises:
+        ValueError: The model cannot be loaded, or a setting does not suit it.
+    """
+    from ..generate import load_pipeline
+
+    hide_loading_bars()
+    loaded = load_pipeline(options.model, options.device, options.dtype)
+    loaded.use(scheduler=options.scheduler, fast=options.fast, **options.guidance_arguments())
+    return loaded

@@ -1,0 +1,162 @@
+"""What decides how pictures look, as one record: metadata and the identity of runs are made of it.
+
+A record holds values that JSON can hold:
+
+- "settings": arguments of `GenerationSettings` or `SampleSettings`, without the scale of guidance;
+- "guidance": what `Guidance.from_dict` takes;
+- "scheduler" and "scheduler_config": what `make_scheduler` takes;
+- "version" of this package and "dtype" of the network;
+- what the maker adds, as "model", "prompt", "seed" and "size", (width, height) in pixels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import FrozenDict
+from torch import nn
+
+from ..guidance import Guidance
+from ..pipelines.adm import ADMPipeline
+from .metadata import Record, version_label
+from .sample_settings import SampleSettings
+from .settings import GenerationSettings
+
+
+def describe(pipeline: Any, settings: GenerationSettings | SampleSettings, **more: Any) -> Record:
+    """The record of pictures.
+
+    Args:
+        pipeline: The model with its scheduler and guidance.
+        settings: Of the pictures.
+        **more: What else there is to know of them.
+    """
+    scheduler = pipeline.scheduler
+    shared = dataclasses.asdict(settings)
+    scale = shared.pop("sag_scale")
+    record = {
+        "version": version_label(),
+        **more,
+        "settings": shared,
+        "guidance": _guidance(pipeline.guidance, scale),
+        "scheduler": type(scheduler).__name__,
+        "scheduler_config": _public(scheduler.config),
+        "dtype": str(pipeline.unet.dtype).removeprefix("torch."),
+    }
+    return json.loads(json.dumps(record, default=_plain))
+
+
+def describe_samples(
+    pipeline: ADMPipeline,
+    settings: SampleSettings,
+    networks: Mapping[str, str] | None = None,
+    **more: Any,
+) -> Record:
+    """The record of samples. Two runs with equal records draw the same.
+
+    The number of pictures, the batch size and the device are not in it.
+
+    Args:
+        pipeline: The model with its scheduler and guidance.
+        settings: Of the samples.
+        networks: What `fingerprints` says of the pipeline, if it was asked before.
+        **more: What else there is to know of them.
+    """
+    scale = settings.classifier_scale
+    if pipeline.classifier is None:
+        scale = None
+    elif scale is None:
+        scale = 1.0
+    return describe(
+        pipeline,
+        dataclasses.replace(settings, classifier_scale=scale),
+        networks=networks or fingerprints(pipeline, with_classifier=bool(scale)),
+        null_label=pipeline.config["null_label"],
+        **more,
+    )
+
+
+def difference(earlier: Mapping[str, Any], present: Mapping[str, Any]) -> str | None:
+    """Which values of two records differ, in a line: "guidance.every=3, not 4; seed=0, not 1".
+
+    Args:
+        earlier: What there is.
+        present: What is wanted.
+
+    Returns:
+        `None` if they are equal; of many, three are named.
+    """
+    before, now = _flat(earlier), _flat(present)
+    names = [n for n in {**now, **before} if n not in now or n not in before or now[n] != before[n]]
+    told = [
+        f"{n.removeprefix('settings.')}={before.get(n)!r:.80}, not {now.get(n)!r:.80}"
+        for n in names
+    ]
+    more = [f"{len(told) - 3} more"] if len(told) > 3 else []
+    return "; ".join(told[:3] + more) or None
+
+
+def fingerprints(pipeline: Any, with_classifier: bool = True) -> dict[str, str]:
+    """Identifies the networks that a pipeline draws with, by their names.
+
+    Args:
+        pipeline: The model.
+        with_classifier: Whether its classifier, if it has one, is used.
+    """
+    names = ["unet", "vae", "text_encoder", *(["classifier"] if with_classifier else [])]
+    networks = {name: getattr(pipeline, name, None) for name in names}
+    return {name: fingerprint(net) for name, net in networks.items() if net is not None}
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Identifies a network by its class, configuration and weights.
+
+    Args:
+        module: On any device.
+
+    Returns:
+        The class and a hash, for example "UNet2DModel 0a1b2c3d4e5f6071".
+    """
+    digest = hashlib.sha256()
+    config: object = getattr(module, "config", None)
+    known = _public(config) if isinstance(config, FrozenDict) else {}
+    digest.update(json.dumps(known, sort_keys=True, default=_plain).encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy())
+    return f"{type(module).__name__} {digest.hexdigest()[:16]}"
+
+
+def _guidance(guidance: Guidance, scale: float | None) -> dict[str, Any]:
+    if scale is not None:
+        guidance = dataclasses.replace(guidance, scale=float(scale))
+    if guidance.scale == 0:  # then nothing else of it has an effect
+        return {"method": guidance.method, "scale": 0.0}
+    return guidance.to_dict()
+
+
+def _public(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without what only tells where it came from."""
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold in the place of what it can't: lists of arrays, else texts."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found
