@@ -15,12 +15,10 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-
-from .protocols import Scheduler
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 
@@ -33,6 +31,16 @@ _TABLES = ("timesteps", "sigmas", "sigmas_interpol", "alphas_cumprod")
 Level = float | Tensor
 """A number if all pictures share one noise level, else float32 or float64 of shape
 (batch, 1, 1, 1). Python's own numbers need no float64 on the device, and no transfer to it."""
+
+
+class Scheduler(Protocol):
+    """A diffusers scheduler whose timesteps are set.
+
+    Its noise levels are in `sigmas` and counted by `step_index`, or in `alphas_cumprod`.
+    """
+
+    config: Any
+    timesteps: Tensor
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,7 @@ class Prediction:
     from_output: Level
     correction: Level
     noise_from_output: Level
-    limited: Callable[[Tensor], Tensor]
+    limited: Callable[[Tensor], Tensor] = lambda x0: x0
 
     def rows(self, rows: slice) -> Prediction:
         """The relations for part of a batch; the same object if all rows share one step."""
@@ -82,16 +90,10 @@ class Prediction:
         return x_t + self.alpha * (x0_degraded - x0)
 
     def term(self, output: Tensor, weak_output: Tensor, x0_change: Tensor | None = None) -> Tensor:
-        """The guidance term eps - eps' (arXiv 2210.00939, Eq. 16), in units of the output.
+        """The guidance term eps - eps' (arXiv 2210.00939, Eq. 16), in units of the output u.
 
-        Args:
-            output: u, the network's output at x_t.
-            weak_output: u', that of the weakened network.
-            x0_change: By how much the clean sample of its input was changed; `None` if its input
-                was x_t.
-
-        Returns:
-            What is added to `output`, times the scale; same shape.
+        `x0_change` is what was added to the clean sample in the weakened network's input; `None`
+        if that was x_t.
         """
         change = output - weak_output
         return change if x0_change is None else change + self.correction * x0_change
@@ -106,17 +108,13 @@ class Prediction:
 
 
 class Tables:
-    """A scheduler's tables on the CPU, taken there once a run and with one transfer.
-
-    Attributes:
-        has_waited: Whether they had to be fetched from a device.
-    """
+    """A scheduler's tables on the CPU, taken there once a run and with one transfer."""
 
     def __init__(self, scheduler: Scheduler | None) -> None:
-        """Fetch what is on a device; without a scheduler there are no timesteps."""
+        """Fetch what is on a device, and note it; without a scheduler there are no timesteps."""
         found = {name: getattr(scheduler, name, None) for name in _TABLES}
         tables = {name: table for name, table in found.items() if isinstance(table, Tensor)}
-        remote = {name: t for name, t in tables.items() if t.device.type != "cpu"}
+        remote = {name: table for name, table in tables.items() if table.device.type != "cpu"}
         self.has_waited = bool(remote)
         if remote:
             whole = torch.cat([table.flatten() for table in remote.values()]).cpu()
@@ -132,16 +130,12 @@ class Tables:
         """A table in float64, one-dimensional."""
         return self._tables[name].double()
 
-    def first_equal(self, index: int) -> int:
-        """The first of the timesteps that are equal to one."""
-        return int((self["timesteps"] == self["timesteps"][index]).int().argmax())
-
-    def is_unique(self, index: int) -> bool:
-        """Whether no other timestep is equal."""
-        return int((self["timesteps"] == self["timesteps"][index]).sum()) == 1
+    def equal_to(self, index: int) -> list[int]:
+        """Which timesteps are equal to one of them, itself included."""
+        return (self["timesteps"] == self["timesteps"][index]).nonzero().flatten().tolist()
 
     def nearest(self, scheduler: Any, timestep: float) -> int:
-        """The index of the timestep that is nearest to a value."""
+        """Which timestep is nearest to a value."""
         index = int((self["timesteps"] - timestep).abs().argmin())
         if hasattr(scheduler, "sigmas") and hasattr(scheduler, "index_for_timestep"):
             # Of equal ones, a scheduler that begins in the middle may mean the second.
@@ -157,13 +151,9 @@ def prediction_at(
     Args:
         scheduler: A diffusers scheduler whose timesteps are set.
         index: Which of its timesteps it is at.
-        steps: The timesteps of the call, one or one a picture, float64 on the CPU, as the
-            scheduler counts; used where there are no sigmas.
+        steps: The timesteps as `Call.timesteps` has them; used where there are no sigmas.
         tables: Of the scheduler.
         like: Tells the device and the precision of levels that differ between pictures.
-
-    Returns:
-        The relations between input, output and clean sample.
     """
     kind = _prediction_type(scheduler)
     limited = _limit_of(scheduler)
@@ -186,28 +176,16 @@ def prediction_at(
 
 
 def present_prediction(scheduler: Scheduler, timestep: Tensor) -> Prediction:
-    """What a scheduler says of its present step, in a loop that it drives.
-
-    Args:
-        scheduler: A diffusers scheduler whose timesteps are set.
-        timestep: The present one, as the scheduler counts.
-
-    Raises:
-        ValueError: The scheduler is not supported.
-    """
+    """What a scheduler says of its present timestep, in a loop that it drives."""
     check_scheduler(scheduler)
     tables, step = Tables(scheduler), timestep.detach().reshape(1).cpu().double()
-    index = index_of(scheduler)
-    index = tables.nearest(scheduler, float(step)) if index is None else index
-    return prediction_at(scheduler, index, step, tables, timestep)
+    return prediction_at(
+        scheduler, _nearest_step(scheduler, tables, float(step)), step, tables, timestep
+    )
 
 
 def check_scheduler(scheduler: Any) -> None:
-    """Refuse schedulers whose noise level or prediction type is not known here.
-
-    Raises:
-        ValueError: Names the scheduler, what it says of itself, and what would be accepted.
-    """
+    """Refuse schedulers whose noise level or prediction type is not known here."""
     name = type(scheduler).__name__
     if not (hasattr(scheduler, "sigmas") or hasattr(scheduler, "alphas_cumprod")):
         raise ValueError(f"scheduler {name} has neither sigmas nor alphas_cumprod: not supported")
@@ -239,14 +217,9 @@ def check_scheduler(scheduler: Any) -> None:
 
 
 def setting(scheduler: Any, name: str, default: Any = None) -> Any:
-    """A setting that a scheduler uses.
+    """A setting that a scheduler's class knows, else `default`.
 
     Configs also hold settings of other schedulers that they were made from.
-
-    Args:
-        scheduler: A diffusers scheduler.
-        name: Of the setting.
-        default: What to return if the scheduler's class does not know it.
     """
     config = getattr(scheduler, "config", {})
     known = inspect.signature(type(scheduler).__init__).parameters
@@ -260,12 +233,17 @@ def index_of(scheduler: Any) -> int | None:
     return None if index is None else int(index)
 
 
+def _nearest_step(scheduler: Any, tables: Tables, timestep: float) -> int:
+    index = index_of(scheduler)
+    return tables.nearest(scheduler, timestep) if index is None else index
+
+
 def is_at(scheduler: Any, timestep: float) -> bool:
     """Whether a scheduler's timesteps are set, and its state is that of a step at a timestep."""
     if getattr(scheduler, "num_inference_steps", None) is None:
         return False
-    tables, index = Tables(scheduler), index_of(scheduler)
-    index = tables.nearest(scheduler, timestep) if index is None else index
+    tables = Tables(scheduler)
+    index = _nearest_step(scheduler, tables, timestep)
     return 0 <= index < len(tables) and abs(float(tables["timesteps"][index]) - timestep) < 1
 
 
@@ -275,14 +253,16 @@ def place_in(timesteps: Tensor, timestep: Any) -> int | None:
     if not is_single or timestep.dtype != timesteps.dtype or timesteps.stride() != (1,):
         return None
     place = int(timestep.storage_offset()) - int(timesteps.storage_offset())
-    same_memory = timestep.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr()
-    return place if same_memory and 0 <= place < len(timesteps) else None
+    has_same_memory = (
+        timestep.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr()
+    )
+    return place if has_same_memory and 0 <= place < len(timesteps) else None
 
 
 def _is_flow_matching(scheduler: Any) -> bool:
-    # Schedulers made for flow matching have no setting that says so.
-    is_made_for_it = type(scheduler).__name__.startswith("FlowMatch")
-    return is_made_for_it or bool(setting(scheduler, "use_flow_sigmas"))
+    # Schedulers that are made for flow matching have no setting that says so.
+    has_its_name = type(scheduler).__name__.startswith("FlowMatch")
+    return has_its_name or bool(setting(scheduler, "use_flow_sigmas"))
 
 
 def _prediction_type(scheduler: Any) -> Any:
@@ -295,13 +275,9 @@ def _limit_of(scheduler: Any) -> Callable[[Tensor], Tensor]:
     if setting(scheduler, "thresholding"):
         return scheduler._threshold_sample
     if not setting(scheduler, "clip_sample"):
-        return _unchanged
+        return lambda x0: x0
     clip = float(setting(scheduler, "clip_sample_range", 1.0))
     return lambda x0: x0.clamp(-clip, clip)
-
-
-def _unchanged(x0: Tensor) -> Tensor:
-    return x0
 
 
 def _present_sigma(scheduler: Any, index: int, tables: Tables) -> float:
@@ -334,15 +310,13 @@ def _preconditioned(sigma: float, kind: str, sigma_data: float) -> Prediction:
     c_out = sigma * sigma_data * c_in * (-1 if kind == "v_prediction" else 1)
     correction = _ratio(1 - c_skip, c_out)
     noise = -_ratio(c_out, sigma)
-    return Prediction(
-        c_in, sigma * c_in, c_skip / c_in, c_out, correction, noise, limited=_unchanged
-    )
+    return Prediction(c_in, sigma * c_in, c_skip / c_in, c_out, correction, noise)
 
 
 def _flow_matching(sigma: float) -> Prediction:
     """Rectified flow: x = (1 - sigma) * x0 + sigma * eps, u = eps - x0 (arXiv 2209.03003)."""
     alpha = 1 - sigma
-    return Prediction(alpha, sigma, 1.0, -sigma, -1.0, alpha, limited=_unchanged)
+    return Prediction(alpha, sigma, 1.0, -sigma, -1.0, alpha)
 
 
 def _ratio(a: Level, b: Level) -> Level:

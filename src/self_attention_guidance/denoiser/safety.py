@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-from .protocols import uncompiled
+from .families import uncompiled
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -29,12 +29,6 @@ def refuse_caches(denoiser: nn.Module) -> None:
     """Refuse a denoiser that reuses what it computed at other steps.
 
     The weakened pass would overwrite what the first pass keeps, or read it.
-
-    Args:
-        denoiser: The module, compiled or not.
-
-    Raises:
-        ValueError: Names what caches, or may cache.
     """
     network = uncompiled(denoiser)
     name = type(network).__name__
@@ -64,14 +58,7 @@ def refuse_caches(denoiser: nn.Module) -> None:
 
 
 def not_finite(name: str, dtype: torch.dtype, step: int, timestep: Any) -> FloatingPointError:
-    """The error that says where values are no numbers, and the likely cause.
-
-    Args:
-        name: Of what was computed, fit for "... is not finite".
-        dtype: Of its values.
-        step: Index of the present step, from 0.
-        timestep: What the denoiser was given.
-    """
+    """The error that says where values, of a name that fits "... is not finite", are no numbers."""
     cause = "the weights are damaged, or do not fit the model's config or scheduler"
     if dtype == torch.float16:
         cause = "float16 overflows beyond 65504: use bfloat16 or float32"
@@ -84,16 +71,9 @@ def refuse_compiled_in_place(module: nn.Module) -> None:
 
     torch compiles hooks together with the module if told to, and does not look for later ones.
     Otherwise they run around what is compiled.
-
-    Args:
-        module: The denoiser, compiled or not.
-
-    Raises:
-        ValueError: It was compiled with its hooks.
     """
-    if module._compiled_call_impl is None:
-        return
-    if getattr(torch._dynamo.config, "wrap_top_frame", False):
+    is_compiled = module._compiled_call_impl is not None
+    if is_compiled and getattr(torch._dynamo.config, "wrap_top_frame", False):
         raise ValueError(
             f"{type(module).__name__} was compiled in place with torch._dynamo.config."
             "wrap_top_frame, where hooks that are added later are ignored; attach first, or use "

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from .attention import Attend, attending
+from .attention import Attend, standing_in, why_unseen
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,13 @@ class Step:
             attend: What they compute of their queries, keys and values.
 
         Raises:
+            ValueError: There is no self-attention layer of that name.
             RuntimeError: A layer's attention could not be changed.
         """
-        with attending(self.denoiser, layers, attend):
+        with ExitStack() as stack:
+            begun = [stack.enter_context(standing_in(self.denoiser, n, attend)) for n in layers]
             yield
+        for layer, stand_in in zip(layers, begun, strict=True):
+            if not stand_in.was_called:
+                reason = why_unseen(self.denoiser, layer)
+                raise RuntimeError(f"no attention was weakened at {layer!r}: {reason}")

@@ -7,9 +7,9 @@ own output.
 
 from __future__ import annotations
 
-import functools
 import threading
 import weakref
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -17,24 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..denoiser.attention import Noting, Replaced, received, self_attention, why_unseen
+from ..denoiser.attention import StandIn, received, self_attention, standing_in, why_unseen
 from ..denoiser.call import Call, call_of
 from ..denoiser.caller import Caller, find_caller, refuse_unknown
-from ..denoiser.families import BatchLayout, family_names, family_of
+from ..denoiser.families import BatchLayout, family_names, family_of, uncompiled
 from ..denoiser.layout import Layout, layout_of
-from ..denoiser.noise import Prediction, check_scheduler
-from ..denoiser.outputs import added, precise, with_first
-from ..denoiser.picture import PicturePlace, picture_tokens, place_of
-from ..denoiser.protocols import Scheduler, uncompiled
+from ..denoiser.noise import Prediction, Scheduler, check_scheduler
+from ..denoiser.outputs import TwoCalls, added, precise, total, with_first
+from ..denoiser.picture import OnCPU, PicturePlace, picture_tokens, place_of
 from ..denoiser.run import Run
-from ..denoiser.safety import (
-    not_finite,
-    refuse_caches,
-    refuse_compiled_in_place,
-    run_uncompiled,
-)
+from ..denoiser.safety import not_finite, refuse_caches, refuse_compiled_in_place, run_uncompiled
 from ..denoiser.step import Step
-from ..denoiser.two_calls import TwoCalls, total
 from .base import Guidance
 
 # Else two threads could both find a denoiser unguided.
@@ -70,29 +63,42 @@ def attach(
     """
     if not guidances or not all(hasattr(each, "weaken") for each in guidances):
         raise ValueError("attach needs a guidance behind its target: SelfAttentionGuidance(0.75)")
+    pipeline = None if isinstance(target, nn.Module) else target
+    denoiser = _checked_denoiser(target, scheduler, batch_layout)
+    handle = GuidanceHandle(guidances, Run(is_for_this_thread), scheduler, batch_layout)
+    handle._hook(denoiser, pipeline)
+    return handle
+
+
+def _checked_denoiser(target: Any, scheduler: Any, batch_layout: Any) -> nn.Module:
+    """The denoiser of what guidance is attached to, if it can be guided."""
     if batch_layout is not None and batch_layout not in get_args(BatchLayout):
         choices = ", ".join(get_args(BatchLayout))
         raise ValueError(f"batch_layout={batch_layout!r} must be one of {choices}")
-    pipeline = None if isinstance(target, nn.Module) else target
-    denoiser = target if pipeline is None else _denoiser_of(pipeline)
+    denoiser = _denoiser_of(target)
     if denoiser is None:
         raise ValueError(
             f"target={type(target).__name__} must be a diffusers pipeline with a unet or a "
             f"transformer, or a denoiser; supported denoisers: {', '.join(family_names())}"
         )
     family_of(denoiser)
-    if pipeline is not None:
-        refuse_unknown(pipeline)
-    if (pipeline is None) == (scheduler is None):
-        raise ValueError(
-            "scheduler=None must be the scheduler that drives this denoiser"
-            if pipeline is None
-            else "scheduler must not be given with a pipeline: its own is used"
-        )
-    check_scheduler(scheduler if pipeline is None else pipeline.scheduler)
-    handle = GuidanceHandle(guidances, Run(is_for_this_thread), scheduler, batch_layout)
-    handle._hook(denoiser, pipeline)
-    return handle
+    if denoiser is target:
+        if scheduler is None:
+            raise ValueError("scheduler=None must be the scheduler that drives this denoiser")
+        check_scheduler(scheduler)
+        return denoiser
+    refuse_unknown(target)
+    if scheduler is not None:
+        raise ValueError("scheduler must not be given with a pipeline: its own is used")
+    check_scheduler(target.scheduler)
+    return denoiser
+
+
+def _denoiser_of(target: Any) -> nn.Module | None:
+    """A denoiser itself, or that of a pipeline."""
+    own = getattr(target, "unet", getattr(target, "transformer", None))
+    found = target if isinstance(target, nn.Module) else own
+    return found if isinstance(found, nn.Module) else None
 
 
 @dataclass(frozen=True)
@@ -100,29 +106,39 @@ class _FirstPass:
     """A call of the denoiser between its two hooks.
 
     Attributes:
-        call: The call.
-        layout: What it holds.
         plan: The guidances that act, by number, each with the noise that it adds again; `None`
             needs a weakened pass.
         has_all_terms: Whether no term is left to a second call of the step.
         read: The layers that are read, by their dotted paths.
     """
 
+    denoiser: nn.Module
     call: Call
     layout: Layout
     plan: dict[int, Tensor | None]
     has_all_terms: bool
-    read: dict[str, tuple[Replaced, Noting]]
+    read: dict[str, StandIn]
 
-    def attention(self, denoiser: nn.Module, layer: str, rows: slice, on_cpu: Any) -> Tensor:
+    def attention(self, layer: str, rows: slice, on_cpu: OnCPU) -> Tensor:
         """What each of the picture's tokens received, (rows, token rows, columns)."""
-        noted = self.read[layer][1].noted
+        noted = self.read[layer].noted
         if not noted:
-            reason = why_unseen(self_attention(denoiser, layer))
+            reason = why_unseen(self.denoiser, layer)
             raise RuntimeError(f"no attention was recorded at {layer!r}: {reason}")
         positions = noted[0].key.shape[-2]
-        picture, grid = picture_tokens(denoiser, layer, self.call, positions, on_cpu)
+        picture, grid = picture_tokens(self.denoiser, layer, self.call, positions, on_cpu)
         return received(noted, len(self.call.sample), rows, picture).unflatten(1, grid)
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """The rows of a call that a guidance compares with those of a weakened pass."""
+
+    rows: slice
+    sample: Tensor
+    output: Tensor
+    place: PicturePlace
+    levels: Prediction
 
 
 class GuidanceHandle:
@@ -160,12 +176,13 @@ class GuidanceHandle:
         self.term: Tensor | None = None
         self.noted: dict[str, Tensor] = {}
         self._run, self._two_calls = run, TwoCalls()
-        self._scheduler = scheduler
+        self._scheduler: Scheduler | None = scheduler
         self._layout: BatchLayout | None = batch_layout
         # A pipeline keeps its handle, and a denoiser its hooks: neither may be kept by them.
         self._denoiser: Any = _nothing
         self._pipeline: Any = _nothing
         self._hooks: tuple[RemovableHandle, ...] = ()
+        self._reading = ExitStack()
         self._first: _FirstPass | None = None
         self._is_weak = self._is_for_one_call = self._has_begun = False
 
@@ -208,11 +225,7 @@ class GuidanceHandle:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        """Remove the guidance.
-
-        Raises:
-            RuntimeError: The pipeline got another denoiser, which was not guided.
-        """
+        """Remove the guidance; refuse a pipeline that got another denoiser, not guided."""
         self.remove()
         present = _denoiser_of(self._pipeline())
         if error is None and present is not None and not self._was_on(present):
@@ -227,8 +240,9 @@ class GuidanceHandle:
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what belongs to this process; a guided denoiser can be pickled."""
-        transient = {"_denoiser": _nothing, "_pipeline": _nothing, "_first": None}
-        return {**self.__dict__, **transient, "_two_calls": TwoCalls(), "_is_weak": False}
+        transient = {"_denoiser": _nothing, "_pipeline": _nothing, "_reading": ExitStack()}
+        of_calls = {"_first": None, "_is_weak": False, "_two_calls": TwoCalls()}
+        return {**self.__dict__, **transient, **of_calls}
 
     # The hooks
 
@@ -259,19 +273,17 @@ class GuidanceHandle:
             return
         self._has_begun, self._is_weak = True, False
         self._stop_reading()
-        call = call_of(module, family_of(module), args, kwargs)
+        call = call_of(module, args, kwargs)
         caller = find_caller(self._pipeline())
         run.at(call, caller, self._scheduler)
         if run.is_new:
             refuse_caches(module)
         steps = len(run.tables)
         acting = [n for n, each in enumerate(self.guidances) if each.acts_at(run.step, steps)]
-        if not acting:
+        if acting:
+            self._first = self._begin(module, call, caller, acting)
+        else:
             run.read_checks()
-            return
-        self._first = self._planned(module, call, caller, acting)
-        for layer, _ in self._first.read.values():
-            layer.start()
 
     @run_uncompiled
     def _after(
@@ -283,7 +295,7 @@ class GuidanceHandle:
             first = self._stop_reading()
             if first is None or output is None:  # the pass failed, its exception is under way
                 return None
-            return with_first(output, self._guided(module, first, output[0]))
+            return with_first(output, self._guided(first, output[0]))
         finally:
             self._run.leave()
             if self._is_for_one_call:
@@ -291,37 +303,36 @@ class GuidanceHandle:
 
     def _stop_reading(self) -> _FirstPass | None:
         first, self._first = self._first, None
-        for layer, _ in () if first is None else first.read.values():
-            layer.stop()
+        self._reading.close()
         return first
 
-    def _planned(
-        self, module: nn.Module, call: Call, caller: Caller | None, acting: list[int]
+    def _begin(
+        self, denoiser: nn.Module, call: Call, caller: Caller | None, acting: list[int]
     ) -> _FirstPass:
         """What the call holds, and what each acting guidance needs of it."""
         run, two_calls = self._run, self._two_calls
-        layout = layout_of(call, caller, self._layout) or run.layout(module, call, caller)
+        layout = layout_of(call, caller, self._layout) or run.layout(denoiser, call, caller)
         if layout.has_two_calls:
             cfg = None if caller is None else caller.cfg
             two_calls.begin(run.is_new, run.is_same_sample(call), cfg)
         run.compare(call, layout)
         plan: dict[int, Tensor | None] = {}
-        read: dict[str, tuple[Replaced, Noting]] = {}
+        layers: set[str] = set()
         for number in acting:
             guidance = self.guidances[number]
             shape = call.sample[layout.rows(len(call.sample), guidance.branch)].shape
             held = run.held(number, guidance.every, shape, 2 if layout.has_two_calls else 1)
-            if held is None and not two_calls.needs_term(layout, guidance.branch):
-                continue
-            plan[number] = held
-            for layer in guidance.reads(module) if held is None else ():
-                noting = Noting()
-                read[layer] = Replaced(self_attention(module, layer), noting), noting
-        return _FirstPass(call, layout, plan, len(plan) == len(acting), read)
+            if held is not None:
+                plan[number] = held
+            elif two_calls.needs_term(layout, guidance.branch):
+                plan[number] = None
+                layers.update(guidance.reads(denoiser))
+        read = {n: self._reading.enter_context(standing_in(denoiser, n)) for n in layers}
+        return _FirstPass(denoiser, call, layout, plan, len(plan) == len(acting), read)
 
     # Algorithm 1
 
-    def _guided(self, module: nn.Module, first: _FirstPass, whole: Tensor) -> Tensor:
+    def _guided(self, first: _FirstPass, whole: Tensor) -> Tensor:
         """The denoiser's output with what all guidances add to it."""
         call, run = first.call, self._run
         place = place_of(call, whole, run.on_cpu)
@@ -330,16 +341,13 @@ class GuidanceHandle:
         for number, held in first.plan.items():
             rows = first.layout.rows(len(call.sample), self.guidances[number].branch)
             levels = prediction.rows(rows)
-            if held is None:
-                term = self._term(number, module, first, rows, place, levels, whole[rows])
-            else:
-                term = levels.held(held)
-            nothing = torch.zeros_like(whole[rows], dtype=term.dtype)
-            terms[number] = place.written(nothing, term)
+            branch = _Branch(rows, call.sample[rows], whole[rows], place, levels)
+            term = self._term(number, first, branch) if held is None else levels.held(held)
+            terms[number] = place.written(torch.zeros_like(whole[rows], dtype=term.dtype), term)
         if first.layout.has_two_calls:
             guided, terms = self._two_calls.finish(whole, terms, first.has_all_terms)
         else:
-            guided = added(whole, total(terms))
+            guided = added(whole, terms)
         self.term = total(terms).detach() if terms else self.term
         stages = {
             "the denoiser's input": call.sample,
@@ -347,50 +355,41 @@ class GuidanceHandle:
             "its prediction in the weakened pass": guided,
         }
         for name, tensor in stages.items():
-            error = functools.partial(not_finite, name, tensor.dtype, run.step, call.timestep)
-            run.refuse(~tensor.isfinite().all(), error)
+            is_bad = ~tensor.isfinite().all()
+            run.refuse(is_bad, not_finite, name, tensor.dtype, run.step, call.timestep)
         run.read_checks()
         return guided
 
-    def _term(
-        self,
-        number: int,
-        module: nn.Module,
-        first: _FirstPass,
-        rows: slice,
-        place: PicturePlace,
-        levels: Prediction,
-        output: Tensor,
-    ) -> Tensor:
+    def _term(self, number: int, first: _FirstPass, branch: _Branch) -> Tensor:
         """scale * (eps - eps'), in units of the output, by a weakened pass."""
         guidance, run = self.guidances[number], self._run
-        sample = first.call.sample[rows]
-        x_t, u = precise(place.read(sample)), precise(place.read(output))
+        sample, place, levels = branch.sample, branch.place, branch.levels
+        x_t, u = precise(place.read(sample)), precise(place.read(branch.output))
         x0 = levels.x0(x_t, u)
-        layers = guidance.reads(module)
-        attention = {n: first.attention(module, n, rows, run.on_cpu) for n in layers}
-        step = Step(module, levels.limited(x0), attention)
+        layers = guidance.reads(first.denoiser)
+        attention = {n: first.attention(n, branch.rows, run.on_cpu) for n in layers}
+        step = Step(first.denoiser, levels.limited(x0), attention)
         with guidance.weaken(step) as x0_weak:
             sample_weak = sample
             if x0_weak is not None:
                 sample_weak = place.written(sample, levels.renoise(x_t, x0, x0_weak))
-            u_weak = precise(place.read(self._weak_pass(module, first.call, rows, sample_weak)))
+            u_weak = precise(place.read(self._weak_output(first, branch.rows, sample_weak)))
         change = None if x0_weak is None else x0_weak - x0
         term = guidance.scale * levels.term(u, u_weak, change)
         is_nothing = (term == 0).all()
         if change is not None:  # where there was nothing to blur, there is nothing to add
             is_nothing = is_nothing & (sample_weak != sample).any()
-        run.refuse(is_nothing, functools.partial(_no_effect, guidance, run.step))
+        run.refuse(is_nothing, RuntimeError, _NO_EFFECT.format(run.step, guidance))
         run.hold(number, levels.noise(term.detach()), sample.shape)
         self.x0, self.noted = step.x0.detach(), step.noted
         self.steps += 1
         return term
 
-    def _weak_pass(self, module: nn.Module, call: Call, rows: slice, sample: Tensor) -> Tensor:
-        args, kwargs = call.rows(rows, sample)
+    def _weak_output(self, first: _FirstPass, rows: slice, sample: Tensor) -> Tensor:
+        args, kwargs = first.call.rows(rows, sample)
         self._is_weak = True
         try:
-            output: Tensor = module(*args, **kwargs)[0]
+            output: Tensor = first.denoiser(*args, **kwargs)[0]
         finally:
             self._is_weak = False
         if len(output) != len(sample):
@@ -404,34 +403,29 @@ class GuidanceHandle:
     def _was_on(self, denoiser: nn.Module) -> bool:
         """Whether a denoiser is the guided one, or a copy of it."""
         own = self._denoiser()
-        modules = (denoiser, uncompiled(denoiser))
-        if own is not None and any(module in (own, uncompiled(own)) for module in modules):
-            return True
-        hooks = [hook for module in modules for hook in module._forward_hooks.values()]
-        return any(getattr(hook, "__self__", None) is self for hook in hooks)
+        modules = {denoiser, uncompiled(denoiser)}
+        is_own = own is not None and not modules.isdisjoint({own, uncompiled(own)})
+        return is_own or any(self in _handles_on(module) for module in modules)
 
 
-def _denoiser_of(pipeline: Any) -> nn.Module | None:
-    found = getattr(pipeline, "unet", getattr(pipeline, "transformer", None))
-    return found if isinstance(found, nn.Module) else None
+_NO_EFFECT = (
+    "step {}: {} had no effect: the weakened network predicted exactly what the network itself did"
+)
+
+
+def _handles_on(module: nn.Module) -> list[GuidanceHandle]:
+    owners = [getattr(hook, "__self__", None) for hook in module._forward_hooks.values()]
+    return [owner for owner in owners if isinstance(owner, GuidanceHandle)]
+
+
+def _refuse_guided(module: nn.Module) -> None:
+    for handle in _handles_on(module):
+        if handle.attached:
+            by = " and ".join(str(guidance) for guidance in handle.guidances)
+            raise ValueError(
+                f"{type(module).__name__} is guided already, by {by}; remove that handle first"
+            )
 
 
 def _nothing() -> None:
     """In place of a weak reference to what is not there."""
-
-
-def _no_effect(guidance: Guidance, step: int) -> RuntimeError:
-    return RuntimeError(
-        f"step {step}: {guidance} had no effect: the weakened network predicted exactly what the "
-        "network itself did"
-    )
-
-
-def _refuse_guided(module: nn.Module) -> None:
-    for hook in module._forward_hooks.values():
-        owner = getattr(hook, "__self__", None)
-        if isinstance(owner, GuidanceHandle) and owner.attached:
-            by = " and ".join(str(guidance) for guidance in owner.guidances)
-            raise ValueError(
-                f"{type(module).__name__} is guided already, by {by}; remove that handle first"
-            )

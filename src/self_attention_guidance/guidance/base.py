@@ -15,7 +15,7 @@ from ..checks import check_count, check_finite
 
 if TYPE_CHECKING:
     from ..denoiser.families import BatchLayout
-    from ..denoiser.protocols import Scheduler
+    from ..denoiser.noise import Scheduler
     from ..denoiser.step import Step
     from .attach import GuidanceHandle
 
