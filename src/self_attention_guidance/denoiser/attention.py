@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,17 +56,14 @@ class _KernelCalls(TorchFunctionMode):
         self.attend = attend
         self.scores: Any = None
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         operands = None
         if func is _KERNEL:
-            operands = _operands(*args, **kwargs)
+            names = ("query", "key", "value", "attn_mask")
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            query, key, value = given["query"], given["key"], given["value"]
+            operands = Operands(query, key, value, given.get("scale"), given.get("attn_mask"))
         # Attention without the fused kernel, whole or in slices, computes scores, then this.
         elif func is torch.baddbmm:
             bias = args[0] if kwargs.get("beta", 1) else None
@@ -79,18 +76,6 @@ class _KernelCalls(TorchFunctionMode):
         if operands is None:
             return func(*args, **kwargs)
         return self.attend(operands, lambda: func(*args, **kwargs))
-
-
-def _operands(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    *_: Any,
-    scale: float | None = None,
-    **__: Any,
-) -> Operands:
-    return Operands(query, key, value, scale, attn_mask)
 
 
 class StandIn:
@@ -114,11 +99,6 @@ class StandIn:
         self.noted.append(operands)
         return kernel()
 
-    def _is_foreign(self) -> bool:
-        """Whether another thread is in a pass that it began before this one."""
-        # Compiled passes can't ask; that they read one pass too many is noticed by its rows.
-        return not torch.compiler.is_compiling() and threading.get_ident() != self._thread
-
 
 @functools.cache
 def _stand_in_for(processor: type) -> type[StandIn]:
@@ -130,9 +110,10 @@ def _stand_in_for(processor: type) -> type[StandIn]:
     """
 
     def call(self: StandIn, attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if self._is_foreign():
-            return self._processor(attention, *args, **kwargs)
-        with _KernelCalls(self._kernel):
+        # Another thread may be in a pass that it began before this one. Compiled passes can't ask;
+        # that they read one pass too many is noticed by its rows.
+        is_mine = torch.compiler.is_compiling() or threading.get_ident() == self._thread
+        with _KernelCalls(self._kernel) if is_mine else nullcontext():
             return self._processor(attention, *args, **kwargs)
 
     # What else is known of the processor's own call, such as that it is not compiled, is not true
@@ -210,18 +191,17 @@ def received(noted: list[Operands], batch: int, rows: slice, picture: slice) -> 
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         return (whole if by_row else whole.unflatten(0, (batch, -1)))[rows]
 
+    def bias_of(each: Operands) -> Tensor:
+        """What is added to the scores, with as many rows as these have."""
+        bias: Any = each.bias
+        shape = (len(each.query), *[-1] * (each.query.ndim - 1))
+        return bias[(None,) * (each.query.ndim - bias.ndim)].expand(shape)
+
     query, key = joined([each.query for each in noted]), joined([each.key for each in noted])
-    biases = [_bias(each) for each in noted if each.bias is not None]
+    biases = [bias_of(each) for each in noted if each.bias is not None]
     bias = joined(biases) if biases else None
     part = None if picture == slice(0, positions) else picture
     return attention_received(query, key, noted[0].scale, bias, part)
-
-
-def _bias(operands: Operands) -> Tensor:
-    """What is added to the scores, with as many rows as these have."""
-    bias: Any = operands.bias
-    query = operands.query
-    return bias[(None,) * (query.ndim - bias.ndim)].expand(len(query), *[-1] * (query.ndim - 1))
 
 
 def self_attention(denoiser: nn.Module, layer: str) -> nn.Module:

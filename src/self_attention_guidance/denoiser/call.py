@@ -19,33 +19,22 @@ class Call:
     """One call of a denoiser.
 
     Attributes:
-        family: Of the denoiser.
-        arguments: All arguments by name, whole. Containers are copies: diffusers' U-Net empties
-            a list that it is given.
+        arguments: All by name, whole. Containers are copies: diffusers' U-Net empties a list that
+            it is given.
         positional: Names of those that were given by position.
+        sample: x_t of the whole batch.
+        condition: What differs between the halves of classifier-free guidance, if it is a tensor.
+        timestep: A number, or a tensor of any shape.
         timestep_scale: What the network is given over what the scheduler counts.
     """
 
     family: Family
     arguments: dict[str, Any]
     positional: tuple[str, ...]
+    sample: Tensor
+    condition: Tensor | None
+    timestep: Any
     timestep_scale: float
-
-    @property
-    def sample(self) -> Tensor:
-        """x_t of the whole batch, as the denoiser receives it."""
-        return self.arguments[self.family.sample_argument]
-
-    @property
-    def condition(self) -> Tensor | None:
-        """What differs between the halves of classifier-free guidance, of the whole batch."""
-        found = self.arguments.get(self.family.condition)
-        return found if isinstance(found, Tensor) else None
-
-    @property
-    def timestep(self) -> Any:
-        """As the denoiser received it: a number, or a tensor of any shape."""
-        return self.arguments["timestep"]
 
     @property
     def has_one_timestep(self) -> bool:
@@ -61,7 +50,7 @@ class Call:
 
     def rows(self, rows: slice, sample: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments of a call for part of the batch, whose x_t is given."""
-        arguments = {name: _copied(value) for name, value in self.arguments.items()}
+        arguments = _copied(self.arguments)
         batch = len(self.sample)
         if len(range(batch)[rows]) < batch:
             names = ("timestep", *self.family.batched)
@@ -74,18 +63,21 @@ class Call:
 def call_of(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """A call of a denoiser, compiled or not; refuses one without a sample or a timestep."""
     network, family = uncompiled(denoiser), family_of(denoiser)
-    by_position = dict(zip(_parameters(type(network), family.sample_argument), args, strict=False))
-    arguments = {**by_position, **kwargs}
-    for name in (family.sample_argument, "timestep"):
-        if arguments.get(name) is None:
-            raise ValueError(
-                f"{type(network).__name__} was called without {name!r}: give it by name"
-            )
+    names = _parameters(type(network), family.sample_argument)
+    by_position = dict(zip(names, args, strict=False))
+    arguments = _copied({**by_position, **kwargs})
+    sample, timestep = arguments.get(family.sample_argument), arguments.get("timestep")
+    if sample is None or timestep is None:
+        missing = family.sample_argument if sample is None else "timestep"
+        raise ValueError(
+            f"{type(network).__name__} was called without {missing!r}: give it by name"
+        )
+    condition = arguments.get(family.condition)
+    condition = condition if isinstance(condition, Tensor) else None
     # Networks that were trained with rescaled timesteps say so in their config; for others, the
     # table says what their pipelines do.
-    scale = config_of(denoiser).get("timestep_scale", family.timestep_scale)
-    copied = {name: _copied(value) for name, value in arguments.items()}
-    return Call(family, copied, tuple(by_position), float(scale))
+    scale = float(config_of(denoiser).get("timestep_scale", family.timestep_scale))
+    return Call(family, arguments, tuple(by_position), sample, condition, timestep, scale)
 
 
 @functools.cache

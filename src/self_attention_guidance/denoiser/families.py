@@ -198,6 +198,13 @@ def _not_supported(denoiser: str) -> str:
     )
 
 
+def denoiser_of(target: Any) -> nn.Module | None:
+    """A denoiser itself, or that of a pipeline."""
+    own = getattr(target, "unet", getattr(target, "transformer", None))
+    found = target if isinstance(target, nn.Module) else own
+    return found if isinstance(found, nn.Module) else None
+
+
 def config_of(denoiser: nn.Module) -> Mapping[str, Any]:
     """The config of a denoiser; an empty one if it has none."""
     config: Any = getattr(uncompiled(denoiser), "config", {})

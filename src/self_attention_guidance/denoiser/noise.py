@@ -47,17 +47,9 @@ class Scheduler(Protocol):
 class Prediction:
     """The linear relations between a network's input, output and clean sample at one step.
 
-    Attributes:
-        alpha: Signal level of the network's input.
-        sigma: Noise level of the network's input.
-        from_input: Weight of the input x_t in x0.
-        from_output: Weight of the output u in x0.
-        correction: Weight of the change of x0 in the guidance term, (1 - from_input * alpha) /
-            from_output: 0 for epsilon, -sigma for v, 1 for sample, -1 for flow prediction.
-        noise_from_output: Change of the predicted noise with the output,
-            -alpha * from_output / sigma: 1 for epsilon, alpha for v and flow, -alpha / sigma for
-            sample prediction.
-        limited: x0 as the scheduler uses it, which may clip or threshold it.
+    `correction` is the weight of the change of x0 in the guidance term, (1 - from_input * alpha) /
+    from_output, and `noise_from_output` is -alpha * from_output / sigma. `limited` is x0 as the
+    scheduler uses it, which may clip or threshold it.
     """
 
     alpha: Level
@@ -69,10 +61,9 @@ class Prediction:
     limited: Callable[[Tensor], Tensor] = lambda x0: x0
 
     def rows(self, rows: slice) -> Prediction:
-        """The relations for part of a batch; the same object if all rows share one step."""
-        levels = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        cut = {n: level[rows] for n, level in levels.items() if isinstance(level, Tensor)}
-        return dataclasses.replace(self, **cut) if cut else self
+        """The relations for part of a batch."""
+        levels = {name: level for name, level in vars(self).items() if isinstance(level, Tensor)}
+        return dataclasses.replace(self, **{name: level[rows] for name, level in levels.items()})
 
     def x0(self, x_t: Tensor, output: Tensor) -> Tensor:
         """The predicted clean sample, not limited; shapes (batch, channels, height, width)."""
@@ -100,7 +91,8 @@ class Prediction:
 
     def noise(self, term: Tensor) -> Tensor | None:
         """A term in units of the noise, in which it may be held; `None` where alpha is 0."""
-        return None if _has_zero(self.noise_from_output) else term * self.noise_from_output
+        has_zero = bool((torch.as_tensor(self.noise_from_output) == 0).any())
+        return None if has_zero else term * self.noise_from_output
 
     def held(self, noise: Tensor) -> Tensor:
         """What `noise` gave, at this noise level and in units of the output."""
@@ -120,7 +112,7 @@ class Tables:
             whole = torch.cat([table.flatten() for table in remote.values()]).cpu()
             lengths = [table.numel() for table in remote.values()]
             tables.update(zip(remote, whole.split(lengths), strict=True))
-        self._tables = tables
+        self._tables = {name: table.cpu() for name, table in tables.items()}
 
     def __len__(self) -> int:
         """How many timesteps there are."""
@@ -135,7 +127,10 @@ class Tables:
         return (self["timesteps"] == self["timesteps"][index]).nonzero().flatten().tolist()
 
     def nearest(self, scheduler: Any, timestep: float) -> int:
-        """Which timestep is nearest to a value."""
+        """Which timestep a scheduler is at, as it says itself, else as the timestep tells."""
+        index = index_of(scheduler)
+        if index is not None:
+            return index
         index = int((self["timesteps"] - timestep).abs().argmin())
         if hasattr(scheduler, "sigmas") and hasattr(scheduler, "index_for_timestep"):
             # Of equal ones, a scheduler that begins in the middle may mean the second.
@@ -153,14 +148,14 @@ def prediction_at(
         index: Which of its timesteps it is at.
         steps: The timesteps as `Call.timesteps` has them; used where there are no sigmas.
         tables: Of the scheduler.
-        like: Tells the device and the precision of levels that differ between pictures.
+        like: A tensor of the device and the precision of levels that differ between pictures.
     """
-    kind = _prediction_type(scheduler)
-    limited = _limit_of(scheduler)
+    kind, limited = _prediction_type(scheduler), _limit_of(scheduler)
     if hasattr(scheduler, "sigmas"):
         sigma = _present_sigma(scheduler, index, tables)
         if kind == "flow_prediction":
-            return _flow_matching(sigma)
+            # x = (1 - sigma) * x0 + sigma * eps, u = eps - x0 (arXiv 2209.03003)
+            return Prediction(1 - sigma, sigma, 1.0, -sigma, -1.0, 1 - sigma)
         if (sigma_data := setting(scheduler, "sigma_data")) is not None:
             return _preconditioned(sigma, kind, float(sigma_data))
         alpha = 1 / math.sqrt(1 + sigma**2)
@@ -171,7 +166,8 @@ def prediction_at(
         return _variance_preserving(math.sqrt(square), math.sqrt(1 - square), kind, limited)
     alphas_squared = alphas_squared.view(-1, 1, 1, 1)
     levels = alphas_squared.sqrt(), (1 - alphas_squared).sqrt()
-    alpha, sigma = (level.to(like.dtype).to(like.device) for level in levels)
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    alpha, sigma = (level.to(dtype).to(like.device) for level in levels)
     return _variance_preserving(alpha, sigma, kind, limited)
 
 
@@ -179,41 +175,37 @@ def present_prediction(scheduler: Scheduler, timestep: Tensor) -> Prediction:
     """What a scheduler says of its present timestep, in a loop that it drives."""
     check_scheduler(scheduler)
     tables, step = Tables(scheduler), timestep.detach().reshape(1).cpu().double()
-    return prediction_at(
-        scheduler, _nearest_step(scheduler, tables, float(step)), step, tables, timestep
-    )
+    index = tables.nearest(scheduler, float(step))
+    return prediction_at(scheduler, index, step, tables, timestep)
 
 
 def check_scheduler(scheduler: Any) -> None:
     """Refuse schedulers whose noise level or prediction type is not known here."""
-    name = type(scheduler).__name__
+    problem = _problem_of(scheduler)
+    if problem is not None:
+        raise ValueError(f"scheduler {type(scheduler).__name__} {problem}")
+
+
+def _problem_of(scheduler: Any) -> str | None:
+    kind, is_flow = _prediction_type(scheduler), _is_flow_matching(scheduler)
     if not (hasattr(scheduler, "sigmas") or hasattr(scheduler, "alphas_cumprod")):
-        raise ValueError(f"scheduler {name} has neither sigmas nor alphas_cumprod: not supported")
-    if "Inverse" in name:
-        raise ValueError(
-            f"scheduler {name} is not supported: its samples have another noise level than its "
-            "timesteps say"
-        )
-    kind = _prediction_type(scheduler)
+        return "has neither sigmas nor alphas_cumprod: not supported"
+    if "Inverse" in type(scheduler).__name__:
+        return "is not supported: its samples have another noise level than its timesteps say"
     if kind not in PREDICTION_TYPES:
-        raise ValueError(
-            f"scheduler {name} has prediction_type={kind!r}; it must be one of "
-            f"{', '.join(PREDICTION_TYPES)}"
-        )
-    is_flow = _is_flow_matching(scheduler)
+        return f"has prediction_type={kind!r}; it must be one of {', '.join(PREDICTION_TYPES)}"
     if is_flow != (kind == "flow_prediction"):
-        raise ValueError(
-            f"scheduler {name} has prediction_type={kind!r} with "
-            f"use_flow_sigmas={is_flow}; flow_prediction needs flow sigmas, and they need it"
-        )
+        needs = "flow_prediction needs flow sigmas, and they need it"
+        return f"has prediction_type={kind!r} with use_flow_sigmas={is_flow}; {needs}"
     if setting(scheduler, "invert_sigmas"):
-        raise ValueError(f"scheduler {name} has invert_sigmas=True: not supported")
+        return "has invert_sigmas=True: not supported"
     if setting(scheduler, "sigma_data") is not None and "beta_schedule" in scheduler.config:
-        raise ValueError(
-            f"scheduler {name} was made from the config of a variance-preserving scheduler "
+        return (
+            "was made from the config of a variance-preserving scheduler "
             f"(beta_schedule={scheduler.config['beta_schedule']!r}), but it needs a denoiser with "
             "EDM preconditioning; use EulerDiscreteScheduler for this model"
         )
+    return None
 
 
 def setting(scheduler: Any, name: str, default: Any = None) -> Any:
@@ -233,17 +225,12 @@ def index_of(scheduler: Any) -> int | None:
     return None if index is None else int(index)
 
 
-def _nearest_step(scheduler: Any, tables: Tables, timestep: float) -> int:
-    index = index_of(scheduler)
-    return tables.nearest(scheduler, timestep) if index is None else index
-
-
 def is_at(scheduler: Any, timestep: float) -> bool:
     """Whether a scheduler's timesteps are set, and its state is that of a step at a timestep."""
     if getattr(scheduler, "num_inference_steps", None) is None:
         return False
     tables = Tables(scheduler)
-    index = _nearest_step(scheduler, tables, timestep)
+    index = tables.nearest(scheduler, timestep)
     return 0 <= index < len(tables) and abs(float(tables["timesteps"][index]) - timestep) < 1
 
 
@@ -253,10 +240,8 @@ def place_in(timesteps: Tensor, timestep: Any) -> int | None:
     if not is_single or timestep.dtype != timesteps.dtype or timesteps.stride() != (1,):
         return None
     place = int(timestep.storage_offset()) - int(timesteps.storage_offset())
-    has_same_memory = (
-        timestep.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr()
-    )
-    return place if has_same_memory and 0 <= place < len(timesteps) else None
+    memories = (tensor.untyped_storage().data_ptr() for tensor in (timestep, timesteps))
+    return place if len(set(memories)) == 1 and 0 <= place < len(timesteps) else None
 
 
 def _is_flow_matching(scheduler: Any) -> bool:
@@ -313,16 +298,6 @@ def _preconditioned(sigma: float, kind: str, sigma_data: float) -> Prediction:
     return Prediction(c_in, sigma * c_in, c_skip / c_in, c_out, correction, noise)
 
 
-def _flow_matching(sigma: float) -> Prediction:
-    """Rectified flow: x = (1 - sigma) * x0 + sigma * eps, u = eps - x0 (arXiv 2209.03003)."""
-    alpha = 1 - sigma
-    return Prediction(alpha, sigma, 1.0, -sigma, -1.0, alpha)
-
-
 def _ratio(a: Level, b: Level) -> Level:
     """a / b, infinite where Python's own numbers would raise."""
     return math.inf if not isinstance(b, Tensor) and b == 0 else a / b
-
-
-def _has_zero(level: Level) -> bool:
-    return bool((level == 0).any()) if isinstance(level, Tensor) else level == 0

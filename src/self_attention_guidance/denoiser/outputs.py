@@ -26,8 +26,9 @@ def total(terms: dict[int, Tensor]) -> Tensor:
 def added(output: Tensor, terms: dict[int, Tensor]) -> Tensor:
     """A denoiser's output with the terms of its guided rows added to all of its rows."""
     term = total(terms)
-    parts = precise(output).unflatten(0, (-1, len(term)))
-    return (parts + term).flatten(0, 1).to(output.dtype)
+    # Not a view: what a pipeline slices out of it keeps it alive (see `TwoCalls`).
+    everywhere = torch.cat([term] * (len(output) // len(term)))
+    return (precise(output) + everywhere).to(output.dtype)
 
 
 def with_first(output: Any, first: Tensor) -> Any:
@@ -48,11 +49,12 @@ class TwoCalls:
     def __init__(self) -> None:
         """No call yet."""
         self._is_second = self._expects_second = self._owes_guidance = False
+        self._wanted = 0
         self._first: Any = None
         self._first_plain: Any = None
         self._first_terms: dict[int, Tensor] = {}
 
-    def begin(self, is_new_run: bool, has_same_sample: bool, cfg: bool | None) -> None:
+    def begin(self, is_new_run: bool, has_same_sample: bool, cfg: bool | None, wanted: int) -> None:
         """Note a call that is about to run.
 
         Args:
@@ -60,6 +62,7 @@ class TwoCalls:
             has_same_sample: Whether the call before was at the same step with the same x_t.
             cfg: Whether the pipeline says that a second call follows a first one; `None` learns
                 it from the steps before.
+            wanted: How many terms the step needs.
         """
         self._is_second = has_same_sample and not self._is_second and self._first is not None
         if is_new_run:
@@ -72,6 +75,7 @@ class TwoCalls:
                 "a step ran without its second call, and so without guidance; use branch='cond', "
                 "or the branch that is called first"
             )
+        self._wanted = wanted
         if cfg is not None:
             self._expects_second = cfg
         if not self._is_second:
@@ -86,19 +90,13 @@ class TwoCalls:
         return self._is_second or not self._expects_second
 
     def finish(
-        self, prediction: Tensor, terms: dict[int, Tensor], are_all: bool
+        self, prediction: Tensor, terms: dict[int, Tensor]
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """What a call returns, and the terms in it, by the number of their guidance.
-
-        Args:
-            prediction: Of the network.
-            terms: Those that this call made.
-            are_all: Whether none is left to the second call.
-        """
+        """What a call returns, and the terms in it: its own, and those of the first call."""
         if not self._is_second:
             guided = added(prediction, terms) if terms else prediction.clone()
             self._first, self._first_plain = weakref.ref(guided), prediction
-            self._first_terms, self._owes_guidance = terms, not are_all
+            self._first_terms, self._owes_guidance = terms, len(terms) < self._wanted
             return guided, terms
         whole = {**self._first_terms, **terms}
         if terms:

@@ -44,16 +44,17 @@ class Run:
         tables: The scheduler's tables, on the CPU.
         step: Index of the present step among the timesteps.
         is_new: Whether the present call is the run's first.
+        is_weak: Whether the denoiser is in its weakened pass.
     """
 
     def __init__(self, is_for_this_thread: bool = False) -> None:
         """Nothing runs yet; only the thread that makes this may, or any."""
         self.step = 0
-        self.is_new = self._is_repeat = self._has_waited = False
+        self.is_new = self.is_weak = self._is_repeat = self._has_waited = False
         self._is_fixed = is_for_this_thread
         self._owner = threading.current_thread() if is_for_this_thread else None
         self._interrupted: dict[threading.Thread, int] = {}
-        self._busy = threading.Lock()
+        self._entering = threading.Lock()
         self._inside: threading.Thread | None = None
         self._begin(None, Tables(None))
 
@@ -79,21 +80,24 @@ class Run:
         thread = threading.current_thread()
         if self._is_fixed and thread is not self._owner:
             raise RuntimeError(_TWO_THREADS)
-        # After Ctrl-C, an earlier call may never have ended: of this thread, or of another one.
-        if not self.is_inside() and not self._busy.acquire(blocking=False):
-            inside = self._inside
+        with self._entering:
+            # After Ctrl-C, an earlier call may never have ended: of this thread, or of another.
+            inside = None if self.is_inside() else self._inside
             if inside is not None and is_running(denoiser, inside):
                 raise RuntimeError(_TWO_THREADS)
-        self._inside = thread
+            self._inside, self.is_weak = thread, False
 
     def is_inside(self) -> bool:
         """Whether a call of this thread has begun and not ended."""
         return self._inside is threading.current_thread()
 
+    def is_inside_weak_pass(self) -> bool:
+        """Whether the present call is the weakened one of such a call."""
+        return self.is_weak and self.is_inside()
+
     def leave(self) -> None:
         """The call that this thread began ends."""
         self._inside = None
-        self._busy.release()
 
     def _take(self, timesteps: Tensor, step: int) -> None:
         """The run is this thread's."""
@@ -163,14 +167,14 @@ class Run:
             allowed = 0.0 if expected == round(expected) else 1.0
         self.refuse((values[0] - expected).abs() > allowed, _not_at, scheduler, call)
 
-    def prediction(self, call: Call, like: Tensor) -> Prediction:
-        """What the scheduler says of the call; `like` tells the device and the precision."""
+    def prediction(self, call: Call) -> Prediction:
+        """What the scheduler says of the call."""
         assert self._scheduler is not None
         steps = self.tables["timesteps"][self.step : self.step + 1]
         if not hasattr(self._scheduler, "sigmas") and not call.has_one_timestep:
             several = self._timesteps_of(call)
             steps = several if len(several) > 1 else steps
-        return prediction_at(self._scheduler, self.step, steps, self.tables, like)
+        return prediction_at(self._scheduler, self.step, steps, self.tables, call.sample)
 
     # What lies on the device
 
