@@ -36,10 +36,9 @@ _BATCHED = tuple(
 class Packing:
     """How latents are packed into a sequence of tokens, (batch, tokens, channels).
 
-    Attributes:
-        ids: Name of the forward argument that tells where tokens lie: "img_ids" holds a row and a
-            column for each, "img_shapes" the rows and columns of each picture.
-        patch: Side of the square of latent pixels that makes a token.
+    The forward argument `ids` tells where tokens lie: "img_ids" holds a row and a column for each,
+    "img_shapes" the rows and columns of each picture. `patch` is the side of the square of latent
+    pixels that makes a token.
     """
 
     ids: Literal["img_ids", "img_shapes"]
@@ -95,7 +94,7 @@ _FLUX = Family(
 # first ones attend to neighbours and the last ones serve the pixels, so that the middle is what
 # the bottleneck of a U-Net is, the layer that the paper reads. diffusers' examples of
 # perturbed-attention guidance, a relative of this method, take the middle block, too.
-_FAMILIES = {
+FAMILIES = {
     "UNet2DConditionModel": Family(
         layer="mid_block.attentions.0.transformer_blocks.0.attn1",
         sample_argument="sample",
@@ -147,7 +146,7 @@ def register_family(denoiser: str, family: Family) -> None:
     """
     if not denoiser or not isinstance(family, Family):  # type: ignore[redundant-expr]
         raise ValueError(f"register_family({denoiser!r}, {family!r}): needs a name and a Family")
-    _FAMILIES[denoiser] = family
+    FAMILIES[denoiser] = family
 
 
 def register_batch_arguments(denoiser: str, *names: str) -> None:
@@ -160,10 +159,10 @@ def register_batch_arguments(denoiser: str, *names: str) -> None:
     Raises:
         ValueError: The class is not known.
     """
-    family = _FAMILIES.get(denoiser)
+    family = FAMILIES.get(denoiser)
     if family is None:
         raise ValueError(_not_supported(denoiser))
-    _FAMILIES[denoiser] = dataclasses.replace(family, batched=(*family.batched, *names))
+    FAMILIES[denoiser] = dataclasses.replace(family, batched=(*family.batched, *names))
 
 
 def default_layer(denoiser: nn.Module) -> str:
@@ -181,19 +180,14 @@ def family_of(denoiser: nn.Module | type[nn.Module]) -> Family:
     """The table's row for a denoiser, its class, or a subclass; refuses what is not there."""
     cls = denoiser if isinstance(denoiser, type) else type(uncompiled(denoiser))
     for base in cls.__mro__:
-        if base.__name__ in _FAMILIES:
-            return _FAMILIES[base.__name__]
+        if base.__name__ in FAMILIES:
+            return FAMILIES[base.__name__]
     raise ValueError(_not_supported(cls.__name__))
-
-
-def family_names() -> list[str]:
-    """Names of the classes of denoisers that can be guided."""
-    return list(_FAMILIES)
 
 
 def _not_supported(denoiser: str) -> str:
     return (
-        f"denoiser {denoiser} is not supported; supported: {', '.join(_FAMILIES)}; for one of "
+        f"denoiser {denoiser} is not supported; supported: {', '.join(FAMILIES)}; for one of "
         "your own, see register_family"
     )
 

@@ -69,10 +69,6 @@ class Prediction:
         """The predicted clean sample, not limited; shapes (batch, channels, height, width)."""
         return self.from_input * x_t + self.from_output * output
 
-    def output(self, x_t: Tensor, x0: Tensor) -> Tensor:
-        """The network's output that predicts `x0`; shapes (batch, channels, height, width)."""
-        return (x0 - self.from_input * x_t) / self.from_output
-
     def renoise(self, x_t: Tensor, x0: Tensor, x0_degraded: Tensor) -> Tensor:
         """alpha_t * x0_degraded + sigma_t * eps, eps being the noise in `x_t` beside `x0`.
 
@@ -169,14 +165,6 @@ def prediction_at(
     dtype = torch.promote_types(like.dtype, torch.float32)
     alpha, sigma = (level.to(dtype).to(like.device) for level in levels)
     return _variance_preserving(alpha, sigma, kind, limited)
-
-
-def present_prediction(scheduler: Scheduler, timestep: Tensor) -> Prediction:
-    """What a scheduler says of its present timestep, in a loop that it drives."""
-    check_scheduler(scheduler)
-    tables, step = Tables(scheduler), timestep.detach().reshape(1).cpu().double()
-    index = tables.nearest(scheduler, float(step))
-    return prediction_at(scheduler, index, step, tables, timestep)
 
 
 def check_scheduler(scheduler: Any) -> None:

@@ -91,10 +91,6 @@ class Run:
         """Whether a call of this thread has begun and not ended."""
         return self._inside is threading.current_thread()
 
-    def is_inside_weak_pass(self) -> bool:
-        """Whether the present call is the weakened one of such a call."""
-        return self.is_weak and self.is_inside()
-
     def leave(self) -> None:
         """The call that this thread began ends."""
         self._inside = None

@@ -7,7 +7,7 @@ from typing import Any, get_args
 from torch import nn
 
 from ..denoiser.caller import refuse_unknown
-from ..denoiser.families import BatchLayout, denoiser_of, family_names, family_of
+from ..denoiser.families import FAMILIES, BatchLayout, denoiser_of, family_of
 from ..denoiser.noise import Scheduler, check_scheduler
 from ..denoiser.run import Run
 from .base import Guidance
@@ -57,7 +57,7 @@ def _checked_denoiser(target: Any, scheduler: Any, batch_layout: Any) -> nn.Modu
     if denoiser is None:
         raise ValueError(
             f"target={type(target).__name__} must be a diffusers pipeline with a unet or a "
-            f"transformer, or a denoiser; supported denoisers: {', '.join(family_names())}"
+            f"transformer, or a denoiser; supported denoisers: {', '.join(FAMILIES)}"
         )
     family_of(denoiser)
     if denoiser is not target:

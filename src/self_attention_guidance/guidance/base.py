@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args
 
 from torch import Tensor, nn
 
-from ..checks import check_count, check_finite
+from ..checks import check_count, check_number
 from ..denoiser.attention import Attend, standing_in, why_unseen
 from ..denoiser.families import BatchLayout
 from ..denoiser.noise import Scheduler
@@ -146,12 +146,8 @@ class Guidance:
         draws speckles after, and changes slowly.
 
         Args:
-            scale: `None` is a third more than the default at every step, which makes up for the
-                steps that are left out.
+            scale: `None` is a third more than the default, for the steps that are left out.
             **settings: Any others.
-
-        Raises:
-            ValueError: A setting is out of its range or not of its type.
         """
         preset: dict[str, Any] = {"start": 0.2, "stop": 0.65, "every": 3}
         scale = cls().scale * 4 / 3 if scale is None else scale
@@ -186,7 +182,7 @@ class Guidance:
         scheduler: Scheduler | None = None,
         batch_layout: BatchLayout | None = None,
     ) -> GuidanceHandle:
-        """Guide every call of a denoiser until the handle is removed.
+        """Guide every call of a denoiser until the handle is removed (see `attach`).
 
         Args:
             target: A diffusers pipeline, or a denoiser for a loop of your own.
@@ -200,24 +196,7 @@ class Guidance:
 
         Returns:
             The handle; use it in a `with` statement, or call its `remove`.
-
-        Raises:
-            ValueError: The denoiser, its layer or the scheduler is not supported, or the
-                denoiser is guided already.
         """
         from .attach import attach
 
         return attach(target, self, scheduler=scheduler, batch_layout=batch_layout)
-
-
-def check_number(name: str, value: object, low: float, high: float) -> None:
-    """Refuse what is not a number within limits, of which the upper may be infinite."""
-    if not low <= check_finite(name, value) <= high:
-        limits = f"from {low} to {high}" if high < math.inf else f"at least {low}"
-        raise ValueError(f"{name}={value!r} must be {limits}")
-
-
-def check_layer(name: str, value: object) -> None:
-    """Refuse what is not a dotted path or `None`."""
-    if value is not None and (not isinstance(value, str) or not value):
-        raise ValueError(f"{name}={value!r} must be a dotted module path, or None")

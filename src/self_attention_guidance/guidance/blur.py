@@ -10,9 +10,9 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor
 
-from ..checks import check_count
+from ..checks import check_count, check_number
 from ..maths import gaussian_blur
-from .base import Guidance, Step, check_number
+from .base import Guidance, Step
 
 
 @dataclass(frozen=True)

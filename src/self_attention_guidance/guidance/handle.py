@@ -154,7 +154,7 @@ class GuidanceHandle:
     @run_uncompiled
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         run = self._run
-        if not self.attached or run.is_inside_weak_pass():
+        if not self.attached or (run.is_weak and run.is_inside()):
             return
         run.enter(module)
         if self._is_for_one_call and self._has_begun:  # Ctrl-C ended the one call
@@ -200,7 +200,7 @@ class GuidanceHandle:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         run = self._run
-        if not run.is_inside() or run.is_inside_weak_pass():
+        if run.is_weak or not run.is_inside():
             return None
         try:
             guided_call = self._stop_reading()

@@ -8,9 +8,10 @@ from dataclasses import KW_ONLY, dataclass
 
 from torch import Tensor, nn
 
+from ..checks import check_layer
 from ..denoiser.attention import Operands, self_attention, self_attention_layers
 from ..denoiser.families import family_of
-from .base import Branch, Guidance, Step, check_layer
+from .base import Branch, Guidance, Step
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,10 @@ from dataclasses import KW_ONLY, dataclass
 
 from torch import Tensor, nn
 
+from ..checks import check_layer, check_number
 from ..denoiser.families import default_layer
 from ..maths import attention_mask, degrade
-from .base import Step, check_layer, check_number
+from .base import Step
 from .blur import Blurring
 
 
