@@ -172,6 +172,7 @@ def test_sag_and_pag_together_are_the_sum_by_hand(pipe: Any, guidance_scale: flo
     with attach(pipe, SAG, PAG) as handle:
         found = draw(pipe, **arguments)
     assert handle.steps == 8
+    assert handle.mask is not None and handle.attention is not None
     assert difference(found, expected) < 1e-4
     for alone in (SAG, PAG):
         with alone.attach(pipe):

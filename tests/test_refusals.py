@@ -53,6 +53,22 @@ def replace_the_whole(unet: Any) -> None:
     unet.forward = lambda *args, **kwargs: compute(*args, **kwargs)
 
 
+def test_a_forward_that_was_replaced_in_its_class_is_refused_by_name(pipe: Any) -> None:
+    class Cached(UNet2DConditionModel):
+        """Stands in for diffusers' class, so that no other test sees the change."""
+
+    Cached.__module__ = "diffusers.models"
+
+    def cached(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return UNet2DConditionModel.forward(self, *args, **kwargs)
+
+    Cached.forward = cached  # as TeaCache does it
+    pipe.unet.__class__ = Cached
+    told = r"the forward of Cached was replaced by '\S+cached'"
+    with pytest.raises(ValueError, match=told):
+        SelfAttentionGuidance(1.0).attach(pipe)
+
+
 @pytest.mark.parametrize("guidance", GUIDANCES, ids=lambda each: each.method)
 @pytest.mark.parametrize("replace", [replace_a_block, replace_the_whole])
 @pytest.mark.parametrize("when", ["before", "after"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 
@@ -80,6 +81,13 @@ def check_finite(name: str, value: object) -> float:
     return value
 
 
+def check_number(name: str, value: object, low: float, high: float) -> None:
+    """Refuse what is not a number within limits, of which the upper may be infinite."""
+    if not low <= check_finite(name, value) <= high:
+        limits = f"from {low} to {high}" if high < math.inf else f"at least {low}"
+        raise ValueError(f"{name}={value!r} must be {limits}")
+
+
 def check_text(name: str, value: object) -> str:
     """Refuses what is not a text.
 
@@ -98,3 +106,9 @@ def check_text(name: str, value: object) -> str:
     if value.encode("utf-8", "replace").decode("utf-8") != value:
         raise ValueError(f"{name} holds half of a surrogate pair, which is no character")
     return value
+
+
+def check_layer(name: str, value: object) -> None:
+    """Refuse what is not a dotted path or `None`."""
+    if value is not None and (not isinstance(value, str) or not value):
+        raise ValueError(f"{name}={value!r} must be a dotted module path, or None")

@@ -7,7 +7,6 @@ Self-Attention Guidance", ICCV 2023, arXiv 2210.00939.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -41,47 +40,31 @@ def attention_received(
     Returns:
         Shape (batch, positions), or those of the picture; float32, not negative.
     """
-    batch, heads, _, channels = query.shape
+    batch, heads, queries, channels = query.shape
     positions = key.shape[2]
-    inside = slice(0, positions) if picture is None else picture
+    inside = slice(None) if picture is None else picture
     keys = key.float().transpose(-1, -2) * (channels**-0.5 if scale is None else scale)
-    query = query if picture is None else query[:, :, picture]
-    received = keys.new_zeros(batch, len(range(positions)[inside]))
+    if bias is not None:
+        bias = bias.expand(batch, heads, queries, positions)[:, :, inside]
+    query = query[:, :, inside].float()
+    received = keys.new_zeros(batch, positions)[:, inside]
     rows = max(1, _PROBABILITIES_AT_ONCE // (batch * heads * positions))
-    biases = _query_slices(bias, inside, query.shape[2], rows)
     with torch.autocast(query.device.type, enabled=False):
-        for part, offset in zip(query.float().split(rows, dim=2), biases, strict=True):
-            scores = part @ keys if offset is None else _biased(part @ keys, offset)
+        for start in range(0, query.shape[2], rows):
+            part = slice(start, start + rows)
+            scores = query[:, :, part] @ keys
+            if bias is not None and bias.dtype == torch.bool:
+                scores = torch.where(bias[:, :, part], scores, -torch.inf)
+            elif bias is not None:
+                scores = scores + bias[:, :, part]
             received += scores.softmax(dim=-1).sum(dim=(1, 2))[:, inside]
     if picture is None:
-        return received * (positions / (heads * query.shape[2]))
+        return received * (positions / (heads * queries))
     return received / received.mean(dim=1, keepdim=True)
 
 
-def _query_slices(
-    bias: Tensor | None, inside: slice, queries: int, rows: int
-) -> Sequence[Tensor | None]:
-    """The parts of `bias` that belong to every `rows` of the queries."""
-    count = -(-queries // rows)
-    if bias is None or bias.shape[-2] == 1:
-        return [bias] * count
-    return bias[..., inside, :].split(rows, dim=-2)
-
-
-def _biased(scores: Tensor, bias: Tensor) -> Tensor:
-    return scores.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else scores + bias
-
-
 def attention_mask(received: Tensor, threshold: float = 1.0) -> Tensor:
-    """The positions that receive more attention than `threshold` (Eq. 14).
-
-    Args:
-        received: Attention received, any shape, mean 1 over positions.
-        threshold: The paper's psi, in units of the mean; 1.0 in the paper.
-
-    Returns:
-        Bool, same shape.
-    """
+    """The positions that receive more attention than `threshold`, the paper's psi (Eq. 14)."""
     return received > threshold
 
 
@@ -95,9 +78,6 @@ def gaussian_blur(image: Tensor, sigma: float, kernel_size: int) -> Tensor:
         image: Shape (batch, channels, height, width).
         sigma: Standard deviation in pixels, not negative; 0 changes nothing.
         kernel_size: Taps of the kernel, odd.
-
-    Returns:
-        Same shape and dtype.
     """
     if sigma == 0 or kernel_size == 1:
         return image
@@ -127,7 +107,7 @@ def _blur_matrix(size: int, sigma: float, kernel_size: int, device: torch.device
 
 
 def degrade(x0: Tensor, mask: Tensor | None, blur_sigma: float, kernel_size: int) -> Tensor:
-    """Blur a predicted clean sample where the mask is set (Eq. 15).
+    """Blur a predicted clean sample where the mask is set (Eq. 15), and nowhere else.
 
     Args:
         x0: Shape (batch, channels, height, width).
@@ -135,9 +115,6 @@ def degrade(x0: Tensor, mask: Tensor | None, blur_sigma: float, kernel_size: int
             size by nearest neighbours; `None` blurs everywhere.
         blur_sigma: Standard deviation in pixels of `x0`.
         kernel_size: Taps of the kernel, odd.
-
-    Returns:
-        Same shape as `x0`; equal to it, bit for bit, where the mask is not set.
     """
     blurred = gaussian_blur(x0, blur_sigma, kernel_size)
     if mask is None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..denoiser.protocols import uncompiled
+from ..denoiser.families import uncompiled
 from ..guidance import SelfAttentionGuidance
 from .networks import Network, exact_guidance, fast_guidance
 from .plan import Configuration

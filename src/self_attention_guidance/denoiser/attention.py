@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..maths import attention_received
-from .protocols import uncompiled
+from .families import uncompiled
 
 # Torch's own kernel, also where `torch.nn.functional` holds a wrapper of it.
 _KERNEL: Any = torch._C._nn.scaled_dot_product_attention  # type: ignore[attr-defined]
@@ -56,67 +56,52 @@ class _KernelCalls(TorchFunctionMode):
         self.attend = attend
         self.scores: Any = None
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        operands = None
         if func is _KERNEL:
             names = ("query", "key", "value", "attn_mask")
             given = {**dict(zip(names, args, strict=False)), **kwargs}
-            operands = Operands(
-                given["query"],
-                given["key"],
-                given["value"],
-                given.get("scale"),
-                given.get("attn_mask"),
-            )
-            return self.attend(operands, lambda: func(*args, **kwargs))
+            query, key, value = given["query"], given["key"], given["value"]
+            operands = Operands(query, key, value, given.get("scale"), given.get("attn_mask"))
         # Attention without the fused kernel, whole or in slices, computes scores, then this.
-        if func is torch.baddbmm:
+        elif func is torch.baddbmm:
             bias = args[0] if kwargs.get("beta", 1) else None
             self.scores = (args[1], args[2].transpose(-1, -2), kwargs.get("alpha", 1), bias)
         elif func is torch.bmm and self.scores is not None:
             (query, key, scale, bias), self.scores = self.scores, None
             operands = Operands(query, key, args[1], scale, bias)
-            return self.attend(operands, lambda: func(*args, **kwargs))
-        if args and func is torch.Tensor.unflatten:  # torch.compile traces it as a method only
+        elif args and func is torch.Tensor.unflatten:  # torch.compile traces it as a method only
             return args[0].unflatten(*args[1:], **kwargs)
-        return func(*args, **kwargs)
+        if operands is None:
+            return func(*args, **kwargs)
+        return self.attend(operands, lambda: func(*args, **kwargs))
 
 
-class Noting:
-    """Notes the operands of kernels, and lets them work."""
+class StandIn:
+    """Stands in for a layer's attention processor during one forward pass.
 
-    def __init__(self) -> None:
-        """Nothing is noted yet."""
+    Where the layer calls its kernel, `attend` does the work. Without it, the kernel does, and its
+    operands are `noted`.
+    """
+
+    def __init__(self, processor: Any, attend: Attend | None) -> None:
+        """Stand in for `processor`."""
         self.noted: list[Operands] = []
+        self.was_called = False
+        self._processor, self._attend = processor, attend
+        self._thread = threading.get_ident()
 
-    def __call__(self, operands: Operands, kernel: Callable[[], Tensor]) -> Tensor:
-        """Note the operands of one call."""
+    def _kernel(self, operands: Operands, kernel: Callable[[], Tensor]) -> Tensor:
+        self.was_called = True
+        if self._attend is not None:
+            return self._attend(operands, kernel)
         self.noted.append(operands)
         return kernel()
 
 
-class _StandIn:
-    """Stands in for a layer's attention processor during one forward pass."""
-
-    def __init__(self, processor: Any, attend: Attend) -> None:
-        self.processor = processor
-        self.attend = attend
-        self.thread = threading.get_ident()
-
-    def is_foreign(self) -> bool:
-        """Whether another thread is in a pass that it began before this one."""
-        # Compiled passes can't ask; that they read one pass too many is noticed by its rows.
-        return not torch.compiler.is_compiling() and threading.get_ident() != self.thread
-
-
 @functools.cache
-def _standing_in(processor: type, attend: Any) -> type[_StandIn]:
+def _stand_in_for(processor: type) -> type[StandIn]:
     """The class that stands in for processors of one class.
 
     diffusers drops every keyword that is not in the signature of a processor's `__call__`, so it
@@ -124,87 +109,42 @@ def _standing_in(processor: type, attend: Any) -> type[_StandIn]:
     torch.compile compiles anew for a class that it has not seen, but not for an object.
     """
 
-    def call(self: _StandIn, attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if self.is_foreign():
-            return self.processor(attention, *args, **kwargs)
-        with _KernelCalls(self.attend):
-            return self.processor(attention, *args, **kwargs)
+    def call(self: StandIn, attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # Another thread may be in a pass that it began before this one. Compiled passes can't ask;
+        # that they read one pass too many is noticed by its rows.
+        is_mine = torch.compiler.is_compiling() or threading.get_ident() == self._thread
+        with _KernelCalls(self._kernel) if is_mine else nullcontext():
+            return self._processor(attention, *args, **kwargs)
 
     # What else is known of the processor's own call, such as that it is not compiled, is not true
     # of this one.
     functools.update_wrapper(call, processor.__call__, assigned=(), updated=())
-    return type(f"StandIn{processor.__name__}", (_StandIn,), {"__call__": call})
-
-
-class Replaced:
-    """A layer whose kernels a function stands in for, between `start` and `stop`.
-
-    Its processor is replaced only in between, by one that calls it, so that processors may be
-    changed at any other time, and compiled modules notice.
-    """
-
-    def __init__(self, attention: nn.Module, attend: Attend) -> None:
-        """Prepare `attention`, a layer as `self_attention` returns it."""
-        self._attention: Any = attention
-        self._attend = attend
-        self._processor: Any = None
-
-    def start(self) -> None:
-        """Replace the processor."""
-        self._processor = self._attention.processor
-        stand_in = _standing_in(type(self._processor), type(self._attend))
-        self._attention.set_processor(stand_in(self._processor, self._attend))
-
-    def stop(self) -> None:
-        """Restore the processor; idempotent."""
-        if self._processor is not None:
-            self._attention.set_processor(self._processor)
-            self._processor = None
+    return type(f"StandIn{processor.__name__}", (StandIn,), {"__call__": call})
 
 
 @contextmanager
-def attending(denoiser: nn.Module, layers: Sequence[str], attend: Attend) -> Generator[None]:
-    """Let layers compute another attention inside the `with` statement.
+def standing_in(
+    denoiser: nn.Module, layer: str, attend: Attend | None = None
+) -> Generator[StandIn]:
+    """Let `attend` stand in for a layer's kernels inside the `with` statement, or note them.
 
-    Args:
-        denoiser: The module that holds the layers, compiled or not.
-        layers: Dotted paths.
-        attend: What they compute.
-
-    Raises:
-        ValueError: There is no self-attention layer of that name.
-        RuntimeError: The attention of a layer was not changed.
+    The layer's processor is replaced only there, by one that calls it, so that processors may be
+    changed at any other time, and compiled modules notice.
     """
-    modules = [self_attention(denoiser, layer) for layer in layers]
-    counts = [_Counting(attend) for _ in layers]
-    replaced = [Replaced(*pair) for pair in zip(modules, counts, strict=True)]
+    attention: Any = self_attention(denoiser, layer)
+    processor = attention.processor
+    stand_in = _stand_in_for(type(processor))(processor, attend)
+    attention.set_processor(stand_in)
     try:
-        for each in replaced:
-            each.start()
-        yield
+        yield stand_in
     finally:
-        for each in replaced:
-            each.stop()
-    for layer, module, count in zip(layers, modules, counts, strict=True):
-        if not count.calls:
-            raise RuntimeError(f"no attention was weakened at {layer!r}: {why_unseen(module)}")
+        attention.set_processor(processor)
 
 
-class _Counting:
-    """Notes that a kernel was replaced."""
-
-    def __init__(self, attend: Attend) -> None:
-        self.attend = attend
-        self.calls: list[bool] = []
-
-    def __call__(self, operands: Operands, kernel: Callable[[], Tensor]) -> Tensor:
-        self.calls.append(True)
-        return self.attend(operands, kernel)
-
-
-def why_unseen(attention: Any) -> str:
+def why_unseen(denoiser: nn.Module, layer: str) -> str:
     """Why a layer's attention could not be read or changed, and what to do."""
-    processor, wrapper = attention.processor, F.scaled_dot_product_attention
+    processor: Any = self_attention(denoiser, layer).processor
+    wrapper = F.scaled_dot_product_attention
     name = type(processor).__name__
     backend = getattr(processor, "_attention_backend", None)
     if backend is not None:
@@ -213,7 +153,10 @@ def why_unseen(attention: Any) -> str:
             "torch's kernel; call set_attention_backend('native')"
         )
     if "XFormers" in name:
-        return f"its {name} does not; call disable_xformers_memory_efficient_attention()"
+        return (
+            f"its {name} does not call torch's kernel; call "
+            "disable_xformers_memory_efficient_attention()"
+        )
     if wrapper is not _KERNEL:
         return (
             "torch.nn.functional.scaled_dot_product_attention was replaced by "
@@ -227,19 +170,13 @@ def why_unseen(attention: Any) -> str:
 
 
 def received(noted: list[Operands], batch: int, rows: slice, picture: slice) -> Tensor:
-    """The attention that each position received (see `maths.attention_received`).
+    """The attention that the picture's positions received (see `maths.attention_received`).
 
     Args:
         noted: The calls of the layer's kernel in one pass; not empty.
-        batch: Batch size of the pass that was read.
-        rows: The part of the batch that is wanted.
+        batch: Rows of the pass that was read.
+        rows: Those of them that are wanted.
         picture: The positions that are wanted.
-
-    Returns:
-        Shape (rows, positions), float32.
-
-    Raises:
-        RuntimeError: The layer attended for another number of rows than the batch has.
     """
     # Image prompts are attended to in a call of their own.
     positions = noted[0].key.shape[-2]
@@ -257,35 +194,21 @@ def received(noted: list[Operands], batch: int, rows: slice, picture: slice) -> 
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         return (whole if by_row else whole.unflatten(0, (batch, -1)))[rows]
 
+    def bias_of(each: Operands) -> Tensor:
+        """What is added to the scores, with as many rows as these have."""
+        bias: Any = each.bias
+        shape = (len(each.query), *[-1] * (each.query.ndim - 1))
+        return bias[(None,) * (each.query.ndim - bias.ndim)].expand(shape)
+
     query, key = joined([each.query for each in noted]), joined([each.key for each in noted])
-    biases = [_bias(each) for each in noted if each.bias is not None]
-    is_whole = picture == slice(0, positions)
-    return attention_received(
-        query,
-        key,
-        noted[0].scale,
-        joined(biases) if biases else None,
-        None if is_whole else picture,
-    )
-
-
-def _bias(operands: Operands) -> Tensor:
-    """What is added to the scores, with as many rows as these have."""
-    bias: Any = operands.bias
-    query = operands.query
-    return bias[(None,) * (query.ndim - bias.ndim)].expand(len(query), *[-1] * (query.ndim - 1))
+    biases = [bias_of(each) for each in noted if each.bias is not None]
+    bias = joined(biases) if biases else None
+    part = None if picture == slice(0, positions) else picture
+    return attention_received(query, key, noted[0].scale, bias, part)
 
 
 def self_attention(denoiser: nn.Module, layer: str) -> nn.Module:
-    """The self-attention layer at a dotted path.
-
-    Args:
-        denoiser: The module that holds the layer, compiled or not.
-        layer: Dotted path.
-
-    Raises:
-        ValueError: There is no self-attention layer of that name; lists those that there are.
-    """
+    """The self-attention layer at a dotted path of a denoiser, compiled or not."""
     modules = dict(uncompiled(denoiser).named_modules())
     if layer in modules and _is_self_attention(modules[layer]):
         return modules[layer]

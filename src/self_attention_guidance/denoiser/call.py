@@ -11,8 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .families import Family
-from .protocols import config_of, uncompiled
+from .families import Family, config_of, family_of, uncompiled
 
 
 @dataclass(frozen=True)
@@ -20,93 +19,65 @@ class Call:
     """One call of a denoiser.
 
     Attributes:
-        family: Of the denoiser.
-        arguments: All arguments by name, whole. Containers are copies: diffusers' U-Net empties
-            a list that it is given.
+        arguments: All by name, whole. Containers are copies: diffusers' U-Net empties a list that
+            it is given.
         positional: Names of those that were given by position.
+        sample: x_t of the whole batch.
+        condition: What differs between the halves of classifier-free guidance, if it is a tensor.
+        timestep: A number, or a tensor of any shape.
         timestep_scale: What the network is given over what the scheduler counts.
     """
 
     family: Family
     arguments: dict[str, Any]
     positional: tuple[str, ...]
+    sample: Tensor
+    condition: Tensor | None
+    timestep: Any
     timestep_scale: float
-
-    @property
-    def sample(self) -> Tensor:
-        """x_t of the whole batch, as the denoiser receives it."""
-        return self.arguments[self.family.sample_argument]
-
-    @property
-    def condition(self) -> Tensor | None:
-        """What differs between the halves of classifier-free guidance, of the whole batch."""
-        found = self.arguments.get(self.family.condition)
-        return found if isinstance(found, Tensor) else None
-
-    @property
-    def timestep(self) -> Any:
-        """As the denoiser received it: a number, or a tensor of any shape."""
-        return self.arguments["timestep"]
 
     @property
     def has_one_timestep(self) -> bool:
         """Whether the timestep is one number, maybe repeated without a copy."""
         return not isinstance(self.timestep, Tensor) or not any(self.timestep.stride())
 
-    def timesteps(self) -> Tensor:
-        """The timesteps as the scheduler counts, one or one a picture, float64 on the CPU."""
+    def timesteps(self) -> list[float]:
+        """The timesteps as the scheduler counts, one, or one a picture."""
         values = torch.as_tensor(self.timestep).flatten()
-        values = (values[:1] if self.has_one_timestep else values).cpu().double()
-        values = values / self.timestep_scale
-        return values[:1] if bool((values == values[0]).all()) else values
+        numbers = (values[:1] if self.has_one_timestep else values).cpu().tolist()
+        numbers = numbers[:1] if len(set(numbers)) == 1 else numbers
+        return [number / self.timestep_scale for number in numbers]
 
     def rows(self, rows: slice, sample: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional and keyword arguments of a call for part of the batch.
-
-        Args:
-            rows: The part.
-            sample: x_t of that part.
-
-        Raises:
-            ValueError: An argument that holds a row for each picture holds another number.
-        """
-        arguments = {name: _copied(value) for name, value in self.arguments.items()}
+        """Positional and keyword arguments of a call for part of the batch, whose x_t is given."""
+        arguments = _copied(self.arguments)
         batch = len(self.sample)
         if len(range(batch)[rows]) < batch:
-            cut = functools.partial(_cut, batched=_tree(self.family), batch=batch, rows=rows)
+            names = ("timestep", *self.family.batched)
+            cut = functools.partial(_cut, batched=names, batch=batch, rows=rows)
             arguments = {name: cut(value, name) for name, value in arguments.items()}
         arguments[self.family.sample_argument] = sample
         return tuple(arguments.pop(name) for name in self.positional), arguments
 
 
-def call_of(
-    denoiser: nn.Module, family: Family, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Call:
-    """A call of a denoiser.
-
-    Args:
-        denoiser: The module, compiled or not.
-        family: Its row of the table.
-        args: Positional arguments.
-        kwargs: Keyword arguments.
-
-    Raises:
-        ValueError: The sample or the timestep is missing.
-    """
-    names = _parameters(type(uncompiled(denoiser)), family.sample_argument)
+def call_of(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """A call of a denoiser, compiled or not; refuses one without a sample or a timestep."""
+    network, family = uncompiled(denoiser), family_of(denoiser)
+    names = _parameters(type(network), family.sample_argument)
     by_position = dict(zip(names, args, strict=False))
-    arguments = {**by_position, **kwargs}
-    for name in (family.sample_argument, "timestep"):
-        if arguments.get(name) is None:
-            raise ValueError(
-                f"{type(uncompiled(denoiser)).__name__} was called without {name!r}: give it by "
-                "name"
-            )
+    arguments = _copied({**by_position, **kwargs})
+    sample, timestep = arguments.get(family.sample_argument), arguments.get("timestep")
+    if sample is None or timestep is None:
+        missing = family.sample_argument if sample is None else "timestep"
+        raise ValueError(
+            f"{type(network).__name__} was called without {missing!r}: give it by name"
+        )
+    condition = arguments.get(family.condition)
+    condition = condition if isinstance(condition, Tensor) else None
     # Networks that were trained with rescaled timesteps say so in their config; for others, the
     # table says what their pipelines do.
-    scale = config_of(denoiser).get("timestep_scale", family.timestep_scale)
-    copied = {name: _copied(value) for name, value in arguments.items()}
-    return Call(family, copied, tuple(by_position), float(scale))
+    scale = float(config_of(denoiser).get("timestep_scale", family.timestep_scale))
+    return Call(family, arguments, tuple(by_position), sample, condition, timestep, scale)
 
 
 @functools.cache
@@ -120,17 +91,6 @@ def _parameters(denoiser: type[nn.Module], sample_argument: str) -> list[str]:
     return []
 
 
-@functools.cache
-def _tree(family: Family) -> dict[str, Any]:
-    """The names of batched arguments as nested dictionaries; an empty one holds all below."""
-    tree: dict[str, Any] = {}
-    for name in (family.sample_argument, "timestep", *family.batched):
-        branch = tree
-        for part in name.split("."):
-            branch = branch.setdefault(part, {})
-    return tree
-
-
 def _copied(argument: Any) -> Any:
     """`argument` with its containers copied, and its tensors as they are."""
     if isinstance(argument, Mapping):
@@ -141,20 +101,18 @@ def _copied(argument: Any) -> Any:
     return argument
 
 
-def _cut(argument: Any, name: str, batched: dict[str, Any], batch: int, rows: slice) -> Any:
-    """`argument` for some rows of the batch, if the names say that it holds them."""
-    if name not in batched or argument is None:
-        return argument
-    below = batched[name]
-    cut = functools.partial(_cut, batch=batch, rows=rows)
+def _cut(argument: Any, name: str, batched: tuple[str, ...], batch: int, rows: slice) -> Any:
+    """`argument` for some rows of the batch, if its name, or one above, says that it holds them."""
+    cut = functools.partial(_cut, batched=batched, batch=batch, rows=rows)
     if isinstance(argument, Mapping):
         entries = cast("Mapping[str, Any]", argument)
-        names = below or dict.fromkeys(entries, cast("dict[str, Any]", {}))
-        return {key: cut(entry, key, names) for key, entry in entries.items()}
+        return {key: cut(entry, f"{name}.{key}") for key, entry in entries.items()}
+    if not any(f"{name}.".startswith(f"{each}.") for each in batched):
+        return argument
     if isinstance(argument, list | tuple):
         items = cast("list[Any] | tuple[Any, ...]", argument)
-        if any(isinstance(item, Tensor | list | tuple) and _holds_tensors(item) for item in items):
-            return type(items)(cut(item, name, batched) for item in items)
+        if _holds_tensors(items):
+            return type(items)(cut(item, name) for item in items)
         return items[rows] if len(items) == batch else items
     if not isinstance(argument, Tensor) or argument.ndim == 0 or len(argument) == 1:
         return argument

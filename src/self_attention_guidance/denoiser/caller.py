@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import sys
 import threading
 from dataclasses import dataclass
@@ -21,66 +22,36 @@ _CFG = "do_classifier_free_guidance"
 
 # Pipelines whose denoiser sees x_t = alpha_t * x0 + sigma_t * eps as its scheduler counts, in its
 # first channels or tokens, one or two conditions a picture. Their subclasses are known, too.
-_KNOWN = frozenset(
-    """
-    StableDiffusionPipeline StableDiffusionImg2ImgPipeline StableDiffusionInpaintPipeline
-    StableDiffusionDepth2ImgPipeline StableDiffusionUpscalePipeline
-    StableDiffusionImageVariationPipeline StableDiffusionAdapterPipeline
-    StableDiffusionControlNetPipeline StableDiffusionControlNetImg2ImgPipeline
-    StableDiffusionControlNetInpaintPipeline StableDiffusionControlNetXSPipeline
-    StableDiffusionDiffEditPipeline StableDiffusionGLIGENPipeline
-    StableDiffusionGLIGENTextImagePipeline StableDiffusionLDM3DPipeline
-    StableDiffusionModelEditingPipeline StableDiffusionPanoramaPipeline StableDiffusionSAGPipeline
-    StableUnCLIPPipeline StableUnCLIPImg2ImgPipeline AltDiffusionPipeline
-    AltDiffusionImg2ImgPipeline LatentConsistencyModelPipeline
-    LatentConsistencyModelImg2ImgPipeline PaintByExamplePipeline
-    StableDiffusionXLPipeline StableDiffusionXLImg2ImgPipeline StableDiffusionXLInpaintPipeline
-    StableDiffusionXLAdapterPipeline StableDiffusionXLControlNetPipeline
-    StableDiffusionXLControlNetImg2ImgPipeline StableDiffusionXLControlNetInpaintPipeline
-    StableDiffusionXLControlNetUnionPipeline StableDiffusionXLControlNetUnionImg2ImgPipeline
-    StableDiffusionXLControlNetUnionInpaintPipeline StableDiffusionXLControlNetXSPipeline
-    IFPipeline IFImg2ImgPipeline IFInpaintingPipeline KandinskyPipeline KandinskyImg2ImgPipeline
-    KandinskyInpaintPipeline KandinskyV22Pipeline KandinskyV22Img2ImgPipeline
-    KandinskyV22InpaintPipeline KandinskyV22ControlnetPipeline
-    KandinskyV22ControlnetImg2ImgPipeline LDMTextToImagePipeline AudioLDMPipeline MusicLDMPipeline
-    DDIMPipeline DDPMPipeline PNDMPipeline LDMPipeline LDMSuperResolutionPipeline ADMPipeline
-    DiTPipeline PixArtAlphaPipeline PixArtSigmaPipeline HunyuanDiTPipeline
-    HunyuanDiTControlNetPipeline AuraFlowPipeline
-    StableDiffusion3Pipeline StableDiffusion3Img2ImgPipeline StableDiffusion3InpaintPipeline
-    StableDiffusion3ControlNetPipeline StableDiffusion3ControlNetInpaintingPipeline
-    FluxPipeline FluxImg2ImgPipeline FluxInpaintPipeline FluxFillPipeline FluxControlPipeline
-    FluxControlImg2ImgPipeline FluxControlInpaintPipeline FluxControlNetPipeline
-    FluxControlNetImg2ImgPipeline FluxControlNetInpaintPipeline FluxKontextPipeline
-    FluxKontextInpaintPipeline ChromaPipeline ChromaImg2ImgPipeline ChromaInpaintPipeline
-    QwenImagePipeline QwenImageImg2ImgPipeline QwenImageInpaintPipeline
-    QwenImageControlNetPipeline QwenImageControlNetInpaintPipeline QwenImageEditPipeline
-    QwenImageEditInpaintPipeline QwenImageEditPlusPipeline
-    """.split()  # noqa: SIM905  # one name a line would fill two screens
+_KNOWN = re.compile(
+    r"""(
+    StableDiffusion (XL)? (Adapter | Img2Img | Inpaint | ControlNet (Img2Img | Inpaint | XS)?)?
+    | StableDiffusion (Depth2Img | DiffEdit | GLIGEN (TextImage)? | ImageVariation | LDM3D)
+    | StableDiffusion (ModelEditing | Panorama | SAG | Upscale)
+    | StableDiffusionXLControlNetUnion (Img2Img | Inpaint)?
+    | StableDiffusion3 (Img2Img | Inpaint | ControlNet (Inpainting)?)?
+    | (StableUnCLIP | AltDiffusion | LatentConsistencyModel) (Img2Img)? | PaintByExample
+    | IF (Img2Img | Inpainting)?
+    | Kandinsky (V22)? (Img2Img | Inpaint)? | KandinskyV22Controlnet (Img2Img)?
+    | LDM (TextToImage | SuperResolution)? | AudioLDM | MusicLDM
+    | DDIM | DDPM | PNDM | ADM | DiT | PixArt (Alpha | Sigma) | HunyuanDiT (ControlNet)? | AuraFlow
+    | Flux (Control | ControlNet)? (Img2Img | Inpaint)? | FluxFill | FluxKontext (Inpaint)?
+    | Chroma (Img2Img | Inpaint)?
+    | QwenImage (Img2Img | Inpaint | ControlNet (Inpaint)? | Edit (Inpaint | Plus)?)?
+    )Pipeline""",
+    re.VERBOSE,
 )
 
 
 @dataclass(frozen=True)
 class Caller:
-    """What runs a denoiser.
-
-    Attributes:
-        pipeline: The pipeline.
-        frame: Of its call, if that is under way.
-    """
+    """The pipeline that runs a denoiser, and the frame of the call that does."""
 
     pipeline: Any
-    frame: FrameType | None
-
-    @property
-    def name(self) -> str:
-        """Of the pipeline's class."""
-        return type(self.pipeline).__name__
+    frame: FrameType
 
     @property
     def cfg(self) -> bool | None:
         """Whether classifier-free guidance is on, as its own call has it; `None` if unknown."""
-        if self.frame is None:
-            return None
         where = _where_cfg_is_kept(type(self.pipeline))
         if where == "variable":
             return self.frame.f_locals.get(_CFG)
@@ -90,27 +61,19 @@ class Caller:
     def schedulers(self) -> list[Any]:
         """The pipeline's schedulers, the usual one first."""
         own = getattr(self.pipeline, "scheduler", None)
-        others = [
-            value
-            for value in vars(self.pipeline).values()
-            if isinstance(value, SchedulerMixin) and value is not own
-        ]
-        return [own, *others] if own is not None else others
+        found = [each for each in vars(self.pipeline).values() if isinstance(each, SchedulerMixin)]
+        others = [each for each in found if each is not own]
+        return others if own is None else [own, *others]
 
 
 def find_caller(own: Any = None) -> Caller | None:
-    """The innermost pipeline whose code runs in this thread.
-
-    Args:
-        own: A pipeline that is no `DiffusionPipeline`, to be found as well.
-    """
+    """The innermost pipeline that runs in this thread; `own` may be no `DiffusionPipeline`."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         for name in _candidates(frame.f_code):
             found = frame.f_locals.get(name)
-            if isinstance(found, DiffusionPipeline | ModularPipeline) or (
-                own is not None and found is own
-            ):
+            is_own = own is not None and found is own
+            if is_own or isinstance(found, DiffusionPipeline | ModularPipeline):
                 return Caller(found, frame)
         frame = frame.f_back
     return None
@@ -120,19 +83,14 @@ def is_running(denoiser: nn.Module, thread: threading.Thread) -> bool:
     """Whether a thread is inside of a call of a module."""
     frame = sys._current_frames().get(thread.ident or 0) if thread.is_alive() else None
     while frame is not None:
-        is_call = frame.f_code.co_name == "_call_impl"
-        if is_call and frame.f_locals.get("self") is denoiser:
+        if frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is denoiser:
             return True
         frame = frame.f_back
     return False
 
 
 def refuse_unknown(pipeline: Any) -> None:
-    """Refuse pipelines of which nobody knows what their denoiser receives.
-
-    Raises:
-        ValueError: Names the pipeline, and what to do.
-    """
+    """Refuse pipelines of which nobody knows what their denoiser receives."""
     names = [base.__name__ for base in type(pipeline).__mro__]
     if any("PAG" in name and name.endswith("Pipeline") for name in names):
         raise ValueError(
@@ -142,7 +100,7 @@ def refuse_unknown(pipeline: Any) -> None:
         )
     if isinstance(pipeline, ModularPipeline):
         raise ValueError(f"{names[0]} is guided by a guider: see SelfAttentionGuider")
-    if not _KNOWN.intersection(names):
+    if not any(_KNOWN.fullmatch(name) for name in names):
         raise ValueError(
             f"{names[0]} is not supported: it is not known whether its network receives the noisy "
             "picture as the scheduler has it, in its first channels, with at most two conditions "

@@ -1,14 +1,13 @@
-"""What guidance needs to know about each class of denoiser: a table, no code per class."""
+"""What guidance needs to know about each class of denoisers: a table, no code per class."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
-
-from .protocols import uncompiled
 
 BatchLayout = Literal[
     "single", "uncond_first", "cond_first", "cond_call_first", "uncond_call_first"
@@ -16,17 +15,30 @@ BatchLayout = Literal[
 """What a call holds under classifier-free guidance: a picture a row ("single"), two halves of a
 batch in either order, or the first of two calls of a step, in either order."""
 
-TWO_CALLS = ("cond_call_first", "uncond_call_first")
+# What holds a row for each picture, in every class of diffusers' denoisers that has it.
+_BATCHED = tuple(
+    """
+    encoder_hidden_states encoder_hidden_states_mask encoder_hidden_states_t5 attention_mask
+    encoder_attention_mask text_embedding_mask text_embedding_mask_t5 pooled_projections
+    class_labels guidance timestep_cond additional_t_cond image_meta_size style img_shapes
+    txt_seq_lens added_cond_kwargs.text_embeds added_cond_kwargs.time_ids
+    added_cond_kwargs.image_embeds added_cond_kwargs.hint added_cond_kwargs.resolution
+    added_cond_kwargs.aspect_ratio cross_attention_kwargs.gligen joint_attention_kwargs.temb
+    joint_attention_kwargs.ip_adapter_image_embeds joint_attention_kwargs.ip_hidden_states
+    down_block_additional_residuals mid_block_additional_residual
+    down_intrablock_additional_residuals block_controlnet_hidden_states controlnet_block_samples
+    controlnet_single_block_samples
+    """.split()  # noqa: SIM905  # one name a line would fill a screen
+)
 
 
 @dataclass(frozen=True)
 class Packing:
     """How latents are packed into a sequence of tokens, (batch, tokens, channels).
 
-    Attributes:
-        ids: Name of the forward argument that tells where tokens lie: "img_ids" holds a row and a
-            column for each, "img_shapes" the rows and columns of each picture.
-        patch: Side of the square of latent pixels that makes a token.
+    The forward argument `ids` tells where tokens lie: "img_ids" holds a row and a column for each,
+    "img_shapes" the rows and columns of each picture. `patch` is the side of the square of latent
+    pixels that makes a token.
     """
 
     ids: Literal["img_ids", "img_shapes"]
@@ -44,7 +56,7 @@ class Family:
         batched: Names of the forward arguments that hold a row for each picture: tensors, or
             lists of tensors or of other things, or dictionaries of these. "a.b" is the entry b of
             the dictionary a. All other arguments reach the weakened pass whole. `sample_argument`
-            and "timestep" need not be named.
+            and "timestep" need not be named. By default, all such names of diffusers' classes.
         condition: Name of the argument that differs between the halves of classifier-free
             guidance.
         cfg_layout: What diffusers' pipelines do under classifier-free guidance; "single" if the
@@ -61,7 +73,7 @@ class Family:
 
     layer: str
     sample_argument: str = "hidden_states"
-    batched: tuple[str, ...] = ("encoder_hidden_states",)
+    batched: tuple[str, ...] = _BATCHED
     condition: str = "encoder_hidden_states"
     cfg_layout: BatchLayout = "uncond_first"
     null_label: str | None = None
@@ -71,98 +83,48 @@ class Family:
     packing: Packing | None = None
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(text.split())
-
-
+_FLUX = Family(
+    layer="single_transformer_blocks.middle.attn",
+    cfg_layout="cond_call_first",
+    timestep_scale=1e-3,
+    joint="picture_last",
+    packing=Packing("img_ids"),
+)
 # The middle block of transformers, by argument: all blocks see the same grid of tokens, the
 # first ones attend to neighbours and the last ones serve the pixels, so that the middle is what
 # the bottleneck of a U-Net is, the layer that the paper reads. diffusers' examples of
 # perturbed-attention guidance, a relative of this method, take the middle block, too.
-_FAMILIES = {
+FAMILIES = {
     "UNet2DConditionModel": Family(
         layer="mid_block.attentions.0.transformer_blocks.0.attn1",
         sample_argument="sample",
-        batched=_names(
-            """encoder_hidden_states class_labels timestep_cond attention_mask
-            encoder_attention_mask added_cond_kwargs.text_embeds added_cond_kwargs.time_ids
-            added_cond_kwargs.image_embeds added_cond_kwargs.hint
-            down_block_additional_residuals mid_block_additional_residual
-            down_intrablock_additional_residuals cross_attention_kwargs.gligen"""
-        ),
         tokens="levels",
     ),
     "UNet2DModel": Family(
         layer="mid_block.attentions.0",
         sample_argument="sample",
-        batched=("class_labels",),
         condition="class_labels",
         cfg_layout="single",
         tokens="levels",
     ),
     "DiTTransformer2DModel": Family(
         layer="transformer_blocks.middle.attn1",
-        batched=("class_labels",),
         condition="class_labels",
         cfg_layout="cond_first",
         null_label="num_embeds_ada_norm",
     ),
-    "PixArtTransformer2DModel": Family(
-        layer="transformer_blocks.middle.attn1",
-        batched=_names(
-            """encoder_hidden_states attention_mask encoder_attention_mask
-            added_cond_kwargs.resolution added_cond_kwargs.aspect_ratio"""
-        ),
-    ),
-    "HunyuanDiT2DModel": Family(
-        layer="blocks.middle.attn1",
-        batched=_names(
-            """encoder_hidden_states text_embedding_mask encoder_hidden_states_t5
-            text_embedding_mask_t5 image_meta_size style controlnet_block_samples"""
-        ),
-    ),
-    "SD3Transformer2DModel": Family(
-        layer="transformer_blocks.middle.attn",
-        batched=_names(
-            """encoder_hidden_states pooled_projections block_controlnet_hidden_states
-            joint_attention_kwargs.ip_adapter_image_embeds
-            joint_attention_kwargs.ip_hidden_states joint_attention_kwargs.temb"""
-        ),
-        joint="picture_first",
-    ),
+    "PixArtTransformer2DModel": Family(layer="transformer_blocks.middle.attn1"),
+    "HunyuanDiT2DModel": Family(layer="blocks.middle.attn1"),
+    "SD3Transformer2DModel": Family(layer="transformer_blocks.middle.attn", joint="picture_first"),
     "AuraFlowTransformer2DModel": Family(
         layer="single_transformer_blocks.middle.attn",
         timestep_scale=1e-3,
         joint="picture_last",
     ),
-    "FluxTransformer2DModel": Family(
-        layer="single_transformer_blocks.middle.attn",
-        batched=_names(
-            """encoder_hidden_states pooled_projections guidance controlnet_block_samples
-            controlnet_single_block_samples joint_attention_kwargs.ip_adapter_image_embeds"""
-        ),
-        cfg_layout="cond_call_first",
-        timestep_scale=1e-3,
-        joint="picture_last",
-        packing=Packing("img_ids"),
-    ),
-    "ChromaTransformer2DModel": Family(
-        layer="single_transformer_blocks.middle.attn",
-        batched=_names(
-            """encoder_hidden_states attention_mask controlnet_block_samples
-            controlnet_single_block_samples joint_attention_kwargs.ip_adapter_image_embeds"""
-        ),
-        cfg_layout="cond_call_first",
-        timestep_scale=1e-3,
-        joint="picture_last",
-        packing=Packing("img_ids"),
-    ),
+    "FluxTransformer2DModel": _FLUX,
+    "ChromaTransformer2DModel": _FLUX,
     "QwenImageTransformer2DModel": Family(
         layer="transformer_blocks.middle.attn",
-        batched=_names(
-            """encoder_hidden_states encoder_hidden_states_mask img_shapes txt_seq_lens guidance
-            controlnet_block_samples additional_t_cond"""
-        ),
         cfg_layout="cond_call_first",
         timestep_scale=1e-3,
         joint="picture_last",
@@ -184,7 +146,7 @@ def register_family(denoiser: str, family: Family) -> None:
     """
     if not denoiser or not isinstance(family, Family):  # type: ignore[redundant-expr]
         raise ValueError(f"register_family({denoiser!r}, {family!r}): needs a name and a Family")
-    _FAMILIES[denoiser] = family
+    FAMILIES[denoiser] = family
 
 
 def register_batch_arguments(denoiser: str, *names: str) -> None:
@@ -197,18 +159,14 @@ def register_batch_arguments(denoiser: str, *names: str) -> None:
     Raises:
         ValueError: The class is not known.
     """
-    family = _FAMILIES.get(denoiser)
+    family = FAMILIES.get(denoiser)
     if family is None:
         raise ValueError(_not_supported(denoiser))
-    _FAMILIES[denoiser] = dataclasses.replace(family, batched=(*family.batched, *names))
+    FAMILIES[denoiser] = dataclasses.replace(family, batched=(*family.batched, *names))
 
 
 def default_layer(denoiser: nn.Module) -> str:
-    """Dotted path of the layer that the table names for a denoiser.
-
-    Raises:
-        ValueError: The class is not in the table.
-    """
+    """Dotted path of the layer that the table names for a denoiser."""
     path, module = "", uncompiled(denoiser)
     for name in family_of(denoiser).layer.split("."):
         if name == "middle" and isinstance(module, nn.ModuleList):
@@ -219,25 +177,35 @@ def default_layer(denoiser: nn.Module) -> str:
 
 
 def family_of(denoiser: nn.Module | type[nn.Module]) -> Family:
-    """The table's row for a denoiser, its class, or a subclass.
-
-    Raises:
-        ValueError: The class is not in the table.
-    """
+    """The table's row for a denoiser, its class, or a subclass; refuses what is not there."""
     cls = denoiser if isinstance(denoiser, type) else type(uncompiled(denoiser))
     for base in cls.__mro__:
-        if base.__name__ in _FAMILIES:
-            return _FAMILIES[base.__name__]
+        if base.__name__ in FAMILIES:
+            return FAMILIES[base.__name__]
     raise ValueError(_not_supported(cls.__name__))
-
-
-def family_names() -> list[str]:
-    """Names of the classes of denoisers that can be guided."""
-    return list(_FAMILIES)
 
 
 def _not_supported(denoiser: str) -> str:
     return (
-        f"denoiser {denoiser} is not supported; supported: {', '.join(_FAMILIES)}; for one of "
+        f"denoiser {denoiser} is not supported; supported: {', '.join(FAMILIES)}; for one of "
         "your own, see register_family"
     )
+
+
+def denoiser_of(target: Any) -> nn.Module | None:
+    """A denoiser itself, or that of a pipeline."""
+    own = getattr(target, "unet", getattr(target, "transformer", None))
+    found = target if isinstance(target, nn.Module) else own
+    return found if isinstance(found, nn.Module) else None
+
+
+def config_of(denoiser: nn.Module) -> Mapping[str, Any]:
+    """The config of a denoiser; an empty one if it has none."""
+    config: Any = getattr(uncompiled(denoiser), "config", {})
+    return config
+
+
+def uncompiled(denoiser: nn.Module) -> nn.Module:
+    """The module behind `torch.compile(denoiser)`, or the denoiser itself."""
+    inner = getattr(denoiser, "_orig_mod", denoiser)
+    return inner if isinstance(inner, nn.Module) else denoiser

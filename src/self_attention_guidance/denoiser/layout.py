@@ -9,18 +9,12 @@ from torch import Tensor, nn
 
 from .call import Call
 from .caller import Caller
-from .families import TWO_CALLS, BatchLayout
-from .protocols import config_of
+from .families import BatchLayout, config_of
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What a call holds.
-
-    Attributes:
-        kind: As in `BatchLayout`.
-        is_told: Whether the pipeline or the user said so, instead of the samples.
-    """
+    """What a call holds, and whether the pipeline or the user said so, instead of the samples."""
 
     kind: BatchLayout
     is_told: bool
@@ -33,18 +27,10 @@ class Layout:
     @property
     def has_two_calls(self) -> bool:
         """Whether a step may be two calls."""
-        return self.kind in TWO_CALLS
+        return self.kind in ("uncond_call_first", "cond_call_first")
 
     def rows(self, batch: int, branch: str) -> slice:
-        """The rows of a batch whose attention and weakened pass are used.
-
-        Args:
-            batch: Rows of the batch.
-            branch: "uncond" or "cond".
-
-        Raises:
-            ValueError: The batch has no two halves.
-        """
+        """The rows of a batch that are of a branch, "uncond" or "cond"."""
         if not self.has_halves:
             return slice(0, batch)
         if batch % 2:
@@ -55,32 +41,23 @@ class Layout:
         is_first = self.kind == f"{branch}_first"
         return slice(0, batch // 2) if is_first else slice(batch // 2, batch)
 
-    def is_of_first_call(self, branch: str) -> bool:
-        """Whether the first of two calls predicts a branch."""
-        return self.kind == f"{branch}_call_first"
-
 
 def layout_of(call: Call, caller: Caller | None, given: BatchLayout | None) -> Layout | None:
-    """The layout that a pipeline, the user, or the denoiser itself tells.
-
-    Args:
-        call: Of the denoiser.
-        caller: The pipeline that runs, if any.
-        given: What the user said, if anything.
-
-    Returns:
-        The layout; `None` if only the samples tell.
-    """
+    """The layout that the user, a pipeline or the denoiser's family tells; `None` if none does."""
     if given is not None:
         return Layout(given, True)
-    _refuse_other_guidance(call)
-    family = call.family
-    if family.cfg_layout in TWO_CALLS or (family.cfg_layout == "single" and caller is not None):
-        return Layout(family.cfg_layout, True)
+    if call.arguments.get("skip_layers") is not None:
+        raise ValueError(
+            "skip-layer guidance is on, and its call is not supported; leave out "
+            "skip_guidance_layers"
+        )
+    usual = Layout(call.family.cfg_layout, True)
+    if usual.has_two_calls or (usual.kind == "single" and caller is not None):
+        return usual
     cfg = None if caller is None else caller.cfg
     if cfg is None:
         return None
-    return Layout(family.cfg_layout if cfg else "single", True)
+    return usual if cfg else Layout("single", True)
 
 
 def layout_by_samples(
@@ -88,15 +65,8 @@ def layout_by_samples(
 ) -> Layout:
     """The layout as the samples and conditions of a run's first guided step show it.
 
-    Args:
-        denoiser: The module, compiled or not.
-        call: Of the denoiser.
-        caller: The pipeline that runs; `None` in a loop of one's own.
-        is_last_step: Whether no later step can show that pictures of one seed were taken for
-            halves.
-
-    Raises:
-        ValueError: The batch may hold several things; says how to tell.
+    Refuses a batch that may hold several things. At a run's last step, no later one can show that
+    pictures of one seed were taken for halves.
     """
     family, condition = call.family, call.condition
     if len(call.sample) < 2 or condition is None or len(condition) != len(call.sample):
@@ -111,7 +81,7 @@ def layout_by_samples(
     has_one_twin_each = int(repeats.sum()) == batch
     if has_halves and has_one_twin_each and caller is not None and not is_last_step:
         return Layout(family.cfg_layout, False)
-    name = type(denoiser).__name__ if caller is None else caller.name
+    name = type(denoiser if caller is None else caller.pipeline).__name__
     raise ValueError(
         f"{name} does not tell what its batch holds: samples repeat with several conditions, as "
         "pictures of one seed do, and as classifier-free guidance does; attach with batch_layout="
@@ -142,12 +112,3 @@ def _layout_by_labels(denoiser: nn.Module, call: Call) -> BatchLayout:
     if all(second) and not any(first):
         return "cond_first"
     return "uncond_first" if all(first) and not any(second) else "single"
-
-
-def _refuse_other_guidance(call: Call) -> None:
-    """Refuse guidance of the pipeline that makes calls which are not those of CFG."""
-    if call.arguments.get("skip_layers") is not None:
-        raise ValueError(
-            "skip-layer guidance is on, and its call is not supported; leave out "
-            "skip_guidance_layers"
-        )

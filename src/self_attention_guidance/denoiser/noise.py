@@ -12,17 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import math
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
-
-from .protocols import Scheduler
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 
@@ -37,21 +34,23 @@ Level = float | Tensor
 (batch, 1, 1, 1). Python's own numbers need no float64 on the device, and no transfer to it."""
 
 
+class Scheduler(Protocol):
+    """A diffusers scheduler whose timesteps are set.
+
+    Its noise levels are in `sigmas` and counted by `step_index`, or in `alphas_cumprod`.
+    """
+
+    config: Any
+    timesteps: Tensor
+
+
 @dataclass(frozen=True)
 class Prediction:
     """The linear relations between a network's input, output and clean sample at one step.
 
-    Attributes:
-        alpha: Signal level of the network's input.
-        sigma: Noise level of the network's input.
-        from_input: Weight of the input x_t in x0.
-        from_output: Weight of the output u in x0.
-        correction: Weight of the change of x0 in the guidance term, (1 - from_input * alpha) /
-            from_output: 0 for epsilon, -sigma for v, 1 for sample, -1 for flow prediction.
-        noise_from_output: Change of the predicted noise with the output,
-            -alpha * from_output / sigma: 1 for epsilon, alpha for v and flow, -alpha / sigma for
-            sample prediction.
-        limited: x0 as the scheduler uses it, which may clip or threshold it.
+    `correction` is the weight of the change of x0 in the guidance term, (1 - from_input * alpha) /
+    from_output, and `noise_from_output` is -alpha * from_output / sigma. `limited` is x0 as the
+    scheduler uses it, which may clip or threshold it.
     """
 
     alpha: Level
@@ -60,21 +59,16 @@ class Prediction:
     from_output: Level
     correction: Level
     noise_from_output: Level
-    limited: Callable[[Tensor], Tensor]
+    limited: Callable[[Tensor], Tensor] = lambda x0: x0
 
     def rows(self, rows: slice) -> Prediction:
-        """The relations for part of a batch; the same object if all rows share one step."""
-        levels = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        cut = {n: level[rows] for n, level in levels.items() if isinstance(level, Tensor)}
-        return dataclasses.replace(self, **cut) if cut else self
+        """The relations for part of a batch."""
+        levels = {name: level for name, level in vars(self).items() if isinstance(level, Tensor)}
+        return dataclasses.replace(self, **{name: level[rows] for name, level in levels.items()})
 
     def x0(self, x_t: Tensor, output: Tensor) -> Tensor:
         """The predicted clean sample, not limited; shapes (batch, channels, height, width)."""
         return self.from_input * x_t + self.from_output * output
-
-    def output(self, x_t: Tensor, x0: Tensor) -> Tensor:
-        """The network's output that predicts `x0`; shapes (batch, channels, height, width)."""
-        return (x0 - self.from_input * x_t) / self.from_output
 
     def renoise(self, x_t: Tensor, x0: Tensor, x0_degraded: Tensor) -> Tensor:
         """alpha_t * x0_degraded + sigma_t * eps, eps being the noise in `x_t` beside `x0`.
@@ -84,195 +78,137 @@ class Prediction:
         return x_t + self.alpha * (x0_degraded - x0)
 
     def term(self, output: Tensor, weak_output: Tensor, x0_change: Tensor | None = None) -> Tensor:
-        """The guidance term eps - eps' (arXiv 2210.00939, Eq. 16), in units of the output.
+        """The guidance term eps - eps' (arXiv 2210.00939, Eq. 16), in units of the output u.
 
-        Args:
-            output: u, the network's output at x_t.
-            weak_output: u', that of the weakened network.
-            x0_change: By how much the clean sample of its input was changed; `None` if its input
-                was x_t.
-
-        Returns:
-            What is added to `output`, times the scale; same shape.
+        `x0_change` is what was added to the clean sample in the weakened network's input; `None`
+        if that was x_t.
         """
         change = output - weak_output
         return change if x0_change is None else change + self.correction * x0_change
 
     def noise(self, term: Tensor) -> Tensor | None:
         """A term in units of the noise, in which it may be held; `None` where alpha is 0."""
-        return None if _has_zero(self.noise_from_output) else term * self.noise_from_output
+        has_zero = bool((torch.as_tensor(self.noise_from_output) == 0).any())
+        return None if has_zero else term * self.noise_from_output
 
     def held(self, noise: Tensor) -> Tensor:
         """What `noise` gave, at this noise level and in units of the output."""
         return noise / self.noise_from_output
 
 
-class Tables:
-    """A scheduler's tables on the CPU, taken there once a run and with one transfer.
+def is_elsewhere(value: Any) -> bool:
+    """Whether a value is a tensor that code would have to wait for.
 
-    Attributes:
-        has_waited: Whether they had to be fetched from a device.
+    Those of a class of their own may stand for something on a device.
     """
+    return isinstance(value, Tensor) and (value.device.type != "cpu" or type(value) is not Tensor)
+
+
+class Tables:
+    """A scheduler's tables as Python's numbers, taken once a run and with one transfer."""
 
     def __init__(self, scheduler: Scheduler | None) -> None:
-        """Fetch what is on a device; without a scheduler there are no timesteps."""
+        """Fetch what is on a device, and note it; without a scheduler there are no timesteps."""
         found = {name: getattr(scheduler, name, None) for name in _TABLES}
         tables = {name: table for name, table in found.items() if isinstance(table, Tensor)}
-        remote = {name: t for name, t in tables.items() if t.device.type != "cpu"}
-        self.has_waited = bool(remote)
-        if remote:
-            whole = torch.cat([table.flatten() for table in remote.values()]).cpu()
-            lengths = [table.numel() for table in remote.values()]
-            tables.update(zip(remote, whole.split(lengths), strict=True))
-        self._tables = tables
+        self.has_waited = any(is_elsewhere(table) for table in tables.values())
+        self._tables: dict[str, list[float]] = {}
+        for is_remote in (False, True):
+            part = {n: t.flatten() for n, t in tables.items() if is_elsewhere(t) == is_remote}
+            numbers = iter(torch.cat(list(part.values())).cpu().tolist() if part else ())
+            for name, table in part.items():
+                self._tables[name] = list(itertools.islice(numbers, len(table)))
 
     def __len__(self) -> int:
         """How many timesteps there are."""
         return len(self._tables.get("timesteps", ()))
 
-    def __getitem__(self, name: str) -> Tensor:
-        """A table in float64, one-dimensional."""
-        return self._tables[name].double()
+    def __getitem__(self, name: str) -> list[float]:
+        """The numbers of a table."""
+        return self._tables[name]
 
-    def first_equal(self, index: int) -> int:
-        """The first of the timesteps that are equal to one."""
-        return int((self["timesteps"] == self["timesteps"][index]).int().argmax())
-
-    def is_unique(self, index: int) -> bool:
-        """Whether no other timestep is equal."""
-        return int((self["timesteps"] == self["timesteps"][index]).sum()) == 1
+    def equal_to(self, index: int) -> list[int]:
+        """Which timesteps are equal to one of them, itself included."""
+        timesteps = self["timesteps"]
+        return [i for i, timestep in enumerate(timesteps) if timestep == timesteps[index]]
 
     def nearest(self, scheduler: Any, timestep: float) -> int:
-        """The index of the timestep that is nearest to a value."""
-        index = int((self["timesteps"] - timestep).abs().argmin())
-        if hasattr(scheduler, "sigmas") and hasattr(scheduler, "index_for_timestep"):
-            # Of equal ones, a scheduler that begins in the middle may mean the second.
-            return int(scheduler.index_for_timestep(scheduler.timesteps[index]))
-        return index
+        """Which timestep a scheduler is at, as it says itself, else as the timestep tells."""
+        index = index_of(scheduler)
+        if index is not None:
+            return index
+        timesteps = self["timesteps"]
+        index = min(range(len(self)), key=lambda i: abs(timesteps[i] - timestep))
+        # Of equal ones, a scheduler with sigmas that begins in the middle means the second.
+        equal = self.equal_to(index) if hasattr(scheduler, "sigmas") else [index]
+        return equal[min(1, len(equal) - 1)]
 
 
 def prediction_at(
-    scheduler: Scheduler, index: int, steps: Tensor, tables: Tables, like: Tensor
+    scheduler: Scheduler, index: int, steps: list[float], tables: Tables, like: Tensor
 ) -> Prediction:
     """What a scheduler says of a call of the denoiser.
 
     Args:
         scheduler: A diffusers scheduler whose timesteps are set.
         index: Which of its timesteps it is at.
-        steps: The timesteps of the call, one or one a picture, float64 on the CPU, as the
-            scheduler counts; used where there are no sigmas.
+        steps: The timesteps as `Call.timesteps` has them; used where there are no sigmas.
         tables: Of the scheduler.
-        like: Tells the device and the precision of levels that differ between pictures.
-
-    Returns:
-        The relations between input, output and clean sample.
+        like: A tensor of the device and the precision of levels that differ between pictures.
     """
-    kind = _prediction_type(scheduler)
-    limited = _limit_of(scheduler)
+    kind, limited = _prediction_type(scheduler), _limit_of(scheduler)
     if hasattr(scheduler, "sigmas"):
         sigma = _present_sigma(scheduler, index, tables)
         if kind == "flow_prediction":
-            return _flow_matching(sigma)
+            # x = (1 - sigma) * x0 + sigma * eps, u = eps - x0 (arXiv 2209.03003)
+            return Prediction(1 - sigma, sigma, 1.0, -sigma, -1.0, 1 - sigma, limited)
         if (sigma_data := setting(scheduler, "sigma_data")) is not None:
-            return _preconditioned(sigma, kind, float(sigma_data))
+            return _preconditioned(sigma, kind, float(sigma_data), limited)
         alpha = 1 / math.sqrt(1 + sigma**2)
         return _variance_preserving(alpha, sigma * alpha, kind, limited)
-    alphas_squared = tables["alphas_cumprod"][steps.round().long()]
-    if len(alphas_squared) == 1:
-        square = float(alphas_squared)
-        return _variance_preserving(math.sqrt(square), math.sqrt(1 - square), kind, limited)
-    alphas_squared = alphas_squared.view(-1, 1, 1, 1)
-    levels = alphas_squared.sqrt(), (1 - alphas_squared).sqrt()
-    alpha, sigma = (level.to(like.dtype).to(like.device) for level in levels)
+    squares = [tables["alphas_cumprod"][round(step)] for step in steps]
+    if len(squares) == 1:
+        alpha, sigma = math.sqrt(squares[0]), math.sqrt(1 - squares[0])
+        return _variance_preserving(alpha, sigma, kind, limited)
+    square = torch.tensor(squares, dtype=torch.float64).view(-1, 1, 1, 1)
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    alpha, sigma = (level.sqrt().to(dtype).to(like.device) for level in (square, 1 - square))
     return _variance_preserving(alpha, sigma, kind, limited)
 
 
-def present_prediction(scheduler: Scheduler, timestep: Tensor) -> Prediction:
-    """What a scheduler says of its present step, in a loop that it drives.
-
-    Args:
-        scheduler: A diffusers scheduler whose timesteps are set.
-        timestep: The present one, as the scheduler counts.
-
-    Raises:
-        ValueError: The scheduler is not supported.
-    """
-    check_scheduler(scheduler)
-    tables, step = Tables(scheduler), timestep.detach().reshape(1).cpu().double()
-    index = index_of(scheduler)
-    index = tables.nearest(scheduler, float(step)) if index is None else index
-    return prediction_at(scheduler, index, step, tables, timestep)
-
-
-@contextmanager
-def sharp_noise_levels(scheduler: Scheduler) -> Generator[None]:
-    """Give a DDPM or DDIM scheduler its noise levels in float64 inside the `with` statement.
-
-    diffusers computes them in float32, in which 1 - alphas_cumprod of the least noisy steps of a
-    cosine schedule has lost most of its digits. Levels that do not follow from the config are
-    left alone.
-
-    Args:
-        scheduler: A `DDPMScheduler` or `DDIMScheduler`; others are left alone.
-    """
-    levels = _sharp_levels(scheduler)
-    if levels is None:
-        yield
-        return
-    holder: Any = scheduler
-    own = holder.alphas_cumprod
-    holder.alphas_cumprod = levels
-    try:
-        yield
-    finally:
-        holder.alphas_cumprod = own
-
-
 def check_scheduler(scheduler: Any) -> None:
-    """Refuse schedulers whose noise level or prediction type is not known here.
+    """Refuse schedulers whose noise level or prediction type is not known here."""
+    problem = _problem_of(scheduler)
+    if problem is not None:
+        raise ValueError(f"scheduler {type(scheduler).__name__} {problem}")
 
-    Raises:
-        ValueError: Names the scheduler, what it says of itself, and what would be accepted.
-    """
-    name = type(scheduler).__name__
+
+def _problem_of(scheduler: Any) -> str | None:
+    kind, is_flow = _prediction_type(scheduler), _is_flow_matching(scheduler)
     if not (hasattr(scheduler, "sigmas") or hasattr(scheduler, "alphas_cumprod")):
-        raise ValueError(f"scheduler {name} has neither sigmas nor alphas_cumprod: not supported")
-    if "Inverse" in name:
-        raise ValueError(
-            f"scheduler {name} is not supported: its samples have another noise level than its "
-            "timesteps say"
-        )
-    kind = _prediction_type(scheduler)
+        return "has neither sigmas nor alphas_cumprod: not supported"
+    if "Inverse" in type(scheduler).__name__:
+        return "is not supported: its samples have another noise level than its timesteps say"
     if kind not in PREDICTION_TYPES:
-        raise ValueError(
-            f"scheduler {name} has prediction_type={kind!r}; it must be one of "
-            f"{', '.join(PREDICTION_TYPES)}"
-        )
-    is_flow = _is_flow_matching(scheduler)
+        return f"has prediction_type={kind!r}; it must be one of {', '.join(PREDICTION_TYPES)}"
     if is_flow != (kind == "flow_prediction"):
-        raise ValueError(
-            f"scheduler {name} has prediction_type={kind!r} with "
-            f"use_flow_sigmas={is_flow}; flow_prediction needs flow sigmas, and they need it"
-        )
+        needs = "flow_prediction needs flow sigmas, and they need it"
+        return f"has prediction_type={kind!r} with use_flow_sigmas={is_flow}; {needs}"
     if setting(scheduler, "invert_sigmas"):
-        raise ValueError(f"scheduler {name} has invert_sigmas=True: not supported")
+        return "has invert_sigmas=True: not supported"
     if setting(scheduler, "sigma_data") is not None and "beta_schedule" in scheduler.config:
-        raise ValueError(
-            f"scheduler {name} was made from the config of a variance-preserving scheduler "
+        return (
+            "was made from the config of a variance-preserving scheduler "
             f"(beta_schedule={scheduler.config['beta_schedule']!r}), but it needs a denoiser with "
             "EDM preconditioning; use EulerDiscreteScheduler for this model"
         )
+    return None
 
 
 def setting(scheduler: Any, name: str, default: Any = None) -> Any:
-    """A setting that a scheduler uses.
+    """A setting that a scheduler's class knows, else `default`.
 
     Configs also hold settings of other schedulers that they were made from.
-
-    Args:
-        scheduler: A diffusers scheduler.
-        name: Of the setting.
-        default: What to return if the scheduler's class does not know it.
     """
     config = getattr(scheduler, "config", {})
     known = inspect.signature(type(scheduler).__init__).parameters
@@ -290,9 +226,9 @@ def is_at(scheduler: Any, timestep: float) -> bool:
     """Whether a scheduler's timesteps are set, and its state is that of a step at a timestep."""
     if getattr(scheduler, "num_inference_steps", None) is None:
         return False
-    tables, index = Tables(scheduler), index_of(scheduler)
-    index = tables.nearest(scheduler, timestep) if index is None else index
-    return 0 <= index < len(tables) and abs(float(tables["timesteps"][index]) - timestep) < 1
+    tables = Tables(scheduler)
+    index = tables.nearest(scheduler, timestep)
+    return 0 <= index < len(tables) and abs(tables["timesteps"][index] - timestep) < 1
 
 
 def place_in(timesteps: Tensor, timestep: Any) -> int | None:
@@ -301,14 +237,14 @@ def place_in(timesteps: Tensor, timestep: Any) -> int | None:
     if not is_single or timestep.dtype != timesteps.dtype or timesteps.stride() != (1,):
         return None
     place = int(timestep.storage_offset()) - int(timesteps.storage_offset())
-    same_memory = timestep.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr()
-    return place if same_memory and 0 <= place < len(timesteps) else None
+    memories = (tensor.untyped_storage().data_ptr() for tensor in (timestep, timesteps))
+    return place if len(set(memories)) == 1 and 0 <= place < len(timesteps) else None
 
 
 def _is_flow_matching(scheduler: Any) -> bool:
-    # Schedulers made for flow matching have no setting that says so.
-    is_made_for_it = type(scheduler).__name__.startswith("FlowMatch")
-    return is_made_for_it or bool(setting(scheduler, "use_flow_sigmas"))
+    # Schedulers that are made for flow matching have no setting that says so.
+    has_its_name = type(scheduler).__name__.startswith("FlowMatch")
+    return has_its_name or bool(setting(scheduler, "use_flow_sigmas"))
 
 
 def _prediction_type(scheduler: Any) -> Any:
@@ -321,13 +257,9 @@ def _limit_of(scheduler: Any) -> Callable[[Tensor], Tensor]:
     if setting(scheduler, "thresholding"):
         return scheduler._threshold_sample
     if not setting(scheduler, "clip_sample"):
-        return _unchanged
+        return lambda x0: x0
     clip = float(setting(scheduler, "clip_sample_range", 1.0))
     return lambda x0: x0.clamp(-clip, clip)
-
-
-def _unchanged(x0: Tensor) -> Tensor:
-    return x0
 
 
 def _present_sigma(scheduler: Any, index: int, tables: Tables) -> float:
@@ -337,8 +269,8 @@ def _present_sigma(scheduler: Any, index: int, tables: Tables) -> float:
             return float(scheduler.mid_point_sigma)
         offset = _MIDPOINT_OFFSETS.get(type(scheduler).__name__)
         if offset is not None:
-            return float(tables["sigmas_interpol"][index + offset])
-    return float(tables["sigmas"][index])
+            return tables["sigmas_interpol"][index + offset]
+    return tables["sigmas"][index]
 
 
 def _variance_preserving(
@@ -353,48 +285,18 @@ def _variance_preserving(
     return Prediction(alpha, sigma, *weights, limited=limited)
 
 
-def _preconditioned(sigma: float, kind: str, sigma_data: float) -> Prediction:
+def _preconditioned(
+    sigma: float, kind: str, sigma_data: float, limited: Callable[[Tensor], Tensor]
+) -> Prediction:
     """EDM's preconditioning (Karras et al., arXiv 2206.00364, Table 1)."""
     c_in = 1 / math.sqrt(sigma**2 + sigma_data**2)
     c_skip = (sigma_data * c_in) ** 2
     c_out = sigma * sigma_data * c_in * (-1 if kind == "v_prediction" else 1)
     correction = _ratio(1 - c_skip, c_out)
     noise = -_ratio(c_out, sigma)
-    return Prediction(
-        c_in, sigma * c_in, c_skip / c_in, c_out, correction, noise, limited=_unchanged
-    )
-
-
-def _flow_matching(sigma: float) -> Prediction:
-    """Rectified flow: x = (1 - sigma) * x0 + sigma * eps, u = eps - x0 (arXiv 2209.03003)."""
-    alpha = 1 - sigma
-    return Prediction(alpha, sigma, 1.0, -sigma, -1.0, alpha, limited=_unchanged)
+    return Prediction(c_in, sigma * c_in, c_skip / c_in, c_out, correction, noise, limited)
 
 
 def _ratio(a: Level, b: Level) -> Level:
     """a / b, infinite where Python's own numbers would raise."""
     return math.inf if not isinstance(b, Tensor) and b == 0 else a / b
-
-
-def _has_zero(level: Level) -> bool:
-    return bool((level == 0).any()) if isinstance(level, Tensor) else level == 0
-
-
-def _sharp_levels(scheduler: Any) -> Tensor | None:
-    config = scheduler.config
-    if not isinstance(scheduler, DDPMScheduler | DDIMScheduler) or config.rescale_betas_zero_snr:
-        return None
-    count, kind = config.num_train_timesteps, config.beta_schedule
-    if config.trained_betas is not None:
-        betas = torch.as_tensor(config.trained_betas, dtype=torch.float64)
-    elif kind == "linear":
-        betas = torch.linspace(config.beta_start, config.beta_end, count, dtype=torch.float64)
-    elif kind == "squaredcos_cap_v2":  # arXiv 2102.09672, Eq. 17
-        angle = (torch.arange(count + 1, dtype=torch.float64) / count + 0.008) / 1.008 * math.pi / 2
-        level = angle.cos() ** 2
-        betas = (1 - level[1:] / level[:-1]).clamp(max=0.999)
-    else:
-        return None
-    levels = (1 - betas).cumprod(0)
-    is_same = torch.allclose(levels, scheduler.alphas_cumprod.double(), rtol=1e-3, atol=1e-6)
-    return levels if is_same else None

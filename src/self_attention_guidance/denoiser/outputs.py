@@ -1,18 +1,16 @@
-"""What a denoiser returns, with guidance in it."""
+"""What the calls of a step return, with guidance in it."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import weakref
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-
-def added(output: Tensor, term: Tensor) -> Tensor:
-    """A denoiser's output with the term of its guided rows added to all of its rows."""
-    parts = precise(output).unflatten(0, (-1, len(term)))
-    return (parts + term).flatten(0, 1).to(output.dtype)
+from .layout import Layout
 
 
 def precise(tensor: Tensor) -> Tensor:
@@ -20,8 +18,94 @@ def precise(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def total(terms: dict[int, Tensor]) -> Tensor:
+    """The sum of the terms of several guidances, whose order does not matter."""
+    return functools.reduce(torch.add, (terms[number] for number in sorted(terms)))
+
+
+def added(output: Tensor, terms: dict[int, Tensor]) -> Tensor:
+    """A denoiser's output with the terms of its guided rows added to all of its rows."""
+    term = total(terms)
+    # Not a view: what a pipeline slices out of it keeps it alive (see `TwoCalls`).
+    everywhere = torch.cat([term] * (len(output) // len(term)))
+    return (precise(output) + everywhere).to(output.dtype)
+
+
 def with_first(output: Any, first: Tensor) -> Any:
     """A tuple or model output with its first entry replaced."""
     if isinstance(output, tuple):
         return (first, *cast("tuple[Any, ...]", output)[1:])
     return dataclasses.replace(output, **{next(iter(output.keys())): first})
+
+
+class TwoCalls:
+    """The two calls of a step, one for each prediction of classifier-free guidance.
+
+    Guidance adds the same terms to both. When a term comes from the second call, the first one's
+    prediction is in the hands of the pipeline by then: the terms are added to it in place, before
+    the pipeline combines the two.
+    """
+
+    def __init__(self) -> None:
+        """No call yet."""
+        self._is_second = self._expects_second = self._owes_guidance = False
+        self._wanted = 0
+        self._first: Any = None
+        self._first_plain: Any = None
+        self._first_terms: dict[int, Tensor] = {}
+
+    def begin(self, is_new_run: bool, has_same_sample: bool, cfg: bool | None, wanted: int) -> None:
+        """Note a call that is about to run.
+
+        Args:
+            is_new_run: Whether it is the first one of its run.
+            has_same_sample: Whether the call before was at the same step with the same x_t.
+            cfg: Whether the pipeline says that a second call follows a first one; `None` learns
+                it from the steps before.
+            wanted: How many terms the step needs.
+        """
+        self._is_second = has_same_sample and not self._is_second and self._first is not None
+        if is_new_run:
+            self._expects_second = self._owes_guidance = self._is_second = False
+        elif self._is_second:
+            self._expects_second = True
+        elif self._owes_guidance:
+            self._owes_guidance = False
+            raise RuntimeError(
+                "a step ran without its second call, and so without guidance; use branch='cond', "
+                "or the branch that is called first"
+            )
+        self._wanted = wanted
+        if cfg is not None:
+            self._expects_second = cfg
+        if not self._is_second:
+            self._first_terms = {}
+
+    def needs_term(self, layout: Layout, branch: str) -> bool:
+        """Whether the present call makes the term of a guided branch."""
+        if not layout.has_two_calls:
+            return True
+        if layout.kind == f"{branch}_call_first":
+            return not self._is_second
+        return self._is_second or not self._expects_second
+
+    def finish(
+        self, prediction: Tensor, terms: dict[int, Tensor]
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """What a call returns, and the terms in it: its own, and those of the first call."""
+        if not self._is_second:
+            guided = added(prediction, terms) if terms else prediction.clone()
+            self._first, self._first_plain = weakref.ref(guided), prediction
+            self._first_terms, self._owes_guidance = terms, len(terms) < self._wanted
+            return guided, terms
+        whole = {**self._first_terms, **terms}
+        if terms:
+            first = self._first()
+            if first is None:
+                raise RuntimeError(
+                    "the first call's prediction was copied before the second call, so it can't "
+                    "be guided; use branch='cond', or the branch that is called first"
+                )
+            first.copy_(added(self._first_plain, whole))
+        self._owes_guidance = False
+        return added(prediction, whole), whole

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .call import Call
-from .families import Packing
-from .protocols import config_of, uncompiled
+from .families import Packing, config_of, uncompiled
 
 OnCPU = Callable[[Tensor], Tensor]
 """Copies a tensor to the CPU, once a run."""
@@ -24,16 +23,11 @@ class PicturePlace:
 
     Tensors may hold more: inpainting networks see channels that they do not denoise, editing
     networks see tokens of another picture, and networks that learn their variance return it.
-
-    Attributes:
-        channels: Channels of the picture, or of its tokens.
-        grid: Rows and columns of the picture's tokens if latents are packed, else `None`.
-        patch: Side of the square of latent pixels that makes a packed token.
     """
 
-    channels: int
-    grid: tuple[int, int] | None = None
-    patch: int = 1
+    channels: int  # of the picture, or of its tokens
+    grid: tuple[int, int] | None = None  # rows and columns of tokens, if latents are packed
+    patch: int = 1  # side of the square of latent pixels that makes a token
 
     def read(self, tensor: Tensor) -> Tensor:
         """The picture, (batch, channels, height, width), in an input or output of the denoiser."""
@@ -57,17 +51,7 @@ class PicturePlace:
 
 
 def place_of(call: Call, output: Tensor, on_cpu: OnCPU) -> PicturePlace:
-    """Where the picture lies in the tensors of one call.
-
-    Args:
-        call: The call.
-        output: What the denoiser returned.
-        on_cpu: Copies a tensor to the CPU.
-
-    Raises:
-        ValueError: The positions of packed tokens do not form a grid, more than one picture is
-            denoised, or the denoiser returns another size than it receives.
-    """
+    """Where the picture lies in the input and output of one call."""
     sample, packing = call.sample, call.family.packing
     if packing is None:
         if sample.shape[-2:] != output.shape[-2:]:
@@ -82,18 +66,7 @@ def place_of(call: Call, output: Tensor, on_cpu: OnCPU) -> PicturePlace:
 def picture_tokens(
     denoiser: nn.Module, layer: str, call: Call, positions: int, on_cpu: OnCPU
 ) -> tuple[slice, tuple[int, int]]:
-    """Which positions of an attention layer are the picture's, and their rows and columns.
-
-    Args:
-        denoiser: The module, compiled or not.
-        layer: Dotted path of the layer.
-        call: Of the denoiser.
-        positions: Positions that the layer attends over.
-        on_cpu: Copies a tensor to the CPU.
-
-    Raises:
-        ValueError: The layer does not see all of the picture's positions.
-    """
+    """Which of the positions that a layer attends over are the picture's, and their grid."""
     family, sample = call.family, call.sample
     pictures = None
     if family.packing is not None:

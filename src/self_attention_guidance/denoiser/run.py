@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,20 +13,21 @@ from torch import Tensor, nn
 from .call import Call
 from .caller import Caller, is_running
 from .layout import Layout, halves_agree, layout_by_samples
-from .noise import Prediction, Tables, check_scheduler, index_of, is_at, place_in, prediction_at
-from .protocols import Scheduler
+from .noise import (
+    Prediction,
+    Scheduler,
+    Tables,
+    check_scheduler,
+    index_of,
+    is_at,
+    is_elsewhere,
+    place_in,
+    prediction_at,
+)
 
 
-@dataclass(frozen=True)
-class Held:
-    """A term between weakened passes.
-
-    Attributes:
-        noise: In units of the noise; `None` if it could not be held.
-        shape: Of x_t.
-        step: Index of the step that made it.
-        passes: How many weakened passes that step had.
-    """
+class _Held(NamedTuple):
+    """A term between weakened passes, in units of the noise; `None` if it could not be held."""
 
     noise: Tensor | None
     shape: torch.Size
@@ -44,52 +45,48 @@ class Run:
         tables: The scheduler's tables, on the CPU.
         step: Index of the present step among the timesteps.
         is_new: Whether the present call is the run's first.
+        is_weak: Whether the denoiser is in its weakened pass.
     """
 
     def __init__(self, is_for_this_thread: bool = False) -> None:
-        """Nothing runs yet.
-
-        Args:
-            is_for_this_thread: Whether all runs are of the thread that makes this.
-        """
-        self.tables = Tables(None)
+        """Nothing runs yet; only the thread that makes this may, or any."""
         self.step = 0
-        self.is_new = False
-        self._scheduler: Scheduler | None = None
-        self._timesteps: Tensor | None = None
-        self._held: dict[int, Held] = {}
-        self._layouts: dict[int, Layout] = {}
-        self._copies: list[tuple[Tensor, Tensor]] = []
-        self._is_repeat = self._has_waited = False
-        self._previous: Call | None = None
-        self._checks: list[tuple[Tensor, Callable[[], Exception]]] = []
+        self.is_new = self.is_weak = self._is_repeat = self._has_waited = False
         self._is_fixed = is_for_this_thread
         self._owner = threading.current_thread() if is_for_this_thread else None
         self._interrupted: dict[threading.Thread, int] = {}
-        self._busy = threading.Lock()
+        self._entering = threading.Lock()
         self._inside: threading.Thread | None = None
+        self._begin(None, Tables(None))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """In another process there are other threads and runs."""
         return Run, (False,)
 
+    def _begin(self, scheduler: Scheduler | None, tables: Tables) -> None:
+        """Nothing is known of a run but its scheduler."""
+        self.tables = tables
+        self._scheduler = scheduler
+        self._timesteps = None if scheduler is None else scheduler.timesteps
+        self._previous: Call | None = None
+        self._held: dict[int, _Held] = {}
+        self._layouts: dict[int, Layout] = {}
+        self._copies: list[tuple[Tensor, Tensor]] = []
+        self._checks: list[tuple[Tensor, Callable[[], Exception]]] = []
+
     # Threads
 
     def enter(self, denoiser: nn.Module) -> None:
-        """A call of the denoiser begins.
-
-        Raises:
-            RuntimeError: It is another thread's.
-        """
+        """A call of the denoiser begins; refuses another thread's."""
         thread = threading.current_thread()
         if self._is_fixed and thread is not self._owner:
-            raise _two_threads()
-        # After Ctrl-C, an earlier call may never have ended: of this thread, or of another one.
-        if not self.is_inside() and not self._busy.acquire(blocking=False):
-            inside = self._inside
+            raise RuntimeError(_TWO_THREADS)
+        with self._entering:
+            # After Ctrl-C, an earlier call may never have ended: of this thread, or of another.
+            inside = None if self.is_inside() else self._inside
             if inside is not None and is_running(denoiser, inside):
-                raise _two_threads()
-        self._inside = thread
+                raise RuntimeError(_TWO_THREADS)
+            self._inside, self.is_weak = thread, False
 
     def is_inside(self) -> bool:
         """Whether a call of this thread has begun and not ended."""
@@ -98,7 +95,6 @@ class Run:
     def leave(self) -> None:
         """The call that this thread began ends."""
         self._inside = None
-        self._busy.release()
 
     def _take(self, timesteps: Tensor, step: int) -> None:
         """The run is this thread's."""
@@ -107,7 +103,7 @@ class Run:
             # A run that begins has other timesteps, or begins at an earlier one of the same.
             continued = min(self.step, self._interrupted.pop(thread, self.step))
             if timesteps is self._timesteps and step > continued:
-                raise _two_threads()
+                raise RuntimeError(_TWO_THREADS)
             if self._owner is not None and self.step < len(self.tables) - 1:
                 self._interrupted[self._owner] = self.step
         self._owner = thread
@@ -115,17 +111,7 @@ class Run:
     # Steps
 
     def at(self, call: Call, caller: Caller | None, given: Scheduler | None) -> None:
-        """The call is at a step of a scheduler.
-
-        Args:
-            call: Of the denoiser.
-            caller: The pipeline that runs, if any.
-            given: The scheduler that the user gave, if any.
-
-        Raises:
-            ValueError: No scheduler is at the call's timestep, or it is not supported.
-            RuntimeError: The call continues another thread's run, or no pipeline runs.
-        """
+        """The call is at a step of the scheduler that was given, or of one of the caller's."""
         self._has_waited = False
         scheduler = _scheduler_of(call, caller) if given is None else given
         tables = self.tables
@@ -135,37 +121,31 @@ class Run:
             check_scheduler(scheduler)
             tables = Tables(scheduler)
             self._has_waited = tables.has_waited
+        step, is_certain = self._step_of(call, scheduler, tables)
+        self._take(scheduler.timesteps, step)
+        self.is_new = is_other or step < self.step
+        self._is_repeat = not self.is_new and step == self.step
+        if self.is_new:
+            self._begin(scheduler, tables)
+        self.step = step
+        if not is_certain:
+            self._check_timestep(scheduler, call)
+
+    def _step_of(self, call: Call, scheduler: Scheduler, tables: Tables) -> tuple[int, bool]:
+        """The step of a scheduler that a call is at, and whether its timestep is surely that."""
         # Pipelines take the timestep out of the scheduler's own tensor.
         place = place_in(scheduler.timesteps, call.timestep) if call.timestep_scale == 1 else None
         step = index_of(scheduler)
         if step is None and place is not None:
             # PNDM evaluates a timestep twice, and does not tell which time it is.
-            step = place = tables.first_equal(place)
-        elif step is None:
-            step = tables.nearest(scheduler, float(self._timesteps_of(call)[0]))
+            return tables.equal_to(place)[0], True
+        if step is None:
+            step = tables.nearest(scheduler, self._timesteps_of(call)[0])
         if not 0 <= step < len(tables):
             raise _not_at(scheduler, call)
-        self._take(scheduler.timesteps, step)
-        self.is_new = is_other or step < self.step
-        self._is_repeat = not self.is_new and step == self.step
-        if self.is_new:
-            self._scheduler, self._timesteps, self.tables = scheduler, scheduler.timesteps, tables
-            self._held, self._layouts, self._copies, self._checks = {}, {}, [], []
-            self._previous = None
-        self.step = step
-        if step != place:
-            self._check_timestep(scheduler, call)
+        return step, step == place
 
-    def prediction(self, call: Call, like: Tensor) -> Prediction:
-        """What the scheduler says of the call; `like` tells the device and the precision."""
-        assert self._scheduler is not None
-        steps = self.tables["timesteps"][self.step : self.step + 1]
-        if not hasattr(self._scheduler, "sigmas") and not call.has_one_timestep:
-            several = self._timesteps_of(call)
-            steps = several if len(several) > 1 else steps
-        return prediction_at(self._scheduler, self.step, steps, self.tables, like)
-
-    def _timesteps_of(self, call: Call) -> Tensor:
+    def _timesteps_of(self, call: Call) -> list[float]:
         self._note_wait(call.timestep)
         return call.timesteps()
 
@@ -173,17 +153,25 @@ class Run:
         """Refuse a scheduler that is elsewhere, and several timesteps where it has one level."""
         given = torch.as_tensor(call.timestep)
         values = given.flatten()
-        expected = float(self.tables["timesteps"][self.step]) * call.timestep_scale
+        expected = self.tables["timesteps"][self.step] * call.timestep_scale
         if hasattr(scheduler, "sigmas"):
-            name = type(scheduler).__name__
-            self.refuse((values != values[0]).any(), lambda: _several_timesteps(name))
+            message = _SEVERAL_TIMESTEPS.format(type(scheduler).__name__)
+            self.refuse((values != values[0]).any(), ValueError, message)
         # What networks receive may be rounded.
         if given.is_floating_point():
             allowed = 2 * torch.finfo(given.dtype).eps * abs(expected) + 1e-6
         else:
             allowed = 0.0 if expected == round(expected) else 1.0
-        is_elsewhere = (values[0] - expected).abs() > allowed
-        self.refuse(is_elsewhere, lambda: _not_at(scheduler, call))
+        self.refuse((values[0] - expected).abs() > allowed, _not_at, scheduler, call)
+
+    def prediction(self, call: Call) -> Prediction:
+        """What the scheduler says of the call."""
+        assert self._scheduler is not None
+        steps = self.tables["timesteps"][self.step : self.step + 1]
+        if not hasattr(self._scheduler, "sigmas") and not call.has_one_timestep:
+            several = self._timesteps_of(call)
+            steps = several if len(several) > 1 else steps
+        return prediction_at(self._scheduler, self.step, steps, self.tables, call.sample)
 
     # What lies on the device
 
@@ -196,9 +184,9 @@ class Run:
         self._copies = [*self._copies[-3:], (tensor, tensor.cpu())]
         return self._copies[-1][1]
 
-    def refuse(self, failed: Tensor, error: Callable[[], Exception]) -> None:
-        """Raise an error when the checks of the step are read, if `failed` is true then."""
-        self._checks.append((failed.reshape(()), error))
+    def refuse(self, failed: Tensor, error: Callable[..., Exception], *about: Any) -> None:
+        """Raise `error(*about)` when the checks of the step are read, if `failed` is true then."""
+        self._checks.append((failed.reshape(()), functools.partial(error, *about)))
 
     def read_checks(self) -> None:
         """Wait for the device once a step, and raise the first error.
@@ -208,12 +196,13 @@ class Run:
         if not self._checks or (self._has_waited and self.step < len(self.tables) - 1):
             return
         checks, self._checks = self._checks, []
-        for has_failed, (_, error) in zip(_together(checks), checks, strict=True):
+        failed = torch.stack([each for each, _ in checks]).cpu().tolist()
+        for has_failed, (_, error) in zip(failed, checks, strict=True):
             if has_failed:
                 raise error()
 
     def _note_wait(self, value: Any) -> None:
-        self._has_waited |= isinstance(value, Tensor) and value.device.type != "cpu"
+        self._has_waited |= is_elsewhere(value)
 
     # What the batch holds, and what the calls of a step have in common
 
@@ -238,43 +227,35 @@ class Run:
         """Compare a call with its layout, and with the call before."""
         before, self._previous = self._previous if self._is_repeat else None, call
         if layout.has_halves:
-            self.refuse(~halves_agree(call.sample), lambda: _no_halves(layout))
-        if before is None or layout.is_told or layout.has_halves:
-            return
-        pairs = ((before.sample, call.sample), (before.condition, call.condition))
-        if all(a is not None and b is not None and a.shape == b.shape for a, b in pairs):
-            (x, x_now), (condition, condition_now) = pairs
-            again = (x == x_now).all() & (condition != condition_now).any()  # type: ignore[union-attr]
-            self.refuse(again, _several_calls)
+            message = _OTHER_HALVES.format(layout.kind) if layout.is_told else _NO_HALVES
+            self.refuse(~halves_agree(call.sample), ValueError, message)
+        elif before is not None and not layout.is_told:
+            x, condition, condition_now = before.sample, before.condition, call.condition
+            if condition is None or condition_now is None or x.shape != call.sample.shape:
+                return
+            if condition.shape == condition_now.shape:
+                is_other_half = (x == call.sample).all() & (condition != condition_now).any()
+                self.refuse(is_other_half, ValueError, _SEVERAL_CALLS)
 
     # Terms that are held
 
     def hold(self, number: int, noise: Tensor | None, shape: torch.Size) -> None:
-        """Hold the term of a weakened pass of the present step.
-
-        Args:
-            number: Of the guidance.
-            noise: The term in units of the noise; `None` can't be held.
-            shape: Of x_t.
-        """
-        before = self._held.get(number)
-        # Schedulers that evaluate one timestep twice may not tell which time it is.
-        is_again = before is not None and before.step == self.step
-        is_again = is_again and self.tables.is_unique(self.step)
-        passes = before.passes + 1 if before is not None and is_again else 1
-        self._held[number] = Held(noise, shape, self.step, passes)
+        """Hold what a guidance's weakened pass at x_t of a shape gave, as noise."""
+        before, passes = self._held.get(number), 1
+        if before is not None and before.step == self.step:
+            # Schedulers that evaluate one timestep twice may not tell which time it is.
+            passes += before.passes if len(self.tables.equal_to(self.step)) == 1 else 0
+        self._held[number] = _Held(noise, shape, self.step, passes)
 
     def held(self, number: int, every: int, shape: torch.Size, passes: int) -> Tensor | None:
-        """The term that a step adds again, as noise, or `None` if it needs a weakened pass.
+        """The noise that a guidance adds again, or `None` if it needs a weakened pass.
 
         Args:
             number: Of the guidance.
             every: From one weakened pass to the next, in timesteps.
             shape: Of x_t.
-            passes: How many weakened passes a step of one picture may have.
-
-        Raises:
-            RuntimeError: Several samples are denoised in turn, so the term may be another's.
+            passes: How many weakened passes a step of one picture may have. If there were more,
+                several pictures are denoised in turn, and the term may be another's.
         """
         held = self._held.get(number)
         if held is None or held.shape != shape or not 0 < self.step - held.step < every:
@@ -287,10 +268,6 @@ class Run:
         return held.noise
 
 
-def _together(checks: list[tuple[Tensor, Callable[[], Exception]]]) -> list[bool]:
-    return torch.stack([failed for failed, _ in checks]).cpu().tolist()
-
-
 def _scheduler_of(call: Call, caller: Caller | None) -> Scheduler:
     """The scheduler of the pipeline that is at the call's timestep."""
     schedulers = [] if caller is None else caller.schedulers
@@ -301,51 +278,39 @@ def _scheduler_of(call: Call, caller: Caller | None) -> Scheduler:
         )
     if len(schedulers) == 1:
         return schedulers[0]
-    timestep = float(call.timesteps()[0])
+    timestep = call.timesteps()[0]
     found = next((each for each in schedulers if is_at(each, timestep)), None)
     if found is None:
         raise _not_at(schedulers[0], call)
     return found
 
 
-def _two_threads() -> RuntimeError:
-    return RuntimeError(
-        "two threads call one guided denoiser: let them wait for each other, or give each a "
-        "pipeline with a denoiser of its own"
-    )
-
-
 def _not_at(scheduler: Scheduler, call: Call) -> ValueError:
     return ValueError(
-        f"{type(scheduler).__name__} is not at timestep {float(call.timesteps()[0]):g}, with which "
+        f"{type(scheduler).__name__} is not at timestep {call.timesteps()[0]:g}, with which "
         "the denoiser is called, so the noise level is unknown: attach guidance to the pipeline "
         "that runs, or to the denoiser with the scheduler= that runs"
     )
 
 
-def _several_timesteps(scheduler: str) -> ValueError:
-    return ValueError(
-        f"the pictures of the batch have several timesteps, but {scheduler} has one noise level; "
-        "use DDIMScheduler, or one timestep a call"
-    )
-
-
-def _several_calls() -> ValueError:
-    return ValueError(
-        "the denoiser is called twice at one step with the same sample and two conditions, as "
-        "under classifier-free guidance: attach with batch_layout='uncond_call_first' or "
-        "'cond_call_first', which is the order of the calls, or with 'single' if these are two "
-        "pictures of one seed"
-    )
-
-
-def _no_halves(layout: Layout) -> ValueError:
-    if layout.is_told:
-        return ValueError(
-            "the batch has no conditional and unconditional half: its halves hold different "
-            f"samples (batch_layout={layout.kind!r})"
-        )
-    return ValueError(
-        "the halves of the batch held the same samples, but no longer do: without classifier-free "
-        "guidance, attach with batch_layout='single'"
-    )
+_TWO_THREADS = (
+    "two threads call one guided denoiser: let them wait for each other, or give each a "
+    "pipeline with a denoiser of its own"
+)
+_SEVERAL_TIMESTEPS = (
+    "the pictures of the batch have several timesteps, but {} has one noise level; use "
+    "DDIMScheduler, or one timestep a call"
+)
+_SEVERAL_CALLS = (
+    "the denoiser is called twice at one step with the same sample and two conditions, as under "
+    "classifier-free guidance: attach with batch_layout='uncond_call_first' or 'cond_call_first', "
+    "which is the order of the calls, or with 'single' if these are two pictures of one seed"
+)
+_OTHER_HALVES = (
+    "the batch has no conditional and unconditional half: its halves hold different samples "
+    "(batch_layout={!r})"
+)
+_NO_HALVES = (
+    "the halves of the batch held the same samples, but no longer do: without classifier-free "
+    "guidance, attach with batch_layout='single'"
+)

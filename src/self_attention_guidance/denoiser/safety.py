@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -9,7 +10,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-from .protocols import uncompiled
+from .families import uncompiled
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -29,12 +30,6 @@ def refuse_caches(denoiser: nn.Module) -> None:
     """Refuse a denoiser that reuses what it computed at other steps.
 
     The weakened pass would overwrite what the first pass keeps, or read it.
-
-    Args:
-        denoiser: The module, compiled or not.
-
-    Raises:
-        ValueError: Names what caches, or may cache.
     """
     network = uncompiled(denoiser)
     name = type(network).__name__
@@ -53,25 +48,26 @@ def refuse_caches(denoiser: nn.Module) -> None:
                     f"{where} has the hook {hook_name!r}, which keeps what it computed at other "
                     f"steps, {mixes}; remove it first"
                 )
-        own = vars(module).get("forward")
+        own = vars(module).get("forward", _replaced_by(type(module)))
         if own is not None and not hooks and not _is_harmless(module, own):
             raise ValueError(
                 f"the forward of {where} was replaced by "
                 f"{getattr(own, '__qualname__', type(own).__name__)!r}: caches over the steps "
-                f"(DeepCache, cache-dit) do this, {mixes}, and so does what merges tokens; undo it "
+                f"(DeepCache, TeaCache) do this, {mixes}, and so does what merges tokens; undo it "
                 "first"
             )
 
 
-def not_finite(name: str, dtype: torch.dtype, step: int, timestep: Any) -> FloatingPointError:
-    """The error that says where values are no numbers, and the likely cause.
+@functools.cache
+def _replaced_by(cls: type[nn.Module]) -> Any:
+    """What took the place of a class's `forward`, as TeaCache does it; `None` if it is its own."""
+    base = next(base for base in cls.__mro__ if "forward" in vars(base))
+    forward = vars(base)["forward"]
+    return None if getattr(forward, "__module__", base.__module__) == base.__module__ else forward
 
-    Args:
-        name: Of what was computed, fit for "... is not finite".
-        dtype: Of its values.
-        step: Index of the present step, from 0.
-        timestep: What the denoiser was given.
-    """
+
+def not_finite(name: str, dtype: torch.dtype, step: int, timestep: Any) -> FloatingPointError:
+    """The error that says where values, of a name that fits "... is not finite", are no numbers."""
     cause = "the weights are damaged, or do not fit the model's config or scheduler"
     if dtype == torch.float16:
         cause = "float16 overflows beyond 65504: use bfloat16 or float32"
@@ -84,16 +80,9 @@ def refuse_compiled_in_place(module: nn.Module) -> None:
 
     torch compiles hooks together with the module if told to, and does not look for later ones.
     Otherwise they run around what is compiled.
-
-    Args:
-        module: The denoiser, compiled or not.
-
-    Raises:
-        ValueError: It was compiled with its hooks.
     """
-    if module._compiled_call_impl is None:
-        return
-    if getattr(torch._dynamo.config, "wrap_top_frame", False):
+    is_compiled = module._compiled_call_impl is not None
+    if is_compiled and getattr(torch._dynamo.config, "wrap_top_frame", False):
         raise ValueError(
             f"{type(module).__name__} was compiled in place with torch._dynamo.config."
             "wrap_top_frame, where hooks that are added later are ignored; attach first, or use "

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from .attach import GuidanceHandle, attach
+from .attach import attach
 from .base import METHODS, Branch, Guidance
 from .blur import BlurGuidance
+from .handle import GuidanceHandle
 from .pag import PerturbedAttentionGuidance
 from .sag import SelfAttentionGuidance
 

@@ -1,44 +1,17 @@
-"""Attach guidances to a denoiser: the part of every method that is the same.
-
-Pipelines, samplers and schedulers never learn that a denoiser is guided: hooks on it read the
-attention of its pass, run it again, weakened, and add what guidance makes of the difference to its
-own output.
-"""
+"""Attach guidances to the denoiser of a pipeline, or of a loop of one's own."""
 
 from __future__ import annotations
 
-import functools
-import threading
-import weakref
-from dataclasses import dataclass
 from typing import Any, get_args
 
-import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import nn
 
-from ..denoiser.attention import Noting, Replaced, received, self_attention, why_unseen
-from ..denoiser.call import Call, call_of
-from ..denoiser.caller import Caller, find_caller, refuse_unknown
-from ..denoiser.families import BatchLayout, family_names, family_of
-from ..denoiser.layout import Layout, layout_of
-from ..denoiser.noise import Prediction, check_scheduler
-from ..denoiser.outputs import added, precise, with_first
-from ..denoiser.picture import PicturePlace, picture_tokens, place_of
-from ..denoiser.protocols import Scheduler, uncompiled
+from ..denoiser.caller import refuse_unknown
+from ..denoiser.families import FAMILIES, BatchLayout, denoiser_of, family_of
+from ..denoiser.noise import Scheduler, check_scheduler
 from ..denoiser.run import Run
-from ..denoiser.safety import (
-    not_finite,
-    refuse_caches,
-    refuse_compiled_in_place,
-    run_uncompiled,
-)
-from ..denoiser.step import Step
-from ..denoiser.two_calls import TwoCalls, total
 from .base import Guidance
-
-# Else two threads could both find a denoiser unguided.
-_attaching = threading.Lock()
+from .handle import GuidanceHandle
 
 
 def attach(
@@ -56,9 +29,8 @@ def attach(
     Args:
         target: A diffusers pipeline, or a denoiser for a loop of your own.
         *guidances: At least one.
-        scheduler: The scheduler that drives a bare denoiser. For a pipeline, that of the pipeline
-            that runs is used.
-        batch_layout: See `Guidance.attach`.
+        scheduler: See `Guidance.attach`, as the next.
+        batch_layout: What a call holds under classifier-free guidance.
         is_for_this_thread: Refuse calls of other threads, for a pipeline's own call.
 
     Returns:
@@ -68,370 +40,32 @@ def attach(
         ValueError: The denoiser, its layers or the scheduler are not supported, or the denoiser is
             guided already.
     """
-    if not guidances or not all(hasattr(each, "weaken") for each in guidances):
+    if not guidances or not all(isinstance(each, Guidance) for each in guidances):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError("attach needs a guidance behind its target: SelfAttentionGuidance(0.75)")
+    denoiser = _checked_denoiser(target, scheduler, batch_layout)
+    pipeline = None if denoiser is target else target
+    run = Run(is_for_this_thread)
+    return GuidanceHandle(denoiser, pipeline, guidances, run, scheduler, batch_layout)
+
+
+def _checked_denoiser(target: Any, scheduler: Any, batch_layout: Any) -> nn.Module:
+    """The denoiser that is to be guided, if it can be."""
     if batch_layout is not None and batch_layout not in get_args(BatchLayout):
         choices = ", ".join(get_args(BatchLayout))
         raise ValueError(f"batch_layout={batch_layout!r} must be one of {choices}")
-    pipeline = None if isinstance(target, nn.Module) else target
-    denoiser = target if pipeline is None else _denoiser_of(pipeline)
+    denoiser = denoiser_of(target)
     if denoiser is None:
         raise ValueError(
             f"target={type(target).__name__} must be a diffusers pipeline with a unet or a "
-            f"transformer, or a denoiser; supported denoisers: {', '.join(family_names())}"
+            f"transformer, or a denoiser; supported denoisers: {', '.join(FAMILIES)}"
         )
     family_of(denoiser)
-    if pipeline is not None:
-        refuse_unknown(pipeline)
-    if (pipeline is None) == (scheduler is None):
-        raise ValueError(
-            "scheduler=None must be the scheduler that drives this denoiser"
-            if pipeline is None
-            else "scheduler must not be given with a pipeline: its own is used"
-        )
-    check_scheduler(scheduler if pipeline is None else pipeline.scheduler)
-    handle = GuidanceHandle(guidances, Run(is_for_this_thread), scheduler, batch_layout)
-    handle._hook(denoiser, pipeline)
-    return handle
-
-
-@dataclass(frozen=True)
-class _FirstPass:
-    """A call of the denoiser between its two hooks.
-
-    Attributes:
-        call: The call.
-        layout: What it holds.
-        plan: The guidances that act, by number, each with the noise that it adds again; `None`
-            needs a weakened pass.
-        has_all_terms: Whether no term is left to a second call of the step.
-        read: The layers that are read, by their dotted paths.
-    """
-
-    call: Call
-    layout: Layout
-    plan: dict[int, Tensor | None]
-    has_all_terms: bool
-    read: dict[str, tuple[Replaced, Noting]]
-
-    def attention(self, denoiser: nn.Module, layer: str, rows: slice, on_cpu: Any) -> Tensor:
-        """What each of the picture's tokens received, (rows, token rows, columns)."""
-        noted = self.read[layer][1].noted
-        if not noted:
-            reason = why_unseen(self_attention(denoiser, layer))
-            raise RuntimeError(f"no attention was recorded at {layer!r}: {reason}")
-        positions = noted[0].key.shape[-2]
-        picture, grid = picture_tokens(denoiser, layer, self.call, positions, on_cpu)
-        return received(noted, len(self.call.sample), rows, picture).unflatten(1, grid)
-
-
-class GuidanceHandle:
-    """A guided denoiser: holds what the last guided step saw, and undoes the guidance.
-
-    Made by `attach`. Copies of the denoiser follow this handle. A denoiser serves one thread at a
-    time, and refuses others.
-
-    Attributes:
-        guidances: The settings.
-        attached: Whether the denoiser is guided.
-        steps: Number of weakened passes so far: one for each guidance and guided step that does
-            not hold its term, and another one at the first step of a run of two calls a step,
-            unless the pipeline tells that the second follows.
-        x0: The clean sample that was predicted at the last weakened pass, as the scheduler clips
-            or thresholds it: (pictures, channels, height, width), at least float32.
-        term: What guidance added at the last guided step to each picture's rows of the denoiser's
-            output, of their shape, times scale; at least float32. `None` before it.
-        noted: What the last weakened pass noted, by name: "attention" and "mask" of
-            `SelfAttentionGuidance`.
-    """
-
-    def __init__(
-        self,
-        guidances: tuple[Guidance, ...],
-        run: Run,
-        scheduler: Scheduler | None,
-        batch_layout: BatchLayout | None,
-    ) -> None:
-        """Use `attach`."""
-        self.guidances = guidances
-        self.attached = True
-        self.steps = 0
-        self.x0: Tensor | None = None
-        self.term: Tensor | None = None
-        self.noted: dict[str, Tensor] = {}
-        self._run, self._two_calls = run, TwoCalls()
-        self._scheduler = scheduler
-        self._layout: BatchLayout | None = batch_layout
-        # A pipeline keeps its handle, and a denoiser its hooks: neither may be kept by them.
-        self._denoiser: Any = _nothing
-        self._pipeline: Any = _nothing
-        self._hooks: tuple[RemovableHandle, ...] = ()
-        self._first: _FirstPass | None = None
-        self._is_weak = self._is_for_one_call = self._has_begun = False
-
-    @property
-    def guidance(self) -> Any:
-        """The settings of the first guidance."""
-        return self.guidances[0]
-
-    @property
-    def attention(self) -> Tensor | None:
-        """Attention received per position at the last weakened pass of self-attention guidance.
-
-        Shape (pictures, rows, columns), float32, mean 1; `None` if none was read.
-        """
-        return self.noted.get("attention")
-
-    @property
-    def mask(self) -> Tensor | None:
-        """The positions that were blurred there, (pictures, rows, columns) bool; or `None`."""
-        return self.noted.get("mask")
-
-    def remove(self) -> None:
-        """Restore the denoiser, bit for bit; idempotent. What the handle saw stays readable."""
-        self.attached = False
-        for hook in self._hooks:
-            hook.remove()
-        self._stop_reading()
-        self._two_calls = TwoCalls()
-
-    def remove_after_call(self) -> None:
-        """Remove the guidance after the next call of the denoiser, also if that fails."""
-        self._is_for_one_call = True
-
-    def continue_from(self, earlier: GuidanceHandle) -> None:
-        """Go on with the run of an earlier handle of the same guidances, and what it holds."""
-        self._run = earlier._run
-
-    def __enter__(self) -> GuidanceHandle:
-        """The handle; the denoiser is guided already."""
-        return self
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        """Remove the guidance.
-
-        Raises:
-            RuntimeError: The pipeline got another denoiser, which was not guided.
-        """
-        self.remove()
-        present = _denoiser_of(self._pipeline())
-        if error is None and present is not None and not self._was_on(present):
-            raise RuntimeError(
-                f"{type(self._pipeline()).__name__} got another denoiser after guidance was "
-                "attached; what it drew with that one is not guided: attach again after the change"
-            )
-
-    def __deepcopy__(self, memo: object) -> GuidanceHandle:
-        """The handle itself: a copied denoiser keeps this handle."""
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        """All but what belongs to this process; a guided denoiser can be pickled."""
-        transient = {"_denoiser": _nothing, "_pipeline": _nothing, "_first": None}
-        return {**self.__dict__, **transient, "_two_calls": TwoCalls(), "_is_weak": False}
-
-    # The hooks
-
-    def _hook(self, denoiser: nn.Module, pipeline: Any) -> None:
-        for guidance in self.guidances:
-            for layer in guidance.reads(denoiser):
-                self_attention(denoiser, layer)
-        with _attaching:
-            for module in {denoiser, uncompiled(denoiser)}:
-                _refuse_guided(module)
-                refuse_compiled_in_place(module)
-            refuse_caches(denoiser)
-            self._hooks = (
-                denoiser.register_forward_pre_hook(self._before, with_kwargs=True),
-                denoiser.register_forward_hook(self._after, with_kwargs=True, always_call=True),
-            )
-        self._denoiser = weakref.ref(denoiser)
-        self._pipeline = _nothing if pipeline is None else weakref.ref(pipeline)
-
-    @run_uncompiled
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        run = self._run
-        if not self.attached or (self._is_weak and run.is_inside()):
-            return
-        run.enter(module)
-        if self._is_for_one_call and self._has_begun:  # Ctrl-C ended the one call
-            self.remove()
-            return
-        self._has_begun, self._is_weak = True, False
-        self._stop_reading()
-        call = call_of(module, family_of(module), args, kwargs)
-        caller = find_caller(self._pipeline())
-        run.at(call, caller, self._scheduler)
-        if run.is_new:
-            refuse_caches(module)
-        steps = len(run.tables)
-        acting = [n for n, each in enumerate(self.guidances) if each.acts_at(run.step, steps)]
-        if not acting:
-            run.read_checks()
-            return
-        self._first = self._planned(module, call, caller, acting)
-        for layer, _ in self._first.read.values():
-            layer.start()
-
-    @run_uncompiled
-    def _after(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Any:
-        if self._is_weak or not self._run.is_inside():
-            return None
-        try:
-            first = self._stop_reading()
-            if first is None or output is None:  # the pass failed, its exception is under way
-                return None
-            return with_first(output, self._guided(module, first, output[0]))
-        finally:
-            self._run.leave()
-            if self._is_for_one_call:
-                self.remove()
-
-    def _stop_reading(self) -> _FirstPass | None:
-        first, self._first = self._first, None
-        for layer, _ in () if first is None else first.read.values():
-            layer.stop()
-        return first
-
-    def _planned(
-        self, module: nn.Module, call: Call, caller: Caller | None, acting: list[int]
-    ) -> _FirstPass:
-        """What the call holds, and what each acting guidance needs of it."""
-        run, two_calls = self._run, self._two_calls
-        layout = layout_of(call, caller, self._layout) or run.layout(module, call, caller)
-        if layout.has_two_calls:
-            cfg = None if caller is None else caller.cfg
-            two_calls.begin(run.is_new, run.is_same_sample(call), cfg)
-        run.compare(call, layout)
-        plan: dict[int, Tensor | None] = {}
-        read: dict[str, tuple[Replaced, Noting]] = {}
-        for number in acting:
-            guidance = self.guidances[number]
-            shape = call.sample[layout.rows(len(call.sample), guidance.branch)].shape
-            held = run.held(number, guidance.every, shape, 2 if layout.has_two_calls else 1)
-            if held is None and not two_calls.needs_term(layout, guidance.branch):
-                continue
-            plan[number] = held
-            for layer in guidance.reads(module) if held is None else ():
-                noting = Noting()
-                read[layer] = Replaced(self_attention(module, layer), noting), noting
-        return _FirstPass(call, layout, plan, len(plan) == len(acting), read)
-
-    # Algorithm 1
-
-    def _guided(self, module: nn.Module, first: _FirstPass, whole: Tensor) -> Tensor:
-        """The denoiser's output with what all guidances add to it."""
-        call, run = first.call, self._run
-        place = place_of(call, whole, run.on_cpu)
-        prediction = run.prediction(call, precise(call.sample))
-        terms: dict[int, Tensor] = {}
-        for number, held in first.plan.items():
-            rows = first.layout.rows(len(call.sample), self.guidances[number].branch)
-            levels = prediction.rows(rows)
-            if held is None:
-                term = self._term(number, module, first, rows, place, levels, whole[rows])
-            else:
-                term = levels.held(held)
-            nothing = torch.zeros_like(whole[rows], dtype=term.dtype)
-            terms[number] = place.written(nothing, term)
-        if first.layout.has_two_calls:
-            guided, terms = self._two_calls.finish(whole, terms, first.has_all_terms)
-        else:
-            guided = added(whole, total(terms))
-        self.term = total(terms).detach() if terms else self.term
-        stages = {
-            "the denoiser's input": call.sample,
-            "the denoiser's prediction": whole,
-            "its prediction in the weakened pass": guided,
-        }
-        for name, tensor in stages.items():
-            error = functools.partial(not_finite, name, tensor.dtype, run.step, call.timestep)
-            run.refuse(~tensor.isfinite().all(), error)
-        run.read_checks()
-        return guided
-
-    def _term(
-        self,
-        number: int,
-        module: nn.Module,
-        first: _FirstPass,
-        rows: slice,
-        place: PicturePlace,
-        levels: Prediction,
-        output: Tensor,
-    ) -> Tensor:
-        """scale * (eps - eps'), in units of the output, by a weakened pass."""
-        guidance, run = self.guidances[number], self._run
-        sample = first.call.sample[rows]
-        x_t, u = precise(place.read(sample)), precise(place.read(output))
-        x0 = levels.x0(x_t, u)
-        layers = guidance.reads(module)
-        attention = {n: first.attention(module, n, rows, run.on_cpu) for n in layers}
-        step = Step(module, levels.limited(x0), attention)
-        with guidance.weaken(step) as x0_weak:
-            sample_weak = sample
-            if x0_weak is not None:
-                sample_weak = place.written(sample, levels.renoise(x_t, x0, x0_weak))
-            u_weak = precise(place.read(self._weak_pass(module, first.call, rows, sample_weak)))
-        change = None if x0_weak is None else x0_weak - x0
-        term = guidance.scale * levels.term(u, u_weak, change)
-        is_nothing = (term == 0).all()
-        if change is not None:  # where there was nothing to blur, there is nothing to add
-            is_nothing = is_nothing & (sample_weak != sample).any()
-        run.refuse(is_nothing, functools.partial(_no_effect, guidance, run.step))
-        run.hold(number, levels.noise(term.detach()), sample.shape)
-        self.x0, self.noted = step.x0.detach(), step.noted
-        self.steps += 1
-        return term
-
-    def _weak_pass(self, module: nn.Module, call: Call, rows: slice, sample: Tensor) -> Tensor:
-        args, kwargs = call.rows(rows, sample)
-        self._is_weak = True
-        try:
-            output: Tensor = module(*args, **kwargs)[0]
-        finally:
-            self._is_weak = False
-        if len(output) != len(sample):
-            raise RuntimeError(
-                f"the weakened pass of {len(sample)} pictures returned {len(output)}: an argument "
-                "holds a row for each picture, which guidance does not know of; see "
-                "register_batch_arguments"
-            )
-        return output
-
-    def _was_on(self, denoiser: nn.Module) -> bool:
-        """Whether a denoiser is the guided one, or a copy of it."""
-        own = self._denoiser()
-        modules = (denoiser, uncompiled(denoiser))
-        if own is not None and any(module in (own, uncompiled(own)) for module in modules):
-            return True
-        hooks = [hook for module in modules for hook in module._forward_hooks.values()]
-        return any(getattr(hook, "__self__", None) is self for hook in hooks)
-
-
-def _denoiser_of(pipeline: Any) -> nn.Module | None:
-    found = getattr(pipeline, "unet", getattr(pipeline, "transformer", None))
-    return found if isinstance(found, nn.Module) else None
-
-
-def _nothing() -> None:
-    """In place of a weak reference to what is not there."""
-
-
-def _no_effect(guidance: Guidance, step: int) -> RuntimeError:
-    return RuntimeError(
-        f"step {step}: {guidance} had no effect: the weakened network predicted exactly what the "
-        "network itself did"
-    )
-
-
-def _refuse_guided(module: nn.Module) -> None:
-    for hook in module._forward_hooks.values():
-        owner = getattr(hook, "__self__", None)
-        if isinstance(owner, GuidanceHandle) and owner.attached:
-            by = " and ".join(str(guidance) for guidance in owner.guidances)
-            raise ValueError(
-                f"{type(module).__name__} is guided already, by {by}; remove that handle first"
-            )
+    if denoiser is not target:
+        refuse_unknown(target)
+        if scheduler is not None:
+            raise ValueError("scheduler must not be given with a pipeline: its own is used")
+        scheduler = target.scheduler
+    elif scheduler is None:
+        raise ValueError("scheduler=None must be the scheduler that drives this denoiser")
+    check_scheduler(scheduler)
+    return denoiser

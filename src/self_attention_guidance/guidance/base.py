@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Generator
-from contextlib import contextmanager
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args
 
 from torch import Tensor, nn
 
-from ..checks import check_count, check_finite
+from ..checks import check_count, check_number
+from ..denoiser.attention import Attend, standing_in, why_unseen
+from ..denoiser.families import BatchLayout
+from ..denoiser.noise import Scheduler
 
 if TYPE_CHECKING:
-    from ..denoiser.families import BatchLayout
-    from ..denoiser.protocols import Scheduler
-    from ..denoiser.step import Step
     from .attach import GuidanceHandle
 
 Branch = Literal["uncond", "cond"]
@@ -24,6 +24,44 @@ Self = TypeVar("Self", bound="Guidance")
 
 METHODS: dict[str, type[Guidance]] = {}
 """The guidances by their short names, such as "sag"."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a guidance sees of a guided step, of the pictures of its branch.
+
+    Attributes:
+        denoiser: The network.
+        x0: The clean sample that was predicted, as the scheduler clips or thresholds it,
+            (pictures, channels, height, width), at least float32.
+        attention: What each position received in the layers that the guidance reads, by their
+            dotted paths: (pictures, rows, columns) float32, mean 1.
+        noted: What the guidance notes for its handle to show, by name.
+    """
+
+    denoiser: nn.Module
+    x0: Tensor
+    attention: dict[str, Tensor]
+    noted: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+    @contextmanager
+    def attending(self, layers: Sequence[str], attend: Attend) -> Generator[None]:
+        """Let layers compute another attention inside the `with` statement.
+
+        Args:
+            layers: Dotted paths of self-attention layers.
+            attend: What they compute of their queries, keys and values.
+
+        Raises:
+            RuntimeError: A layer's attention could not be changed.
+        """
+        with ExitStack() as stack:
+            begun = [stack.enter_context(standing_in(self.denoiser, n, attend)) for n in layers]
+            yield
+        for layer, stand_in in zip(layers, begun, strict=True):
+            if not stand_in.was_called:
+                reason = why_unseen(self.denoiser, layer)
+                raise RuntimeError(f"no attention was weakened at {layer!r}: {reason}")
 
 
 @dataclass(frozen=True)
@@ -75,12 +113,7 @@ class Guidance:
             raise ValueError(f"branch={self.branch!r} must be 'uncond' or 'cond'")
 
     def acts_at(self, step: int, steps: int) -> bool:
-        """Whether a step of a run is guided.
-
-        Args:
-            step: Its index among the scheduler's timesteps.
-            steps: How many there are.
-        """
+        """Whether a step of a run is guided, by its index among the scheduler's timesteps."""
         # A fraction such as 1 - 0.7 is not quite the 0.3 at which the step lies.
         is_inside = self.start - 1e-9 <= step / steps < self.stop - 1e-9
         return self.scale != 0 and is_inside
@@ -88,22 +121,14 @@ class Guidance:
     def reads(self, denoiser: nn.Module) -> tuple[str, ...]:
         """Dotted paths of the self-attention layers to read in the first pass; none by default.
 
-        Also called when attaching, to refuse denoisers that the method can't weaken.
-
-        Args:
-            denoiser: The network, compiled or not.
-
-        Raises:
-            ValueError: The method does not suit this denoiser.
+        Also called when attaching: raise `ValueError` for denoisers that the method can't weaken.
+        The denoiser may be compiled.
         """
         return ()
 
     @contextmanager
     def weaken(self, step: Step) -> Generator[Tensor | None]:
         """Weaken the network inside the `with` statement.
-
-        Args:
-            step: What is known of the step.
 
         Yields:
             A worse clean sample to run the network at, of the shape of `step.x0`; `None` runs it
@@ -121,12 +146,8 @@ class Guidance:
         draws speckles after, and changes slowly.
 
         Args:
-            scale: `None` is a third more than the default at every step, which makes up for the
-                steps that are left out.
+            scale: `None` is a third more than the default, for the steps that are left out.
             **settings: Any others.
-
-        Raises:
-            ValueError: A setting is out of its range or not of its type.
         """
         preset: dict[str, Any] = {"start": 0.2, "stop": 0.65, "every": 3}
         scale = cls().scale * 4 / 3 if scale is None else scale
@@ -141,9 +162,6 @@ class Guidance:
     @staticmethod
     def from_dict(settings: dict[str, Any]) -> Guidance:
         """The guidance that `to_dict` gave; settings that are missing have their defaults.
-
-        Args:
-            settings: With the short name of the method as "method".
 
         Raises:
             ValueError: The method or a setting is not known, or has a value out of its range.
@@ -164,7 +182,7 @@ class Guidance:
         scheduler: Scheduler | None = None,
         batch_layout: BatchLayout | None = None,
     ) -> GuidanceHandle:
-        """Guide every call of a denoiser until the handle is removed.
+        """Guide every call of a denoiser until the handle is removed (see `attach`).
 
         Args:
             target: A diffusers pipeline, or a denoiser for a loop of your own.
@@ -178,42 +196,7 @@ class Guidance:
 
         Returns:
             The handle; use it in a `with` statement, or call its `remove`.
-
-        Raises:
-            ValueError: The denoiser, its layer or the scheduler is not supported, or the
-                denoiser is guided already.
         """
         from .attach import attach
 
         return attach(target, self, scheduler=scheduler, batch_layout=batch_layout)
-
-
-def check_number(name: str, value: object, low: float, high: float) -> None:
-    """Refuse what is not a number within limits.
-
-    Args:
-        name: Of the setting.
-        value: Its value.
-        low: The smallest that is allowed.
-        high: The largest; may be infinite.
-
-    Raises:
-        ValueError: Names the setting, its value and the rule.
-    """
-    if not low <= check_finite(name, value) <= high:
-        limits = f"from {low} to {high}" if high < math.inf else f"at least {low}"
-        raise ValueError(f"{name}={value!r} must be {limits}")
-
-
-def check_layer(name: str, value: object) -> None:
-    """Refuse what is not a dotted path or `None`.
-
-    Args:
-        name: Of the setting.
-        value: Its value.
-
-    Raises:
-        ValueError: Names the setting, its value and the rule.
-    """
-    if value is not None and (not isinstance(value, str) or not value):
-        raise ValueError(f"{name}={value!r} must be a dotted module path, or None")

@@ -10,15 +10,14 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor
 
-from ..checks import check_count
-from ..denoiser.step import Step
+from ..checks import check_count, check_number
 from ..maths import gaussian_blur
-from .base import Guidance, check_number
+from .base import Guidance, Step
 
 
 @dataclass(frozen=True)
 class Blurring(Guidance):
-    """Settings of guidances that blur the clean sample.
+    """Settings of guidances that blur the clean sample, beside those of `Guidance`.
 
     Attributes:
         blur_sigma: Standard deviation of the blur, in pixels of the denoiser's input (latent
@@ -43,20 +42,8 @@ class Blurring(Guidance):
 class BlurGuidance(Blurring, method="blur"):
     """Guidance away from a prediction at a clean sample that is blurred everywhere.
 
-    It reads no attention, so it also guides networks that have none.
-
-    Attributes:
-        scale: Weight of the guidance, any finite number; 0 is off.
-        blur_sigma: Standard deviation of the blur, in pixels of the denoiser's input (latent
-            pixels for latent diffusion), at least 0.
-        blur_kernel_size: Taps of the blur, odd, at least 1.
-        start: Guidance begins at this fraction of the scheduler's timesteps, 0 to 1.
-        stop: Guidance ends at this fraction, above `start`, at most 1.
-        every: A weakened pass runs at every n-th guided timestep, at least 1.
-        branch: Whose prediction is compared under classifier-free guidance, "uncond" or "cond".
-
-    Raises:
-        ValueError: A setting is out of its range or not of its type.
+    It reads no attention, so it also guides networks that have none. Its settings are those of
+    `Guidance`, and `blur_sigma` and `blur_kernel_size` of `SelfAttentionGuidance`.
     """
 
     @contextmanager

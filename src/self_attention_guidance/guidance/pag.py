@@ -8,10 +8,10 @@ from dataclasses import KW_ONLY, dataclass
 
 from torch import Tensor, nn
 
+from ..checks import check_layer
 from ..denoiser.attention import Operands, self_attention, self_attention_layers
 from ..denoiser.families import family_of
-from ..denoiser.step import Step
-from .base import Branch, Guidance, check_layer
+from .base import Branch, Guidance, Step
 
 
 @dataclass(frozen=True)
@@ -23,17 +23,9 @@ class PerturbedAttentionGuidance(Guidance, method="pag"):
     Attributes:
         scale: The paper's s, any finite number: 0 is off, 3 is usual, with classifier-free guidance
             of about 4.
-        start: Guidance begins at this fraction of the scheduler's timesteps, 0 to 1.
-        stop: Guidance ends at this fraction, above `start`, at most 1.
-        every: A weakened pass runs at every n-th guided timestep, at least 1; those between add
-            its term again, at no extra cost.
-        branch: Whose prediction is compared under classifier-free guidance; "cond" is the
-            authors'.
+        branch: "cond" is the authors'.
         layers: Dotted paths of the self-attention layers to perturb; `None` is those of the mid
             block, as in the authors' experiments (Sec. 5).
-
-    Raises:
-        ValueError: A setting is out of its range or not of its type.
     """
 
     scale: float = 3.0

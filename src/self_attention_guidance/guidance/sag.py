@@ -1,14 +1,15 @@
 """Self-Attention Guidance: Hong et al., ICCV 2023, arXiv 2210.00939.
 
-Algorithm 1 of the paper, for one step, with the lines that every guidance shares in `attach`:
+Algorithm 1 of the paper, for one step. All lines but those of `weaken` are the same for every
+guidance, and in `guided_call`:
 
-    eps, A     <- the network at x_t, and the self-attention of one layer        (attach)
-    x0         <- the clean sample that eps predicts                             (attach)
+    eps, A     <- the network at x_t, and the self-attention of one layer
+    x0         <- the clean sample that eps predicts
     M          <- A > psi, where A is what each position receives                (weaken)
     x0'        <- M * blur(x0) + (1 - M) * x0                                    (weaken)
-    x_t'       <- x0' with the noise eps again                                   (attach)
-    eps'       <- the network at x_t'                                            (attach)
-    eps        <- eps + s * (eps - eps'), from which the sampler steps           (attach)
+    x_t'       <- x0' with the noise eps again
+    eps'       <- the network at x_t'
+    eps        <- eps + s * (eps - eps'), from which the sampler steps
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from dataclasses import KW_ONLY, dataclass
 
 from torch import Tensor, nn
 
+from ..checks import check_layer, check_number
 from ..denoiser.families import default_layer
-from ..denoiser.step import Step
 from ..maths import attention_mask, degrade
-from .base import check_layer, check_number
+from .base import Step
 from .blur import Blurring
 
 
@@ -37,20 +38,11 @@ class SelfAttentionGuidance(Blurring, method="sag"):
         blur_sigma: Standard deviation of the blur, in pixels of the denoiser's input (latent
             pixels for latent diffusion), at least 0.
         blur_kernel_size: Taps of the blur, odd, at least 1.
-        start: Guidance begins at this fraction of the scheduler's timesteps, 0 to 1.
-        stop: Guidance ends at this fraction, above `start`, at most 1. Image-to-image runs enter
-            the scheduler's timesteps part-way.
-        every: A weakened pass runs at every n-th guided timestep, at least 1; those between add
-            its term again, at no extra cost.
-        branch: Whose attention and prediction are used under classifier-free guidance: "uncond"
-            is the paper's, "cond" acts more on the subject.
+        branch: "uncond" is the paper's, "cond" acts more on the subject.
         threshold: Positions that receive more attention than this are blurred; 1.0 is the mean.
         layer: Dotted path of the self-attention layer in the denoiser; `None` is the default of
             the denoiser's family: the mid block of U-Nets, the middle block of DiT (by argument,
             not by measurement: it is to DiT's blocks what the bottleneck is to a U-Net's).
-
-    Raises:
-        ValueError: A setting is out of its range or not of its type.
     """
 
     _: KW_ONLY

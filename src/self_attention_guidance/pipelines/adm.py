@@ -20,10 +20,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from ..checks import check_count, check_finite
-from ..denoiser.noise import sharp_noise_levels
 from ..guidance import Guidance, SelfAttentionGuidance
 from .classifier_guidance import classifier_guided_step, log_probability_gradient
 from .guided import GuidedPipelineMixin, show_to_loaders
+from .sharp_levels import sharp_noise_levels
 
 Labels = int | Sequence[int] | Tensor
 StepCallback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]

@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
 
-from ..denoiser.noise import present_prediction
+from ..denoiser.noise import Prediction, Tables, check_scheduler, prediction_at
 from ..denoiser.outputs import precise
 
 
@@ -43,14 +43,20 @@ def classifier_guided_step(
         variance = ancestral_variance(scheduler, timestep, output)
         following: Any = scheduler.step(output, int(timestep), x_t, **step_arguments)
         return following.prev_sample + (variance * shift).to(x_t.dtype)
-    prediction = present_prediction(scheduler, timestep)
+    prediction = _present_prediction(scheduler, timestep)
     x_in = precise(x_in)
     x0 = prediction.limited(prediction.x0(x_in, output))
     x0 = x0 + prediction.sigma**2 / prediction.alpha * shift
-    output = prediction.output(x_in, x0).to(output.dtype)
+    output = ((x0 - prediction.from_input * x_in) / prediction.from_output).to(output.dtype)
     # The moved sample is not clipped again.
     scheduler = _without_clipping(scheduler) if isinstance(scheduler, DDIMScheduler) else scheduler
     return scheduler.step(output, timestep, x_t, **step_arguments).prev_sample
+
+
+def _present_prediction(scheduler: Any, timestep: Tensor) -> Prediction:
+    check_scheduler(scheduler)
+    tables, step = Tables(scheduler), float(timestep)
+    return prediction_at(scheduler, tables.nearest(scheduler, step), [step], tables, timestep)
 
 
 @torch.enable_grad()

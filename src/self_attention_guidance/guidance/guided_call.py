@@ -1,0 +1,128 @@
+"""Algorithm 1 of Self-Attention Guidance, without what tells one method from another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..denoiser.attention import StandIn, received, why_unseen
+from ..denoiser.call import Call
+from ..denoiser.layout import Layout
+from ..denoiser.noise import Prediction
+from ..denoiser.outputs import precise
+from ..denoiser.picture import PicturePlace, picture_tokens, place_of
+from ..denoiser.run import Run
+from ..denoiser.safety import not_finite
+from .base import Guidance, Step
+
+_NO_EFFECT = (
+    "step {}: {} had no effect: the weakened network predicted exactly what the network itself did"
+)
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """The rows of a call that a guidance compares with those of a weakened pass."""
+
+    rows: slice
+    sample: Tensor
+    output: Tensor
+    place: PicturePlace
+    levels: Prediction
+
+
+@dataclass(frozen=True)
+class GuidedCall:
+    """A call of a denoiser at a guided step.
+
+    Attributes:
+        acting: The guidances that add something, by number, each with the noise that it adds
+            again; `None` needs a weakened pass.
+        read: The layers that are read, by their dotted paths.
+    """
+
+    run: Run
+    denoiser: nn.Module
+    call: Call
+    layout: Layout
+    acting: dict[int, tuple[Guidance, Tensor | None]]
+    read: dict[str, StandIn]
+
+    def terms(self, whole: Tensor) -> tuple[dict[int, Tensor], list[Step]]:
+        """What each guidance adds to the output of its branch, and what weakened passes saw."""
+        place = place_of(self.call, whole, self.run.on_cpu)
+        prediction = self.run.prediction(self.call)
+        terms: dict[int, Tensor] = {}
+        steps: list[Step] = []
+        for number, (guidance, held) in self.acting.items():
+            rows = self.layout.rows(len(self.call.sample), guidance.branch)
+            levels = prediction.rows(rows)
+            if held is not None:
+                term = levels.held(held)
+            else:
+                branch = _Branch(rows, self.call.sample[rows], whole[rows], place, levels)
+                term, step = self._compare(number, guidance, branch)
+                steps.append(step)
+            terms[number] = place.written(torch.zeros_like(whole[rows], dtype=term.dtype), term)
+        return terms, steps
+
+    def _compare(self, number: int, guidance: Guidance, branch: _Branch) -> tuple[Tensor, Step]:
+        """scale * (eps - eps'), in units of the output, by a weakened pass."""
+        run, sample, place, levels = self.run, branch.sample, branch.place, branch.levels
+        x_t, u = precise(place.read(sample)), precise(place.read(branch.output))
+        x0 = levels.x0(x_t, u)
+        attention = {n: self._attention(n, branch.rows) for n in guidance.reads(self.denoiser)}
+        step = Step(self.denoiser, levels.limited(x0), attention)
+        with guidance.weaken(step) as x0_weak:
+            sample_weak = sample
+            if x0_weak is not None:
+                sample_weak = place.written(sample, levels.renoise(x_t, x0, x0_weak))
+            u_weak = precise(place.read(self._weak_output(branch.rows, sample_weak)))
+        change = None if x0_weak is None else x0_weak - x0
+        term = guidance.scale * levels.term(u, u_weak, change)
+        is_nothing = (term == 0).all()
+        if change is not None:  # where there was nothing to blur, there is nothing to add
+            is_nothing = is_nothing & (sample_weak != sample).any()
+        run.refuse(is_nothing, RuntimeError, _NO_EFFECT.format(run.step, guidance))
+        run.hold(number, levels.noise(term.detach()), sample.shape)
+        return term, step
+
+    def _attention(self, layer: str, rows: slice) -> Tensor:
+        """What each of the picture's tokens received, (rows, token rows, columns)."""
+        noted = self.read[layer].noted
+        if not noted:
+            reason = why_unseen(self.denoiser, layer)
+            raise RuntimeError(f"no attention was recorded at {layer!r}: {reason}")
+        positions = noted[0].key.shape[-2]
+        picture, grid = picture_tokens(self.denoiser, layer, self.call, positions, self.run.on_cpu)
+        return received(noted, len(self.call.sample), rows, picture).unflatten(1, grid)
+
+    def _weak_output(self, rows: slice, sample: Tensor) -> Tensor:
+        args, kwargs = self.call.rows(rows, sample)
+        self.run.is_weak = True
+        try:
+            output: Tensor = self.denoiser(*args, **kwargs)[0]
+        finally:
+            self.run.is_weak = False
+        if len(output) != len(sample):
+            raise RuntimeError(
+                f"the weakened pass of {len(sample)} pictures returned {len(output)}: an argument "
+                "holds a row for each picture, which guidance does not know of; see "
+                "register_batch_arguments"
+            )
+        return output
+
+    def check(self, whole: Tensor, guided: Tensor) -> None:
+        """Refuse values that are no numbers, with all other checks of the step."""
+        stages = {
+            "the denoiser's input": self.call.sample,
+            "the denoiser's prediction": whole,
+            "its prediction in the weakened pass": guided,
+        }
+        step, timestep = self.run.step, self.call.timestep
+        for name, tensor in stages.items():
+            is_bad = ~tensor.isfinite().all()
+            self.run.refuse(is_bad, not_finite, name, tensor.dtype, step, timestep)
+        self.run.read_checks()

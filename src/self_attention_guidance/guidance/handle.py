@@ -1,0 +1,258 @@
+"""The hooks that guide a denoiser.
+
+Pipelines, samplers and schedulers never learn that a denoiser is guided: hooks on it read the
+attention of its pass, run it again, weakened, and add what guidance makes of the difference to its
+own output.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from contextlib import ExitStack
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..denoiser.attention import self_attention, standing_in
+from ..denoiser.call import Call, call_of
+from ..denoiser.caller import Caller, find_caller
+from ..denoiser.families import BatchLayout, denoiser_of, uncompiled
+from ..denoiser.layout import layout_of
+from ..denoiser.noise import Scheduler
+from ..denoiser.outputs import TwoCalls, added, total, with_first
+from ..denoiser.run import Run
+from ..denoiser.safety import refuse_caches, refuse_compiled_in_place, run_uncompiled
+from .base import Guidance
+from .guided_call import GuidedCall
+
+# Else two threads could both find a denoiser unguided.
+_attaching = threading.Lock()
+
+
+class GuidanceHandle:
+    """A guided denoiser: holds what the last guided step saw, and undoes the guidance.
+
+    Made by `attach`. Copies of the denoiser follow this handle. A denoiser serves one thread at a
+    time, and refuses others.
+
+    Attributes:
+        guidances: The settings.
+        attached: Whether the denoiser is guided.
+        steps: Number of weakened passes so far: one for each guidance and guided step that does
+            not hold its term, and another one at the first step of a run of two calls a step,
+            unless the pipeline tells that the second follows.
+        x0: The clean sample that was predicted at the last weakened pass, as the scheduler clips
+            or thresholds it: (pictures, channels, height, width), at least float32.
+        term: What guidance added at the last guided step to each picture's rows of the denoiser's
+            output, of their shape, times scale; at least float32. `None` before it.
+        noted: What the last weakened pass noted, by name: "attention" and "mask" of
+            `SelfAttentionGuidance`.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        pipeline: Any,
+        guidances: tuple[Guidance, ...],
+        run: Run,
+        scheduler: Scheduler | None,
+        batch_layout: BatchLayout | None,
+    ) -> None:
+        """Use `attach`."""
+        self.guidances = guidances
+        self.attached = True
+        self.steps = 0
+        self.x0: Tensor | None = None
+        self.term: Tensor | None = None
+        self.noted: dict[str, Tensor] = {}
+        # A pipeline keeps its handle, and a denoiser its hooks: neither may be kept by them.
+        self._denoiser: Any = weakref.ref(denoiser)
+        self._pipeline: Any = _nothing if pipeline is None else weakref.ref(pipeline)
+        self._scheduler = scheduler
+        self._layout: BatchLayout | None = batch_layout
+        self._run, self._two_calls = run, TwoCalls()
+        self._reading = ExitStack()
+        self._guided_call: GuidedCall | None = None
+        self._is_for_one_call = self._has_begun = False
+        self._hooks = self._hooked(denoiser)
+
+    @property
+    def guidance(self) -> Any:
+        """The settings of the first guidance."""
+        return self.guidances[0]
+
+    @property
+    def attention(self) -> Tensor | None:
+        """Attention received per position at the last weakened pass of self-attention guidance.
+
+        Shape (pictures, rows, columns), float32, mean 1; `None` if none was read.
+        """
+        return self.noted.get("attention")
+
+    @property
+    def mask(self) -> Tensor | None:
+        """The positions that were blurred there, (pictures, rows, columns) bool; or `None`."""
+        return self.noted.get("mask")
+
+    def remove(self) -> None:
+        """Restore the denoiser, bit for bit; idempotent. What the handle saw stays readable."""
+        self.attached = False
+        for hook in self._hooks:
+            hook.remove()
+        self._stop_reading()
+        self._two_calls = TwoCalls()
+
+    def remove_after_call(self) -> None:
+        """Remove the guidance after the next call of the denoiser, also if that fails."""
+        self._is_for_one_call = True
+
+    def continue_from(self, earlier: GuidanceHandle) -> None:
+        """Go on with the run of an earlier handle of the same guidances, and what it holds."""
+        self._run = earlier._run
+
+    def __enter__(self) -> GuidanceHandle:
+        """The handle; the denoiser is guided already."""
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        """Remove the guidance; refuse a pipeline that got another denoiser, not guided."""
+        self.remove()
+        present = denoiser_of(self._pipeline())
+        if error is None and present is not None and not self._was_on(present):
+            raise RuntimeError(
+                f"{type(self._pipeline()).__name__} got another denoiser after guidance was "
+                "attached; what it drew with that one is not guided: attach again after the change"
+            )
+
+    def __deepcopy__(self, memo: object) -> GuidanceHandle:
+        """The handle itself: a copied denoiser keeps this handle."""
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what belongs to this process; a guided denoiser can be pickled."""
+        references = {"_denoiser": _nothing, "_pipeline": _nothing}
+        of_calls = {"_guided_call": None, "_reading": ExitStack(), "_two_calls": TwoCalls()}
+        return {**self.__dict__, **references, **of_calls}
+
+    # The hooks
+
+    def _hooked(self, denoiser: nn.Module) -> list[Any]:
+        for guidance in self.guidances:
+            for layer in guidance.reads(denoiser):
+                self_attention(denoiser, layer)
+        with _attaching:
+            for module in {denoiser, uncompiled(denoiser)}:
+                _refuse_guided(module)
+                refuse_compiled_in_place(module)
+            refuse_caches(denoiser)
+            return [
+                denoiser.register_forward_pre_hook(self._before, with_kwargs=True),
+                denoiser.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+            ]
+
+    @run_uncompiled
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        run = self._run
+        if not self.attached or (run.is_weak and run.is_inside()):
+            return
+        run.enter(module)
+        if self._is_for_one_call and self._has_begun:  # Ctrl-C ended the one call
+            self.remove()
+            return
+        self._has_begun = True
+        self._stop_reading()
+        call, caller = call_of(module, args, kwargs), find_caller(self._pipeline())
+        run.at(call, caller, self._scheduler)
+        if run.is_new:
+            refuse_caches(module)
+        steps = len(run.tables)
+        acting = [n for n, each in enumerate(self.guidances) if each.acts_at(run.step, steps)]
+        if acting:
+            self._guided_call = self._begin(module, call, caller, acting)
+        else:
+            run.read_checks()
+
+    def _begin(
+        self, denoiser: nn.Module, call: Call, caller: Caller | None, numbers: list[int]
+    ) -> GuidedCall:
+        """Find out what a call holds and what each guidance needs of it, and begin to read that."""
+        run, two_calls = self._run, self._two_calls
+        layout = layout_of(call, caller, self._layout) or run.layout(denoiser, call, caller)
+        if layout.has_two_calls:
+            cfg = None if caller is None else caller.cfg
+            two_calls.begin(run.is_new, run.is_same_sample(call), cfg, len(numbers))
+        run.compare(call, layout)
+        acting: dict[int, tuple[Guidance, Tensor | None]] = {}
+        layers: set[str] = set()
+        for number in numbers:
+            guidance = self.guidances[number]
+            shape = call.sample[layout.rows(len(call.sample), guidance.branch)].shape
+            held = run.held(number, guidance.every, shape, 2 if layout.has_two_calls else 1)
+            if held is not None or two_calls.needs_term(layout, guidance.branch):
+                acting[number] = guidance, held
+                layers.update(() if held is not None else guidance.reads(denoiser))
+        read = {n: self._reading.enter_context(standing_in(denoiser, n)) for n in layers}
+        return GuidedCall(run, denoiser, call, layout, acting, read)
+
+    @run_uncompiled
+    def _after(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        run = self._run
+        if run.is_weak or not run.is_inside():
+            return None
+        try:
+            guided_call = self._stop_reading()
+            if guided_call is None or output is None:  # the pass failed, its error is under way
+                return None
+            return with_first(output, self._guided(guided_call, output[0]))
+        finally:
+            run.leave()
+            if self._is_for_one_call:
+                self.remove()
+
+    def _stop_reading(self) -> GuidedCall | None:
+        guided_call, self._guided_call = self._guided_call, None
+        self._reading.close()
+        return guided_call
+
+    def _guided(self, guided_call: GuidedCall, whole: Tensor) -> Tensor:
+        """The denoiser's output with what all guidances add to it."""
+        terms, steps = guided_call.terms(whole)
+        for step in steps:
+            self.x0 = step.x0.detach()
+            self.noted.update(step.noted)
+            self.steps += 1
+        if guided_call.layout.has_two_calls:
+            guided, terms = self._two_calls.finish(whole, terms)
+        else:
+            guided = added(whole, terms)
+        self.term = total(terms).detach() if terms else self.term
+        guided_call.check(whole, guided)
+        return guided
+
+    def _was_on(self, denoiser: nn.Module) -> bool:
+        """Whether a denoiser is the guided one, or a copy of it."""
+        own = self._denoiser()
+        modules = {denoiser, uncompiled(denoiser)}
+        is_own = own is not None and not modules.isdisjoint({own, uncompiled(own)})
+        return is_own or any(self in _handles_on(module) for module in modules)
+
+
+def _handles_on(module: nn.Module) -> list[GuidanceHandle]:
+    owners = [getattr(hook, "__self__", None) for hook in module._forward_hooks.values()]
+    return [owner for owner in owners if isinstance(owner, GuidanceHandle)]
+
+
+def _refuse_guided(module: nn.Module) -> None:
+    for handle in _handles_on(module):
+        if handle.attached:
+            by = " and ".join(str(guidance) for guidance in handle.guidances)
+            raise ValueError(
+                f"{type(module).__name__} is guided already, by {by}; remove that handle first"
+            )
+
+
+def _nothing() -> None:
+    """In place of a weak reference to what is not there."""
