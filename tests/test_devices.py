@@ -57,7 +57,7 @@ class OnDevice(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        to_cpu = func is torch.Tensor.to and "cpu" in (*map(str, args[1:]), kwargs.get("device"))
+        to_cpu = func is torch.Tensor.to and any(each == "cpu" for each in args[1:])
         if func in WAITS or to_cpu:
             cls.waits += 1
             result = super().__torch_function__(func, types, args, kwargs)
@@ -81,9 +81,9 @@ def draw_on_device(
     """A loop whose tensors are on a device, and how often guidance waited for it at each step."""
     unet, scheduler = tiny_unet(), tiny_scheduler(getattr(diffusers, name))
     scheduler.set_timesteps(steps)
-    timesteps = scheduler.timesteps.to(torch.float32)
+    timesteps = scheduler.timesteps
     scheduler.timesteps = timesteps.as_subclass(OnDevice)
-    halves = 2 if attaching else 1
+    halves = 2 if attaching.get("batch_layout") == "uncond_first" else 1
     texts = torch.randn(2 * halves, 7, 32, generator=torch.Generator().manual_seed(1))
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     waits: list[int] = []
@@ -117,12 +117,11 @@ def test_every_step_is_looked_at_by_the_end() -> None:
     assert all(waits)
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", sorted({*SCHEDULERS} - {"DDPMScheduler"}))  # which draws noise
 def test_the_picture_is_that_of_the_cpu(name: str) -> None:
     found, _ = draw_on_device((SelfAttentionGuidance(1.0, every=2),), name, batch_layout="single")
     unet, scheduler = tiny_unet(), tiny_scheduler(getattr(diffusers, name))
     scheduler.set_timesteps(6)
-    scheduler.timesteps = scheduler.timesteps.to(torch.float32)
     texts = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(1))
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     guidance = SelfAttentionGuidance(1.0, every=2)
