@@ -146,7 +146,7 @@ def prediction_at(
         tables: Of the scheduler.
         like: A tensor of the device and the precision of levels that differ between pictures.
     """
-    kind, limited = _prediction_type(scheduler), _limit_of(scheduler)
+    kind = _prediction_type(scheduler)
     if hasattr(scheduler, "sigmas"):
         sigma = _present_sigma(scheduler, index, tables)
         if kind == "flow_prediction":
@@ -155,16 +155,28 @@ def prediction_at(
         if (sigma_data := setting(scheduler, "sigma_data")) is not None:
             return _preconditioned(sigma, kind, float(sigma_data))
         alpha = 1 / math.sqrt(1 + sigma**2)
-        return _variance_preserving(alpha, sigma * alpha, kind, limited)
-    alphas_squared = tables["alphas_cumprod"][steps.round().long()]
-    if len(alphas_squared) == 1:
-        square = float(alphas_squared)
-        return _variance_preserving(math.sqrt(square), math.sqrt(1 - square), kind, limited)
-    alphas_squared = alphas_squared.view(-1, 1, 1, 1)
-    levels = alphas_squared.sqrt(), (1 - alphas_squared).sqrt()
+        sigma = sigma * alpha
+    else:
+        alpha, sigma = _levels(tables["alphas_cumprod"][steps.round().long()], like)
+    if kind == "epsilon":
+        weights = (_ratio(1.0, alpha), -_ratio(sigma, alpha), 0.0, 1.0)
+    elif kind == "v_prediction":
+        weights = (alpha, -sigma, -sigma, alpha)
+    else:
+        weights = (0.0, 1.0, 1.0, -_ratio(alpha, sigma))
+    return Prediction(alpha, sigma, *weights, limited=_limit_of(scheduler))
+
+
+def _levels(squares: Tensor, like: Tensor) -> tuple[Level, Level]:
+    """alpha and sigma, from the squares of alpha."""
+    if len(squares) == 1:
+        return math.sqrt(float(squares)), math.sqrt(1 - float(squares))
+    squares = squares.view(-1, 1, 1, 1)
     dtype = torch.promote_types(like.dtype, torch.float32)
-    alpha, sigma = (level.to(dtype).to(like.device) for level in levels)
-    return _variance_preserving(alpha, sigma, kind, limited)
+    alpha, sigma = (
+        level.to(dtype).to(like.device) for level in (squares.sqrt(), (1 - squares).sqrt())
+    )
+    return alpha, sigma
 
 
 def check_scheduler(scheduler: Any) -> None:
@@ -262,18 +274,6 @@ def _present_sigma(scheduler: Any, index: int, tables: Tables) -> float:
         if offset is not None:
             return float(tables["sigmas_interpol"][index + offset])
     return float(tables["sigmas"][index])
-
-
-def _variance_preserving(
-    alpha: Level, sigma: Level, kind: str, limited: Callable[[Tensor], Tensor]
-) -> Prediction:
-    if kind == "epsilon":
-        weights = (_ratio(1.0, alpha), -_ratio(sigma, alpha), 0.0, 1.0)
-    elif kind == "v_prediction":
-        weights = (alpha, -sigma, -sigma, alpha)
-    else:
-        weights = (0.0, 1.0, 1.0, -_ratio(alpha, sigma))
-    return Prediction(alpha, sigma, *weights, limited=limited)
 
 
 def _preconditioned(sigma: float, kind: str, sigma_data: float) -> Prediction:
