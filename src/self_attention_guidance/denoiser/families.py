@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -83,6 +82,11 @@ class Family:
     packing: Packing | None = None
 
 
+_UNET = Family(
+    layer="mid_block.attentions.0.transformer_blocks.0.attn1",
+    sample_argument="sample",
+    tokens="levels",
+)
 _FLUX = Family(
     layer="single_transformer_blocks.middle.attn",
     cfg_layout="cond_call_first",
@@ -90,22 +94,15 @@ _FLUX = Family(
     joint="picture_last",
     packing=Packing("img_ids"),
 )
+
 # The middle block of transformers, by argument: all blocks see the same grid of tokens, the
 # first ones attend to neighbours and the last ones serve the pixels, so that the middle is what
 # the bottleneck of a U-Net is, the layer that the paper reads. diffusers' examples of
 # perturbed-attention guidance, a relative of this method, take the middle block, too.
 FAMILIES = {
-    "UNet2DConditionModel": Family(
-        layer="mid_block.attentions.0.transformer_blocks.0.attn1",
-        sample_argument="sample",
-        tokens="levels",
-    ),
-    "UNet2DModel": Family(
-        layer="mid_block.attentions.0",
-        sample_argument="sample",
-        condition="class_labels",
-        cfg_layout="single",
-        tokens="levels",
+    "UNet2DConditionModel": _UNET,
+    "UNet2DModel": replace(
+        _UNET, layer="mid_block.attentions.0", condition="class_labels", cfg_layout="single"
     ),
     "DiTTransformer2DModel": Family(
         layer="transformer_blocks.middle.attn1",
@@ -116,19 +113,11 @@ FAMILIES = {
     "PixArtTransformer2DModel": Family(layer="transformer_blocks.middle.attn1"),
     "HunyuanDiT2DModel": Family(layer="blocks.middle.attn1"),
     "SD3Transformer2DModel": Family(layer="transformer_blocks.middle.attn", joint="picture_first"),
-    "AuraFlowTransformer2DModel": Family(
-        layer="single_transformer_blocks.middle.attn",
-        timestep_scale=1e-3,
-        joint="picture_last",
-    ),
+    "AuraFlowTransformer2DModel": replace(_FLUX, cfg_layout="uncond_first", packing=None),
     "FluxTransformer2DModel": _FLUX,
     "ChromaTransformer2DModel": _FLUX,
-    "QwenImageTransformer2DModel": Family(
-        layer="transformer_blocks.middle.attn",
-        cfg_layout="cond_call_first",
-        timestep_scale=1e-3,
-        joint="picture_last",
-        packing=Packing("img_shapes"),
+    "QwenImageTransformer2DModel": replace(
+        _FLUX, layer="transformer_blocks.middle.attn", packing=Packing("img_shapes")
     ),
 }
 
@@ -162,7 +151,7 @@ def register_batch_arguments(denoiser: str, *names: str) -> None:
     family = FAMILIES.get(denoiser)
     if family is None:
         raise ValueError(_not_supported(denoiser))
-    FAMILIES[denoiser] = dataclasses.replace(family, batched=(*family.batched, *names))
+    FAMILIES[denoiser] = replace(family, batched=(*family.batched, *names))
 
 
 def default_layer(denoiser: nn.Module) -> str:

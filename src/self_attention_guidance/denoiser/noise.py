@@ -165,15 +165,26 @@ def prediction_at(
         if (sigma_data := setting(scheduler, "sigma_data")) is not None:
             return _preconditioned(sigma, kind, float(sigma_data), limited)
         alpha = 1 / math.sqrt(1 + sigma**2)
-        return _variance_preserving(alpha, sigma * alpha, kind, limited)
-    squares = [tables["alphas_cumprod"][round(step)] for step in steps]
+        sigma = sigma * alpha
+    else:
+        alpha, sigma = _levels([tables["alphas_cumprod"][round(step)] for step in steps], like)
+    if kind == "epsilon":
+        weights = (_ratio(1.0, alpha), -_ratio(sigma, alpha), 0.0, 1.0)
+    elif kind == "v_prediction":
+        weights = (alpha, -sigma, -sigma, alpha)
+    else:
+        weights = (0.0, 1.0, 1.0, -_ratio(alpha, sigma))
+    return Prediction(alpha, sigma, *weights, limited=limited)
+
+
+def _levels(squares: list[float], like: Tensor) -> tuple[Level, Level]:
+    """alpha and sigma, from the squares of alpha."""
     if len(squares) == 1:
-        alpha, sigma = math.sqrt(squares[0]), math.sqrt(1 - squares[0])
-        return _variance_preserving(alpha, sigma, kind, limited)
+        return math.sqrt(squares[0]), math.sqrt(1 - squares[0])
     square = torch.tensor(squares, dtype=torch.float64).view(-1, 1, 1, 1)
     dtype = torch.promote_types(like.dtype, torch.float32)
     alpha, sigma = (level.sqrt().to(dtype).to(like.device) for level in (square, 1 - square))
-    return _variance_preserving(alpha, sigma, kind, limited)
+    return alpha, sigma
 
 
 def check_scheduler(scheduler: Any) -> None:
@@ -271,18 +282,6 @@ def _present_sigma(scheduler: Any, index: int, tables: Tables) -> float:
         if offset is not None:
             return tables["sigmas_interpol"][index + offset]
     return tables["sigmas"][index]
-
-
-def _variance_preserving(
-    alpha: Level, sigma: Level, kind: str, limited: Callable[[Tensor], Tensor]
-) -> Prediction:
-    if kind == "epsilon":
-        weights = (_ratio(1.0, alpha), -_ratio(sigma, alpha), 0.0, 1.0)
-    elif kind == "v_prediction":
-        weights = (alpha, -sigma, -sigma, alpha)
-    else:
-        weights = (0.0, 1.0, 1.0, -_ratio(alpha, sigma))
-    return Prediction(alpha, sigma, *weights, limited=limited)
 
 
 def _preconditioned(

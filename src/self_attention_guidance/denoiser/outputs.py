@@ -54,20 +54,17 @@ class TwoCalls:
         self._first_plain: Any = None
         self._first_terms: dict[int, Tensor] = {}
 
-    def begin(self, is_new_run: bool, has_same_sample: bool, cfg: bool | None, wanted: int) -> None:
+    def begin(self, has_same_sample: bool, cfg: bool | None, wanted: int) -> None:
         """Note a call that is about to run.
 
         Args:
-            is_new_run: Whether it is the first one of its run.
             has_same_sample: Whether the call before was at the same step with the same x_t.
             cfg: Whether the pipeline says that a second call follows a first one; `None` learns
                 it from the steps before.
             wanted: How many terms the step needs.
         """
         self._is_second = has_same_sample and not self._is_second and self._first is not None
-        if is_new_run:
-            self._expects_second = self._owes_guidance = self._is_second = False
-        elif self._is_second:
+        if self._is_second:
             self._expects_second = True
         elif self._owes_guidance:
             self._owes_guidance = False

@@ -24,6 +24,7 @@ from .noise import (
     place_in,
     prediction_at,
 )
+from .outputs import TwoCalls
 
 
 class _Held(NamedTuple):
@@ -43,6 +44,7 @@ class Run:
 
     Attributes:
         tables: The scheduler's tables, on the CPU.
+        two_calls: What the calls of a step owe each other.
         step: Index of the present step among the timesteps.
         is_new: Whether the present call is the run's first.
         is_weak: Whether the denoiser is in its weakened pass.
@@ -68,6 +70,7 @@ class Run:
         self.tables = tables
         self._scheduler = scheduler
         self._timesteps = None if scheduler is None else scheduler.timesteps
+        self.two_calls = TwoCalls()
         self._previous: Call | None = None
         self._held: dict[int, _Held] = {}
         self._layouts: dict[int, Layout] = {}

@@ -23,17 +23,6 @@ _NO_EFFECT = (
 
 
 @dataclass(frozen=True)
-class _Branch:
-    """The rows of a call that a guidance compares with those of a weakened pass."""
-
-    rows: slice
-    sample: Tensor
-    output: Tensor
-    place: PicturePlace
-    levels: Prediction
-
-
-@dataclass(frozen=True)
 class GuidedCall:
     """A call of a denoiser at a guided step.
 
@@ -62,31 +51,32 @@ class GuidedCall:
             if held is not None:
                 term = levels.held(held)
             else:
-                branch = _Branch(rows, self.call.sample[rows], whole[rows], place, levels)
-                term, step = self._compare(number, guidance, branch)
+                term, step = self._compare(number, rows, whole[rows], place, levels)
                 steps.append(step)
             terms[number] = place.written(torch.zeros_like(whole[rows], dtype=term.dtype), term)
         return terms, steps
 
-    def _compare(self, number: int, guidance: Guidance, branch: _Branch) -> tuple[Tensor, Step]:
+    def _compare(
+        self, number: int, rows: slice, output: Tensor, place: PicturePlace, levels: Prediction
+    ) -> tuple[Tensor, Step]:
         """scale * (eps - eps'), in units of the output, by a weakened pass."""
-        run, sample, place, levels = self.run, branch.sample, branch.place, branch.levels
-        x_t, u = precise(place.read(sample)), precise(place.read(branch.output))
+        guidance, sample = self.acting[number][0], self.call.sample[rows]
+        x_t, u = precise(place.read(sample)), precise(place.read(output))
         x0 = levels.x0(x_t, u)
-        attention = {n: self._attention(n, branch.rows) for n in guidance.reads(self.denoiser)}
+        attention = {n: self._attention(n, rows) for n in guidance.reads(self.denoiser)}
         step = Step(self.denoiser, levels.limited(x0), attention)
         with guidance.weaken(step) as x0_weak:
             sample_weak = sample
             if x0_weak is not None:
                 sample_weak = place.written(sample, levels.renoise(x_t, x0, x0_weak))
-            u_weak = precise(place.read(self._weak_output(branch.rows, sample_weak)))
+            u_weak = precise(place.read(self._weak_output(rows, sample_weak)))
         change = None if x0_weak is None else x0_weak - x0
         term = guidance.scale * levels.term(u, u_weak, change)
         is_nothing = (term == 0).all()
         if change is not None:  # where there was nothing to blur, there is nothing to add
             is_nothing = is_nothing & (sample_weak != sample).any()
-        run.refuse(is_nothing, RuntimeError, _NO_EFFECT.format(run.step, guidance))
-        run.hold(number, levels.noise(term.detach()), sample.shape)
+        self.run.refuse(is_nothing, RuntimeError, _NO_EFFECT.format(self.run.step, guidance))
+        self.run.hold(number, levels.noise(term.detach()), sample.shape)
         return term, step
 
     def _attention(self, layer: str, rows: slice) -> Tensor:

@@ -20,7 +20,7 @@ from ..denoiser.caller import Caller, find_caller
 from ..denoiser.families import BatchLayout, denoiser_of, uncompiled
 from ..denoiser.layout import layout_of
 from ..denoiser.noise import Scheduler
-from ..denoiser.outputs import TwoCalls, added, total, with_first
+from ..denoiser.outputs import added, total, with_first
 from ..denoiser.run import Run
 from ..denoiser.safety import refuse_caches, refuse_compiled_in_place, run_uncompiled
 from .base import Guidance
@@ -71,7 +71,7 @@ class GuidanceHandle:
         self._pipeline: Any = _nothing if pipeline is None else weakref.ref(pipeline)
         self._scheduler = scheduler
         self._layout: BatchLayout | None = batch_layout
-        self._run, self._two_calls = run, TwoCalls()
+        self._run = run
         self._reading = ExitStack()
         self._guided_call: GuidedCall | None = None
         self._is_for_one_call = self._has_begun = False
@@ -101,7 +101,6 @@ class GuidanceHandle:
         for hook in self._hooks:
             hook.remove()
         self._stop_reading()
-        self._two_calls = TwoCalls()
 
     def remove_after_call(self) -> None:
         """Remove the guidance after the next call of the denoiser, also if that fails."""
@@ -132,8 +131,7 @@ class GuidanceHandle:
     def __getstate__(self) -> dict[str, Any]:
         """All but what belongs to this process; a guided denoiser can be pickled."""
         references = {"_denoiser": _nothing, "_pipeline": _nothing}
-        of_calls = {"_guided_call": None, "_reading": ExitStack(), "_two_calls": TwoCalls()}
-        return {**self.__dict__, **references, **of_calls}
+        return {**self.__dict__, **references, "_guided_call": None, "_reading": ExitStack()}
 
     # The hooks
 
@@ -177,11 +175,11 @@ class GuidanceHandle:
         self, denoiser: nn.Module, call: Call, caller: Caller | None, numbers: list[int]
     ) -> GuidedCall:
         """Find out what a call holds and what each guidance needs of it, and begin to read that."""
-        run, two_calls = self._run, self._two_calls
+        run = self._run
         layout = layout_of(call, caller, self._layout) or run.layout(denoiser, call, caller)
         if layout.has_two_calls:
             cfg = None if caller is None else caller.cfg
-            two_calls.begin(run.is_new, run.is_same_sample(call), cfg, len(numbers))
+            run.two_calls.begin(run.is_same_sample(call), cfg, len(numbers))
         run.compare(call, layout)
         acting: dict[int, tuple[Guidance, Tensor | None]] = {}
         layers: set[str] = set()
@@ -189,7 +187,7 @@ class GuidanceHandle:
             guidance = self.guidances[number]
             shape = call.sample[layout.rows(len(call.sample), guidance.branch)].shape
             held = run.held(number, guidance.every, shape, 2 if layout.has_two_calls else 1)
-            if held is not None or two_calls.needs_term(layout, guidance.branch):
+            if held is not None or run.two_calls.needs_term(layout, guidance.branch):
                 acting[number] = guidance, held
                 layers.update(() if held is not None else guidance.reads(denoiser))
         read = {n: self._reading.enter_context(standing_in(denoiser, n)) for n in layers}
@@ -225,7 +223,7 @@ class GuidanceHandle:
             self.noted.update(step.noted)
             self.steps += 1
         if guided_call.layout.has_two_calls:
-            guided, terms = self._two_calls.finish(whole, terms)
+            guided, terms = self._run.two_calls.finish(whole, terms)
         else:
             guided = added(whole, terms)
         self.term = total(terms).detach() if terms else self.term
