@@ -9,8 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from self_attention_guidance import ADMPipeline, SelfAttentionGuidance, builtin_model
-from self_attention_guidance.generate import make_scheduler
+from self_attention_guidance import (
+    ADMPipeline,
+    BlurGuidance,
+    PerturbedAttentionGuidance,
+    SelfAttentionGuidance,
+    builtin_model,
+)
+from self_attention_guidance.generate import load_pipeline, make_scheduler
 from self_attention_guidance.models.builtin import (
     RecommendedSettings,
     builtin_folder,
@@ -18,6 +24,7 @@ from self_attention_guidance.models.builtin import (
     recommended_settings,
 )
 from self_attention_guidance.models.versions import dtype_argument
+from tiny import save_tiny_model
 
 
 def write_settings(folder: Path, content: object) -> Path:
@@ -139,13 +146,66 @@ def test_settings_are_read(tmp_path: Path) -> None:
     assert settings.compare_sag_scales == (0, 1.5)
 
 
+def test_presets_may_be_of_any_method(tmp_path: Path) -> None:
+    write_settings(
+        tmp_path,
+        {
+            "guidance": {"method": "pag", "scale": 2.0, "layers": ["mid_block.attentions.0"]},
+            "fast": {"method": "blur", "scale": 3.0, "every": 2},
+        },
+    )
+    settings = recommended_settings(tmp_path)
+    assert settings.make_guidance() == PerturbedAttentionGuidance(
+        2.0, layers=("mid_block.attentions.0",)
+    )
+    assert settings.make_fast_guidance() == BlurGuidance(3.0, every=2)
+
+
+@pytest.mark.parametrize("fast", [None, {}, {"scale": 2.5}, {"blur_sigma": 2.0, "every": 5}])
+def test_without_a_fast_preset_it_is_that_of_the_method(tmp_path: Path, fast: Any) -> None:
+    """The older form, too: what differs in it."""
+    content = {"guidance": {"scale": 1.5, "blur_sigma": 3.0, "start": 0.5}}
+    write_settings(tmp_path, content | ({} if fast is None else {"fast": fast}))
+    wanted = SelfAttentionGuidance.fast(**{"blur_sigma": 3.0, **(fast or {})})
+    assert recommended_settings(tmp_path).make_fast_guidance() == wanted
+    write_settings(tmp_path, {"guidance": {"method": "pag", "scale": 9.0}})
+    found = recommended_settings(tmp_path).make_fast_guidance()
+    assert found == PerturbedAttentionGuidance.fast()
+
+
+def test_a_model_that_recommends_pag_draws_with_it(tmp_path: Path) -> None:
+    recommended = {"method": "pag", "scale": 2.0, "every": 2}
+    folder = save_tiny_model(tmp_path / "model", {"guidance": recommended})
+    loaded = load_pipeline(str(folder), "cpu")
+    assert loaded.pipeline.guidance == PerturbedAttentionGuidance(2.0, every=2)
+    loaded.use(start=0.5)
+    assert loaded.pipeline.guidance == PerturbedAttentionGuidance(2.0, every=2, start=0.5)
+    loaded.use(fast=True, scale=1.0)
+    assert loaded.pipeline.guidance == PerturbedAttentionGuidance.fast(1.0)
+    loaded.use(method="sag", threshold=0.5)
+    assert loaded.pipeline.guidance == SelfAttentionGuidance(threshold=0.5)
+    loaded.use(method="sag", fast=True)
+    assert loaded.pipeline.guidance == SelfAttentionGuidance.fast()
+
+
+@pytest.mark.parametrize("name", ["emoji", "emoji-adm"])
+def test_the_shipped_files_name_the_method_of_each_preset(name: str) -> None:
+    content = json.loads((builtin_folder(name) / "sag_settings.json").read_text())
+    assert (content["guidance"]["method"], content["fast"]["method"]) == ("sag", "sag")
+
+
 @pytest.mark.parametrize(
     ("content", "told"),
     [
         ([], "JSON object"),
         ({"guidence": {}}, "'guidence' is unknown; known are compare, fast, generation, guidance"),
-        ({"guidance": {"sigma": 1}}, "'sigma' is unknown; known are .*blur_sigma"),
-        ({"guidance": {"blur_sigma": -1}}, "blur_sigma"),
+        ({"guidance": {"sigma": 1}}, "guidance: 'sigma' is not a setting of sag: .*blur_sigma"),
+        ({"guidance": {"blur_sigma": -1}}, "guidance: blur_sigma"),
+        ({"guidance": {"method": "pga"}}, "guidance: method='pga' must be one of .*pag"),
+        ({"guidance": {"method": "pag", "blur_sigma": 1}}, "'blur_sigma' is not a setting of pag"),
+        ({"fast": {"sigma": 1}}, "fast: 'sigma' is not a setting of sag: .*blur_sigma"),
+        ({"fast": {"method": "sag", "layers": []}}, "fast: 'layers' is not a setting of sag"),
+        ({"fast": {"scale": None}}, "fast: scale=None must be a finite number"),
         ({"guidance": 3}, "guidance must be a JSON object, not 3"),
         ({"generation": {"num_inference_steps": 0}}, "num_inference_steps=0 must be a whole"),
         ({"generation": {"guidance_scale": "3"}}, "guidance_scale='3' must be a number"),

@@ -23,15 +23,19 @@ from gradio_client.exceptions import AppError
 
 from command_line import error_of, help_without_torch
 from demo_app import SETTINGS, running
-from self_attention_guidance.demo import Limits, VisitorSettings
+from self_attention_guidance.demo import Limits, VisitorSettings, build_page
 from self_attention_guidance.demo.limits import check_grid
 from self_attention_guidance.demo.pictures import Pictures
+from self_attention_guidance.demo.studio import Studio
 from self_attention_guidance.generate import (
     LoadedPipeline,
     generate,
+    load_pipeline,
     make_scheduler,
     read_parameters,
+    read_record,
 )
+from tiny import save_tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -70,11 +74,7 @@ def test_the_api_gives_the_librarys_pixels_and_settings(
             settings = model.settings(num_inference_steps=4, sag_scale=scale)
             (expected,) = generate(pipeline, "cat", settings, seed=4, model_name="emoji")
             assert np.array_equal(pixels(path), np.asarray(expected.image))
-            assert read_parameters(path).settings == {
-                name: value
-                for name, value in read_parameters(path).settings.items()
-                if f"{name}: {value}" in expected.parameters
-            }
+            assert read_record(path) == expected.record
     finally:
         pipeline.guidance, pipeline.scheduler = before
     assert not np.array_equal(pixels(unguided), pixels(guided))
@@ -87,6 +87,27 @@ def test_steps_are_pictures_of_every_second_pass(client: Client) -> None:
     assert all(not np.array_equal(drawn[0], other) for other in drawn[1:])
     few = client.predict(**{**SETTINGS, "every": 2}, api_name="/steps")
     assert len(few) == 2
+
+
+def test_steps_of_a_guidance_without_a_mask(tmp_path: Path) -> None:
+    """They show what there is; the page has no controls for what its guidance has not."""
+    folder = save_tiny_model(tmp_path / "model", {"guidance": {"method": "pag", "every": 2}})
+    model = load_pipeline(str(folder), "cpu")
+    model.pipeline.set_progress_bar_config(disable=True)
+    studio = Studio(model, Limits())
+    asked = VisitorSettings(**SETTINGS)
+    strips = studio.steps(asked, lambda share: None)
+    with_sag = replace(model, recommended=replace(model.recommended, guidance={}))
+    with_mask = Studio(with_sag, Limits()).steps(asked, lambda share: None)
+    assert len(strips) == len(with_mask) == 4
+    assert strips[0].width < with_mask[0].width
+    unguided, guided = studio.pair(asked, lambda share: None)
+    assert guided.record["guidance"]["method"] == "pag"
+    assert unguided.image.tobytes() != guided.image.tobytes()
+    blocks = build_page(model, Limits()).app.blocks.values()
+    shown = [getattr(block, "label", "") for block in blocks if getattr(block, "visible", False)]
+    assert "PAG scale (0 is off)" in shown
+    assert "Mask threshold" not in shown
 
 
 def test_a_sweep_is_one_labelled_grid(client: Client) -> None:

@@ -364,6 +364,7 @@ OPTIONS = [
     *("--out", "--num-images", "--num-samples", "--classes", "--sag-scales", "--threshold"),
     *("--start", "--stop", "--every", "--branch", "--dtype", "--device", "--json", "--port"),
     *("--workers", "--shard-size", "--fast", "--overwrite", "--networks", "--preset", "--layer"),
+    "--guidance",
 ]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..guidance import SelfAttentionGuidance
+from ..guidance import Guidance
 from .memory import Memory, of_cuda, of_process
 from .networks import NETWORKS, load
 from .plan import Configuration
@@ -37,7 +37,7 @@ class VariantResult:
     """
 
     variant: str
-    guidance: SelfAttentionGuidance | None = None
+    guidance: Guidance | None = None
     rows_per_image: float | None = None
     seconds: Spread | None = None
     over_none: Spread | None = None

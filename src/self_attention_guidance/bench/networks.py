@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..guidance import SelfAttentionGuidance
+from ..guidance import Guidance, SelfAttentionGuidance
 from ..models.builtin import builtin_folder, builtin_model, recommended_settings
 from ..models.versions import dtype_argument
 from .random_networks import sd15_unet, sdxl_unet, stable_diffusion, stable_diffusion_xl
@@ -64,7 +64,7 @@ class Network:
         return self.cpu_size if torch.device(device).type == "cpu" else self.size
 
 
-def exact_guidance(folder: Path | None) -> SelfAttentionGuidance:
+def exact_guidance(folder: Path | None) -> Guidance:
     """The paper's guidance: a second pass at every step, and the mask of the default layer.
 
     diffusers' class has that layer fixed; a model may recommend another.
@@ -78,7 +78,7 @@ def exact_guidance(folder: Path | None) -> SelfAttentionGuidance:
     return replace(recommended, start=0.0, stop=1.0, every=1, layer=None)
 
 
-def fast_guidance(folder: Path | None) -> SelfAttentionGuidance:
+def fast_guidance(folder: Path | None) -> Guidance:
     """The fast preset.
 
     Args:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..denoiser.families import uncompiled
-from ..guidance import SelfAttentionGuidance
+from ..guidance import Guidance, SelfAttentionGuidance
 from .networks import Network, exact_guidance, fast_guidance
 from .plan import Configuration
 
@@ -92,7 +92,7 @@ class Subject:
             return self._draw(self._pipeline, 0.0)
         return self.draw_ours(self.guidance[variant])
 
-    def draw_ours(self, guidance: SelfAttentionGuidance) -> Tensor:
+    def draw_ours(self, guidance: Guidance) -> Tensor:
         """Draw with settings of your own.
 
         Args:

@@ -56,7 +56,8 @@ def parse_guidance(text: str) -> dict[str, Any]:
     """
     from ..guidance import METHODS
 
-    method, colon, rest = text.strip().partition(":")
+    method, colon, rest = text.partition(":")
+    method = method.strip().lower()
     if method not in METHODS:
         raise ValueError(f"guidance={text!r}: {_unknown(method, METHODS, 'guidance')}")
     kinds = get_type_hints(METHODS[method])

@@ -62,16 +62,20 @@ class SamplingOptions:
         str | None, typer.Option(help="SAG: the attention layer. [default: the model's]")
     ] = None
     start: Annotated[
-        float | None, typer.Option(help="SAG: first guided part of the steps, 0 to 1.")
+        float | None, typer.Option(help="Guidance: first guided part of the steps, 0 to 1.")
     ] = None
     stop: Annotated[
-        float | None, typer.Option(help="SAG: end of the guided part of the steps, 0 to 1.")
+        float | None, typer.Option(help="Guidance: end of the guided part of the steps, 0 to 1.")
     ] = None
     fast: Annotated[
-        bool, typer.Option("--fast", help="SAG: a sixth of its cost; guides the middle steps only.")
+        bool,
+        typer.Option("--fast", help="Guidance: a sixth of its cost; guides the middle steps only."),
     ] = False
     every: Annotated[
-        int | None, typer.Option(help="SAG: a second pass at every n-th step. [default: 1]")
+        int | None,
+        typer.Option(
+            help="Guidance: a second pass at every n-th step. [default: the model's, else 1]"
+        ),
     ] = None
 
     def guidance_arguments(self) -> dict[str, Any]:
@@ -110,7 +114,8 @@ class PromptOptions(SamplingOptions):
         str | None, typer.Option(metavar="WxH", help="In pixels. [default: the model's]")
     ] = None
     branch: Annotated[
-        str | None, typer.Option(help="SAG: uncond or cond. [default: the model's, else uncond]")
+        str | None,
+        typer.Option(help="Guidance: uncond or cond. [default: the model's, else its own]"),
     ] = None
 
     def generation_arguments(self) -> dict[str, Any]:
@@ -130,7 +135,7 @@ class OneScaleOptions(PromptOptions):
     """The options of `PromptOptions`, and one scale of guidance; `None` was not given."""
 
     sag_scale: Annotated[
-        float | None, typer.Option(help="SAG: 0 is off. [default: the model's, else 0.75]")
+        float | None, typer.Option(help="Guidance: 0 is off. [default: the model's, else 0.75]")
     ] = None
 
     def generation_arguments(self) -> dict[str, Any]:

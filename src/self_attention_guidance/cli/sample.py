@@ -44,7 +44,7 @@ class SampleOptions(SamplingOptions):
     seed: Annotated[int, typer.Option(help="Picture i, from 0, has the seed SEED + i.")] = 0
     batch_size: Annotated[int, typer.Option(help="Pictures made at once.")] = 8
     sag_scale: Annotated[
-        float | None, typer.Option(help="SAG: 0 is off. [default: the model's, else 0.5]")
+        float | None, typer.Option(help="Guidance: 0 is off. [default: the model's, else 0.5]")
     ] = None
     blur_guidance: Annotated[
         bool, typer.Option("--blur-guidance", help="Blur everywhere: guidance without a mask.")

@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from ..generate import LoadedPipeline, scheduler_names
+from ..generate import LoadedPipeline, method_label, scheduler_names
 from .limits import LARGEST_SEED, MOST_CHARACTERS, Limits
 from .visits import SETTINGS
 
@@ -39,9 +39,17 @@ class Controls:
         with gr.Row():
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED)
             self.dice = gr.Button("\N{DIE FACE-5} Random seed", min_width=120)
-        scale = gr.Slider(-2, 10, guidance.scale, step=0.05, label="SAG scale (0 is off)")
-        sigma = gr.Slider(0, 10, guidance.blur_sigma, step=0.1, label="Blur sigma")
-        threshold = gr.Slider(0, 3, guidance.threshold, step=0.05, label="Mask threshold")
+        own = guidance.to_dict()
+        scale_label = f"{method_label(guidance.method)} scale (0 is off)"
+        scale = gr.Slider(-2, 10, guidance.scale, step=0.05, label=scale_label)
+        sigma = gr.Slider(
+            *(0, 10, own.get("blur_sigma", 1)), step=0.1, label="Blur sigma",
+            visible="blur_sigma" in own,
+        )  # fmt: skip
+        threshold = gr.Slider(
+            *(0, 3, own.get("threshold", 1)), step=0.05, label="Mask threshold",
+            visible="threshold" in own,
+        )  # fmt: skip
         with gr.Row():
             start = gr.Slider(0, 1, guidance.start, step=0.05, label="Guide from", min_width=120)
             stop = gr.Slider(0, 1, guidance.stop, step=0.05, label="Guide until", min_width=120)

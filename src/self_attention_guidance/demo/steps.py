@@ -12,13 +12,12 @@ from ..guidance import GuidanceHandle
 from ..maths import degrade
 from ..pipelines.stable_diffusion import StableDiffusionSAGPipeline
 
-HEADINGS = ("predicted x0", "attention received", "mask", "blurred x0", "guidance term")
 _MOST_ATTENTION = 3.0
 
 
 def step_pictures(
     pipeline: StableDiffusionSAGPipeline, handle: GuidanceHandle, size: tuple[int, int]
-) -> list[Image.Image]:
+) -> dict[str, Image.Image]:
     """What the last second pass saw, of the first picture of the batch.
 
     Args:
@@ -27,27 +26,27 @@ def step_pictures(
         size: Width and height of the pictures, in pixels.
 
     Returns:
-        One picture for each of `HEADINGS`. Attention is black at 0 and brightest at three times
-        the mean; the term is black where it is 0 and brightest at its largest.
+        Pictures by their headings; attention and mask of guidances only that have them. Attention
+        is black at 0 and brightest at three times the mean; the term is black where it is 0 and
+        brightest at its largest.
     """
-    assert handle.x0 is not None and handle.mask is not None and handle.term is not None
-    assert handle.attention is not None
-    guidance = handle.guidance
-    x0, mask = handle.x0[:1], handle.mask[:1]
-    blurred = degrade(x0, mask, guidance.blur_sigma, guidance.blur_kernel_size)
+    assert handle.x0 is not None and handle.term is not None
+    x0, guidance = handle.x0[:1], handle.guidance
+    drawn = {"predicted x0": _decoded(pipeline, x0)}
+    if handle.attention is not None:
+        drawn["attention received"] = _heat(handle.attention[0] / _MOST_ATTENTION)
+    if handle.mask is not None:
+        mask = handle.mask[:1]
+        blurred = degrade(x0, mask, guidance.blur_sigma, guidance.blur_kernel_size)
+        drawn |= {"mask": _heat(mask[0].float()), "blurred x0": _decoded(pipeline, blurred)}
     term = handle.term[0].square().mean(dim=0).sqrt()
-    drawn = (
-        _decoded(pipeline, x0),
-        _heat(handle.attention[0] / _MOST_ATTENTION),
-        _heat(mask[0].float()),
-        _decoded(pipeline, blurred),
-        _heat(term / term.max().clamp(min=1e-12)),
-    )
+    drawn["guidance term"] = _heat(term / term.max().clamp(min=1e-12))
     smooth = Image.Resampling.BICUBIC
     sharp = Image.Resampling.NEAREST
-    return [
-        picture.resize(size, smooth if picture.width * 4 > size[0] else sharp) for picture in drawn
-    ]
+    return {
+        heading: picture.resize(size, smooth if picture.width * 4 > size[0] else sharp)
+        for heading, picture in drawn.items()
+    }
 
 
 @torch.no_grad()

@@ -21,9 +21,9 @@ from ..generate import (
     generate,
     make_scheduler,
 )
-from ..guidance import SelfAttentionGuidance
+from ..guidance import Guidance
 from .limits import Limits, VisitorSettings
-from .steps import HEADINGS, step_pictures
+from .steps import step_pictures
 
 Watch = Callable[[float], object]
 """Told the share of the work that is done, 0 to 1; may raise to stop."""
@@ -83,7 +83,7 @@ class Studio:
                 seen["passes"] = handle.steps
                 tiles = step_pictures(pipeline, handle, (160, 160))
                 label = f"step {seen['steps']} of {asked.steps}"
-                strips.append(draw_grid([tiles], [label], HEADINGS))
+                strips.append(draw_grid([list(tiles.values())], [label], list(tiles)))
             report(share)
 
         with self._set_up(asked) as settings:
@@ -137,12 +137,12 @@ class Studio:
             on_progress=report,
         )
 
-    def _guidance(self, asked: VisitorSettings) -> SelfAttentionGuidance:
+    def _guidance(self, asked: VisitorSettings) -> Guidance:
         """The model's own guidance, with what the page has controls for."""
+        own = self.model.recommended.make_guidance().to_dict()
         controls = ("blur_sigma", "threshold", "start", "stop", "every")
-        chosen = {name: getattr(asked, name) for name in controls}
-        own = self.model.recommended.make_guidance()
-        return dataclasses.replace(own, scale=asked.sag_scale, **chosen)
+        chosen = {name: getattr(asked, name) for name in controls if name in own}
+        return Guidance.from_dict({**own, **chosen, "scale": asked.sag_scale})
 
     @contextmanager
     def _set_up(self, asked: VisitorSettings) -> Generator[GenerationSettings]:

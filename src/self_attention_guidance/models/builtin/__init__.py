@@ -1,16 +1,20 @@
 """The small trained models that ship with the package, and their loader.
 
 A model folder may hold a file `sag_settings.json`: the settings that were measured to suit the
-model. Its sections, each optional, are `guidance` (arguments of `SelfAttentionGuidance`),
-`fast` (what differs in `SelfAttentionGuidance.fast`), `generation` (`guidance_scale`,
+model. Its sections, each optional, are `guidance` and `fast` (the usual and the fast preset: what
+`Guidance.from_dict` takes, `{"method": "sag", "scale": 2.0}` say), `generation` (`guidance_scale`,
 `num_inference_steps`) and `compare` (`prompts`, `sag_scales`).
+
+In an older form, `guidance` has no `method` and is of "sag", and `fast` has none and says what
+differs in `fast()` of that guidance.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
@@ -18,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, overload
 from ..versions import dtype_argument
 
 if TYPE_CHECKING:
-    from ...guidance import SelfAttentionGuidance
+    from ...guidance import Guidance
     from ...pipelines.adm import ADMPipeline
     from ...pipelines.stable_diffusion import StableDiffusionSAGPipeline
 
@@ -32,8 +36,10 @@ class RecommendedSettings:
     """The settings that a model folder recommends for itself.
 
     Attributes:
-        guidance: Arguments of `SelfAttentionGuidance`; empty for its defaults.
-        fast: Arguments of `SelfAttentionGuidance.fast` that differ from those.
+        guidance: The usual guidance as `Guidance.from_dict` takes it, "sag" if it has no "method";
+            empty for the defaults.
+        fast: The fast preset, likewise. Without a "method", what differs in `fast()` of the usual
+            guidance.
         guidance_scale: Scale of classifier-free guidance, 1 is off; `None` leaves it open.
         num_inference_steps: Sampling steps, at least 1; `None` leaves it open.
         compare_prompts: Prompts that show the model well; may be empty.
@@ -47,38 +53,40 @@ class RecommendedSettings:
     compare_prompts: tuple[str, ...] = ()
     compare_sag_scales: tuple[float, ...] = ()
 
-    def make_guidance(self) -> SelfAttentionGuidance:
+    def make_guidance(self) -> Guidance:
         """The recommended guidance.
 
         Returns:
-            A `SelfAttentionGuidance`; the class's defaults where nothing is recommended.
+            A `SelfAttentionGuidance` with its defaults, if nothing is recommended.
 
         Raises:
             ValueError: A setting is unknown or outside its range.
         """
-        from ...guidance import SelfAttentionGuidance
+        from ...guidance import Guidance
 
-        known = {setting.name for setting in fields(SelfAttentionGuidance)}
-        _check_keys("guidance", self.guidance, known)
-        return SelfAttentionGuidance(**self.guidance)
+        with _named("guidance"):
+            return Guidance.from_dict({"method": "sag", **self.guidance})
 
-    def make_fast_guidance(self) -> SelfAttentionGuidance:
-        """Guidance that costs little: `SelfAttentionGuidance.fast`, for this model.
+    def make_fast_guidance(self) -> Guidance:
+        """Guidance that costs little.
 
-        Its scale and the steps that it guides are the preset's, the rest is that of
-        `make_guidance`, where `fast` says nothing else.
+        If no fast preset is recommended as a whole, its scale and the steps that it guides are
+        those of `Guidance.fast`, the rest is that of `make_guidance`, where `fast` says nothing
+        else.
 
         Raises:
             ValueError: A setting is unknown or outside its range.
         """
-        from ...guidance import SelfAttentionGuidance
+        from ...guidance import Guidance
 
-        known = {setting.name for setting in fields(SelfAttentionGuidance)}
-        _check_keys("guidance", self.guidance, known)
-        _check_keys("fast", self.fast, known)
-        presets = ("scale", "start", "stop", "every")
-        kept = {name: value for name, value in self.guidance.items() if name not in presets}
-        return SelfAttentionGuidance.fast(**{**kept, **self.fast})
+        usual = self.make_guidance()
+        with _named("fast"):
+            given = Guidance.from_dict({"method": usual.method, **self.fast})
+            if "method" in self.fast:
+                return given
+            presets = ("method", "scale", "start", "stop", "every")
+            kept = {name: value for name, value in self.guidance.items() if name not in presets}
+            return usual.fast(**{**kept, **self.fast})
 
 
 def builtin_names() -> tuple[str, ...]:
@@ -198,6 +206,15 @@ def _parse(content: object) -> RecommendedSettings:
         compare_prompts=_listed(compare, "prompts", _is_text, "a list of texts"),
         compare_sag_scales=_listed(compare, "sag_scales", _is_number, "a list of numbers"),
     )
+
+
+@contextmanager
+def _named(section: str) -> Generator[None]:
+    """Names the section of the file that an error is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{section}: {error}") from None
 
 
 def _mapping(where: str, value: object) -> dict[str, Any]:

@@ -1,0 +1,238 @@
+"""`--guidance`: one text for every method, in every command that draws."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from command_line import error_of, help_without_torch, run
+from self_attention_guidance import (
+    BlurGuidance,
+    Guidance,
+    PerturbedAttentionGuidance,
+    SelfAttentionGuidance,
+)
+from self_attention_guidance.cli.guidance_text import parse_guidance
+from self_attention_guidance.generate import generate, load_pipeline, read_parameters, read_record
+from test_batch_jobs import rows_of
+from tiny import save_tiny_model
+from tiny_pixels import arrays_of, interrupt, one_thread, save_tiny_pixels, tiny_pipeline
+
+RECOMMENDED = {
+    "guidance": {"method": "sag", "scale": 1.5, "blur_sigma": 2.0},
+    "generation": {"guidance_scale": 3.0, "num_inference_steps": 4},
+    "compare": {"sag_scales": [0, 1, 2]},
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def on_one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny_model(tmp_path_factory.mktemp("option") / "tiny", RECOMMENDED))
+
+
+@pytest.fixture(scope="module")
+def pixel_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tiny_pixels(tmp_path_factory.mktemp("option") / "pixels")
+
+
+def drawn(model: str, out: Path, *options: object) -> np.ndarray:
+    """What `sag generate` draws."""
+    assert run("generate", "a", "--model", model, "--out", out, "--overwrite", *options) == 0
+    with Image.open(out / "00000-0.png") as image:
+        return np.asarray(image)
+
+
+def of_library(model: str, guidance: Guidance) -> np.ndarray:
+    loaded = load_pipeline(model, "cpu")
+    loaded.pipeline.set_progress_bar_config(disable=True)
+    loaded.pipeline.guidance = guidance
+    return np.asarray(next(generate(loaded.pipeline, "a", loaded.settings())).image)
+
+
+@pytest.mark.parametrize(
+    ("options", "guidance"),
+    [
+        (["--guidance", "pag"], PerturbedAttentionGuidance()),
+        (["--guidance", "pag:scale=1.5"], PerturbedAttentionGuidance(1.5)),
+        (["--guidance", "pag", "--sag-scale", 1.5], PerturbedAttentionGuidance(1.5)),
+        (["--guidance", "pag", "--start", 0.5], PerturbedAttentionGuidance(start=0.5)),
+        (["--guidance", "pag", "--fast"], PerturbedAttentionGuidance.fast()),
+        (["--guidance", "blur:blur_sigma=3"], BlurGuidance(blur_sigma=3.0)),
+        # The model's, where it recommends the same method.
+        (["--guidance", "sag"], SelfAttentionGuidance(1.5, blur_sigma=2.0)),
+        (["--guidance", "SAG:scale=0.5"], SelfAttentionGuidance(0.5, blur_sigma=2.0)),
+        (["--guidance", "sag:blur_sigma=3"], SelfAttentionGuidance(1.5, blur_sigma=3.0)),
+        (["--blur-sigma", 3], SelfAttentionGuidance(1.5, blur_sigma=3.0)),
+        (["--guidance", "sag:threshold=0.9", "--fast"],
+         SelfAttentionGuidance.fast(blur_sigma=2.0, threshold=0.9)),
+    ],
+)  # fmt: skip
+def test_it_draws_what_the_library_draws(
+    tmp_path: Path, model: str, options: list[object], guidance: Guidance
+) -> None:
+    assert (drawn(model, tmp_path, *options) == of_library(model, guidance)).all()
+    assert read_record(tmp_path / "00000-0.png")["guidance"] == guidance.to_dict()
+
+
+def test_methods_draw_different_pictures(tmp_path: Path, model: str) -> None:
+    texts = ("sag", "blur", "pag", "sag:scale=0", "pag:scale=0")
+    pictures = [drawn(model, tmp_path, "--guidance", text).tobytes() for text in texts]
+    assert len(set(pictures)) == 4
+    assert pictures[3] == pictures[4]
+
+
+def test_compare_draws_scales_of_it(tmp_path: Path, model: str) -> None:
+    arguments = ("compare", "a", "--model", model, "--guidance")
+    for text, options, scales in (
+        ("pag", [], "0, 3"),
+        ("pag:scale=2", [], "0, 2"),
+        ("pag", ["--sag-scales", "1,2,4"], "1, 2, 4"),
+    ):
+        out = tmp_path / "grid.png"
+        assert run(*arguments, text, *options, "--out", out, "--overwrite") == 0
+        assert read_parameters(out).settings["PAG Scale"] == scales
+    for text, scales in (("sag", "0, 1, 2"), ("sag:scale=3", "0, 3")):
+        assert run(*arguments, text, "--out", out, "--overwrite") == 0
+        assert read_parameters(out).settings["SAG Guidance Scale"] == scales
+
+
+def test_compare_shows_attention_of_guidances_that_blur(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, model: str
+) -> None:
+    arguments = ("compare", "a", "--model", model, "--show-attention", "--out", tmp_path / "a.png")
+    told = error_of(capsys, *arguments, "--guidance", "pag")
+    assert "show_attention shows where pictures were blurred: pag blurs none" in told
+    assert not (tmp_path / "a.png").exists()
+    assert run(*arguments, "--guidance", "blur") == 0
+
+
+def test_sample_and_batch_draw_the_same_with_it(tmp_path: Path, pixel_model: str) -> None:
+    shared = ("--model", pixel_model, "--num-samples", 1, "--seed", 5, "--guidance")
+    pictures: list[bytes] = []
+    for text in ("pag", "pag:layers=up_blocks.0.attentions.0", "sag"):
+        out = tmp_path / str(len(pictures))
+        assert run("sample", *shared, text, "--batch-size", 1, "--out", out / "a.npz") == 0
+        assert run("batch", *shared, text, "--out", out / "list") == 0
+        (row,) = rows_of(out / "list")
+        with Image.open(out / "list" / row["file"]) as image:
+            pictures.append(image.tobytes())
+        assert arrays_of(out / "a.npz")["arr_0"].tobytes() == pictures[-1]
+    assert len(set(pictures)) == 3
+
+
+def test_runs_that_go_on_name_the_setting_that_differs(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, pixel_model: str
+) -> None:
+    out = tmp_path / "a.npz"
+    pipe: Any = tiny_pipeline(num_class_embeds=7)
+    pipe.guidance = PerturbedAttentionGuidance(every=2)
+    interrupt(pipe, out, 2)
+    shared = ("--model", pixel_model, "--guidance")
+    sample = ("sample", "--num-samples", 5, "--batch-size", 1, "--out", out, *shared)
+    assert "with guidance.every=2, not 3: go on" in error_of(capsys, *sample, "pag:every=3")
+    told = error_of(capsys, *sample, "sag")
+    assert "guidance.method='pag', not 'sag'; guidance.scale=3.0, not 1.5" in told
+    assert run(*sample, "pag:every=2") == 0
+    assert "2 of them drawn before, 3 now" in capsys.readouterr().out
+    batch = ("batch", "--num-samples", 2, "--out", tmp_path / "list", *shared)
+    assert run(*batch, "pag:every=2") == 0
+    capsys.readouterr()
+    longer = (*batch[:2], 3, *batch[3:])
+    told = error_of(capsys, *longer, "pag:every=3")
+    assert "out holds pictures with guidance.every=2, not 3: go on with the same" in told
+    assert run(*longer, "pag:every=2") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["pga"], "'pga' is no guidance; did you mean pag? There are "),
+        ([""], "'' is no guidance; There are"),
+        (["sag:blur_sgima=1"], "'blur_sgima' is no setting of sag; did you mean blur_sigma?"),
+        (["pag:threshold=1"], "'threshold' is no setting of pag; "),
+        (["sag:method=pag"], "'method' is no setting of sag"),
+        (["sag:scale"], "'scale' must be NAME=VALUE"),
+        (["sag:"], "'' must be NAME=VALUE"),
+        (["sag:scale=1,scale=2"], "scale was given twice"),
+        (["sag:scale=x"], "scale='x' must be a number"),
+        (["sag:scale=nan"], "scale=nan must be a finite number"),
+        (["sag:every=1.5"], "every='1.5' must be a whole number"),
+        (["sag:every=0"], "every=0 must be a whole number, at least 1"),
+        (["sag:scale=none"], "scale='none' must be a number"),
+        (["pag:branch=both"], "branch='both' must be 'uncond' or 'cond'"),
+        (["pag:layers=nowhere"], "nowhere"),
+        (["pag:layers="], "layers='' must be a dotted module path"),
+        (["pag", "--guidance", "sag"], "guidance was given 2 times: give one"),
+        (["pag", "--threshold", "1"], "'threshold' is not a setting of pag"),
+        (["pag:start=0.2", "--start", "0"], "start was given twice: by --guidance and by"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("command", ["generate", "sample"])
+def test_errors_are_one_line(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    model: str,
+    pixel_model: str,
+    command: str,
+    arguments: list[str],
+    told: str,
+) -> None:
+    start = {
+        "generate": ["a", "--model", model, "--out", tmp_path / "out"],
+        "sample": ["--num-samples", 1, "--model", pixel_model, "--out", tmp_path / "a.npz"],
+    }[command]
+    assert told in error_of(capsys, command, *start, "--guidance", *arguments)
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def test_two_scales_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    text = ("--guidance", "sag:scale=1", "--out", tmp_path / "out.npz")
+    for command in (
+        ("generate", "a", "--sag-scale", 0),
+        ("compare", "a", "--sag-scales", "0,1"),
+        ("sample", "--num-samples", 1, "--sag-scale", 0),
+        ("batch", "--num-samples", 1, "--sag-scale", 0),
+    ):
+        assert "scale was given twice" in error_of(capsys, *command, *text)
+    both = ("sample", "--num-samples", 1, "--blur-guidance", "--guidance", "sag")
+    assert "must not be given with --blur-guidance" in error_of(capsys, *both)
+
+
+def test_values_have_the_types_of_the_fields() -> None:
+    text = "sag: scale = 2, every=3, layer=none, branch=cond"
+    wanted = {"method": "sag", "scale": 2.0, "every": 3, "layer": None, "branch": "cond"}
+    found = parse_guidance(text)
+    assert found == wanted
+    assert [type(value) for value in found.values()] == [type(v) for v in wanted.values()]
+    assert parse_guidance("pag:layers=a.b+c")["layers"] == ["a.b", "c"]
+    assert parse_guidance("pag:layers=none")["layers"] is None
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.one_of(st.text(), st.from_regex(r"(sag|pag|blur|SAG):([a-z_]{1,9}=[a-z0-9.+-]{0,9},?){1,3}"))
+)
+def test_any_text_is_read_or_refused(text: str) -> None:
+    try:
+        found = parse_guidance(text)
+        assert Guidance.from_dict(found).method == found["method"]
+    except ValueError as error:
+        assert str(error)
+
+
+@pytest.mark.parametrize("command", ["generate", "compare", "sample", "batch"])
+def test_help_tells_of_it_without_torch(command: str) -> None:
+    assert "--guidance METHOD[:NAME=VALUE,...]" in help_without_torch(command)
