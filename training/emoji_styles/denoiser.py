@@ -296,6 +296,8 @@ class Trainer:
         self.progress.step, self.progress.samples = state["step"], state["samples"]
         self.progress.hours = state["hours"]
         self.progress.rng.setstate(state["captions_rng"])
+        # A GPU's own generator goes on from the step; the CPU's from where it was.
+        torch.manual_seed(data.SEED + self.progress.step)
         torch.set_rng_state(state["torch_rng"])
 
 
