@@ -245,11 +245,11 @@ def distorted(pixels: Tensor) -> Tensor:
 class Lesson:
     """What a classifier learns from: pictures, with the right answers."""
 
-    def __init__(self, dataset: data.Dataset, latents: Tensor, vae: AutoencoderKL) -> None:
-        """`latents` of the pictures on every background, (pictures, 11, 4, 16, 16)."""
+    def __init__(self, dataset: data.Dataset, decoded: Tensor) -> None:
+        """`decoded` is what the autoencoder makes of the pictures, (pictures, 3, 64, 64) uint8."""
         self.pixels, self.colours = dataset.pixels, data.palette()
         self.answers = targets(dataset.pictures, dataset.labels)
-        self.decoded, _ = decoded(latents, vae)
+        self.decoded = decoded
 
     def content(self, model: Content, device: str) -> Tensor:
         """The loss of one batch of distorted pictures."""
@@ -338,17 +338,28 @@ def load(work: Path, things: int) -> Judge:
 
 
 @torch.no_grad()
-def decoded(latents: Tensor, vae: AutoencoderKL) -> tuple[Tensor, Tensor]:
-    """Each picture on one random background, as the autoencoder draws it.
+def decoded_stage(work: Path, device: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """What the autoencoder makes of each picture on one random background, once.
 
     Returns:
-        Pictures, (pictures, 3, 64, 64) uint8, and the numbers of their backgrounds.
+        For the "learned" and the "held_out" part: pictures, (pictures, 3, 64, 64) uint8, and the
+        numbers of their backgrounds.
     """
-    generator = torch.Generator().manual_seed(data.SEED)
-    grounds = torch.randint(latents.shape[1], (len(latents),), generator=generator)
-    chosen = latents[torch.arange(len(latents)), grounds].to(vae.device, torch.float32)
-    parts = [vae.decode(batch).sample.clamp(-1, 1).cpu() for batch in chosen.split(64)]
-    return ((torch.cat(parts) + 1) * 127.5).round().byte(), grounds
+    file = work / "decoded.pt"
+    if not file.exists():
+        torch.manual_seed(data.SEED)
+        vae = AutoencoderKL.from_pretrained(work / "vae", torch_dtype=torch.float32)
+        vae = vae.to(device).eval()
+        parts: dict[str, tuple[Tensor, Tensor]] = {}
+        for name, latents in torch.load(work / "latents.pt", weights_only=True).items():
+            grounds = torch.randint(latents.shape[1], (len(latents),))
+            chosen = latents[torch.arange(len(latents)), grounds].to(device, torch.float32)
+            with torch.autocast(device, dtype=torch.bfloat16):
+                drawn = [vae.decode(batch).sample.float().cpu() for batch in chosen.split(32)]
+            pictures = ((torch.cat(drawn).clamp(-1, 1) + 1) * 127.5).round().byte()
+            parts[name] = (pictures, grounds)
+        save(parts, file)
+    return torch.load(file, weights_only=True)
 
 
 @torch.no_grad()
@@ -369,18 +380,17 @@ def accuracy(
 
 
 def check(
-    model: Judge, dataset: data.Dataset, labels: Sequence[str], latents: Tensor, vae: AutoencoderKL
+    model: Judge, pairs: data.Dataset, labels: Sequence[str], decoded: Tensor, grounds: Tensor
 ) -> dict[str, dict[str, float]]:
-    """The judge's own accuracy on real pictures, each on a random background.
+    """The judge's own accuracy on real pictures on the backgrounds `grounds`.
 
     What it says of the same pictures out of the autoencoder is the most that a model can reach.
     """
-    drawn, grounds = decoded(latents, vae)
-    answers = targets(dataset.pictures, labels)
-    real = data.on_background(dataset.pixels, data.palette()[grounds])
+    answers = targets(pairs.pictures, labels)
+    real = data.on_background(pairs.pixels, data.palette()[grounds])
     return {
         "real": accuracy(model, real, answers, grounds),
-        "autoencoder": accuracy(model, drawn.float() / 127.5 - 1, answers, grounds),
+        "autoencoder": accuracy(model, decoded.float() / 127.5 - 1, answers, grounds),
     }
 
 
@@ -399,16 +409,16 @@ def main() -> None:
     work, device = options.work, options.device
     everything = data.load(work / "pictures.npz")
     seen, held_out = (everything.select(held_out=part) for part in (False, True))
-    latents = torch.load(work / "latents.pt", weights_only=True)
-    vae = AutoencoderKL.from_pretrained(work / "vae", torch_dtype=torch.float32).to(device).eval()
-    lesson, judge = Lesson(seen, latents["learned"], vae), Judge(len(seen.labels))
+    decoded = decoded_stage(work, device)
+    lesson, judge = Lesson(seen, decoded["learned"][0]), Judge(len(seen.labels))
     train(judge.content, lesson.content, work / CONTENT_FILE, options.minutes[0], device)
     train(judge.style, lesson.style, work / STYLE_FILE, options.minutes[1], device)
     judge.eval()
     shown = set(seen.labels)
     rows = [row for row, picture in enumerate(held_out.pictures) if picture.label in shown]
+    shown_decoded, grounds = (part[rows] for part in decoded["held_out"])
     pairs = everything.held_out_pairs()
-    report = check(judge, pairs, seen.labels, latents["held_out"][rows], vae)
+    report = check(judge, pairs, seen.labels, shown_decoded, grounds)
     text = json.dumps(report, indent=2)
     (work / "judge.json").write_text(text + "\n", encoding="utf-8")
     print(text)
