@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -204,9 +205,10 @@ class Trainer:
         options, progress = self.options, self.progress
         latents = seen.latents.to(options.device)
         predict = torch.compile(self.model) if options.compile else self.model
+        stopped = stop_when_asked()
         began = saved = time.monotonic()
         earlier, losses, samples_before = progress.hours, [], progress.samples
-        while (elapsed := time.monotonic() - began) < options.minutes * 60:
+        while (elapsed := time.monotonic() - began) < options.minutes * 60 and not stopped:
             for group in self.optimizer.param_groups:
                 group["lr"] = options.rate(progress.step, elapsed)
             rows = torch.randint(len(seen.pictures), (options.batch_size,))
@@ -296,7 +298,17 @@ class Trainer:
         self.progress.step, self.progress.samples = state["step"], state["samples"]
         self.progress.hours = state["hours"]
         self.progress.rng.setstate(state["captions_rng"])
+        # A GPU's own generator goes on from the step; the CPU's from where it was.
+        torch.manual_seed(data.SEED + self.progress.step)
         torch.set_rng_state(state["torch_rng"])
+
+
+def stop_when_asked() -> list[int]:
+    """A list that is empty until the process is told to stop: the step then ends, and is saved."""
+    received: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: received.append(number))
+    return received
 
 
 def stratified_timesteps(count: int, steps: int = 1000) -> Tensor:

@@ -206,7 +206,7 @@ def main() -> None:
     if options.grid:
         write_grid(options.grid, plain(pipe, options.scales[0]), held_out_task(pairs, 48))
         return
-    critic = judge.load(options.work / "judge.pt", len(seen.labels))
+    critic = judge.load(options.work, len(seen.labels))
     task = held_out_task(pairs, options.count)
     for scale in options.scales:
         line: dict[str, Any] = {
