@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         GuidanceHandle,
         PerturbedAttentionGuidance,
         SelfAttentionGuidance,
+        Step,
         attach,
     )
     from .models.builtin import builtin_model
@@ -30,6 +31,7 @@ __all__ = [
     "BlurGuidance",
     "PerturbedAttentionGuidance",
     "Guidance",
+    "Step",
     "GuidanceHandle",
     "attach",
     "Family",
@@ -66,6 +68,7 @@ _HOMES = {
     "register_batch_arguments": "denoiser.families",
     "register_family": "denoiser.families",
     "StableDiffusionSAGPipeline": "pipelines.stable_diffusion",
+    "Step": "guidance",
     "StableDiffusionXLSAGPipeline": "pipelines.stable_diffusion_xl",
     "builtin_model": "models.builtin",
     "load_original": "models.originals",

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from checkpoints import save
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 import data
-from checkpoints import save
 
 CONTENT_FILE = "judge_content.pt"
 STYLE_FILE = "judge_style.pt"

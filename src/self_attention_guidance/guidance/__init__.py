@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .attach import attach
-from .base import METHODS, Branch, Guidance
+from .base import METHODS, Branch, Guidance, Step
 from .blur import BlurGuidance
 from .handle import GuidanceHandle
 from .pag import PerturbedAttentionGuidance
@@ -17,5 +17,6 @@ __all__ = [
     "GuidanceHandle",
     "PerturbedAttentionGuidance",
     "SelfAttentionGuidance",
+    "Step",
     "attach",
 ]
