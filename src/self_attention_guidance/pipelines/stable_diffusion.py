@@ -149,9 +149,10 @@ class StableDiffusionSAGPipeline(GuidedPipelineMixin, StableDiffusionPipeline):
         if hasattr(text_encoder, "final_layer_norm") and not hasattr(text_encoder, "text_model"):
             vars(self)["text_encoder"] = _OlderTextEncoder(text_encoder)
         try:
-            return super().encode_prompt(*args, **kwargs)
+            prompt_embeds, negative_prompt_embeds = super().encode_prompt(*args, **kwargs)
         finally:
             vars(self)["text_encoder"] = text_encoder
+        return prompt_embeds, negative_prompt_embeds
 
 
 class _OlderTextEncoder:
