@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from ..generate.drawing import GeneratedImage, PictureRequest, PromptArtist
-from ..generate.loaded import recommended_generation
+from ..generate.drawing import GeneratedImage, PromptArtist
+from ..generate.loaded import settings_of
 from ..generate.metadata import Record
 from ..generate.models import (
     LoadedPipeline,
@@ -97,7 +97,7 @@ class Model:
         Raises:
             ValueError: A setting is outside its range.
         """
-        return recommended_generation(recommended_settings(self.find()), **given)
+        return settings_of(GenerationSettings, recommended_settings(self.find()), **given)
 
     def __call__(self) -> Artist:
         """Loads it.
@@ -126,8 +126,8 @@ class _PromptTasks:
     def draw(self, tasks: Sequence[Task]) -> list[GeneratedImage]:
         settings = tasks[0].settings
         check_size(self.pipeline, settings.width, settings.height)
-        requests = [PictureRequest(n, task.prompt, task.seed) for n, task in enumerate(tasks)]
-        return list(PromptArtist(self.pipeline, settings, self.name).draw(requests))
+        artist = PromptArtist(self.pipeline, settings, self.name)
+        return list(artist.draw([task.prompt for task in tasks], [task.seed for task in tasks]))
 
 
 class _PixelTasks:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from typing import Any, get_args, get_origin, get_type_hints
 
 _NUMBERS = {float: "a number", int: "a whole number"}
@@ -61,7 +62,7 @@ def parse_guidance(text: str) -> dict[str, Any]:
     if method not in METHODS:
         raise ValueError(f"guidance={text!r}: {_unknown(method, METHODS, 'guidance')}")
     kinds = get_type_hints(METHODS[method])
-    known = [name for name in METHODS[method]().to_dict() if name != "method"]
+    known = [setting.name for setting in fields(METHODS[method])]
     given: dict[str, Any] = {"method": method}
     for part in rest.split(",") if colon else ():
         name, equals, value = (piece.strip() for piece in part.partition("="))

@@ -13,7 +13,7 @@ Example:
 
 from ..checks import check_count, check_prompts, seeds_of
 from .comparison import Comparison, check_scales, compare
-from .drawing import GeneratedImage, PictureRequest, PromptArtist
+from .drawing import GeneratedImage, PromptArtist
 from .files import (
     check_folder,
     check_free,
@@ -68,7 +68,6 @@ __all__ = [
     "LoadedPipeline",
     "LoadedPixelModel",
     "Parameters",
-    "PictureRequest",
     "PromptArtist",
     "Record",
     "SampleRun",

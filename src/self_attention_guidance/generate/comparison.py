@@ -83,41 +83,22 @@ def compare(
             f"show_attention shows where pictures were blurred: {pipeline.guidance.method} blurs"
             " none"
         )
+    run: dict[str, Any] = {"seed": seed, "num_images": num_images, "batch_size": batch_size}
+    others: dict[str, Any] = {"record_attention": show_attention, "on_progress": on_progress}
     columns = [
-        list(
-            generate(
-                pipeline,
-                prompts,
-                replace(settings, sag_scale=scale),
-                seed=seed,
-                num_images=num_images,
-                batch_size=batch_size,
-                model_name=model_name,
-                record_attention=show_attention,
-                on_progress=on_progress,
-            )
-        )
-        for scale in scales
+        list(generate(pipeline, prompts, of_scale, model_name=model_name, **run, **others))
+        for of_scale in (replace(settings, sag_scale=scale) for scale in scales)
     ]
     # A guided column, if there is one, knows all the settings of the guidance.
     guided = [column for column, scale in zip(columns, scales, strict=True) if scale != 0]
-    of_picture = (guided or columns)[0][0].record
-    record: dict[str, Any] = {
-        **{name: v for name, v in of_picture.items() if name not in ("prompt", "together")},
-        "prompts": prompts,
-        "seed": seed,
-        "num_images": num_images,
-        "batch_size": batch_size,
-        "sag_scales": scales,
-        "show_attention": show_attention,
-    }
+    shared = (guided or columns)[0][0].record.items()
+    record: dict[str, Any] = {n: v for n, v in shared if n not in ("prompt", "together")}
+    record |= {"prompts": prompts, "sag_scales": scales, "show_attention": show_attention, **run}
     headings, pictures = _drawn_columns(columns, scales, method_label(pipeline.guidance.method))
     rows = list(zip(*pictures, strict=True))
-    return Comparison(
-        grid=draw_grid(rows, _row_labels(columns[0], num_images), headings, _footer(record)),
-        columns=columns,
-        record=record,
-    )
+    labels = _row_labels(columns[0], num_images)
+    grid = draw_grid(rows, labels, headings, _footer(record))
+    return Comparison(grid=grid, columns=columns, record=record)
 
 
 def check_scales(sag_scales: Sequence[float]) -> list[float]:

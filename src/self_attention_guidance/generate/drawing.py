@@ -21,21 +21,6 @@ from .settings import GenerationSettings
 Progress = Callable[[float], object]
 
 
-@dataclass(frozen=True)
-class PictureRequest:
-    """What one picture shall be.
-
-    Attributes:
-        index: Its number in the run, from 0.
-        prompt: Its prompt.
-        seed: Its seed.
-    """
-
-    index: int
-    prompt: str
-    seed: int
-
-
 @dataclass(frozen=True, kw_only=True)
 class GeneratedImage:
     """A picture and how it was made.
@@ -104,20 +89,24 @@ class PromptArtist:
         self.record_attention = record_attention and self.sag_scale != 0
         self.on_progress = on_progress
 
-    def draw(self, requests: Sequence[PictureRequest]) -> Iterator[GeneratedImage]:
+    def draw(
+        self, prompts: Sequence[str], seeds: Sequence[int], first: int = 0
+    ) -> Iterator[GeneratedImage]:
         """Draws pictures in one batch.
 
         Args:
-            requests: One for each picture.
+            prompts: One for each picture.
+            seeds: One for each picture.
+            first: Number of the first picture in the run.
 
         Raises:
             FloatingPointError: A prediction or a picture is NaN or infinite.
         """
-        callback = _StepCallback(len(requests), self.record_attention, self.on_progress)
-        seeds = [request.seed for request in requests]
+        count = len(prompts)
+        callback = _StepCallback(count, self.record_attention, self.on_progress)
         output: Any = self.pipeline(
-            prompt=[request.prompt for request in requests],
-            negative_prompt=[self.settings.negative_prompt] * len(requests),
+            prompt=list(prompts),
+            negative_prompt=[self.settings.negative_prompt] * count,
             generator=seeded_generators(self.pipeline.scheduler, seeds),
             width=self.settings.width,
             height=self.settings.height,
@@ -133,13 +122,13 @@ class PromptArtist:
                 "if it runs in float16, use bfloat16 or float32"
             )
         images = self.pipeline.numpy_to_pil(output.images)
-        flagged = output.nsfw_content_detected or [False] * len(requests)
-        record = self._record(images[0].size, len(requests))
-        for number, request in enumerate(requests):
+        flagged = output.nsfw_content_detected or [False] * count
+        record = self._record(images[0].size, count)
+        for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             yield GeneratedImage(
                 image=images[number],
-                index=request.index,
-                record={**record, "prompt": request.prompt, "seed": request.seed},
+                index=first + number,
+                record={**record, "prompt": prompt, "seed": seed},
                 flagged=bool(flagged[number]),
                 attended=callback.attended(number),
             )

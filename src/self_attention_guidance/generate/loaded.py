@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, TypeVar
 
 from ..guidance import Guidance
 from ..models.builtin import RecommendedSettings
 from .schedulers import make_scheduler
-from .settings import GenerationSettings
+
+Settings = TypeVar("Settings")
 
 
-class Loaded:
+class Loaded(Generic[Settings]):
     """What loaded models of all kinds have in common."""
 
     pipeline: Any
     recommended: RecommendedSettings
-    settings_class: ClassVar[Any]
+    settings_class: Callable[..., Settings]
+
+    def settings(self, **given: Any) -> Settings:
+        """Settings of pictures: what is given, else what the model recommends.
+
+        Args:
+            **given: Arguments of `GenerationSettings`, or of a pixel-space model's
+                `SampleSettings`; `None` counts as not given.
+
+        Raises:
+            ValueError: A setting is outside its range.
+        """
+        return settings_of(self.settings_class, self.recommended, **given)
 
     def use(self, *, scheduler: str | None = None, fast: bool = False, **guidance: Any) -> None:
         """Prepares the pipeline for many pictures: it shows no bar of its own.
@@ -41,7 +55,7 @@ class Loaded:
         if scheduler is not None:
             pipeline.scheduler = self.make_scheduler(scheduler)
 
-    def restore(self, record: Mapping[str, Any]) -> Any:
+    def restore(self, record: Mapping[str, Any]) -> Settings:
         """Prepares the pipeline to draw pictures again: gives it their guidance and scheduler.
 
         Args:
@@ -67,19 +81,20 @@ class Loaded:
         return make_scheduler(name, self.pipeline.scheduler.config)
 
 
-def recommended_generation(recommended: RecommendedSettings, **given: Any) -> GenerationSettings:
-    """Generation settings: what is given, else what a model recommends.
+def settings_of(
+    settings_class: Callable[..., Settings], recommended: RecommendedSettings, **given: Any
+) -> Settings:
+    """Settings of pictures: what is given, else what a model recommends.
 
     Args:
+        settings_class: Class of the settings.
         recommended: What the model recommends.
-        **given: Arguments of `GenerationSettings`; `None` counts as not given.
+        **given: Arguments of the class; `None` counts as not given.
 
     Raises:
         ValueError: A setting is outside its range.
     """
-    chosen: dict[str, Any] = {
-        "guidance_scale": recommended.guidance_scale,
-        "num_inference_steps": recommended.num_inference_steps,
-    }
-    chosen |= {name: value for name, value in given.items() if value is not None}
-    return GenerationSettings(**{name: v for name, v in chosen.items() if v is not None})
+    known = inspect.signature(settings_class).parameters
+    own = {name: value for name, value in vars(recommended).items() if name in known}
+    chosen = own | {name: value for name, value in given.items() if value is not None}
+    return settings_class(**{name: value for name, value in chosen.items() if value is not None})

@@ -21,7 +21,7 @@ from ..models.builtin import (
 )
 from ..models.versions import dtype_argument
 from ..pipelines.stable_diffusion import StableDiffusionSAGPipeline
-from .loaded import Loaded, recommended_generation
+from .loaded import Loaded
 from .settings import GenerationSettings
 from .weights import refuse_missing_weights, refuse_unloaded_weights
 
@@ -41,7 +41,7 @@ IndexCheck = Callable[[str, Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadedPipeline(Loaded):
+class LoadedPipeline(Loaded[GenerationSettings]):
     """A pipeline with what its folder says about it.
 
     Attributes:
@@ -54,17 +54,6 @@ class LoadedPipeline(Loaded):
     pipeline: StableDiffusionSAGPipeline
     recommended: RecommendedSettings
     settings_class = GenerationSettings
-
-    def settings(self, **given: Any) -> GenerationSettings:
-        """Generation settings: what is given, else what the model recommends.
-
-        Args:
-            **given: Arguments of `GenerationSettings`; `None` counts as not given.
-
-        Raises:
-            ValueError: A setting is outside its range.
-        """
-        return recommended_generation(self.recommended, **given)
 
 
 def load_pipeline(

@@ -34,7 +34,7 @@ from .weights import refuse_missing_weights
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadedPixelModel(Loaded):
+class LoadedPixelModel(Loaded[SampleSettings]):
     """A pipeline with what its folder says about it.
 
     Attributes:
@@ -48,19 +48,6 @@ class LoadedPixelModel(Loaded):
     pipeline: ADMPipeline
     recommended: RecommendedSettings
     settings_class = SampleSettings
-
-    def settings(self, **given: Any) -> SampleSettings:
-        """Settings of samples: what is given, else what the model recommends.
-
-        Args:
-            **given: Arguments of `SampleSettings`; `None` counts as not given.
-
-        Raises:
-            ValueError: A setting is outside its range.
-        """
-        recommended: dict[str, Any] = {"num_inference_steps": self.recommended.num_inference_steps}
-        chosen = recommended | {name: value for name, value in given.items() if value is not None}
-        return SampleSettings(**{name: v for name, v in chosen.items() if v is not None})
 
     def make_scheduler(self, name: str) -> Any:
         """A scheduler for this model.

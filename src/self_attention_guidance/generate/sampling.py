@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from ..checks import check_count, check_prompts, seeds_of
 from ..pipelines.stable_diffusion import StableDiffusionSAGPipeline
-from .drawing import GeneratedImage, PictureRequest, Progress, PromptArtist
+from .drawing import GeneratedImage, Progress, PromptArtist
 from .settings import GenerationSettings, check_size
 
 
@@ -48,18 +48,16 @@ def generate(
         FloatingPointError: A prediction is NaN or infinite; raised where the pictures are asked
             for.
     """
-    requests = _requests(check_prompts(prompts), seed, num_images)
+    prompts, seeds = check_prompts(prompts), seeds_of(seed, num_images)
     check_count("batch_size", batch_size)
     settings = settings or GenerationSettings()
     check_size(pipeline, settings.width, settings.height)
-    batches = [
-        requests[start : start + batch_size] for start in range(0, len(requests), batch_size)
-    ]
     artist = PromptArtist(pipeline, settings, model_name, record_attention, on_progress)
-    return (picture for batch in batches for picture in artist.draw(batch))
-
-
-def _requests(prompts: Sequence[str], seed: int, num_images: int) -> list[PictureRequest]:
-    seeds = seeds_of(seed, num_images)
     pairs = [(prompt, number) for prompt in prompts for number in seeds]
-    return [PictureRequest(index, prompt, number) for index, (prompt, number) in enumerate(pairs)]
+
+    def pictures() -> Iterator[GeneratedImage]:
+        for first in range(0, len(pairs), batch_size):
+            batch = pairs[first : first + batch_size]
+            yield from artist.draw([p for p, _ in batch], [s for _, s in batch], first)
+
+    return pictures()
