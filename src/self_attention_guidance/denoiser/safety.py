@@ -60,7 +60,9 @@ def _replaced_by(cls: type[nn.Module]) -> Any:
     """What took the place of a class's `forward`, as TeaCache does it; `None` if it is its own."""
     base = next(base for base in cls.__mro__ if "forward" in vars(base))
     forward = vars(base)["forward"]
-    return None if getattr(forward, "__module__", base.__module__) == base.__module__ else forward
+    is_of_its_module = getattr(forward, "__module__", None) == base.__module__
+    is_of_its_name = getattr(forward, "__qualname__", None) == f"{base.__qualname__}.forward"
+    return None if is_of_its_module or is_of_its_name else forward
 
 
 def not_finite(name: str, dtype: torch.dtype, step: int, timestep: Any) -> FloatingPointError:
