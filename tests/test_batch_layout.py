@@ -252,7 +252,7 @@ def test_tensors_are_cut_by_their_name_and_not_by_their_length() -> None:
 def test_arguments_of_a_network_of_ones_own_are_cut_when_they_are_registered(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(families, "_FAMILIES", dict(families._FAMILIES))
+    monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
     pipe = tiny_pipeline(StableDiffusionPipeline)
     seen: list[Any] = []
     pipe.unet.register_forward_pre_hook(

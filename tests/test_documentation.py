@@ -16,6 +16,8 @@ from PIL import Image
 from command_line import run
 from self_attention_guidance import builtin_model
 from self_attention_guidance.cli import app
+from self_attention_guidance.denoiser import families
+from self_attention_guidance.guidance import base
 from self_attention_guidance.models.builtin import builtin_folder, builtin_names
 from test_batch_jobs import StandIn, job, listed
 
@@ -102,6 +104,9 @@ def _anchor(heading: str) -> str:
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    # Pages may add to these.
+    monkeypatch.setattr(base, "METHODS", dict(base.METHODS))
+    monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
     found = [block for block in blocks(page, "python") if not block.startswith(tuple(ELSEWHERE))]
     if not found:
         return

@@ -15,7 +15,7 @@ from original_unet import OriginalUNet
 from payload import Payload
 from recordings import KINDS, checkpoint, config, difference, network, tensors
 from self_attention_guidance import ADMPipeline, ADMUNet2DModel, NoisyClassifier, load_original
-from self_attention_guidance.denoiser.attention import AttentionCapture, received, self_attention
+from self_attention_guidance.denoiser.attention import received, standing_in
 from self_attention_guidance.models.originals import (
     OriginalDiTModel,
     convert_original,
@@ -88,10 +88,10 @@ def test_cfg_of_dit_agrees_with_the_original(scale: float) -> None:
 
 @torch.no_grad()
 def attention_at(kind: str, layer: str, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-    capture = AttentionCapture(self_attention(network(kind), layer))
-    capture.start()
-    network(kind)(x, t, y)
-    return received(capture.stop(), len(x), slice(0, len(x)))
+    with standing_in(network(kind), layer) as reading:
+        network(kind)(x, t, y)
+    positions = reading.noted[0].key.shape[-2]
+    return received(reading.noted, len(x), slice(0, len(x)), slice(0, positions))
 
 
 @pytest.mark.parametrize(

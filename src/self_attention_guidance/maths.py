@@ -29,16 +29,11 @@ def attention_received(
     (Sec. 4.2), so that the mean over positions is exactly 1. Where attention is over text, too,
     what the picture's positions receive from each other is divided by its mean.
 
-    Args:
-        query: Shape (batch, heads, queries, channels).
-        key: Shape (batch, heads, positions, channels).
-        scale: Factor of the scores; `None` is 1 / sqrt(channels).
-        bias: Added to the scores; broadcasts to (batch, heads, queries, positions). If bool,
-            scores are left out where it is false.
-        picture: The queries and positions that are the picture's; `None` is all.
-
-    Returns:
-        Shape (batch, positions), or those of the picture; float32, not negative.
+    The query is (batch, heads, queries, channels), the key (batch, heads, positions, channels).
+    `scale` is 1 / sqrt(channels) if `None`. `bias` broadcasts to (batch, heads, queries,
+    positions); if bool, scores are left out where it is false. `picture` are the queries and
+    positions that are the picture's, all if `None`. Returns (batch, positions), or those of the
+    picture; float32, not negative.
     """
     batch, heads, queries, channels = query.shape
     positions = key.shape[2]

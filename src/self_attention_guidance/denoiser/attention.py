@@ -172,11 +172,7 @@ def why_unseen(denoiser: nn.Module, layer: str) -> str:
 def received(noted: list[Operands], batch: int, rows: slice, picture: slice) -> Tensor:
     """The attention that the picture's positions received (see `maths.attention_received`).
 
-    Args:
-        noted: The calls of the layer's kernel in one pass; not empty.
-        batch: Rows of the pass that was read.
-        rows: Those of them that are wanted.
-        picture: The positions that are wanted.
+    `noted` are the kernels of a layer in one pass of a batch, of which `rows` are wanted.
     """
     # Image prompts are attended to in a call of their own.
     positions = noted[0].key.shape[-2]

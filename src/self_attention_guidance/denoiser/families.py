@@ -54,19 +54,16 @@ class Family:
         sample_argument: Name of the forward argument that holds x_t.
         batched: Names of the forward arguments that hold a row for each picture: tensors, or
             lists of tensors or of other things, or dictionaries of these. "a.b" is the entry b of
-            the dictionary a. All other arguments reach the weakened pass whole. `sample_argument`
-            and "timestep" need not be named. By default, all such names of diffusers' classes.
-        condition: Name of the argument that differs between the halves of classifier-free
-            guidance.
-        cfg_layout: What diffusers' pipelines do under classifier-free guidance; "single" if the
-            class has no such guidance.
+            the dictionary a. All others, but x_t and "timestep", reach the weakened pass whole.
+            By default, all such names of diffusers' classes.
+        condition: Name of the one that differs between the halves of classifier-free guidance.
+        cfg_layout: What diffusers' pipelines do under classifier-free guidance, else "single".
         null_label: Entry of the denoiser's config that holds the label of "no class", by which
             the halves are told apart where the pipeline does not tell; `None` if there is none.
         timestep_scale: The timestep that pipelines give to the network, over the scheduler's.
         tokens: How attention sees the picture: "levels" of a U-Net, each half as fine as the one
             before, or square "patches" of the size that the config holds as `patch_size`.
-        joint: Where the picture's tokens lie in attention over picture and text together; `None`
-            if attention is over the picture alone.
+        joint: Where the picture's tokens lie in attention over text, too; `None` if it is not.
         packing: How the latents are packed; `None` if they are (batch, channels, height, width).
     """
 
@@ -82,13 +79,9 @@ class Family:
     packing: Packing | None = None
 
 
-_UNET = Family(
-    layer="mid_block.attentions.0.transformer_blocks.0.attn1",
-    sample_argument="sample",
-    tokens="levels",
-)
+_UNET = Family("mid_block.attentions.0.transformer_blocks.0.attn1", "sample", tokens="levels")
 _FLUX = Family(
-    layer="single_transformer_blocks.middle.attn",
+    "single_transformer_blocks.middle.attn",
     cfg_layout="cond_call_first",
     timestep_scale=1e-3,
     joint="picture_last",
@@ -105,14 +98,14 @@ FAMILIES = {
         _UNET, layer="mid_block.attentions.0", condition="class_labels", cfg_layout="single"
     ),
     "DiTTransformer2DModel": Family(
-        layer="transformer_blocks.middle.attn1",
+        "transformer_blocks.middle.attn1",
         condition="class_labels",
         cfg_layout="cond_first",
         null_label="num_embeds_ada_norm",
     ),
-    "PixArtTransformer2DModel": Family(layer="transformer_blocks.middle.attn1"),
-    "HunyuanDiT2DModel": Family(layer="blocks.middle.attn1"),
-    "SD3Transformer2DModel": Family(layer="transformer_blocks.middle.attn", joint="picture_first"),
+    "PixArtTransformer2DModel": Family("transformer_blocks.middle.attn1"),
+    "HunyuanDiT2DModel": Family("blocks.middle.attn1"),
+    "SD3Transformer2DModel": Family("transformer_blocks.middle.attn", joint="picture_first"),
     "AuraFlowTransformer2DModel": replace(_FLUX, cfg_layout="uncond_first", packing=None),
     "FluxTransformer2DModel": _FLUX,
     "ChromaTransformer2DModel": _FLUX,

@@ -1,11 +1,8 @@
 """Noise levels, and what a network's output says about the clean sample.
 
-In the denoiser's own input space every supported model sees
-
-    x_t = alpha_t * x0 + sigma_t * eps,
-
-and its output u is linear in the clean sample: x0 = from_input * x_t + from_output * u. This is
-the one file that knows how schedulers state their noise level.
+In the denoiser's own input space every supported model sees x_t = alpha_t * x0 + sigma_t * eps, and
+its output u is linear in the clean sample: x0 = from_input * x_t + from_output * u. This is the one
+file that knows how schedulers state their noise level.
 """
 
 from __future__ import annotations
@@ -35,10 +32,7 @@ Level = float | Tensor
 
 
 class Scheduler(Protocol):
-    """A diffusers scheduler whose timesteps are set.
-
-    Its noise levels are in `sigmas` and counted by `step_index`, or in `alphas_cumprod`.
-    """
+    """A diffusers scheduler: `sigmas` counted by `step_index`, or `alphas_cumprod`."""
 
     config: Any
     timesteps: Tensor
@@ -147,14 +141,10 @@ class Tables:
 def prediction_at(
     scheduler: Scheduler, index: int, steps: list[float], tables: Tables, like: Tensor
 ) -> Prediction:
-    """What a scheduler says of a call of the denoiser.
+    """What a scheduler, at one of its timesteps, says of a call of the denoiser.
 
-    Args:
-        scheduler: A diffusers scheduler whose timesteps are set.
-        index: Which of its timesteps it is at.
-        steps: The timesteps as `Call.timesteps` has them; used where there are no sigmas.
-        tables: Of the scheduler.
-        like: A tensor of the device and the precision of levels that differ between pictures.
+    The call's own `steps`, as `Call.timesteps` has them, count where there are no sigmas. Levels
+    that differ between pictures have the device and the precision of `like`, at least float32.
     """
     kind, limited = _prediction_type(scheduler), _limit_of(scheduler)
     if hasattr(scheduler, "sigmas"):

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .layout import Layout
+from .call import Layout
 
 
 def precise(tensor: Tensor) -> Tensor:
@@ -55,13 +55,10 @@ class TwoCalls:
         self._first_terms: dict[int, Tensor] = {}
 
     def begin(self, has_same_sample: bool, cfg: bool | None, wanted: int) -> None:
-        """Note a call that is about to run.
+        """Note a call that is about to run, and whether the one before was at the same x_t.
 
-        Args:
-            has_same_sample: Whether the call before was at the same step with the same x_t.
-            cfg: Whether the pipeline says that a second call follows a first one; `None` learns
-                it from the steps before.
-            wanted: How many terms the step needs.
+        `cfg` is whether the pipeline says that a second call follows a first one; `None` learns it
+        from the steps before. The step wants so many terms.
         """
         self._is_second = has_same_sample and not self._is_second and self._first is not None
         if self._is_second:

@@ -72,7 +72,8 @@ def picture_tokens(
     if family.packing is not None:
         grid, pictures = _packed_grid(call, family.packing, on_cpu), sample.shape[1]
     elif family.tokens == "levels":
-        grid = _level_grid(uncompiled(denoiser), layer, positions, *sample.shape[-2:])
+        size = (sample.shape[-2], sample.shape[-1])
+        grid = _level_grid(uncompiled(denoiser), layer, positions, size)
     else:
         patch = int(config_of(denoiser).get("patch_size", 1))
         grid = sample.shape[-2] // patch, sample.shape[-1] // patch
@@ -87,33 +88,24 @@ def picture_tokens(
 
 
 def _level_grid(
-    denoiser: nn.Module, layer: str, positions: int, height: int, width: int
+    denoiser: nn.Module, layer: str, positions: int, size: tuple[int, int]
 ) -> tuple[int, int]:
     """Rows and columns of a U-Net's layer, which follow from the levels above it.
 
     Some kinds of blocks round odd sides up, others down.
     """
-    levels = _levels_above(denoiser, layer)
+    part, index = layer.split(".")[:2]
+    down, up = (list(denoiser.get_submodule(f"{way}_blocks").children()) for way in ("down", "up"))
+    down = down[: int(index)] if part == "down_blocks" else down
+    up = up[: int(index)] if part == "up_blocks" else []
+    levels = sum(getattr(block, "downsamplers", None) is not None for block in down)
+    levels -= sum(getattr(block, "upsamplers", None) is not None for block in up)
+    rows, columns = size
     for rounded in (math.ceil, math.floor):
-        rows, columns = height, width
-        for _ in range(levels):
-            rows, columns = max(rounded(rows / 2), 1), max(rounded(columns / 2), 1)
+        rows, columns = (max(rounded(side / 2**levels), 1) for side in size)
         if rows * columns == positions:
             break
     return rows, columns
-
-
-def _levels_above(denoiser: nn.Module, layer: str) -> int:
-    """How often a U-Net halves the picture before a layer."""
-    part, _, rest = layer.partition(".")
-    down = list(denoiser.get_submodule("down_blocks").children())
-    if part == "down_blocks":
-        down = down[: int(rest.split(".")[0])]
-    levels = sum(getattr(block, "downsamplers", None) is not None for block in down)
-    if part == "up_blocks":
-        up = list(denoiser.get_submodule(part).children())[: int(rest.split(".")[0])]
-        levels -= sum(getattr(block, "upsamplers", None) is not None for block in up)
-    return levels
 
 
 def _refuse_several_pictures(

@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .call import Call
+from .call import Call, Layout, halves_agree, layout_by_samples
 from .caller import Caller, is_running
-from .layout import Layout, halves_agree, layout_by_samples
 from .noise import (
     Prediction,
     Scheduler,
@@ -39,21 +38,16 @@ class _Held(NamedTuple):
 class Run:
     """A run of a sampler, from its first call of the denoiser to its last.
 
-    A run belongs to the thread of its first call. Another thread may begin one when it is over,
-    and a run that it begins earlier ends the first: that one's next call is refused.
-
-    Attributes:
-        tables: The scheduler's tables, on the CPU.
-        two_calls: What the calls of a step owe each other.
-        step: Index of the present step among the timesteps.
-        is_new: Whether the present call is the run's first.
-        is_weak: Whether the denoiser is in its weakened pass.
+    `step` is the index of the present one among the timesteps; `is_new` holds at the run's first
+    call, and `is_weak` in the weakened pass. A run belongs to the thread of its first call. Another
+    thread may begin one when it is over, and a run that it begins earlier ends the first: that
+    one's next call is refused.
     """
 
     def __init__(self, is_for_this_thread: bool = False) -> None:
         """Nothing runs yet; only the thread that makes this may, or any."""
         self.step = 0
-        self.is_new = self.is_weak = self._is_repeat = self._has_waited = False
+        self.is_new = self.is_weak = self._has_waited = False
         self._is_fixed = is_for_this_thread
         self._owner = threading.current_thread() if is_for_this_thread else None
         self._interrupted: dict[threading.Thread, int] = {}
@@ -127,9 +121,10 @@ class Run:
         step, is_certain = self._step_of(call, scheduler, tables)
         self._take(scheduler.timesteps, step)
         self.is_new = is_other or step < self.step
-        self._is_repeat = not self.is_new and step == self.step
         if self.is_new:
             self._begin(scheduler, tables)
+        elif step > self.step:
+            self._previous = None
         self.step = step
         if not is_certain:
             self._check_timestep(scheduler, call)
@@ -218,47 +213,42 @@ class Run:
             self._note_wait(call.sample)
         return self._layouts[batch]
 
-    def is_same_sample(self, call: Call) -> bool:
-        """Whether the call before was at the same step with the same x_t."""
-        before = self._previous.sample if self._is_repeat and self._previous else None
-        if before is None or before is call.sample:
-            return before is not None
-        self._note_wait(before)
-        return before.shape == call.sample.shape and torch.equal(before, call.sample)
-
-    def compare(self, call: Call, layout: Layout) -> None:
-        """Compare a call with its layout, and with the call before."""
-        before, self._previous = self._previous if self._is_repeat else None, call
+    def compare(self, call: Call, caller: Caller | None, layout: Layout, terms: int) -> None:
+        """Compare a call, at a step of so many terms, with its layout and with the call before."""
+        before, self._previous = self._previous, call
+        if layout.has_two_calls:
+            cfg = None if caller is None else caller.cfg
+            self.two_calls.begin(before is not None and self._is_equal(before, call), cfg, terms)
         if layout.has_halves:
-            message = _OTHER_HALVES.format(layout.kind) if layout.is_told else _NO_HALVES
-            self.refuse(~halves_agree(call.sample), ValueError, message)
+            self.refuse(~halves_agree(call.sample), ValueError, layout.halves_differ)
         elif before is not None and not layout.is_told:
-            x, condition, condition_now = before.sample, before.condition, call.condition
-            if condition is None or condition_now is None or x.shape != call.sample.shape:
-                return
-            if condition.shape == condition_now.shape:
-                is_other_half = (x == call.sample).all() & (condition != condition_now).any()
-                self.refuse(is_other_half, ValueError, _SEVERAL_CALLS)
+            pairs = (before.sample, call.sample), (before.condition, call.condition)
+            differ = [_differ(*pair) for pair in pairs]
+            if differ[0] is not None and differ[1] is not None:
+                self.refuse(~differ[0] & differ[1], ValueError, _SEVERAL_CALLS)
+
+    def _is_equal(self, before: Call, call: Call) -> bool:
+        """Whether two calls have the same x_t."""
+        x, x_now = before.sample, call.sample
+        if x is not x_now:
+            self._note_wait(x)
+        return x is x_now or (x.shape == x_now.shape and torch.equal(x, x_now))
 
     # Terms that are held
 
     def hold(self, number: int, noise: Tensor | None, shape: torch.Size) -> None:
         """Hold what a guidance's weakened pass at x_t of a shape gave, as noise."""
         before, passes = self._held.get(number), 1
-        if before is not None and before.step == self.step:
-            # Schedulers that evaluate one timestep twice may not tell which time it is.
-            passes += before.passes if len(self.tables.equal_to(self.step)) == 1 else 0
+        # Schedulers that evaluate one timestep twice may not tell which time it is.
+        is_unique = len(self.tables.equal_to(self.step)) == 1
+        if before is not None and before.step == self.step and is_unique:
+            passes += before.passes
         self._held[number] = _Held(noise, shape, self.step, passes)
 
     def held(self, number: int, every: int, shape: torch.Size, passes: int) -> Tensor | None:
         """The noise that a guidance adds again, or `None` if it needs a weakened pass.
 
-        Args:
-            number: Of the guidance.
-            every: From one weakened pass to the next, in timesteps.
-            shape: Of x_t.
-            passes: How many weakened passes a step of one picture may have. If there were more,
-                several pictures are denoised in turn, and the term may be another's.
+        If a step had more than `passes`, several pictures are denoised in turn.
         """
         held = self._held.get(number)
         if held is None or held.shape != shape or not 0 < self.step - held.step < every:
@@ -282,10 +272,16 @@ def _scheduler_of(call: Call, caller: Caller | None) -> Scheduler:
     if len(schedulers) == 1:
         return schedulers[0]
     timestep = call.timesteps()[0]
-    found = next((each for each in schedulers if is_at(each, timestep)), None)
-    if found is None:
-        raise _not_at(schedulers[0], call)
-    return found
+    for scheduler in schedulers:
+        if is_at(scheduler, timestep):
+            return scheduler
+    raise _not_at(schedulers[0], call)
+
+
+def _differ(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Whether tensors differ, bool on their device; `None` if they can't be compared."""
+    can_compare = a is not None and b is not None and a.shape == b.shape
+    return (a != b).any() if can_compare else None
 
 
 def _not_at(scheduler: Scheduler, call: Call) -> ValueError:
@@ -308,12 +304,4 @@ _SEVERAL_CALLS = (
     "the denoiser is called twice at one step with the same sample and two conditions, as under "
     "classifier-free guidance: attach with batch_layout='uncond_call_first' or 'cond_call_first', "
     "which is the order of the calls, or with 'single' if these are two pictures of one seed"
-)
-_OTHER_HALVES = (
-    "the batch has no conditional and unconditional half: its halves hold different samples "
-    "(batch_layout={!r})"
-)
-_NO_HALVES = (
-    "the halves of the batch held the same samples, but no longer do: without classifier-free "
-    "guidance, attach with batch_layout='single'"
 )

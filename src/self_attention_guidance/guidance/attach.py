@@ -29,12 +29,9 @@ def attach(
     Args:
         target: A diffusers pipeline, or a denoiser for a loop of your own.
         *guidances: At least one.
-        scheduler: See `Guidance.attach`, as the next.
-        batch_layout: What a call holds under classifier-free guidance.
+        scheduler: See `Guidance.attach`.
+        batch_layout: See `Guidance.attach`.
         is_for_this_thread: Refuse calls of other threads, for a pipeline's own call.
-
-    Returns:
-        The handle; use it in a `with` statement, or call its `remove`.
 
     Raises:
         ValueError: The denoiser, its layers or the scheduler are not supported, or the denoiser is

@@ -46,11 +46,7 @@ class Step:
 
     @contextmanager
     def attending(self, layers: Sequence[str], attend: Attend) -> Generator[None]:
-        """Let layers compute another attention inside the `with` statement.
-
-        Args:
-            layers: Dotted paths of self-attention layers.
-            attend: What they compute of their queries, keys and values.
+        """Let layers, by their dotted paths, compute another attention inside the `with` statement.
 
         Raises:
             RuntimeError: A layer's attention could not be changed.

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..denoiser.attention import StandIn, received, why_unseen
-from ..denoiser.call import Call
-from ..denoiser.layout import Layout
+from ..denoiser.call import Call, Layout
 from ..denoiser.noise import Prediction
 from ..denoiser.outputs import precise
 from ..denoiser.picture import PicturePlace, picture_tokens, place_of

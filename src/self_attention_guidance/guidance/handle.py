@@ -15,10 +15,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..denoiser.attention import self_attention, standing_in
-from ..denoiser.call import Call, call_of
+from ..denoiser.call import Call, call_of, layout_of
 from ..denoiser.caller import Caller, find_caller
 from ..denoiser.families import BatchLayout, denoiser_of, uncompiled
-from ..denoiser.layout import layout_of
 from ..denoiser.noise import Scheduler
 from ..denoiser.outputs import added, total, with_first
 from ..denoiser.run import Run
@@ -177,10 +176,7 @@ class GuidanceHandle:
         """Find out what a call holds and what each guidance needs of it, and begin to read that."""
         run = self._run
         layout = layout_of(call, caller, self._layout) or run.layout(denoiser, call, caller)
-        if layout.has_two_calls:
-            cfg = None if caller is None else caller.cfg
-            run.two_calls.begin(run.is_same_sample(call), cfg, len(numbers))
-        run.compare(call, layout)
+        run.compare(call, caller, layout, len(numbers))
         acting: dict[int, tuple[Guidance, Tensor | None]] = {}
         layers: set[str] = set()
         for number in numbers:

@@ -59,10 +59,14 @@ class SelfAttentionGuidance(Blurring, method="sag"):
         """The one layer whose attention makes the mask."""
         return (self.layer or default_layer(denoiser),)
 
+    def mask(self, attention: Tensor) -> Tensor:
+        """The positions to blur, bool, of the shape of `attention`, whose mean is 1 (Eq. 14)."""
+        return attention_mask(attention, self.threshold)
+
     @contextmanager
     def weaken(self, step: Step) -> Generator[Tensor | None]:
         """Blur the predicted clean sample where the network attends to it (Eq. 14 and 15)."""
         (attention,) = step.attention.values()
-        mask = attention_mask(attention, self.threshold)
+        mask = self.mask(attention)
         step.noted.update(attention=attention, mask=mask)
         yield degrade(step.x0, mask, self.blur_sigma, self.blur_kernel_size)
