@@ -31,8 +31,8 @@ import export
 BATCH_SIZE = 25
 STEPS = 25
 
-# Draws one picture for each caption, each with its own seed.
-# A guided pipeline is measured by passing another function of this type to `report`.
+# Draws one picture for each caption, each with its own seed: (captions, 3, 64, 64) from -1 to 1.
+# A guided pipeline is measured by passing what another function of this type draws to `report`.
 Draw = Callable[[Sequence[str], Sequence[int]], Tensor]
 
 
@@ -109,10 +109,9 @@ def to_image(picture: Tensor) -> Image.Image:
 
 
 def report(
-    draw: Draw, task: Task, seen: data.Dataset, critic: judge.Judge, labels: Sequence[str]
+    drawn: Tensor, task: Task, seen: data.Dataset, critic: judge.Judge, labels: Sequence[str]
 ) -> dict[str, Any]:
-    """Every figure of one way to draw."""
-    drawn = draw(task.captions, range(len(task.captions)))
+    """Every figure of what was drawn for the captions of `task`."""
     answers = judge.targets(task.dataset.pictures, labels)
     return {
         "right": judge.accuracy(critic, drawn, answers, task.backgrounds),
@@ -165,18 +164,16 @@ def distances(a: Tensor, b: Tensor) -> Tensor:
     return torch.cdist(a, b) / a.shape[1] ** 0.5
 
 
-def write_grid(file: Path, draw: Draw, task: Task, columns: int = 12, rows: int = 4) -> None:
+def write_grid(file: Path, drawn: Tensor, task: Task, columns: int = 12, rows: int = 4) -> None:
     """Samples, and below each row the held-out pictures that were asked for."""
-    count = min(columns * rows, len(task.captions))
-    drawn = draw(task.captions[:count], range(count))
+    count = min(columns * rows, len(drawn))
     lines: list[Tensor] = []
     for start in range(0, count - count % columns, columns):
         for pictures in (drawn, task.shown):
             lines.append(torch.cat(list(pictures[start : start + columns]), dim=2))
+        print(" | ".join(task.captions[start : start + columns]))
     sheet = to_image(torch.cat(lines, dim=1))
     sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.NEAREST).save(file)
-    for start in range(0, count, columns):
-        print(" | ".join(task.captions[start : start + columns]))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -189,7 +186,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--groups", nargs="+", help="ask for things of these groups only")
     parser.add_argument("--count", type=int, default=200, help="captions (default: %(default)s)")
     parser.add_argument("--scales", type=float, nargs="+", default=[3.0, 5.0], help="CFG scales")
-    parser.add_argument("--grid", type=Path, help="draw a grid into this file, and nothing else")
+    parser.add_argument("--grid", type=Path, help="show what was drawn, at the last scale")
     parser.add_argument("--threads", type=int, help="of the CPU (default: torch's)")
     return parser.parse_args()
 
@@ -203,19 +200,19 @@ def main() -> None:
     seen = everything.select(held_out=False)
     pairs = everything.held_out_pairs().of_groups(options.groups)
     pipe = load(options.work, options.model)
-    if options.grid:
-        write_grid(options.grid, plain(pipe, options.scales[0]), held_out_task(pairs, 48))
-        return
     critic = judge.load(options.work, len(seen.labels))
     task = held_out_task(pairs, options.count)
     for scale in options.scales:
+        drawn = plain(pipe, scale)(task.captions, range(len(task.captions)))
+        if options.grid:
+            write_grid(options.grid, drawn, task)
         line: dict[str, Any] = {
             "model": str(options.model or "checkpoint"),
             **progress(options.work),
             "groups": options.groups,
             "captions": len(task.captions),
             "guidance_scale": scale,
-            **report(plain(pipe, scale), task, seen, critic, seen.labels),
+            **report(drawn, task, seen, critic, seen.labels),
         }
         with (options.work / "evaluation.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

@@ -1,7 +1,13 @@
-"""Write the trained networks as one diffusers folder that loads plainly."""
+"""Write the trained networks as one diffusers folder that loads plainly.
+
+    python training/emoji_styles/export.py --work DIR --out FOLDER
+
+`train.py` does so when it ends. This exports the last checkpoint while training goes on.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -78,3 +84,16 @@ def write_slow_tokenizer(folder: Path) -> None:
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     text = "\n".join(["#version: 0.2", *merges]) + "\n"
     (folder / "merges.txt").write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    """Export the checkpoint in a training folder."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, required=True, help="folder of the training run")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the model")
+    options = parser.parse_args()
+    export(options.work, options.out)
+
+
+if __name__ == "__main__":
+    main()
