@@ -199,6 +199,8 @@ def main() -> None:
     everything = data.load(options.work / "pictures.npz")
     seen = everything.select(held_out=False)
     pairs = everything.held_out_pairs().of_groups(options.groups)
+    # Read beside the weights: training may go on, and write its checkpoint anew, meanwhile.
+    learned = {} if options.model else progress(options.work)
     pipe = load(options.work, options.model)
     critic = judge.load(options.work, len(seen.labels))
     task = held_out_task(pairs, options.count)
@@ -208,7 +210,7 @@ def main() -> None:
             write_grid(options.grid, drawn, task)
         line: dict[str, Any] = {
             "model": str(options.model or "checkpoint"),
-            **progress(options.work),
+            **learned,
             "groups": options.groups,
             "captions": len(task.captions),
             "guidance_scale": scale,
@@ -220,9 +222,9 @@ def main() -> None:
 
 
 def progress(work: Path) -> dict[str, Any]:
-    """How long the model in `work` had learned, by the last line of its log."""
-    last = json.loads((work / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-    return {key: last[key] for key in ("hours", "step", "samples")}
+    """How long the checkpoint in `work` has learned."""
+    state = torch.load(work / "unet.pt", weights_only=True, map_location="cpu")
+    return {key: state[key] for key in ("hours", "step", "samples")}
 
 
 if __name__ == "__main__":
