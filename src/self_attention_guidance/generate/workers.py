@@ -17,6 +17,7 @@ import logging
 import os
 import pickle
 import socket
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ AfterDeath = Callable[[Unit, int], Sequence[Unit]]
 
 # How many workers may die that have a unit before it is blamed for that.
 TRIES = 3
+_RESTART_SECONDS = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,7 +241,7 @@ class _OnRay(Generic[Unit, Result]):
 
     def _finished(self, done: Any) -> Iterator[tuple[Unit, Result | Lost]]:
         import ray
-        from ray.exceptions import RayError, RayTaskError
+        from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
         actor, piece = self.running.pop(done)
         try:
@@ -247,6 +249,8 @@ class _OnRay(Generic[Unit, Result]):
         except RayTaskError as error:
             raise error.cause from None
         except RayError as error:  # the actor, or its node, is no more
+            if isinstance(error, ActorUnavailableError):  # it begins again, which takes a moment
+                time.sleep(_RESTART_SECONDS)
             self._prepare(actor)
             yield from self._died(piece, error)
             return
