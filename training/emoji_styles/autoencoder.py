@@ -13,9 +13,8 @@ from torch import Tensor
 
 import data
 
-CHANNELS = (32, 64, 64)
+CHANNELS = (48, 96, 128)
 KL_WEIGHT = 5e-4
-BATCH_SIZE = 8
 PEAK_LEARNING_RATE = 2e-3
 
 
@@ -55,11 +54,13 @@ def draw_batch(pixels: Tensor, count: int) -> Tensor:
     return data.on_background(pixels[rows], colours[backgrounds])
 
 
-def train(pixels: Tensor, checkpoint: Path, minutes: float, device: str) -> AutoencoderKL:
+def train(
+    pixels: Tensor, checkpoint: Path, minutes: float, batch_size: int, device: str
+) -> AutoencoderKL:
     """Train for `minutes` of wall-clock time on (pictures, 64, 64, 4) uint8; resumes."""
     torch.manual_seed(data.SEED)
     pixels = pixels.to(device)
-    model = build().to(device)
+    model = build().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, weight_decay=0.0)
     spent, step = 0.0, 0
     if checkpoint.exists():
@@ -73,7 +74,7 @@ def train(pixels: Tensor, checkpoint: Path, minutes: float, device: str) -> Auto
         warm_up = min(1.0, (step + 1) / 200)
         for group in optimizer.param_groups:
             group["lr"] = PEAK_LEARNING_RATE * warm_up * max(1 - spent / budget, 0.01)
-        batch = draw_batch(pixels, BATCH_SIZE)
+        batch = draw_batch(pixels, batch_size)
         with torch.autocast(device, dtype=torch.bfloat16):
             posterior = model.encode(batch).latent_dist
             drawn = model.decode(posterior.sample()).sample
@@ -141,12 +142,13 @@ def encode(model: AutoencoderKL, pixels: Tensor) -> Tensor:
         pixels: Pictures with alpha, (pictures, 64, 64, 4) uint8.
 
     Returns:
-        Posterior means, (pictures, 11, 4, 16, 16) float16 on the CPU.
+        Posterior means, (pictures, 2, 11, 4, 16, 16) float16 on the CPU: as they are, and mirrored.
     """
     colours = data.palette().to(pixels.device)
+    both = torch.stack([pixels, pixels.flip(2)], dim=1).flatten(0, 1)
     encoded: list[Tensor] = []
-    for picture in pixels:
-        every = picture.expand(len(colours), -1, -1, -1)
-        latents = model.encode(data.on_background(every, colours)).latent_dist.mode()
-        encoded.append(latents.half().cpu())
-    return torch.stack(encoded)
+    for pictures in both.split(32):
+        every = pictures.repeat_interleave(len(colours), dim=0)
+        shown = data.on_background(every, colours.repeat(len(pictures), 1))
+        encoded.append(model.encode(shown).latent_dist.mode().half().cpu())
+    return torch.cat(encoded).unflatten(0, (len(pixels), 2, len(colours)))

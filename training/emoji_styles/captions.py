@@ -15,6 +15,9 @@ from data import BACKGROUNDS, STYLES, Picture, caption
 
 VOCABULARY_SIZE = 2600
 MAX_TOKENS = 20
+# The last part of the caption of a picture that is shown in a mirror.
+MIRRORED = "mirrored"
+MIRRORED_SHARE = 0.5
 EMPTY_SHARE = 0.10
 SYNONYM_SHARE = 0.15
 # A caption may leave its style or its background open: "fox" alone should work, too.
@@ -28,7 +31,11 @@ SHORTEST_SYNONYM = 3
 def train_tokenizer(pictures: Iterable[Picture]) -> CLIPTokenizer:
     """A byte-level BPE in `CLIPTokenizer` form, learned from every caption and keyword."""
     names = {picture.label: picture.keywords for picture in pictures}
-    endings = [caption("", style, background) for style in STYLES for background in BACKGROUNDS]
+    endings = [
+        f"{caption('', style, background)}, {MIRRORED}"
+        for style in STYLES
+        for background in BACKGROUNDS
+    ]
     texts = [text for label, keywords in names.items() for text in (label, *keywords)]
     # The endings as often as in a caption of each thing, so that every word of them is a token.
     learned = CLIPTokenizer().train_new_from_iterator(
@@ -56,10 +63,11 @@ class CaptionWriter:
             for label, words in keywords.items()
         }
 
-    def draw(self, picture: Picture, background: str, rng: random.Random) -> str:
-        """One caption: empty for classifier-free guidance, or whole, or with a part changed."""
-        if rng.random() < EMPTY_SHARE:
-            return ""
+    def draw(self, picture: Picture, background: str, mirrored: bool, rng: random.Random) -> str:
+        """One caption, whole or with a part changed.
+
+        Mirrored pictures say so, and thus teach more shapes without being drawn unasked.
+        """
         name = picture.label
         if self.synonyms[name] and rng.random() < SYNONYM_SHARE:
             name = rng.choice(self.synonyms[name])
@@ -68,6 +76,8 @@ class CaptionWriter:
             parts.append(picture.style)
         if rng.random() >= OPEN_SHARE:
             parts.append(f"on {background}")
+        if mirrored:
+            parts.append(MIRRORED)
         return ", ".join(parts)
 
 

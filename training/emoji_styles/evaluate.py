@@ -1,6 +1,6 @@
 """Measure what the model draws for captions that it has never seen.
 
-    python training/emoji_styles/evaluate.py --work DIR [--model FOLDER] [--grid FILE.png]
+    python training/emoji_styles/evaluate.py --work DIR [--snapshots FILES] [--grid FILE.png]
 
 The captions name held-out pairs: things that training showed in other styles only. The judge of
 `judge.py` says whether background, style and thing are right. The distance to the nearest
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ from torch.nn.functional import avg_pool2d
 import data
 import export
 
-BATCH_SIZE = 25
 STEPS = 25
 
 # Draws one picture for each caption, each with its own seed: (captions, 3, 64, 64) from -1 to 1.
@@ -70,23 +69,19 @@ def held_out_task(pairs: data.Dataset, count: int, seed: int = 0) -> Task:
     )
 
 
-def load(work: Path, folder: Path | None) -> StableDiffusionPipeline:
-    """An exported model, or the averaged weights of the checkpoint in `work`."""
-    if folder:
-        pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
-    else:
-        pipe = export.assemble(work)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+def load(folder: Path) -> StableDiffusionPipeline:
+    """An exported model."""
+    return StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
 
 
-def plain(pipe: StableDiffusionPipeline, guidance_scale: float) -> Draw:
+def plain(pipe: StableDiffusionPipeline, guidance_scale: float, batch_size: int) -> Draw:
     """Draws with `pipe` and classifier-free guidance alone."""
+    pipe.set_progress_bar_config(disable=True)
 
     def draw(captions: Sequence[str], seeds: Sequence[int]) -> Tensor:
         images: list[Image.Image] = []
-        for start in range(0, len(captions), BATCH_SIZE):
-            chunk = slice(start, start + BATCH_SIZE)
+        for start in range(0, len(captions), batch_size):
+            chunk = slice(start, start + batch_size)
             images += pipe(
                 list(captions[chunk]),
                 num_inference_steps=STEPS,
@@ -183,10 +178,16 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--work", type=Path, required=True, help="folder of the training run")
     parser.add_argument("--model", type=Path, help="exported model (default: DIR's checkpoint)")
+    parser.add_argument(
+        "--snapshots", type=Path, nargs="+", metavar="FILE", help="of training, each measured"
+    )
     parser.add_argument("--groups", nargs="+", help="ask for things of these groups only")
     parser.add_argument("--count", type=int, default=200, help="captions (default: %(default)s)")
     parser.add_argument("--scales", type=float, nargs="+", default=[3.0, 5.0], help="CFG scales")
     parser.add_argument("--grid", type=Path, help="show what was drawn, at the last scale")
+    parser.add_argument("--seed", type=int, default=0, help="chooses captions (default: 0)")
+    parser.add_argument("--batch-size", type=int, default=25, help="default: %(default)s")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="of the CPU (default: torch's)")
     return parser.parse_args()
 
@@ -199,32 +200,40 @@ def main() -> None:
     everything = data.load(options.work / "pictures.npz")
     seen = everything.select(held_out=False)
     pairs = everything.held_out_pairs().of_groups(options.groups)
-    # Read beside the weights: training may go on, and write its checkpoint anew, meanwhile.
-    learned = {} if options.model else progress(options.work)
-    pipe = load(options.work, options.model)
     critic = judge.load(options.work, len(seen.labels))
-    task = held_out_task(pairs, options.count)
-    for scale in options.scales:
-        drawn = plain(pipe, scale)(task.captions, range(len(task.captions)))
-        if options.grid:
-            write_grid(options.grid, drawn, task)
-        line: dict[str, Any] = {
-            "model": str(options.model or "checkpoint"),
-            **learned,
-            "groups": options.groups,
-            "captions": len(task.captions),
-            "guidance_scale": scale,
-            **report(drawn, task, seen, critic, seen.labels),
-        }
-        with (options.work / "evaluation.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        print(json.dumps(line, indent=2), flush=True)
+    task = held_out_task(pairs, options.count, options.seed)
+    for learned, pipe in models(options):
+        pipe.to(options.device)
+        for scale in options.scales:
+            draw = plain(pipe, scale, options.batch_size)
+            drawn = draw(task.captions, range(len(task.captions)))
+            if options.grid:
+                write_grid(options.grid, drawn, task)
+            line: dict[str, Any] = {
+                **learned,
+                "groups": options.groups,
+                "captions": len(task.captions),
+                "caption_seed": options.seed,
+                "guidance_scale": scale,
+                **report(drawn, task, seen, critic, seen.labels),
+            }
+            with (options.work / "evaluation.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            print(json.dumps(line), flush=True)
 
 
-def progress(work: Path) -> dict[str, Any]:
-    """How long the checkpoint in `work` has learned."""
-    state = torch.load(work / "unet.pt", weights_only=True, map_location="cpu")
-    return {key: state[key] for key in ("hours", "step", "samples")}
+def models(
+    options: argparse.Namespace,
+) -> Iterator[tuple[dict[str, Any], StableDiffusionPipeline]]:
+    """Each model to measure, with its name and how long it has learned."""
+    if options.model:
+        yield {"model": str(options.model)}, load(options.model)
+        return
+    for file in options.snapshots or [options.work / "unet.pt"]:
+        # A copy: training may go on, and write its checkpoint anew, meanwhile.
+        state = torch.load(file, weights_only=True, map_location="cpu")
+        learned = {key: state[key] for key in ("hours", "step", "samples")}
+        yield {"model": file.stem, **learned}, export.assemble(options.work, state)
 
 
 if __name__ == "__main__":

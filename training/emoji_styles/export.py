@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
@@ -20,10 +21,9 @@ from transformers import CLIPTokenizer
 import denoiser
 
 
-def assemble(work: Path) -> StableDiffusionPipeline:
-    """The averaged weights of the checkpoint in `work`, as the pipeline that diffusers loads."""
+def assemble(work: Path, state: dict[str, Any]) -> StableDiffusionPipeline:
+    """The averaged weights of a checkpoint or snapshot, as the pipeline that diffusers loads."""
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
-    state = torch.load(work / "unet.pt", weights_only=True, map_location="cpu")
     model = denoiser.Model.new(tokenizer, state["channels"])
     model.load_state_dict(state["ema"])
     model.unet.set_attn_processor(AttnProcessor2_0())
@@ -41,7 +41,8 @@ def assemble(work: Path) -> StableDiffusionPipeline:
 
 def export(work: Path, folder: Path) -> None:
     """Save the pipeline in half precision into `folder`."""
-    assemble(work).to(dtype=torch.float16).save_pretrained(folder)
+    state = torch.load(work / "unet.pt", weights_only=True, map_location="cpu")
+    assemble(work, state).to(dtype=torch.float16).save_pretrained(folder)
     forget_origin(folder / "vae/config.json")
     declare_float32(folder / "text_encoder/config.json")
     name_text_weights(folder / "text_encoder/model.safetensors")

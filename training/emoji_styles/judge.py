@@ -27,11 +27,10 @@ import data
 
 CONTENT_FILE = "judge_content.pt"
 STYLE_FILE = "judge_style.pt"
-BATCH_SIZE = 32
 PEAK_LEARNING_RATE = 2e-3
 WEIGHT_DECAY = 0.05
-CONTENT_WIDTHS = (48, 96, 192, 256)
-STYLE_WIDTHS = (32, 64, 128)
+CONTENT_WIDTHS = (64, 128, 256, 320)
+STYLE_WIDTHS = (64, 128, 256)
 PATCH = 32
 COLOUR_BINS = 16
 RANGE_BINS = 32
@@ -245,30 +244,37 @@ def distorted(pixels: Tensor) -> Tensor:
 class Lesson:
     """What a classifier learns from: pictures, with the right answers."""
 
-    def __init__(self, dataset: data.Dataset, decoded: Tensor) -> None:
+    def __init__(
+        self, dataset: data.Dataset, decoded: Tensor, batch_size: int, device: str
+    ) -> None:
         """`decoded` is what the autoencoder makes of the pictures, (pictures, 3, 64, 64) uint8."""
-        self.pixels, self.colours = dataset.pixels, data.palette()
-        self.answers = targets(dataset.pictures, dataset.labels)
-        self.decoded = decoded
+        self.pixels, self.decoded = dataset.pixels.to(device), decoded.to(device)
+        self.colours = data.palette().to(device)
+        answers = targets(dataset.pictures, dataset.labels)
+        self.things, self.styles = answers.things.to(device), answers.styles.to(device)
+        self.batch_size, self.device = batch_size, device
 
-    def content(self, model: Content, device: str) -> Tensor:
+    def _random(self, below: int, count: int) -> Tensor:
+        return torch.randint(below, (count,), device=self.device)
+
+    def content(self, model: Content) -> Tensor:
         """The loss of one batch of distorted pictures."""
-        rows = torch.randint(len(self.pixels), (BATCH_SIZE,))
-        grounds = torch.randint(len(self.colours), (BATCH_SIZE,))
+        rows = self._random(len(self.pixels), self.batch_size)
+        grounds = self._random(len(self.colours), self.batch_size)
         # Backgrounds vary a little too: a model draws them nearly right.
-        ground = (self.colours[grounds] + 6 * torch.randn(BATCH_SIZE, 3)).clamp(0, 255)
+        ground = self.colours[grounds]
+        ground = (ground + 6 * torch.randn_like(ground)).clamp(0, 255)
         batch = data.on_background(distorted(self.pixels[rows]), ground)
-        thing, background = model(batch.to(device))
-        right = self.answers.things[rows].to(device)
-        return F.cross_entropy(thing.float(), right, label_smoothing=0.1) + 0.2 * F.cross_entropy(
-            background.float(), grounds.to(device)
-        )
+        thing, background = model(batch)
+        return F.cross_entropy(
+            thing.float(), self.things[rows], label_smoothing=0.1
+        ) + 0.2 * F.cross_entropy(background.float(), grounds)
 
-    def style(self, model: Style, device: str) -> Tensor:
+    def style(self, model: Style) -> Tensor:
         """The loss of one batch, half of it as the autoencoder draws it, softened a little."""
-        rows = torch.randint(len(self.pixels), (2 * BATCH_SIZE,))
-        plain, drawn = rows[:BATCH_SIZE], rows[BATCH_SIZE:]
-        grounds = torch.randint(len(self.colours), (BATCH_SIZE,))
+        rows = self._random(len(self.pixels), 2 * self.batch_size)
+        plain, drawn = rows[: self.batch_size], rows[self.batch_size :]
+        grounds = self._random(len(self.colours), self.batch_size)
         batch = torch.cat(
             [
                 data.on_background(self.pixels[plain], self.colours[grounds]),
@@ -276,15 +282,16 @@ class Lesson:
             ]
         )
         soft = F.avg_pool2d(batch, 3, stride=1, padding=1, count_include_pad=False)
-        softness = 0.4 * torch.rand(len(batch), 1, 1, 1)
-        batch = batch + softness * (soft - batch) + 0.02 * torch.randn(len(batch), 3, 1, 1)
-        scores = model(batch.to(device)).float()
-        return F.cross_entropy(scores, self.answers.styles[rows].to(device), label_smoothing=0.05)
+        softness = 0.4 * torch.rand(len(batch), 1, 1, 1, device=self.device)
+        tint = 0.02 * torch.randn(len(batch), 3, 1, 1, device=self.device)
+        batch = batch + softness * (soft - batch) + tint
+        scores = model(batch).float()
+        return F.cross_entropy(scores, self.styles[rows], label_smoothing=0.05)
 
 
 def train(
     model: nn.Module,
-    loss_of_batch: Callable[[Any, str], Tensor],
+    loss_of_batch: Callable[[Any], Tensor],
     checkpoint: Path,
     minutes: float,
     device: str,
@@ -308,7 +315,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = PEAK_LEARNING_RATE * min(1.0, (step + 1) / 200) * fall
         with torch.autocast(device, dtype=torch.bfloat16):
-            loss = loss_of_batch(model, device)
+            loss = loss_of_batch(model)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
@@ -352,8 +359,8 @@ def decoded_stage(work: Path, device: str) -> dict[str, tuple[Tensor, Tensor]]:
         vae = vae.to(device).eval()
         parts: dict[str, tuple[Tensor, Tensor]] = {}
         for name, latents in torch.load(work / "latents.pt", weights_only=True).items():
-            grounds = torch.randint(latents.shape[1], (len(latents),))
-            chosen = latents[torch.arange(len(latents)), grounds].to(device, torch.float32)
+            grounds = torch.randint(latents.shape[2], (len(latents),))
+            chosen = latents[torch.arange(len(latents)), 0, grounds].to(device, torch.float32)
             with torch.autocast(device, dtype=torch.bfloat16):
                 drawn = [vae.decode(batch).sample.float().cpu() for batch in chosen.split(32)]
             pictures = ((torch.cat(drawn).clamp(-1, 1) + 1) * 127.5).round().byte()
@@ -401,6 +408,7 @@ def main() -> None:
     parser.add_argument(
         "--minutes", type=float, nargs=2, default=[20, 15], help="of thing and background, of style"
     )
+    parser.add_argument("--batch-size", type=int, default=32, help="default: %(default)s")
     parser.add_argument("--threads", type=int, help="of the CPU (default: torch's)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
@@ -410,7 +418,8 @@ def main() -> None:
     everything = data.load(work / "pictures.npz")
     seen, held_out = (everything.select(held_out=part) for part in (False, True))
     decoded = decoded_stage(work, device)
-    lesson, judge = Lesson(seen, decoded["learned"][0]), Judge(len(seen.labels))
+    lesson = Lesson(seen, decoded["learned"][0], options.batch_size, device)
+    judge = Judge(len(seen.labels))
     train(judge.content, lesson.content, work / CONTENT_FILE, options.minutes[0], device)
     train(judge.style, lesson.style, work / STYLE_FILE, options.minutes[1], device)
     judge.eval()

@@ -31,6 +31,7 @@ def main() -> None:
     options = parse_arguments()
     if options.threads:
         torch.set_num_threads(options.threads)
+    torch.set_float32_matmul_precision("high")
     work: Path = options.work
     work.mkdir(parents=True, exist_ok=True)
     if options.start:
@@ -74,6 +75,9 @@ def parse_arguments() -> argparse.Namespace:
         "--minutes-vae", type=float, default=30, help="of the autoencoder (default: %(default)s)"
     )
     parser.add_argument(
+        "--batch-size-vae", type=int, default=8, help="of the autoencoder (default: %(default)s)"
+    )
+    parser.add_argument(
         "--groups", nargs="+", help="learn these groups of CLDR only, such as animals-nature"
     )
     parser.add_argument(
@@ -92,6 +96,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--batch-size", type=int, default=32, help="default: %(default)s")
     parser.add_argument("--learning-rate", type=float, default=8e-4, help="default: %(default)s")
+    parser.add_argument(
+        "--snapshots",
+        type=float,
+        metavar="MINUTES",
+        help="keep the averaged weights every so many minutes, too, in DIR/snapshots",
+    )
     parser.add_argument("--compile", action="store_true", help="compile the networks (GPU)")
     parser.add_argument("--threads", type=int, help="of the CPU (default: torch's)")
     parser.add_argument(
@@ -112,6 +122,7 @@ def denoiser_options(options: argparse.Namespace) -> denoiser.Options:
         batch_size=options.batch_size,
         learning_rate=options.learning_rate,
         compile=options.compile,
+        snapshot_minutes=options.snapshots,
     )
 
 
@@ -135,7 +146,13 @@ def autoencoder_stage(work: Path, seen: data.Dataset, options: argparse.Namespac
     """Train on every picture that is not held out, on random backgrounds."""
     folder = work / "vae"
     if not folder.exists():
-        model = autoencoder.train(seen.pixels, work / "vae.pt", options.minutes_vae, options.device)
+        model = autoencoder.train(
+            seen.pixels,
+            work / "vae.pt",
+            options.minutes_vae,
+            options.batch_size_vae,
+            options.device,
+        )
         torch.manual_seed(data.SEED)
         sample = autoencoder.draw_batch(seen.pixels.to(options.device), 4000)
         autoencoder.normalize_latents(model, sample)
