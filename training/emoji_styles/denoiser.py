@@ -25,8 +25,6 @@ from data import Picture
 
 TEXT_WIDTH = 192
 CHANNELS = (96, 192)
-# Thousands of pictures are seen hundreds of times; without it the network learns them by heart.
-DROPOUT = 0.1
 WARM_UP_STEPS = 500
 EMA_DECAY = 0.9995
 # Errors in x0 weigh SNR + 1, as v-prediction has it, but never more than this.
@@ -50,7 +48,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     )
 
 
-def build_unet(channels: Sequence[int]) -> UNet2DConditionModel:
+def build_unet(channels: Sequence[int], dropout: float = 0.0) -> UNet2DConditionModel:
     """Two resolutions, 16x16 and 8x8, with self-attention at both and in the mid block."""
     return UNet2DConditionModel(
         sample_size=16,
@@ -63,7 +61,7 @@ def build_unet(channels: Sequence[int]) -> UNet2DConditionModel:
         cross_attention_dim=TEXT_WIDTH,
         attention_head_dim=4,
         norm_num_groups=16,
-        dropout=DROPOUT,
+        dropout=dropout,
     )
 
 
@@ -96,16 +94,17 @@ class Model(nn.Module):
         self.unet = unet
 
     @classmethod
-    def new(cls, tokenizer: CLIPTokenizer, channels: Sequence[int]) -> Model:
+    def new(cls, tokenizer: CLIPTokenizer, channels: Sequence[int], dropout: float = 0.0) -> Model:
         """Random weights; the text encoder fits `tokenizer`."""
-        return cls(build_text_encoder(tokenizer), build_unet(channels))
+        return cls(build_text_encoder(tokenizer), build_unet(channels, dropout))
 
     @classmethod
-    def exported(cls, folder: Path) -> Model:
+    def exported(cls, folder: Path, dropout: float) -> Model:
         """The networks of an exported model, in float32."""
+        settings: dict[str, Any] = {"torch_dtype": torch.float32, "dropout": dropout}
         return cls(
             CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
-            UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32),
+            UNet2DConditionModel.from_pretrained(folder / "unet", **settings),
         )
 
     @property
@@ -127,6 +126,8 @@ class Options:
     minutes: float
     channels: Sequence[int] = CHANNELS
     """Of a new U-Net; one that goes on keeps its own."""
+    dropout: float = 0.0
+    """For runs that see each picture hundreds of times."""
     anneal_minutes: float = 0.0
     """The learning rate falls to zero over the last so many minutes of the run."""
     batch_size: int = 32
@@ -183,9 +184,10 @@ class Trainer:
         if checkpoint.exists():
             state = torch.load(checkpoint, weights_only=True, map_location="cpu")
         if start and not state:
-            self.model = Model.exported(start)
+            self.model = Model.exported(start, options.dropout)
         else:
-            self.model = Model.new(tokenizer, state.get("channels", options.channels))
+            channels = state.get("channels", options.channels)
+            self.model = Model.new(tokenizer, channels, options.dropout)
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
         for model in (self.model, self.average):
             model.to(options.device)

@@ -94,6 +94,9 @@ def parse_arguments() -> argparse.Namespace:
         default=denoiser.CHANNELS,
         help="of a new U-Net, at 16x16 and at 8x8 (default: %(default)s)",
     )
+    parser.add_argument(
+        "--dropout", type=float, default=0.0, help="in the U-Net (default: %(default)s)"
+    )
     parser.add_argument("--batch-size", type=int, default=32, help="default: %(default)s")
     parser.add_argument("--learning-rate", type=float, default=8e-4, help="default: %(default)s")
     parser.add_argument(
@@ -118,6 +121,7 @@ def denoiser_options(options: argparse.Namespace) -> denoiser.Options:
         device=options.device,
         minutes=options.minutes,
         channels=options.channels,
+        dropout=options.dropout,
         anneal_minutes=options.anneal,
         batch_size=options.batch_size,
         learning_rate=options.learning_rate,
