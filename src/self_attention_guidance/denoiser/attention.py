@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Generator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -205,9 +205,10 @@ def received(noted: list[Operands], batch: int, rows: slice, picture: slice) -> 
 
 def self_attention(denoiser: nn.Module, layer: str) -> nn.Module:
     """The self-attention layer at a dotted path of a denoiser, compiled or not."""
-    modules = dict(uncompiled(denoiser).named_modules())
-    if layer in modules and _is_self_attention(modules[layer]):
-        return modules[layer]
+    with suppress(AttributeError):
+        module = uncompiled(denoiser).get_submodule(layer)
+        if _is_self_attention(module):
+            return module
     raise ValueError(
         f"layer {layer!r} is not a self-attention layer of {type(uncompiled(denoiser)).__name__}; "
         f"it must be one of {', '.join(self_attention_layers(denoiser)) or '(there is none)'}"

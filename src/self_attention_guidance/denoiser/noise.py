@@ -8,6 +8,7 @@ file that knows how schedulers state their noise level.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import itertools
 import math
@@ -212,8 +213,12 @@ def setting(scheduler: Any, name: str, default: Any = None) -> Any:
     Configs also hold settings of other schedulers that they were made from.
     """
     config = getattr(scheduler, "config", {})
-    known = inspect.signature(type(scheduler).__init__).parameters
-    return config.get(name, default) if name in known else default
+    return config.get(name, default) if name in _settings(type(scheduler)) else default
+
+
+@functools.cache
+def _settings(scheduler: type) -> frozenset[str]:
+    return frozenset(inspect.signature(scheduler.__init__).parameters)
 
 
 def index_of(scheduler: Any) -> int | None:
