@@ -27,7 +27,8 @@ TEXT_WIDTH = 192
 CHANNELS = (96, 192)
 WARM_UP_STEPS = 500
 EMA_DECAY = 0.9995
-# Errors in x0 weigh SNR + 1, as v-prediction has it, but never more than this.
+# Errors in x0 weigh SNR + 1, as v-prediction has it, but never more than this: shapes are learned
+# first. A run that ends with larger weights learns outlines and shading.
 LARGEST_WEIGHT = 6.0
 
 
@@ -128,6 +129,8 @@ class Options:
     """Of a new U-Net; one that goes on keeps its own."""
     dropout: float = 0.0
     """For runs that see each picture hundreds of times."""
+    largest_weight: float = LARGEST_WEIGHT
+    """See `denoising_loss`."""
     anneal_minutes: float = 0.0
     """The learning rate falls to zero over the last so many minutes of the run."""
     batch_size: int = 32
@@ -264,7 +267,9 @@ class Trainer:
     def _step(self, predict: nn.Module, clean: Tensor, tokens: Tensor) -> Tensor:
         timesteps = stratified_timesteps(len(clean)).to(clean.device)
         noise = torch.randn_like(clean)
-        loss = denoising_loss(predict, clean, noise, timesteps, tokens, self.signal).mean()
+        batch = (clean, noise, timesteps, tokens)
+        largest = self.options.largest_weight
+        loss = denoising_loss(predict, *batch, self.signal, largest).mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -357,11 +362,12 @@ def denoising_loss(
     timesteps: Tensor,
     tokens: Tensor,
     signal: Tensor,
+    largest_weight: float = LARGEST_WEIGHT,
 ) -> Tensor:
     """Velocity-prediction error of each example, (batch,).
 
     Plain v-prediction weighs an error in x0 with SNR + 1. Here the weight stops at
-    `LARGEST_WEIGHT`, as Min-SNR has it (arXiv 2303.09556), for most of what a sample shows is
+    `largest_weight`, as Min-SNR has it (arXiv 2303.09556), for most of what a sample shows is
     decided where noise is strong. Unlike Min-SNR it stays 1 where there is no signal.
     """
     kept = signal[timesteps].view(-1, 1, 1, 1)
@@ -370,7 +376,7 @@ def denoising_loss(
     with torch.autocast(clean.device.type, dtype=torch.bfloat16):
         predicted = predict(noisy, timesteps, tokens)
     # SNR + 1 = 1 / (1 - kept); the weight of v is that of x0 times 1 - kept.
-    weight = (LARGEST_WEIGHT * (1 - kept)).clamp(max=1.0)
+    weight = (largest_weight * (1 - kept)).clamp(max=1.0)
     return (weight * (predicted.float() - velocity).square()).mean((1, 2, 3))
 
 

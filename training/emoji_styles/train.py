@@ -97,6 +97,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--dropout", type=float, default=0.0, help="in the U-Net (default: %(default)s)"
     )
+    parser.add_argument(
+        "--largest-weight",
+        type=float,
+        default=denoiser.LARGEST_WEIGHT,
+        help="of errors where noise is weak; larger ones teach details (default: %(default)s)",
+    )
     parser.add_argument("--batch-size", type=int, default=32, help="default: %(default)s")
     parser.add_argument("--learning-rate", type=float, default=8e-4, help="default: %(default)s")
     parser.add_argument(
@@ -122,6 +128,7 @@ def denoiser_options(options: argparse.Namespace) -> denoiser.Options:
         minutes=options.minutes,
         channels=options.channels,
         dropout=options.dropout,
+        largest_weight=options.largest_weight,
         anneal_minutes=options.anneal,
         batch_size=options.batch_size,
         learning_rate=options.learning_rate,
