@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import ray
 from ray.cluster_utils import Cluster
-from self_attention_guidance.workers import Crew, distribute
 
 from self_attention_guidance import builtin_model
 from self_attention_guidance.batch import BatchJob, Defaults, Model
 from self_attention_guidance.generate import SampleRun, SampleSettings
+from self_attention_guidance.generate.workers import Crew, distribute
 from stand_in import StandIn
 from test_batch_jobs import counts, job, listed, rows_of
 
