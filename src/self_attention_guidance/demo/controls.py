@@ -6,7 +6,8 @@ from typing import Any
 
 import gradio as gr
 
-from ..generate import LoadedPipeline, method_label, scheduler_names
+from ..generate import GenerationSettings, LoadedPipeline, method_label, scheduler_names
+from ..guidance import Guidance
 from .limits import LARGEST_SEED, MOST_CHARACTERS, Limits
 from .visits import SETTINGS
 
@@ -29,7 +30,6 @@ class Controls:
             model: Its recommended settings are what the controls show at first.
             limits: Ends of the ranges.
         """
-        settings, guidance = model.settings(), model.recommended.make_guidance()
         self.limits = limits
         with gr.Group():
             prompt = gr.Textbox(
@@ -39,45 +39,12 @@ class Controls:
         with gr.Row():
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED)
             self.dice = gr.Button("\N{DIE FACE-5} Random seed", min_width=120)
-        own = guidance.to_dict()
-        scale_label = f"{method_label(guidance.method)} scale (0 is off)"
-        scale = gr.Slider(-2, 10, guidance.scale, step=0.05, label=scale_label)
-        sigma = gr.Slider(
-            *(0, 10, own.get("blur_sigma", 1)), step=0.1, label="Blur sigma",
-            visible="blur_sigma" in own,
-        )  # fmt: skip
-        threshold = gr.Slider(
-            *(0, 3, own.get("threshold", 1)), step=0.05, label="Mask threshold",
-            visible="threshold" in own,
-        )  # fmt: skip
-        with gr.Row():
-            start = gr.Slider(0, 1, guidance.start, step=0.05, label="Guide from", min_width=120)
-            stop = gr.Slider(0, 1, guidance.stop, step=0.05, label="Guide until", min_width=120)
-        every = gr.Slider(1, 10, guidance.every, step=1, label="Second pass every n-th step")
-        with gr.Accordion("Sampling", open=False):
-            steps = gr.Slider(
-                *(1, limits.max_steps, min(settings.num_inference_steps, limits.max_steps)),
-                step=1,
-                label="Steps",
-            )
-            choices = [("the model's own", ""), *((name, name) for name in scheduler_names())]
-            scheduler = gr.Dropdown(choices, value="", label="Scheduler")
-            cfg = gr.Slider(1, 20, settings.guidance_scale, step=0.1, label="CFG scale (1 is off)")
-            size = gr.Slider(0, limits.max_size, 0, step=8, label="Size (0 is the model's own)")
         by_name: dict[str, Any] = {
             "prompt": prompt,
             "negative_prompt": negative,
             "seed": seed,
-            "steps": steps,
-            "scheduler": scheduler,
-            "guidance_scale": cfg,
-            "sag_scale": scale,
-            "blur_sigma": sigma,
-            "threshold": threshold,
-            "start": start,
-            "stop": stop,
-            "every": every,
-            "size": size,
+            **_of_guidance(model.recommended.make_guidance()),
+            **_of_sampling(model.settings(), limits),
         }
         self.inputs = [by_name[name] for name in SETTINGS]
         self.dice.click(None, None, seed, js=_RANDOM_SEED, api_visibility="private")
@@ -96,6 +63,40 @@ class Controls:
             _value_for(control, given[name]) if name in given else gr.skip()
             for name, control in zip(SETTINGS, self.inputs, strict=True)
         ]
+
+
+def _of_guidance(guidance: Guidance) -> dict[str, Any]:
+    """Controls of guidance; those of settings that it does not have are not shown."""
+    own, label = guidance.to_dict(), method_label(guidance.method)
+    controls: dict[str, Any] = {
+        "sag_scale": gr.Slider(-2, 10, guidance.scale, step=0.05, label=f"{label} scale (0 is off)")
+    }
+    for name, most, step, title in (
+        ("blur_sigma", 10, 0.1, "Blur sigma"),
+        ("threshold", 3, 0.05, "Mask threshold"),
+    ):
+        value, is_shown = own.get(name, 1), name in own
+        controls[name] = gr.Slider(0, most, value, step=step, label=title, visible=is_shown)
+    with gr.Row():
+        for name, title in (("start", "Guide from"), ("stop", "Guide until")):
+            controls[name] = gr.Slider(0, 1, own[name], step=0.05, label=title, min_width=120)
+    controls["every"] = gr.Slider(
+        1, 10, guidance.every, step=1, label="Second pass every n-th step"
+    )
+    return controls
+
+
+def _of_sampling(settings: GenerationSettings, limits: Limits) -> dict[str, Any]:
+    steps = min(settings.num_inference_steps, limits.max_steps)
+    choices = [("the model's own", ""), *((name, name) for name in scheduler_names())]
+    cfg = settings.guidance_scale
+    with gr.Accordion("Sampling", open=False):
+        return {
+            "steps": gr.Slider(1, limits.max_steps, steps, step=1, label="Steps"),
+            "scheduler": gr.Dropdown(choices, value="", label="Scheduler"),
+            "guidance_scale": gr.Slider(1, 20, cfg, step=0.1, label="CFG scale (1 is off)"),
+            "size": gr.Slider(0, limits.max_size, 0, step=8, label="Size (0 is the model's own)"),
+        }
 
 
 def _value_for(control: Any, text: str) -> Any:

@@ -196,18 +196,12 @@ class SampleRun:
         if self.drawn == 0:
             self.parts.remove()  # what a run with other settings left
         worker = _SampleWorker(
-            (lambda: self.pipeline) if crew.is_here else load or (lambda: self.pipeline),
+            (lambda: self.pipeline) if crew.is_here or load is None else load,
             self.settings,
             batch_size,
             on_progress if crew.is_here else None,
         )
-        batches = (self._batch(first, batch_size) for first in missing[::batch_size])
-        for batch, pictures in distribute(batches, worker.prepared, crew):
-            if isinstance(pictures, Lost):
-                raise RuntimeError(f"samples {batch.first} to {batch.end - 1}: {pictures.reason}")
-            self.parts.save(batch.first, pictures)
-            if on_progress is not None and not crew.is_here:
-                on_progress(len(pictures))
+        self._draw(missing, worker, crew, None if crew.is_here else on_progress)
         self.drawn = self.num_samples
         seconds = time.monotonic() - started
         if not self.is_written:
@@ -222,6 +216,18 @@ class SampleRun:
             drawn=len(missing),
             seconds=seconds,
         )
+
+    def _draw(
+        self, missing: range, worker: _SampleWorker, crew: Crew, on_batch: Progress | None
+    ) -> None:
+        size = worker.batch_size
+        batches = (self._batch(first, size) for first in missing[::size])
+        for batch, pictures in distribute(batches, worker.prepared, crew):
+            if isinstance(pictures, Lost):
+                raise RuntimeError(f"samples {batch.first} to {batch.end - 1}: {pictures.reason}")
+            self.parts.save(batch.first, pictures)
+            if on_batch is not None:
+                on_batch(len(pictures))
 
     def _batch(self, first: int, batch_size: int) -> _Batch:
         end = min(first + batch_size, self.num_samples)
