@@ -90,7 +90,7 @@ def test_steps_are_pictures_of_every_second_pass(client: Client) -> None:
 
 
 def test_steps_of_a_guidance_without_a_mask(tmp_path: Path) -> None:
-    """They show what there is; the page has no controls for what its guidance has not."""
+    """They show the settings that its guidance has, and no controls for others."""
     folder = save_tiny_model(tmp_path / "model", {"guidance": {"method": "pag", "every": 2}})
     model = load_pipeline(str(folder), "cpu")
     model.pipeline.set_progress_bar_config(disable=True)

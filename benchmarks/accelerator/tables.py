@@ -24,7 +24,7 @@ _COLUMNS = (
 
 
 def write_json(path: Path, report: Record) -> None:
-    """Write a report in the place of the one before, never half of it."""
+    """Replace the report before, never by half of one."""
     beside = path.with_name(f"{path.name}.new")
     beside.write_text(json.dumps(report, indent=1, default=str), encoding="utf-8")
     os.replace(beside, path)

@@ -63,7 +63,7 @@ class Finished:
         Args:
             keys: As `key_of` makes them.
             digests: Of the tasks.
-            bad: Whether there is an error in the place of a picture.
+            bad: Whether there is an error instead of a picture.
         """
         self.keys, first = np.unique(keys[::-1], return_index=True)
         self.digests = digests[::-1][first]

@@ -63,7 +63,7 @@ class BadRow:
     Attributes:
         row: Its number in the list, from 0.
         id: What it is called.
-        prompt: What it holds in the place of a prompt, as text.
+        prompt: What it holds instead of a prompt, as text.
         error: Why, in a line.
     """
 

@@ -37,7 +37,7 @@ class BatchOptions(OneScaleOptions):
     ] = 1
     num_images: Annotated[int, typer.Option(help="Pictures of each row.")] = 1
     num_samples: Annotated[
-        int | None, typer.Option(help="Draw so many without prompts, in the place of a list.")
+        int | None, typer.Option(help="Draw so many without prompts, instead of a list.")
     ] = None
     shard_size: Annotated[
         int | None,

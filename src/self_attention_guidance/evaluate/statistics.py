@@ -1,4 +1,4 @@
-"""What is told by sums over pictures: moments, Fréchet distance, Inception Score.
+"""Statistics that sums over pictures give: moments, Fréchet distance, Inception Score.
 
 Pure maths on float64 tensors. Rows are pictures, columns are features. `halves` are the samples
 that an estimate is repeated on, (repetitions, rows) bool; see `resampling.py`.

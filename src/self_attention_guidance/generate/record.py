@@ -85,8 +85,8 @@ def difference(earlier: Mapping[str, Any], present: Mapping[str, Any]) -> str | 
     """Which values of two records differ, in a line: "guidance.every=3, not 4; seed=0, not 1".
 
     Args:
-        earlier: What there is.
-        present: What is wanted.
+        earlier: The values of the earlier picture.
+        present: Those of the present one.
 
     Returns:
         `None` if they are equal; of many, three are named.
@@ -147,7 +147,7 @@ def _public(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold in the place of what it can't: lists of arrays, else texts."""
+    """For what JSON can't hold: arrays become lists, all else becomes text."""
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
 

@@ -121,7 +121,7 @@ class SampleRun:
         overwrite: bool = False,
         model_name: str | None = None,
     ) -> None:
-        """Looks at what there is, and refuses what cannot be done; draws nothing.
+        """Looks at earlier files, and refuses what cannot be done; draws nothing.
 
         Args:
             pipeline: Its `guidance` and `scheduler` are part of the settings.
