@@ -68,7 +68,7 @@ $(VENV)/.dev: $(VENV)/.run pyproject.toml constraints.txt
 
 $(OLDEST)/.dev: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(OLDEST)
-	grep -vE '^(diffusers|transformers|huggingface_hub|tokenizers)==' constraints.txt > $(OLDEST)/constraints.txt
+	grep -vE '^(diffusers|transformers|huggingface_hub|tokenizers|gradio|gradio_client|hf-gradio)==' constraints.txt > $(OLDEST)/constraints.txt
 	printf 'diffusers==0.36.0\ntransformers==4.57.6\n' >> $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(OLDEST)/constraints.txt --editable '.[dev]'
 	@touch $@

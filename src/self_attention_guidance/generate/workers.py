@@ -47,7 +47,8 @@ class Crew:
             Ray on this machine for as long as it is needed.
         threads: CPU threads of each, at least 1. What a network computes can depend on it in the
             last bits. `None` leaves this process as it is, and is 1 on Ray.
-        gpus: GPUs of each, also a part of one; `None` shares those of the machine, at most one for each.
+        gpus: GPUs of each, also a part of one; `None` shares those of the machine, at most one
+            for each.
 
     Raises:
         ValueError: A setting is out of its range, or Ray is needed and not installed.
