@@ -71,7 +71,10 @@ def check_free(paths: Sequence[Path], overwrite: bool = False) -> None:
 
 
 def save_png(
-    image: Image.Image, path: Path, record: Mapping[str, Any] | str, overwrite: bool = False
+    image: Image.Image,
+    path: str | Path,
+    record: Mapping[str, Any] | str,
+    overwrite: bool = False,
 ) -> None:
     """Writes a picture in one go: the file appears whole or not at all.
 
@@ -85,6 +88,7 @@ def save_png(
     Raises:
         FileExistsError: The file exists and `overwrite` is False.
     """
+    path = Path(path)
     # In the same folder, because a file can be moved in one go only within a file system.
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
