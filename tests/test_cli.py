@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -187,10 +188,54 @@ def test_generate_overwrites_only_when_asked(
     taken = tmp_path / "00001-1.png"
     taken.write_bytes(b"mine")
     arguments = ("generate", "a", "--num-images", 2, "--model", model, "--out", tmp_path)
-    assert "00001-1.png' exists" in error_of(capsys, *arguments)
-    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"mine"]
+    assert run(*arguments) == 0
+    assert taken.read_bytes() == b"mine"
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "00001-1.png",
+        "00002-0.png",
+        "00003-1.png",
+    }
     assert run(*arguments, "--overwrite") == 0
     assert pixels(taken).shape == (64, 64, 3)
+
+
+def test_generate_draws_like_a_picture(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, model: str
+) -> None:
+    asked = ["--model", model, "--steps", 3, "--guidance", "pag:scale=2", "--seed", 9]
+    asked += ["--scheduler", "euler", "--guidance-scale", 3, "--negative-prompt", "blue"]
+    assert run("generate", "red heart", *asked, "--out", tmp_path / "first") == 0
+    first = tmp_path / "first" / "00000-9.png"
+    like = ["generate", "--like", first, "--model", model]
+    assert run(*like, "--out", tmp_path / "again") == 0
+    assert (pixels(tmp_path / "again" / "00000-9.png") == pixels(first)).all()
+
+    changed = {"--steps": 4, "--guidance": "pag:scale=3", "--sag-scale": 0, "--scheduler": "heun"}
+    for option, value in {**changed, "--guidance-scale": 1, "--negative-prompt": "fox"}.items():
+        assert run(*like, option, value, "--out", tmp_path / option) == 0
+        assert (pixels(tmp_path / option / "00000-9.png") != pixels(first)).any(), option
+    assert run(*like, "blue fox", "--seed", 4, "--out", tmp_path / "other") == 0
+    assert read_parameters(tmp_path / "other" / "00000-4.png").prompt == "blue fox"
+
+    capsys.readouterr()
+    assert "say where it is" in error_of(capsys, "generate", "--like", first)
+    assert "does not exist" in error_of(capsys, "generate", "--like", tmp_path / "none.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
+    assert "has no" in error_of(capsys, "generate", "--like", tmp_path / "plain.png")
+
+
+def test_info_shows_how_a_picture_was_made(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, model: str
+) -> None:
+    assert run("generate", "red heart", "--model", model, "--steps", 3, "--out", tmp_path) == 0
+    capsys.readouterr()
+    picture = tmp_path / "00000-0.png"
+    assert run("info", picture) == 0
+    assert capsys.readouterr().out.startswith("red heart\nSteps: 3, ")
+    assert run("info", picture, picture, "--json") == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [record["settings"]["num_inference_steps"] for record in records] == [3, 3]
+    assert "does not exist" in error_of(capsys, "info", tmp_path / "none.png")
 
 
 # compare

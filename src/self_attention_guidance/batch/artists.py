@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from ..generate.arguments import with_defaults
 from ..generate.drawing import GeneratedImage, PromptArtist
 from ..generate.loaded import settings_of
 from ..generate.metadata import Record
@@ -15,6 +16,7 @@ from ..generate.models import (
     find_dtype,
     find_model,
     load_pipeline,
+    prompt_class,
 )
 from ..generate.pixel_drawing import draw_samples, to_image
 from ..generate.pixel_models import (
@@ -97,7 +99,11 @@ class Model:
         Raises:
             ValueError: A setting is outside its range.
         """
-        return settings_of(GenerationSettings, recommended_settings(self.find()), **given)
+        source = self.find()
+        own = recommended_settings(source)
+        if not is_pixel_model(self.name):
+            own = with_defaults(own, prompt_class(self.name, source))
+        return settings_of(GenerationSettings, own, **given)
 
     def __call__(self) -> Artist:
         """Loads it.

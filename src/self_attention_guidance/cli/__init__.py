@@ -22,6 +22,7 @@ from .convert import convert_command
 from .demo import demo_command
 from .evaluate import evaluate_command
 from .generate import generate_command
+from .info import info_command
 from .sample import sample_command
 
 # typer does not export the base class of its errors about the command line itself.
@@ -34,6 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("generate")(generate_command)
+app.command("info")(info_command)
 app.command("compare")(compare_command)
 app.command("sample")(sample_command)
 app.command("batch")(batch_command)
@@ -63,6 +65,7 @@ def _sag(  # pyright: ignore[reportUnusedFunction]  # typer calls it
     \b
     Examples:
       sag generate "red heart" --seed 7
+      sag info out/00000-7.png
       sag compare "grinning face" "" --sag-scales 0,0.5,1
       sag batch prompts.jsonl --out pictures --workers 2
       sag sample --model ./my-pixel-model --num-samples 64

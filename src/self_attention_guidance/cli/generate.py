@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from .like import as_drawn, record_like, settings_like
 from .loading import check_prompting, load_pipeline_of
 from .options import OneScaleOptions, with_options
 from .output import print_line, progress
@@ -21,7 +22,16 @@ class GenerateOptions(OneScaleOptions):
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the pictures go.")] = Path(
         "out"
     )
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Number from 0 again, and replace existing files.")
+    ] = False
+    like: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PICTURE",
+            help="Draw as this picture was drawn: its prompt and settings, but for what is given.",
+        ),
+    ] = None
 
 
 @with_options(GenerateOptions)
@@ -33,27 +43,42 @@ def generate_command(
     """Make pictures and print their paths.
 
     Picture k of a prompt has the seed SEED + k and is saved as INDEX-SEED.png with its settings.
+    Numbers go on from those in the folder.
 
     \b
     Examples:
       sag generate "red heart" "grinning face" --num-images 4
+      sag generate --like out/00000-0.png --sag-scale 2
       sag generate "a lighthouse" --model ./my-model --size 512x768 --scheduler "dpm++ 2m karras"
     """
-    from ..generate import check_folder, check_free, generate, picture_path, save_png, seeds_of
+    from ..generate import (
+        check_folder,
+        check_free,
+        generate,
+        next_index,
+        picture_path,
+        save_png,
+        seeds_of,
+    )
 
+    record = None if options.like is None else record_like(options.like)
+    if record is not None:
+        options = as_drawn(options, record)
+        prompts = prompts or [record["prompt"]]
     if not prompts:
         raise ValueError('PROMPT is missing: give at least one ("" is one, too)')
     seeds = seeds_of(options.seed, options.num_images) * len(prompts)
     check_prompting(options, options.num_images)
-    paths = [picture_path(options.out, index, seed) for index, seed in enumerate(seeds)]
+    first = 0 if options.overwrite else next_index(options.out)
+    paths = [picture_path(options.out, first + k, seed) for k, seed in enumerate(seeds)]
     check_folder(options.out)
     check_free(paths, options.overwrite)
-    loaded = load_pipeline_of(options)
+    loaded = load_pipeline_of(options, record)
     with progress(len(paths)) as advance:
         pictures = generate(
             loaded.pipeline,
             prompts,
-            loaded.settings(**options.generation_arguments()),
+            settings_like(loaded, options.generation_arguments(), record),
             seed=options.seed,
             num_images=options.num_images,
             batch_size=options.batch_size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .options import PromptOptions, SamplingOptions
@@ -49,11 +50,14 @@ def check_prompting(options: PromptOptions, num_images: int) -> None:
     find_model(options.model)
 
 
-def load_pipeline_of(options: PromptOptions) -> LoadedPipeline:
+def load_pipeline_of(
+    options: PromptOptions, record: Mapping[str, Any] | None = None
+) -> LoadedPipeline:
     """The model that the options name, with the scheduler and guidance that they ask for.
 
     Args:
         options: Of a command that draws prompts.
+        record: Of a picture whose scheduler and guidance it has, unless options differ.
 
     Raises:
         ValueError: The model cannot be loaded, or a setting does not suit it.
@@ -62,5 +66,7 @@ def load_pipeline_of(options: PromptOptions) -> LoadedPipeline:
 
     hide_loading_bars()
     loaded = load_pipeline(options.model, options.device, options.dtype)
+    if record is not None:
+        loaded.restore(record)
     loaded.use(scheduler=options.scheduler, fast=options.fast, **options.guidance_arguments())
     return loaded

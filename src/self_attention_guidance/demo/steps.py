@@ -10,13 +10,12 @@ from torch import Tensor
 
 from ..guidance import GuidanceHandle
 from ..maths import degrade
-from ..pipelines.stable_diffusion import StableDiffusionSAGPipeline
 
 _MOST_ATTENTION = 3.0
 
 
 def step_pictures(
-    pipeline: StableDiffusionSAGPipeline, handle: GuidanceHandle, size: tuple[int, int]
+    pipeline: Any, handle: GuidanceHandle, size: tuple[int, int]
 ) -> dict[str, Image.Image]:
     """What the last second pass saw, of the first picture of the batch.
 
@@ -51,8 +50,10 @@ def step_pictures(
 
 @torch.no_grad()
 def _decoded(pipeline: Any, latents: Tensor) -> Image.Image:
-    latents = latents.to(pipeline.vae.device, pipeline.vae.dtype)
-    decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
+    config = pipeline.vae.config
+    latents = latents.to(pipeline.vae.device, pipeline.vae.dtype) / config.scaling_factor
+    shift = getattr(config, "shift_factor", None) or 0.0
+    decoded = pipeline.vae.decode(latents + shift).sample
     return pipeline.image_processor.postprocess(decoded.float().cpu())[0]
 
 

@@ -17,6 +17,7 @@ from .drawing import GeneratedImage, PromptArtist
 from .files import (
     check_folder,
     check_free,
+    next_index,
     picture_path,
     save_png,
 )
@@ -29,6 +30,7 @@ from .metadata import (
     parse_parameters,
     read_parameters,
     read_record,
+    read_text,
 )
 from .models import (
     LoadedPipeline,
@@ -98,9 +100,11 @@ __all__ = [
     "method_label",
     "overlay_attended",
     "parse_parameters",
+    "next_index",
     "picture_path",
     "read_parameters",
     "read_record",
+    "read_text",
     "save_png",
     "scheduler_label",
     "scheduler_names",

@@ -10,7 +10,6 @@ from PIL import Image
 
 from ..checks import check_finite, check_prompts
 from ..guidance.blur import Blurring
-from ..pipelines.stable_diffusion import StableDiffusionSAGPipeline
 from .drawing import GeneratedImage, Progress
 from .grid import EMPTY_PROMPT, draw_grid, overlay_attended
 from .metadata import method_label, text_of, written
@@ -41,7 +40,7 @@ class Comparison:
 
 
 def compare(
-    pipeline: StableDiffusionSAGPipeline,
+    pipeline: Any,
     prompts: str | Sequence[str],
     sag_scales: Sequence[float],
     settings: GenerationSettings | None = None,

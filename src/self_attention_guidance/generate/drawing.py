@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..guidance import GuidanceHandle
-from ..pipelines.stable_diffusion import StableDiffusionSAGPipeline
+from .arguments import call_arguments
 from .finite import refuse_not_finite
 from .metadata import Record, text_of
 from .record import describe
@@ -66,7 +66,7 @@ class PromptArtist:
 
     def __init__(
         self,
-        pipeline: StableDiffusionSAGPipeline,
+        pipeline: Any,
         settings: GenerationSettings,
         model_name: str | None = None,
         record_attention: bool = False,
@@ -105,16 +105,9 @@ class PromptArtist:
         count = len(prompts)
         callback = _StepCallback(count, self.record_attention, self.on_progress)
         output: Any = self.pipeline(
-            prompt=list(prompts),
-            negative_prompt=[self.settings.negative_prompt] * count,
+            **call_arguments(self.pipeline, prompts, self.settings, callback),
             generator=seeded_generators(self.pipeline.scheduler, seeds),
-            width=self.settings.width,
-            height=self.settings.height,
-            num_inference_steps=self.settings.num_inference_steps,
-            guidance_scale=self.settings.guidance_scale,
             sag_scale=self.sag_scale,
-            callback_on_step_end=callback,
-            output_type="np",
         )
         if not np.isfinite(output.images).all():
             raise FloatingPointError(
@@ -122,7 +115,7 @@ class PromptArtist:
                 "if it runs in float16, use bfloat16 or float32"
             )
         images = self.pipeline.numpy_to_pil(output.images)
-        flagged = output.nsfw_content_detected or [False] * count
+        flagged = getattr(output, "nsfw_content_detected", None) or [False] * count
         record = self._record(images[0].size, count)
         for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             yield GeneratedImage(
@@ -172,13 +165,13 @@ class _StepCallback:
         self.blurred: Any = 0
 
     def __call__(
-        self, pipe: StableDiffusionSAGPipeline, step: int, timestep: object, kwargs: dict[str, Any]
+        self, pipe: Any, step: int, timestep: object, kwargs: dict[str, Any]
     ) -> dict[str, Any]:
         if self.record and pipe.guidance_handle is not None:
             self._add(pipe.guidance_handle)
         refuse_not_finite("the sample", kwargs["latents"], step, timestep)
         if self.on_progress is not None:
-            self.on_progress(self.count / pipe.num_timesteps)
+            self.on_progress(self.count / len(pipe.scheduler.timesteps))
         return kwargs
 
     def _add(self, handle: GuidanceHandle) -> None:

@@ -23,6 +23,16 @@ def picture_path(folder: str | Path, index: int, seed: int) -> Path:
     return Path(folder) / f"{index:05d}-{seed}.png"
 
 
+def next_index(folder: str | Path) -> int:
+    """The first number that no picture in a folder has, nor any below it with a higher one.
+
+    Args:
+        folder: Where `picture_path` puts pictures; it need not exist.
+    """
+    names = (path.name.partition("-")[0] for path in Path(folder).glob("*-*.png"))
+    return max((int(name) + 1 for name in names if name.isdecimal()), default=0)
+
+
 def check_folder(folder: str | Path) -> Path:
     """Makes a folder for pictures if there is none.
 

@@ -159,7 +159,19 @@ def read_parameters(path: str | Path) -> Parameters:
     Raises:
         ValueError: The file has no `parameters` text.
     """
-    return parse_parameters(_png_chunk(path, PARAMETERS_KEY))
+    return parse_parameters(read_text(path))
+
+
+def read_text(path: str | Path) -> str:
+    """Reads the text that web interfaces show of a picture.
+
+    Args:
+        path: A PNG file.
+
+    Raises:
+        ValueError: The file has no `parameters` text.
+    """
+    return _png_chunk(path, PARAMETERS_KEY)
 
 
 def read_record(path: str | Path) -> Record:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import hf_hub_download
 
 from ..models.builtin import (
     RecommendedSettings,
@@ -21,6 +21,8 @@ from ..models.builtin import (
 )
 from ..models.versions import dtype_argument
 from ..pipelines.stable_diffusion import StableDiffusionSAGPipeline
+from .arguments import with_defaults
+from .kinds import model_index, prompt_pipeline
 from .loaded import Loaded
 from .settings import GenerationSettings
 from .weights import refuse_missing_weights, refuse_unloaded_weights
@@ -35,9 +37,8 @@ _DTYPES = {
 }
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
-PIXEL_CLASSES = ("ADMPipeline", "DDPMPipeline", "DDIMPipeline")
-
-IndexCheck = Callable[[str, Mapping[str, Any]], None]
+IndexCheck = Callable[[str, Mapping[str, Any], Path], object]
+"""Called with a model's name, the content of its `model_index.json` and its folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +47,13 @@ class LoadedPipeline(Loaded[GenerationSettings]):
 
     Attributes:
         name: Short name of the model, for metadata.
-        pipeline: On its device; `pipeline.guidance` holds the recommended settings.
-        recommended: What the model recommends for itself; empty if it says nothing.
+        pipeline: On its device, a `StableDiffusionSAGPipeline` or a guided subclass of another
+            pipeline; `pipeline.guidance` holds the recommended settings.
+        recommended: What the model recommends for itself, else its pipeline's defaults.
     """
 
     name: str
-    pipeline: StableDiffusionSAGPipeline
+    pipeline: Any
     recommended: RecommendedSettings
     settings_class = GenerationSettings
 
@@ -59,14 +61,14 @@ class LoadedPipeline(Loaded[GenerationSettings]):
 def load_pipeline(
     model: str = "emoji", device: str = "auto", dtype: str = "auto"
 ) -> LoadedPipeline:
-    """Loads a Stable Diffusion 1 or 2 model for guided sampling.
+    """Loads a text-to-image model for guided sampling.
 
     Weights are read from safetensors files only, so that no code in a checkpoint is ever run.
 
     Args:
         model: Name of a builtin model, a folder in diffusers format, a single `.safetensors`
-            file, or the id of a repository on the Hugging Face hub ("owner/name"). A builtin
-            name wins over a folder; write `./emoji` for the folder.
+            file of Stable Diffusion 1 or 2, or the id of a repository on the Hugging Face hub
+            ("owner/name"). A builtin name wins over a folder; write `./emoji` for the folder.
         device: As in `find_device`.
         dtype: As in `find_dtype`.
 
@@ -79,22 +81,23 @@ def load_pipeline(
     target = find_device(device)
     arguments: dict[str, Any] = dtype_argument(find_dtype(dtype, target))
     source, is_file = find_model(model)
+    kind: Any = prompt_class(model, source)
     try:
         if is_file:
-            pipeline = StableDiffusionSAGPipeline.from_single_file(source, **arguments)
+            pipeline = kind.from_single_file(source, **arguments)
         else:
             arguments |= {"use_safetensors": True, "local_files_only": os.path.isdir(source)}
-            pipeline = StableDiffusionSAGPipeline.from_pretrained(source, **arguments)
+            pipeline = kind.from_pretrained(source, **arguments)
     except Exception as error:  # the libraries raise every kind for files that they cannot read
         raise ValueError(loading_failed(model, source, error)) from error
     if os.path.isdir(source):  # what comes from the hub is checked by its checksums
         refuse_missing_weights(model, pipeline, source)
     refuse_unloaded_weights(model, pipeline)
-    recommended = recommended_settings(source)
+    recommended = with_defaults(recommended_settings(source), kind)
     pipeline.guidance = recommended.make_guidance()
     return LoadedPipeline(
         name=Path(source).stem if is_file else Path(source).name,
-        pipeline=cast("StableDiffusionSAGPipeline", cast("Any", pipeline).to(target)),
+        pipeline=pipeline.to(target),
         recommended=recommended,
     )
 
@@ -119,7 +122,28 @@ def find_model(model: str) -> tuple[str, bool]:
                 " checkpoints can run code when they are loaded; convert it to safetensors"
             )
         return str(path.resolve()), True
-    return find_folder(model, _check_index, "a .safetensors file, "), False
+    return find_folder(model, prompt_pipeline, "a .safetensors file, "), False
+
+
+def prompt_class(model: str, source: str) -> type[DiffusionPipeline]:
+    """The class of pipeline that draws prompts with a model, guided.
+
+    Args:
+        model: As in `load_pipeline`.
+        source: The folder, file or hub id that `find_model` says that it is.
+
+    Raises:
+        ValueError: The model is of another kind, or not there.
+    """
+    if os.path.isfile(source):
+        return StableDiffusionSAGPipeline
+    folder = Path(source)
+    if not folder.is_dir():
+        try:
+            folder = Path(hf_hub_download(source, "model_index.json")).parent
+        except Exception as error:  # the library raises every kind for what it cannot reach
+            raise ValueError(loading_failed(model, source, error)) from error
+    return prompt_pipeline(model, model_index(model, folder), folder)
 
 
 def find_folder(model: str, check_index: IndexCheck, or_else: str = "") -> str:
@@ -127,8 +151,7 @@ def find_folder(model: str, check_index: IndexCheck, or_else: str = "") -> str:
 
     Args:
         model: Name of a builtin model, a folder, or a hub id.
-        check_index: Called with `model` and the content of a folder's `model_index.json`;
-            raises `ValueError` if the model is of another kind.
+        check_index: Raises `ValueError` if the model is of another kind.
         or_else: What else the caller accepts, for the message.
 
     Returns:
@@ -139,7 +162,7 @@ def find_folder(model: str, check_index: IndexCheck, or_else: str = "") -> str:
     """
     path = builtin_folder(model) if model in builtin_names() else Path(model).expanduser()
     if path.is_dir():
-        check_index(model, _model_index(model, path))
+        check_index(model, model_index(model, path), path)
         return str(path.resolve())
     is_weights = path.suffix in (".safetensors", ".ckpt", ".bin", ".pt")
     if _HUB_ID.fullmatch(model) and not is_weights:
@@ -205,47 +228,6 @@ def _devices() -> list[str]:
 
 def _names() -> str:
     return ", ".join(builtin_names()) or "none in this installation"
-
-
-def _model_index(model: str, folder: Path) -> dict[str, Any]:
-    try:
-        text = (folder / "model_index.json").read_text(encoding="utf-8")
-        index: object = json.loads(text)
-    except FileNotFoundError:
-        raise ValueError(
-            f"model={model!r} is a folder without model_index.json: give the folder that"
-            " save_pretrained wrote"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model={model!r}: model_index.json cannot be read: {error}") from error
-    if not isinstance(index, dict):
-        raise ValueError(f"model={model!r}: model_index.json must hold a JSON object")
-    return cast("dict[str, Any]", index)
-
-
-def _check_index(model: str, index: Mapping[str, Any]) -> None:
-    class_name = index.get("_class_name")
-    if class_name in PIXEL_CLASSES:
-        raise ValueError(
-            f"model={model!r} is a pixel-space model ({class_name}), which takes no prompts:"
-            " draw from it with `sag sample`"
-        )
-    if not is_stable_diffusion(index):
-        raise ValueError(
-            f"model={model!r} is of the class {class_name}: only Stable Diffusion 1 and 2 are"
-            " supported"
-        )
-
-
-def is_stable_diffusion(index: Mapping[str, Any]) -> bool:
-    """Whether a `model_index.json` lists components of Stable Diffusion 1 and 2 only.
-
-    Args:
-        index: Its content.
-    """
-    components = {key for key in index if not key.startswith("_")}
-    known = inspect.signature(StableDiffusionSAGPipeline.__init__).parameters
-    return "unet" in components and components.issubset(known)
 
 
 def loading_failed(model: str, source: str, error: Exception) -> str:

@@ -19,15 +19,9 @@ from ..models.builtin import (
 )
 from ..models.versions import dtype_argument
 from ..pipelines.adm import ADMPipeline
+from .kinds import PIXEL_CLASSES, is_stable_diffusion
 from .loaded import Loaded
-from .models import (
-    PIXEL_CLASSES,
-    find_device,
-    find_dtype,
-    find_folder,
-    is_stable_diffusion,
-    loading_failed,
-)
+from .models import find_device, find_dtype, find_folder, loading_failed
 from .sample_settings import SampleSettings
 from .schedulers import make_pixel_scheduler
 from .weights import refuse_missing_weights
@@ -195,7 +189,7 @@ def _load_classifier(folder: str | Path, size: int) -> Any:
     return classifier.eval()
 
 
-def _check_index(model: str, index: Mapping[str, Any]) -> None:
+def _check_index(model: str, index: Mapping[str, Any], _: Path | None = None) -> None:
     class_name = index.get("_class_name")
     if class_name in PIXEL_CLASSES:
         return

@@ -15,12 +15,13 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
+from ..denoiser.families import denoiser_of
 from ..guidance import Guidance
 from ..pipelines.adm import ADMPipeline
 from .metadata import Record, version_label
@@ -36,7 +37,7 @@ def describe(pipeline: Any, settings: GenerationSettings | SampleSettings, **mor
         settings: Of the pictures.
         **more: What else there is to know of them.
     """
-    scheduler = pipeline.scheduler
+    scheduler, denoiser = pipeline.scheduler, cast("Any", denoiser_of(pipeline))
     shared = dataclasses.asdict(settings)
     scale = shared.pop("sag_scale")
     record = {
@@ -46,7 +47,7 @@ def describe(pipeline: Any, settings: GenerationSettings | SampleSettings, **mor
         "guidance": _guidance(pipeline.guidance, scale),
         "scheduler": type(scheduler).__name__,
         "scheduler_config": _public(scheduler.config),
-        "dtype": str(pipeline.unet.dtype).removeprefix("torch."),
+        "dtype": str(denoiser.dtype).removeprefix("torch."),
     }
     return json.loads(json.dumps(record, default=_plain))
 

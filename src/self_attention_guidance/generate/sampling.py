@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from ..checks import check_count, check_prompts, seeds_of
-from ..pipelines.stable_diffusion import StableDiffusionSAGPipeline
+from .arguments import refuse_without_effect
 from .drawing import GeneratedImage, Progress, PromptArtist
 from .settings import GenerationSettings, check_size
 
 
 def generate(
-    pipeline: StableDiffusionSAGPipeline,
+    pipeline: Any,
     prompts: str | Sequence[str],
     settings: GenerationSettings | None = None,
     *,
@@ -29,7 +30,7 @@ def generate(
     batch, up to the rounding of the kernels.
 
     Args:
-        pipeline: Its `guidance` holds the settings of self-attention guidance.
+        pipeline: Of `load_pipeline`; its `guidance` holds the settings of guidance.
         prompts: One prompt or several; an empty text is a prompt, too.
         settings: What all pictures share; `None` is the defaults.
         seed: Seed of every prompt's first picture, at least 0.
@@ -52,6 +53,7 @@ def generate(
     check_count("batch_size", batch_size)
     settings = settings or GenerationSettings()
     check_size(pipeline, settings.width, settings.height)
+    refuse_without_effect(pipeline, settings)
     artist = PromptArtist(pipeline, settings, model_name, record_attention, on_progress)
     pairs = [(prompt, number) for prompt in prompts for number in seeds]
 

@@ -90,6 +90,8 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
     if name in _class_names() or _is_class(name, diffusers):
         return getattr(diffusers, name).from_config(config)
     sampler, spacing = _find(name)
+    if "shift" in config and "beta_schedule" not in config:
+        return _flow_scheduler(name, sampler, spacing, config)
     scheduler_class = getattr(diffusers, sampler.class_name)
     known = inspect.signature(scheduler_class.__init__).parameters
     flags = {flag: word == spacing for word, (_, flag) in _SPACINGS.items() if flag in known}
@@ -99,6 +101,29 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
     is_unbounded = bool(config.get("thresholding")) and "thresholding" not in known
     early = {"timestep_spacing": "leading"} if is_unbounded and "timestep_spacing" in known else {}
     return scheduler_class.from_config(config, **early, **flags, **sampler.overrides)
+
+
+def _flow_scheduler(
+    name: str, sampler: _Sampler, spacing: str, config: Mapping[str, Any]
+) -> SchedulerMixin:
+    """A scheduler for a network that was trained by flow matching."""
+    import diffusers
+
+    if sampler.label == "Euler" and not spacing:
+        euler: Any = diffusers.FlowMatchEulerDiscreteScheduler
+        return euler.from_config(config)
+    chosen = getattr(diffusers, sampler.class_name)
+    known = inspect.signature(chosen.__init__).parameters
+    # The shift of some models depends on the size of the picture, which these do not know.
+    if "use_flow_sigmas" not in known or spacing or config.get("use_dynamic_shifting"):
+        raise ValueError(
+            f"scheduler={name!r} can't sample this model, which was trained by flow matching: use "
+            "'euler', or the model's own"
+        )
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    overrides = {**flow, "flow_shift": config["shift"], **sampler.overrides}
+    steps = config.get("num_train_timesteps", 1000)
+    return chosen(num_train_timesteps=steps, **overrides)
 
 
 def make_pixel_scheduler(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 from ..checks import check_count, check_finite, check_text
-from ..pipelines.stable_diffusion import StableDiffusionSAGPipeline
+from ..denoiser.families import config_of, denoiser_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +45,8 @@ class GenerationSettings:
                 raise ValueError(f"{name}={pixels} must be a multiple of 8")
 
 
-def check_size(pipeline: StableDiffusionSAGPipeline, width: int | None, height: int | None) -> None:
-    """Refuses sizes that leave a model's coarsest level without a single position.
+def check_size(pipeline: Any, width: int | None, height: int | None) -> None:
+    """Refuses sizes that a model can't draw: without a position at its coarsest level, or patches.
 
     Args:
         pipeline: The model.
@@ -53,10 +54,16 @@ def check_size(pipeline: StableDiffusionSAGPipeline, width: int | None, height: 
         height: In pixels; `None` is the model's own.
 
     Raises:
-        ValueError: The size is too small.
+        ValueError: The size is too small, or no multiple of what it must be.
     """
-    levels = len(pipeline.unet.config["block_out_channels"])
-    smallest = max(8, int(pipeline.vae_scale_factor) * 2 ** (levels - 1))
+    config: Any = config_of(cast("Any", denoiser_of(pipeline)))
+    levels = len(config.get("block_out_channels", ())) or 1
+    scale = int(getattr(pipeline, "vae_scale_factor", 1))
+    smallest = max(8, scale * 2 ** (levels - 1))
+    # Transformers see patches of latents, or latents that are packed two by two.
+    multiple = 8 if levels > 1 else max(8, 2 * scale)
     for name, pixels in {"width": width, "height": height}.items():
         if pixels is not None and pixels < smallest:
             raise ValueError(f"{name}={pixels} must be at least {smallest} for this model")
+        if pixels is not None and pixels % multiple:
+            raise ValueError(f"{name}={pixels} must be a multiple of {multiple} for this model")

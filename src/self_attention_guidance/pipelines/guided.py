@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import json
 import os
@@ -71,6 +72,27 @@ class GuidedPipelineMixin:
             index["_class_name"] = parent.__name__
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         Path(json_file_path).write_text(text, encoding="utf-8")
+
+
+@functools.cache
+def guided_class(parent: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
+    """A class that adds a `sag_scale` to the call of one of diffusers' pipelines.
+
+    Args:
+        parent: The class of diffusers.
+
+    Returns:
+        A subclass with `GuidedPipelineMixin`; `sag_scale=None` is the scale of its `guidance`.
+    """
+
+    @with_arguments_of(parent.__call__)
+    def call(self: Any, *args: Any, sag_scale: float | None = None, **kwargs: Any) -> Any:
+        with self.guided(sag_scale):
+            return super(kind, self).__call__(*args, **kwargs)
+
+    names = {"__call__": call, "__doc__": parent.__doc__}
+    kind: Any = type(f"Guided{parent.__name__}", (GuidedPipelineMixin, parent), names)
+    return kind
 
 
 def with_arguments_of(parent: Callable[..., Any]) -> Callable[[Call], Call]:

@@ -1,0 +1,110 @@
+"""What pipelines of different models call the same settings, read off their calls."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from ..models.builtin import RecommendedSettings
+from .settings import GenerationSettings
+
+StepEnd = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
+"""As diffusers calls it after a step: (pipeline, step, timestep, tensors)."""
+
+
+def with_defaults(recommended: RecommendedSettings, pipeline: type) -> RecommendedSettings:
+    """Recommended settings; where a model says nothing, those of its pipeline's call.
+
+    Args:
+        recommended: By the model.
+        pipeline: Its class.
+    """
+    parameters = _parameters(pipeline)
+    own = {
+        "guidance_scale": _default(parameters, _cfg_argument(parameters)),
+        "num_inference_steps": _default(parameters, "num_inference_steps"),
+    }
+    open_ = {n: value for n, value in own.items() if getattr(recommended, n) is None}
+    return replace(recommended, **open_)
+
+
+def refuse_without_effect(pipeline: Any, settings: GenerationSettings) -> None:
+    """Refuse settings that a model can't follow.
+
+    Args:
+        pipeline: The model.
+        settings: Of pictures.
+
+    Raises:
+        ValueError: A negative prompt that its call does not take, or would ignore.
+    """
+    parameters = _parameters(type(pipeline))
+    # Flux and its kin have CFG beside a guidance that the network was trained with.
+    ignores = "true_cfg_scale" in parameters and _cfg_argument(parameters) != "true_cfg_scale"
+    if settings.negative_prompt and (ignores or "negative_prompt" not in parameters):
+        raise ValueError(
+            f"negative_prompt={settings.negative_prompt!r} has no effect on this model: "
+            f"{type(pipeline).__name__.removeprefix('Guided')} has no classifier-free guidance here"
+        )
+
+
+def call_arguments(
+    pipeline: Any, prompts: Sequence[str], settings: GenerationSettings, on_step_end: StepEnd
+) -> dict[str, Any]:
+    """Arguments of a pipeline's call, under the names that it knows.
+
+    Args:
+        pipeline: The model.
+        prompts: One for each picture.
+        settings: Of the pictures.
+        on_step_end: Called after each step, if the pipeline can.
+    """
+    parameters = _parameters(type(pipeline))
+    negative: list[str] | None = [settings.negative_prompt] * len(prompts)
+    cfg = _cfg_argument(parameters)
+    # Some pipelines do better without a negative prompt than with an empty one; those of a true
+    # CFG scale have none without.
+    if not settings.negative_prompt and cfg != "true_cfg_scale" and not _is_first_kind(parameters):
+        negative = None
+    wanted: dict[str, Any] = {
+        "prompt": list(prompts),
+        "negative_prompt": negative,
+        "width": settings.width,
+        "height": settings.height,
+        "num_inference_steps": settings.num_inference_steps,
+        cfg: settings.guidance_scale,
+        "output_type": "np",
+    }
+    if "callback_on_step_end" in parameters:
+        wanted["callback_on_step_end"] = on_step_end
+    elif "callback" in parameters:
+
+        def on_step(step: int, timestep: Any, latents: Tensor) -> None:
+            on_step_end(pipeline, step, timestep, {"latents": latents})
+
+        wanted["callback"] = on_step
+    return {n: value for n, value in wanted.items() if n in parameters and value is not None}
+
+
+def _parameters(pipeline: type) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(pipeline.__call__).parameters
+
+
+def _default(parameters: Mapping[str, inspect.Parameter], name: str) -> Any:
+    return parameters[name].default if name in parameters else None
+
+
+def _cfg_argument(parameters: Mapping[str, inspect.Parameter]) -> str:
+    """The scale that users mean: of guidance of any kind, if the network takes one."""
+    has_another = "true_cfg_scale" in parameters
+    is_unused = _default(parameters, "guidance_scale") is None
+    return "true_cfg_scale" if has_another and is_unused else "guidance_scale"
+
+
+def _is_first_kind(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    """Whether a call is that of Stable Diffusion 1 and 2, for which no text is an empty one."""
+    return "clip_skip" in parameters and "prompt_2" not in parameters
