@@ -99,73 +99,109 @@ def is_elsewhere(value: Any) -> bool:
     return isinstance(value, Tensor) and (value.device.type != "cpu" or type(value) is not Tensor)
 
 
-class Tables:
-    """A scheduler's tables as Python's numbers, taken once a run and with one transfer."""
+class Schedule:
+    """A scheduler with its timesteps set, and its tables as Python's numbers.
 
-    def __init__(self, scheduler: Scheduler | None) -> None:
-        """Fetch what is on a device, and note it; without a scheduler there are no timesteps."""
-        found = {name: getattr(scheduler, name, None) for name in _TABLES}
-        tables = {name: table for name, table in found.items() if isinstance(table, Tensor)}
-        self.has_waited = any(is_elsewhere(table) for table in tables.values())
-        self._tables: dict[str, list[float]] = {}
-        for is_remote in (False, True):
-            part = {n: t.flatten() for n, t in tables.items() if is_elsewhere(t) == is_remote}
-            numbers = iter(torch.cat(list(part.values())).cpu().tolist() if part else ())
-            for name, table in part.items():
-                self._tables[name] = list(itertools.islice(numbers, len(table)))
+    They are taken once a run, and with one transfer.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        """Fetch what is on a device, and note it; `None` has no timesteps."""
+        self.scheduler = scheduler
+        self.timesteps: Any = getattr(scheduler, "timesteps", None)
+        self.has_sigmas = hasattr(scheduler, "sigmas")
+        tables = {
+            name: table.flatten()
+            for name in _TABLES
+            if isinstance(table := getattr(scheduler, name, None), Tensor)
+        }
+        remote = [table for table in tables.values() if is_elsewhere(table)]
+        self.has_waited = bool(remote)
+        numbers = iter(torch.cat(remote).cpu().tolist() if remote else ())
+        self.tables: dict[str, list[float]] = {
+            name: [*itertools.islice(numbers, len(table))]
+            if is_elsewhere(table)
+            else table.tolist()
+            for name, table in tables.items()
+        }
 
     def __len__(self) -> int:
-        """How many timesteps there are."""
-        return len(self._tables.get("timesteps", ()))
+        return len(self.tables.get("timesteps", ()))
 
-    def __getitem__(self, name: str) -> list[float]:
-        """The numbers of a table."""
-        return self._tables[name]
+    def equal_to(self, step: int) -> list[int]:
+        """The steps whose timesteps are equal to that of one of them, itself included."""
+        timesteps = self.tables["timesteps"]
+        return [i for i, timestep in enumerate(timesteps) if timestep == timesteps[step]]
 
-    def equal_to(self, index: int) -> list[int]:
-        """Which timesteps are equal to one of them, itself included."""
-        timesteps = self["timesteps"]
-        return [i for i, timestep in enumerate(timesteps) if timestep == timesteps[index]]
+    def own_step(self) -> int | None:
+        """Which step the scheduler says that it is at; `None` if it does not know."""
+        index = getattr(self.scheduler, "step_index", None)
+        index = getattr(self.scheduler, "begin_index", None) if index is None else index
+        return None if index is None else int(index)
 
-    def nearest(self, scheduler: Any, timestep: float) -> int:
-        """Which timestep a scheduler is at, as it says itself, else as the timestep tells."""
-        index = index_of(scheduler)
-        if index is not None:
-            return index
-        timesteps = self["timesteps"]
-        index = min(range(len(self)), key=lambda i: abs(timesteps[i] - timestep))
+    def step_at(self, timestep: float) -> int:
+        """Which step the scheduler is at, as it says itself, else as the timestep tells."""
+        step = self.own_step()
+        if step is not None:
+            return step
+        timesteps = self.tables["timesteps"]
+        step = min(range(len(self)), key=lambda i: abs(timesteps[i] - timestep))
         # Of equal ones, a scheduler with sigmas that begins in the middle means the second.
-        equal = self.equal_to(index) if hasattr(scheduler, "sigmas") else [index]
+        equal = self.equal_to(step) if self.has_sigmas else [step]
         return equal[min(1, len(equal) - 1)]
 
+    def is_at(self, timestep: float) -> bool:
+        """Whether the scheduler's state is that of a step at a timestep."""
+        step = self.step_at(timestep)
+        return 0 <= step < len(self) and abs(self.tables["timesteps"][step] - timestep) < 1
 
-def prediction_at(
-    scheduler: Scheduler, index: int, steps: list[float], tables: Tables, like: Tensor
-) -> Prediction:
-    """What a scheduler, at one of its timesteps, says of a call of the denoiser.
+    def place_of(self, timestep: Any) -> int | None:
+        """Where a view lies in the tensor of timesteps that it was taken from; else `None`."""
+        own: Tensor = self.timesteps
+        is_single = isinstance(timestep, Tensor) and not any(timestep.stride())
+        if not is_single or timestep.dtype != own.dtype or own.stride() != (1,):
+            return None
+        place = int(timestep.storage_offset()) - int(own.storage_offset())
+        memories = (tensor.untyped_storage().data_ptr() for tensor in (timestep, own))
+        return place if len(set(memories)) == 1 and 0 <= place < len(own) else None
 
-    The call's own `steps`, as `Call.timesteps` has them, count where there are no sigmas. Levels
-    that differ between pictures have the device and the precision of `like`, at least float32.
-    """
-    kind, limited = _prediction_type(scheduler), _limit_of(scheduler)
-    if hasattr(scheduler, "sigmas"):
-        sigma = _present_sigma(scheduler, index, tables)
-        if kind == "flow_prediction":
-            # x = (1 - sigma) * x0 + sigma * eps, u = eps - x0 (arXiv 2209.03003)
-            return Prediction(1 - sigma, sigma, 1.0, -sigma, -1.0, 1 - sigma, limited)
-        if (sigma_data := setting(scheduler, "sigma_data")) is not None:
-            return _preconditioned(sigma, kind, float(sigma_data), limited)
-        alpha = 1 / math.sqrt(1 + sigma**2)
-        sigma = sigma * alpha
-    else:
-        alpha, sigma = _levels([tables["alphas_cumprod"][round(step)] for step in steps], like)
-    if kind == "epsilon":
-        weights = (_ratio(1.0, alpha), -_ratio(sigma, alpha), 0.0, 1.0)
-    elif kind == "v_prediction":
-        weights = (alpha, -sigma, -sigma, alpha)
-    else:
-        weights = (0.0, 1.0, 1.0, -_ratio(alpha, sigma))
-    return Prediction(alpha, sigma, *weights, limited=limited)
+    def prediction(self, step: int, timesteps: list[float], like: Tensor) -> Prediction:
+        """What the scheduler, at a step, says of a call of the denoiser.
+
+        The call's `timesteps`, as `Call.timesteps` has them, count where there are no sigmas.
+        Levels that differ between pictures have the device and the precision of `like`, at least
+        float32.
+        """
+        kind, limited = _prediction_type(self.scheduler), _limit_of(self.scheduler)
+        if self.has_sigmas:
+            sigma = self._sigma(step)
+            if kind == "flow_prediction":
+                # x = (1 - sigma) * x0 + sigma * eps, u = eps - x0 (arXiv 2209.03003)
+                return Prediction(1 - sigma, sigma, 1.0, -sigma, -1.0, 1 - sigma, limited)
+            if (sigma_data := setting(self.scheduler, "sigma_data")) is not None:
+                return _preconditioned(sigma, kind, float(sigma_data), limited)
+            alpha = 1 / math.sqrt(1 + sigma**2)
+            sigma = sigma * alpha
+        else:
+            squares = self.tables["alphas_cumprod"]
+            alpha, sigma = _levels([squares[round(each)] for each in timesteps], like)
+        if kind == "epsilon":
+            weights = (_ratio(1.0, alpha), -_ratio(sigma, alpha), 0.0, 1.0)
+        elif kind == "v_prediction":
+            weights = (alpha, -sigma, -sigma, alpha)
+        else:
+            weights = (0.0, 1.0, 1.0, -_ratio(alpha, sigma))
+        return Prediction(alpha, sigma, *weights, limited=limited)
+
+    def _sigma(self, step: int) -> float:
+        """That of x0 + sigma * eps, or of (1 - sigma) * x0 + sigma * eps."""
+        if not getattr(self.scheduler, "state_in_first_order", True):
+            if hasattr(self.scheduler, "mid_point_sigma"):
+                return float(self.scheduler.mid_point_sigma)
+            offset = _MIDPOINT_OFFSETS.get(type(self.scheduler).__name__)
+            if offset is not None:
+                return self.tables["sigmas_interpol"][step + offset]
+        return self.tables["sigmas"][step]
 
 
 def _levels(squares: list[float], like: Tensor) -> tuple[Level, Level]:
@@ -221,32 +257,6 @@ def _settings(scheduler: type) -> frozenset[str]:
     return frozenset(inspect.signature(scheduler.__init__).parameters)
 
 
-def index_of(scheduler: Any) -> int | None:
-    """Which of its timesteps a scheduler is at; `None` if it does not know."""
-    index = getattr(scheduler, "step_index", None)
-    index = getattr(scheduler, "begin_index", None) if index is None else index
-    return None if index is None else int(index)
-
-
-def is_at(scheduler: Any, timestep: float) -> bool:
-    """Whether a scheduler's timesteps are set, and its state is that of a step at a timestep."""
-    if getattr(scheduler, "num_inference_steps", None) is None:
-        return False
-    tables = Tables(scheduler)
-    index = tables.nearest(scheduler, timestep)
-    return 0 <= index < len(tables) and abs(tables["timesteps"][index] - timestep) < 1
-
-
-def place_in(timesteps: Tensor, timestep: Any) -> int | None:
-    """Where a view lies in the tensor of timesteps that it was taken from; else `None`."""
-    is_single = isinstance(timestep, Tensor) and not any(timestep.stride())
-    if not is_single or timestep.dtype != timesteps.dtype or timesteps.stride() != (1,):
-        return None
-    place = int(timestep.storage_offset()) - int(timesteps.storage_offset())
-    memories = (tensor.untyped_storage().data_ptr() for tensor in (timestep, timesteps))
-    return place if len(set(memories)) == 1 and 0 <= place < len(timesteps) else None
-
-
 def _is_flow_matching(scheduler: Any) -> bool:
     # Schedulers that are made for flow matching have no setting that says so.
     has_its_name = type(scheduler).__name__.startswith("FlowMatch")
@@ -266,17 +276,6 @@ def _limit_of(scheduler: Any) -> Callable[[Tensor], Tensor]:
         return lambda x0: x0
     clip = float(setting(scheduler, "clip_sample_range", 1.0))
     return lambda x0: x0.clamp(-clip, clip)
-
-
-def _present_sigma(scheduler: Any, index: int, tables: Tables) -> float:
-    """The scheduler's sigma: that of x0 + sigma * eps, or of (1 - sigma) * x0 + sigma * eps."""
-    if not getattr(scheduler, "state_in_first_order", True):
-        if hasattr(scheduler, "mid_point_sigma"):
-            return float(scheduler.mid_point_sigma)
-        offset = _MIDPOINT_OFFSETS.get(type(scheduler).__name__)
-        if offset is not None:
-            return tables["sigmas_interpol"][index + offset]
-    return tables["sigmas"][index]
 
 
 def _preconditioned(

@@ -12,17 +12,7 @@ from torch import Tensor, nn
 
 from .call import Call, Layout, halves_agree, layout_by_samples
 from .caller import Caller, is_running
-from .noise import (
-    Prediction,
-    Scheduler,
-    Tables,
-    check_scheduler,
-    index_of,
-    is_at,
-    is_elsewhere,
-    place_in,
-    prediction_at,
-)
+from .noise import Prediction, Schedule, Scheduler, check_scheduler, is_elsewhere
 from .outputs import TwoCalls
 
 
@@ -53,17 +43,15 @@ class Run:
         self._interrupted: dict[threading.Thread, int] = {}
         self._entering = threading.Lock()
         self._inside: threading.Thread | None = None
-        self._begin(None, Tables(None))
+        self._begin(Schedule(None))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """In another process there are other threads and runs."""
         return Run, (False,)
 
-    def _begin(self, scheduler: Scheduler | None, tables: Tables) -> None:
+    def _begin(self, schedule: Schedule) -> None:
         """Nothing is known of a run but its scheduler."""
-        self.tables = tables
-        self._scheduler = scheduler
-        self._timesteps = None if scheduler is None else scheduler.timesteps
+        self.schedule = schedule
         self.two_calls = TwoCalls()
         self._previous: Call | None = None
         self._held: dict[int, _Held] = {}
@@ -99,9 +87,9 @@ class Run:
         if thread is not self._owner:
             # A run that begins has other timesteps, or begins at an earlier one of the same.
             continued = min(self.step, self._interrupted.pop(thread, self.step))
-            if timesteps is self._timesteps and step > continued:
+            if timesteps is self.schedule.timesteps and step > continued:
                 raise RuntimeError(_TWO_THREADS)
-            if self._owner is not None and self.step < len(self.tables) - 1:
+            if self._owner is not None and self.step < len(self.schedule) - 1:
                 self._interrupted[self._owner] = self.step
         self._owner = thread
 
@@ -111,48 +99,49 @@ class Run:
         """The call is at a step of the scheduler that was given, or of one of the caller's."""
         self._has_waited = False
         scheduler = _scheduler_of(call, caller) if given is None else given
-        tables = self.tables
+        schedule = self.schedule
         # Every run of a scheduler has other timesteps.
-        is_other = scheduler is not self._scheduler or scheduler.timesteps is not self._timesteps
+        timesteps = scheduler.timesteps
+        is_other = scheduler is not schedule.scheduler or timesteps is not schedule.timesteps
         if is_other:
             check_scheduler(scheduler)
-            tables = Tables(scheduler)
-            self._has_waited = tables.has_waited
-        step, is_certain = self._step_of(call, scheduler, tables)
-        self._take(scheduler.timesteps, step)
+            schedule = Schedule(scheduler)
+            self._has_waited = schedule.has_waited
+        step, is_certain = self._step_of(call, schedule)
+        self._take(timesteps, step)
         self.is_new = is_other or step < self.step
         if self.is_new:
-            self._begin(scheduler, tables)
+            self._begin(schedule)
         elif step > self.step:
             self._previous = None
         self.step = step
         if not is_certain:
-            self._check_timestep(scheduler, call)
+            self._check_timestep(call)
 
-    def _step_of(self, call: Call, scheduler: Scheduler, tables: Tables) -> tuple[int, bool]:
-        """The step of a scheduler that a call is at, and whether its timestep is surely that."""
+    def _step_of(self, call: Call, schedule: Schedule) -> tuple[int, bool]:
+        """The step that a call is at, and whether its timestep is surely that."""
         # Pipelines take the timestep out of the scheduler's own tensor.
-        place = place_in(scheduler.timesteps, call.timestep) if call.timestep_scale == 1 else None
-        step = index_of(scheduler)
+        place = schedule.place_of(call.timestep) if call.timestep_scale == 1 else None
+        step = schedule.own_step()
         if step is None and place is not None:
             # PNDM evaluates a timestep twice, and does not tell which time it is.
-            return tables.equal_to(place)[0], True
+            return schedule.equal_to(place)[0], True
         if step is None:
-            step = tables.nearest(scheduler, self._timesteps_of(call)[0])
-        if not 0 <= step < len(tables):
-            raise _not_at(scheduler, call)
+            step = schedule.step_at(self._timesteps_of(call)[0])
+        if not 0 <= step < len(schedule):
+            raise _not_at(schedule.scheduler, call)
         return step, step == place
 
     def _timesteps_of(self, call: Call) -> list[float]:
         self._note_wait(call.timestep)
         return call.timesteps()
 
-    def _check_timestep(self, scheduler: Scheduler, call: Call) -> None:
+    def _check_timestep(self, call: Call) -> None:
         """Refuse a scheduler that is elsewhere, and several timesteps where it has one level."""
-        given = torch.as_tensor(call.timestep)
+        scheduler, given = self.schedule.scheduler, torch.as_tensor(call.timestep)
         values = given.flatten()
-        expected = self.tables["timesteps"][self.step] * call.timestep_scale
-        if hasattr(scheduler, "sigmas"):
+        expected = self.schedule.tables["timesteps"][self.step] * call.timestep_scale
+        if self.schedule.has_sigmas:
             message = _SEVERAL_TIMESTEPS.format(type(scheduler).__name__)
             self.refuse((values != values[0]).any(), ValueError, message)
         # What networks receive may be rounded.
@@ -164,12 +153,11 @@ class Run:
 
     def prediction(self, call: Call) -> Prediction:
         """What the scheduler says of the call."""
-        assert self._scheduler is not None
-        steps = self.tables["timesteps"][self.step : self.step + 1]
-        if not hasattr(self._scheduler, "sigmas") and not call.has_one_timestep:
+        timesteps = self.schedule.tables["timesteps"][self.step : self.step + 1]
+        if not self.schedule.has_sigmas and not call.has_one_timestep:
             several = self._timesteps_of(call)
-            steps = several if len(several) > 1 else steps
-        return prediction_at(self._scheduler, self.step, steps, self.tables, call.sample)
+            timesteps = several if len(several) > 1 else timesteps
+        return self.schedule.prediction(self.step, timesteps, call.sample)
 
     # What lies on the device
 
@@ -191,7 +179,7 @@ class Run:
 
         A step that has waited for it already leaves that to the next one, if there is one.
         """
-        if not self._checks or (self._has_waited and self.step < len(self.tables) - 1):
+        if not self._checks or (self._has_waited and self.step < len(self.schedule) - 1):
             return
         checks, self._checks = self._checks, []
         failed = torch.stack([each for each, _ in checks]).cpu().tolist()
@@ -208,7 +196,7 @@ class Run:
         """The layout as the run's first batch of this size shows it (see `layout_by_samples`)."""
         batch = len(call.sample)
         if batch not in self._layouts:
-            is_last = self.step == len(self.tables) - 1
+            is_last = self.step == len(self.schedule) - 1
             self._layouts[batch] = layout_by_samples(denoiser, call, caller, is_last)
             self._note_wait(call.sample)
         return self._layouts[batch]
@@ -240,7 +228,7 @@ class Run:
         """Hold what a guidance's weakened pass at x_t of a shape gave, as noise."""
         before, passes = self._held.get(number), 1
         # Schedulers that evaluate one timestep twice may not tell which time it is.
-        is_unique = len(self.tables.equal_to(self.step)) == 1
+        is_unique = len(self.schedule.equal_to(self.step)) == 1
         if before is not None and before.step == self.step and is_unique:
             passes += before.passes
         self._held[number] = _Held(noise, shape, self.step, passes)
@@ -273,7 +261,8 @@ def _scheduler_of(call: Call, caller: Caller | None) -> Scheduler:
         return schedulers[0]
     timestep = call.timesteps()[0]
     for scheduler in schedulers:
-        if is_at(scheduler, timestep):
+        is_set = getattr(scheduler, "num_inference_steps", None) is not None
+        if is_set and Schedule(scheduler).is_at(timestep):
             return scheduler
     raise _not_at(schedulers[0], call)
 

@@ -163,7 +163,7 @@ class GuidanceHandle:
         run.at(call, caller, self._scheduler)
         if run.is_new:
             refuse_caches(module)
-        steps = len(run.tables)
+        steps = len(run.schedule)
         acting = [n for n, each in enumerate(self.guidances) if each.acts_at(run.step, steps)]
         if acting:
             self._guided_call = self._begin(module, call, caller, acting)

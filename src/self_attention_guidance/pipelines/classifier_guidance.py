@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
 
-from ..denoiser.noise import Prediction, Tables, check_scheduler, prediction_at
+from ..denoiser.noise import Prediction, Schedule, check_scheduler
 from ..denoiser.outputs import precise
 
 
@@ -55,8 +55,8 @@ def classifier_guided_step(
 
 def _present_prediction(scheduler: Any, timestep: Tensor) -> Prediction:
     check_scheduler(scheduler)
-    tables, step = Tables(scheduler), float(timestep)
-    return prediction_at(scheduler, tables.nearest(scheduler, step), [step], tables, timestep)
+    schedule, at = Schedule(scheduler), float(timestep)
+    return schedule.prediction(schedule.step_at(at), [at], timestep)
 
 
 @torch.enable_grad()
