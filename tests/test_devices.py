@@ -132,6 +132,22 @@ def test_the_picture_is_that_of_the_cpu(name: str) -> None:
     assert torch.equal(found, x)
 
 
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_pictures_with_timesteps_of_their_own_cost_one_wait(kind: str) -> None:
+    unet, scheduler = tiny_unet(), tiny_scheduler(prediction_type=kind)
+    scheduler.set_timesteps(4)
+    x, texts = torch.randn(2, 4, 8, 8), torch.randn(2, 7, 32)
+    guidance = SelfAttentionGuidance(1.0, every=2)
+    waits: list[int] = []
+    with guidance.attach(unet, scheduler=scheduler, batch_layout="single"), torch.no_grad():
+        for t in scheduler.timesteps[:-1]:
+            timesteps = torch.stack([t, t - 100]).as_subclass(OnDevice)
+            with counted() as waited:
+                unet(x.as_subclass(OnDevice), timesteps, texts.as_subclass(OnDevice))
+                waits.append(waited())
+    assert max(waits) <= 1
+
+
 def test_not_finite_is_reported_although_the_first_step_does_not_wait_for_it() -> None:
     unet, scheduler = tiny_unet(), tiny_scheduler()
     scheduler.set_timesteps(3)

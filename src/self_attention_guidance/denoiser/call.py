@@ -42,8 +42,9 @@ class Call:
         """Whether the timestep is one number, maybe repeated without a copy."""
         return not isinstance(self.timestep, Tensor) or not any(self.timestep.stride())
 
+    @functools.cached_property
     def timesteps(self) -> list[float]:
-        """The timesteps as the scheduler counts, one, or one a picture."""
+        """The timesteps as the scheduler counts, one, or one a picture; waits for the device."""
         values = torch.as_tensor(self.timestep).flatten()
         numbers = (values[:1] if self.has_one_timestep else values).cpu().tolist()
         numbers = numbers[:1] if len(set(numbers)) == 1 else numbers

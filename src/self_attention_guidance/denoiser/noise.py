@@ -82,9 +82,12 @@ class Prediction:
         return change if x0_change is None else change + self.correction * x0_change
 
     def noise(self, term: Tensor) -> Tensor | None:
-        """A term in units of the noise, in which it may be held; `None` where alpha is 0."""
-        has_zero = bool((torch.as_tensor(self.noise_from_output) == 0).any())
-        return None if has_zero else term * self.noise_from_output
+        """A term in units of the noise, in which it may be held; `None` where alpha may be 0.
+
+        To look for a 0 among the levels of several pictures would be to wait for the device.
+        """
+        may_be_zero = isinstance(self.noise_from_output, Tensor) or self.noise_from_output == 0
+        return None if may_be_zero else term * self.noise_from_output
 
     def held(self, noise: Tensor) -> Tensor:
         """What `noise` gave, at this noise level and in units of the output."""

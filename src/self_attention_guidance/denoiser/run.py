@@ -134,7 +134,7 @@ class Run:
 
     def _timesteps_of(self, call: Call) -> list[float]:
         self._note_wait(call.timestep)
-        return call.timesteps()
+        return call.timesteps
 
     def _check_timestep(self, call: Call) -> None:
         """Refuse a scheduler that is elsewhere, and several timesteps where it has one level."""
@@ -259,7 +259,7 @@ def _scheduler_of(call: Call, caller: Caller | None) -> Scheduler:
         )
     if len(schedulers) == 1:
         return schedulers[0]
-    timestep = call.timesteps()[0]
+    timestep = call.timesteps[0]
     for scheduler in schedulers:
         is_set = getattr(scheduler, "num_inference_steps", None) is not None
         if is_set and Schedule(scheduler).is_at(timestep):
@@ -275,7 +275,7 @@ def _differ(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 def _not_at(scheduler: Scheduler, call: Call) -> ValueError:
     return ValueError(
-        f"{type(scheduler).__name__} is not at timestep {call.timesteps()[0]:g}, with which "
+        f"{type(scheduler).__name__} is not at timestep {call.timesteps[0]:g}, with which "
         "the denoiser is called, so the noise level is unknown: attach guidance to the pipeline "
         "that runs, or to the denoiser with the scheduler= that runs"
     )
