@@ -43,6 +43,7 @@ class Run:
         self._interrupted: dict[threading.Thread, int] = {}
         self._entering = threading.Lock()
         self._inside: threading.Thread | None = None
+        self._schedules: list[Schedule] = []
         self._begin(Schedule(None))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -98,17 +99,12 @@ class Run:
     def at(self, call: Call, caller: Caller | None, given: Scheduler | None) -> None:
         """The call is at a step of the scheduler that was given, or of one of the caller's."""
         self._has_waited = False
-        scheduler = _scheduler_of(call, caller) if given is None else given
-        schedule = self.schedule
-        # Every run of a scheduler has other timesteps.
-        timesteps = scheduler.timesteps
-        is_other = scheduler is not schedule.scheduler or timesteps is not schedule.timesteps
+        schedule = self._schedule_at(call, caller) if given is None else self._schedule_of(given)
+        is_other = schedule is not self.schedule
         if is_other:
-            check_scheduler(scheduler)
-            schedule = Schedule(scheduler)
-            self._has_waited = schedule.has_waited
+            check_scheduler(schedule.scheduler)
         step, is_certain = self._step_of(call, schedule)
-        self._take(timesteps, step)
+        self._take(schedule.timesteps, step)
         self.is_new = is_other or step < self.step
         if self.is_new:
             self._begin(schedule)
@@ -117,6 +113,34 @@ class Run:
         self.step = step
         if not is_certain:
             self._check_timestep(call)
+
+    def _schedule_at(self, call: Call, caller: Caller | None) -> Schedule:
+        """That of the pipeline's scheduler which is at the call's timestep."""
+        schedulers = [] if caller is None else caller.schedulers
+        if not schedulers:
+            raise RuntimeError(
+                "no pipeline is running, so the scheduler and the batch layout are unknown; to "
+                "call the denoiser in a loop of your own, attach to it with scheduler= and "
+                "batch_layout="
+            )
+        if len(schedulers) == 1:
+            return self._schedule_of(schedulers[0])
+        timestep = self._timesteps_of(call)[0]
+        for scheduler in schedulers:
+            is_set = getattr(scheduler, "num_inference_steps", None) is not None
+            if is_set and self._schedule_of(scheduler).is_at(timestep):
+                return self._schedule_of(scheduler)
+        raise _not_at(schedulers[0], call)
+
+    def _schedule_of(self, scheduler: Scheduler) -> Schedule:
+        """What is known of a scheduler since its timesteps were set: every run has others."""
+        for known in (self.schedule, *self._schedules):
+            if known.scheduler is scheduler and known.timesteps is scheduler.timesteps:
+                return known
+        schedule = Schedule(scheduler)
+        self._has_waited |= schedule.has_waited
+        self._schedules = [*self._schedules[-3:], schedule]
+        return schedule
 
     def _step_of(self, call: Call, schedule: Schedule) -> tuple[int, bool]:
         """The step that a call is at, and whether its timestep is surely that."""
@@ -247,24 +271,6 @@ class Run:
                 "be another picture's; use every=1"
             )
         return held.noise
-
-
-def _scheduler_of(call: Call, caller: Caller | None) -> Scheduler:
-    """The scheduler of the pipeline that is at the call's timestep."""
-    schedulers = [] if caller is None else caller.schedulers
-    if not schedulers:
-        raise RuntimeError(
-            "no pipeline is running, so the scheduler and the batch layout are unknown; to call "
-            "the denoiser in a loop of your own, attach to it with scheduler= and batch_layout="
-        )
-    if len(schedulers) == 1:
-        return schedulers[0]
-    timestep = call.timesteps[0]
-    for scheduler in schedulers:
-        is_set = getattr(scheduler, "num_inference_steps", None) is not None
-        if is_set and Schedule(scheduler).is_at(timestep):
-            return scheduler
-    raise _not_at(schedulers[0], call)
 
 
 def _differ(a: Tensor | None, b: Tensor | None) -> Tensor | None:
