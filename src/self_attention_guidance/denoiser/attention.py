@@ -69,8 +69,9 @@ class _KernelCalls(TorchFunctionMode):
             bias = args[0] if kwargs.get("beta", 1) else None
             self.scores = (args[1], args[2].transpose(-1, -2), kwargs.get("alpha", 1), bias)
         elif func is torch.bmm and self.scores is not None:
-            (query, key, scale, bias), self.scores = self.scores, None
-            operands = Operands(query, key, args[1], scale, bias)
+            query, key, scale, bias = self.scores
+            if args[0].shape == (*query.shape[:-1], key.shape[-2]):
+                operands, self.scores = Operands(query, key, args[1], scale, bias), None
         elif args and func is torch.Tensor.unflatten:  # torch.compile traces it as a method only
             return args[0].unflatten(*args[1:], **kwargs)
         if operands is None:
