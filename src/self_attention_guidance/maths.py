@@ -31,9 +31,8 @@ def attention_received(
 
     The query is (batch, heads, queries, channels), the key (batch, heads, positions, channels).
     `scale` is 1 / sqrt(channels) if `None`. `bias` broadcasts to (batch, heads, queries,
-    positions); if bool, scores are left out where it is false. `picture` are the queries and
-    positions that are the picture's, all if `None`. Returns (batch, positions), or those of the
-    picture; float32, not negative.
+    positions). `picture` are the queries and positions that are the picture's, all if `None`.
+    Returns (batch, positions), or those of the picture; float32, not negative.
     """
     batch, heads, queries, channels = query.shape
     positions = key.shape[2]
@@ -48,9 +47,7 @@ def attention_received(
         for start in range(0, query.shape[2], rows):
             part = slice(start, start + rows)
             scores = query[:, :, part] @ keys
-            if bias is not None and bias.dtype == torch.bool:
-                scores = torch.where(bias[:, :, part], scores, -torch.inf)
-            elif bias is not None:
+            if bias is not None:
                 scores = scores + bias[:, :, part]
             received += scores.softmax(dim=-1).sum(dim=(1, 2))[:, inside]
     if picture is None:

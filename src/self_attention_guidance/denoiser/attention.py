@@ -191,17 +191,23 @@ def received(noted: list[Operands], batch: int, rows: slice, picture: slice) -> 
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         return (whole if by_row else whole.unflatten(0, (batch, -1)))[rows]
 
-    def bias_of(each: Operands) -> Tensor:
-        """What is added to the scores, with as many rows as these have."""
-        bias: Any = each.bias
-        shape = (len(each.query), *[-1] * (each.query.ndim - 1))
-        return bias[(None,) * (each.query.ndim - bias.ndim)].expand(shape)
-
     query, key = joined([each.query for each in noted]), joined([each.key for each in noted])
-    biases = [bias_of(each) for each in noted if each.bias is not None]
-    bias = joined(biases) if biases else None
+    bias = None
+    if any(each.bias is not None for each in noted):
+        biases = [_added(each) for each in noted]
+        inner = torch.broadcast_shapes(*(each.shape[1:] for each in biases))
+        parts = zip(noted, biases, strict=True)
+        bias = joined([added.expand(len(call.query), *inner) for call, added in parts])
     part = None if picture == slice(0, positions) else picture
     return attention_received(query, key, noted[0].scale, bias, part)
+
+
+def _added(call: Operands) -> Tensor:
+    """What is added to the scores, with as many dimensions as these have."""
+    bias = call.query.new_zeros(()) if call.bias is None else call.bias
+    if bias.dtype == torch.bool:
+        bias = torch.where(bias, 0.0, -torch.inf)
+    return bias[(None,) * (call.query.ndim - bias.ndim)]
 
 
 def self_attention(denoiser: nn.Module, layer: str) -> nn.Module:
