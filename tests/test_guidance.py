@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -473,3 +474,17 @@ def test_an_odd_batch_has_no_halves() -> None:
         pytest.raises(ValueError, match="a batch of 3 can't hold"),
     ):
         unet(torch.randn(3, 4, 8, 8), scheduler.timesteps[0], states)
+
+
+def test_what_a_run_kept_is_released_with_the_guidance() -> None:
+    unet, scheduler = tiny_unet(), tiny_scheduler()
+    scheduler.set_timesteps(5)
+    x, texts = torch.randn(1, 4, 8, 8), torch.randn(1, 7, 32)
+    kept = weakref.ref(x), weakref.ref(texts)
+    handle = SelfAttentionGuidance(1.0, every=2).attach(unet, scheduler=scheduler)
+    with torch.no_grad(), pytest.raises(KeyError), handle:
+        unet(x, scheduler.timesteps[0], texts)
+        raise KeyError("interrupted")
+    assert handle.steps == 1
+    del x, texts
+    assert [each() for each in kept] == [None, None]

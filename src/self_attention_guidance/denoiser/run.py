@@ -43,12 +43,16 @@ class Run:
         self._interrupted: dict[threading.Thread, int] = {}
         self._entering = threading.Lock()
         self._inside: threading.Thread | None = None
-        self._schedules: list[Schedule] = []
-        self._begin(Schedule(None))
+        self.end()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """In another process there are other threads and runs."""
         return Run, (False,)
+
+    def end(self) -> None:
+        """Nothing runs, and no tensor of a run is kept."""
+        self._schedules: list[Schedule] = []
+        self._begin(Schedule(None))
 
     def _begin(self, schedule: Schedule) -> None:
         """Nothing is known of a run but its scheduler."""
@@ -130,7 +134,7 @@ class Run:
             is_set = getattr(scheduler, "num_inference_steps", None) is not None
             if is_set and self._schedule_of(scheduler).is_at(timestep):
                 return self._schedule_of(scheduler)
-        raise _not_at(schedulers[0], call)
+        raise _not_at(schedulers[0], call.timestep, call.timestep_scale)
 
     def _schedule_of(self, scheduler: Scheduler) -> Schedule:
         """What is known of a scheduler since its timesteps were set: every run has others."""
@@ -153,7 +157,7 @@ class Run:
         if step is None:
             step = schedule.step_at(self._timesteps_of(call)[0])
         if not 0 <= step < len(schedule):
-            raise _not_at(schedule.scheduler, call)
+            raise _not_at(schedule.scheduler, call.timestep, call.timestep_scale)
         return step, step == place
 
     def _timesteps_of(self, call: Call) -> list[float]:
@@ -173,7 +177,8 @@ class Run:
             allowed = 2 * torch.finfo(given.dtype).eps * abs(expected) + 1e-6
         else:
             allowed = 0.0 if expected == round(expected) else 1.0
-        self.refuse((values[0] - expected).abs() > allowed, _not_at, scheduler, call)
+        about = scheduler, values[0], call.timestep_scale
+        self.refuse((values[0] - expected).abs() > allowed, _not_at, *about)
 
     def prediction(self, call: Call) -> Prediction:
         """What the scheduler says of the call."""
@@ -279,9 +284,10 @@ def _differ(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return (a != b).any() if can_compare else None
 
 
-def _not_at(scheduler: Scheduler, call: Call) -> ValueError:
+def _not_at(scheduler: Scheduler, timestep: Any, timestep_scale: float) -> ValueError:
+    at = float(torch.as_tensor(timestep).flatten()[0]) / timestep_scale
     return ValueError(
-        f"{type(scheduler).__name__} is not at timestep {call.timesteps[0]:g}, with which "
+        f"{type(scheduler).__name__} is not at timestep {at:g}, with which "
         "the denoiser is called, so the noise level is unknown: attach guidance to the pipeline "
         "that runs, or to the denoiser with the scheduler= that runs"
     )

@@ -100,6 +100,8 @@ class GuidanceHandle:
         for hook in self._hooks:
             hook.remove()
         self._stop_reading()
+        if not self._is_for_one_call:  # else the next handle goes on with the run
+            self._run.end()
 
     def remove_after_call(self) -> None:
         """Remove the guidance after the next call of the denoiser, also if that fails."""
