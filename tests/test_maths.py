@@ -92,8 +92,8 @@ def test_attention_is_computed_for_the_guided_rows_alone() -> None:
 
 def test_mask_is_strictly_above_the_threshold() -> None:
     received = torch.tensor([0.5, 1.0, 1.5])
-    assert maths.attention_mask(received).tolist() == [False, False, True]
-    assert maths.attention_mask(received, 0.4).all()
+    assert SelfAttentionGuidance().mask(received).tolist() == [False, False, True]
+    assert SelfAttentionGuidance(threshold=0.4).mask(received).all()
 
 
 @pytest.mark.parametrize(("sigma", "taps"), [(1.0, 9), (3.0, 31), (0.4, 3)])

@@ -55,11 +55,6 @@ def attention_received(
     return received / received.mean(dim=1, keepdim=True)
 
 
-def attention_mask(received: Tensor, threshold: float = 1.0) -> Tensor:
-    """The positions that receive more attention than `threshold`, the paper's psi (Eq. 14)."""
-    return received > threshold
-
-
 def gaussian_blur(image: Tensor, sigma: float, kernel_size: int) -> Tensor:
     """Gaussian blur with mirrored borders (G_sigma of Sec. 4.1).
 

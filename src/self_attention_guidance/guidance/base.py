@@ -17,7 +17,7 @@ from ..denoiser.families import BatchLayout
 from ..denoiser.noise import Scheduler
 
 if TYPE_CHECKING:
-    from .attach import GuidanceHandle
+    from .handle import GuidanceHandle
 
 Branch = Literal["uncond", "cond"]
 Self = TypeVar("Self", bound="Guidance")
@@ -193,6 +193,6 @@ class Guidance:
         Returns:
             The handle; use it in a `with` statement, or call its `remove`.
         """
-        from .attach import attach
+        from .handle import attach
 
         return attach(target, self, scheduler=scheduler, batch_layout=batch_layout)
