@@ -138,17 +138,15 @@ class Layout:
 
     @property
     def has_halves(self) -> bool:
-        """Whether the batch holds every picture twice."""
         return self.kind in ("uncond_first", "cond_first")
 
     @property
     def has_two_calls(self) -> bool:
-        """Whether a step may be two calls."""
         return self.kind in ("uncond_call_first", "cond_call_first")
 
     @property
     def halves_differ(self) -> str:
-        """What to say where the batch has halves, but they hold different samples."""
+        """What to say if the halves hold different samples."""
         if self.is_told:
             return (
                 "the batch has no conditional and unconditional half: its halves hold different "
@@ -184,10 +182,9 @@ def layout_of(call: Call, caller: Caller | None, given: BatchLayout | None) -> L
     usual = Layout(call.family.cfg_layout, True)
     if usual.has_two_calls or (usual.kind == "single" and caller is not None):
         return usual
-    cfg = None if caller is None else caller.cfg
-    if cfg is None:
+    if caller is None or caller.cfg is None:
         return None
-    return usual if cfg else Layout("single", True)
+    return usual if caller.cfg else Layout("single", True)
 
 
 def layout_by_samples(

@@ -1,8 +1,8 @@
 """Noise levels, and what a network's output says about the clean sample.
 
 In the denoiser's own input space every supported model sees x_t = alpha_t * x0 + sigma_t * eps, and
-its output u is linear in the clean sample: x0 = from_input * x_t + from_output * u. This is the one
-file that knows how schedulers state their noise level.
+its output u is linear in the clean sample: x0 = from_input * x_t + from_output * u. Only this file
+knows how schedulers state their noise level.
 """
 
 from __future__ import annotations
@@ -66,17 +66,13 @@ class Prediction:
         return self.from_input * x_t + self.from_output * output
 
     def renoise(self, x_t: Tensor, x0: Tensor, x0_degraded: Tensor) -> Tensor:
-        """alpha_t * x0_degraded + sigma_t * eps, eps being the noise in `x_t` beside `x0`.
-
-        Written as a change of `x_t`, so that it is bit-equal where nothing was degraded.
-        """
+        """alpha_t * x0_degraded + sigma_t * eps, bit-equal to `x_t` where nothing was degraded."""
         return x_t + self.alpha * (x0_degraded - x0)
 
     def term(self, output: Tensor, weak_output: Tensor, x0_change: Tensor | None = None) -> Tensor:
         """The guidance term eps - eps' (arXiv 2210.00939, Eq. 16), in units of the output u.
 
-        `x0_change` is what was added to the clean sample in the weakened network's input; `None`
-        if that was x_t.
+        `x0_change` was added to the clean sample in the weakened network's input, if it is given.
         """
         change = output - weak_output
         return change if x0_change is None else change + self.correction * x0_change
@@ -94,22 +90,15 @@ class Prediction:
         return noise / self.noise_from_output
 
 
-def is_elsewhere(value: Any) -> bool:
-    """Whether a value is a tensor that code would have to wait for.
-
-    Those of a class of their own may stand for something on a device.
-    """
+def is_elsewhere(value: object) -> bool:
+    """Whether a value is a tensor, maybe of a class that stands for a device, to wait for."""
     return isinstance(value, Tensor) and (value.device.type != "cpu" or type(value) is not Tensor)
 
 
 class Schedule:
-    """A scheduler with its timesteps set, and its tables as Python's numbers.
-
-    They are taken once a run, and with one transfer.
-    """
+    """A scheduler with its timesteps set, and its tables as numbers, fetched with one transfer."""
 
     def __init__(self, scheduler: Any) -> None:
-        """Fetch what is on a device, and note it; `None` has no timesteps."""
         self.scheduler = scheduler
         self.timesteps: Any = getattr(scheduler, "timesteps", None)
         self.has_sigmas = hasattr(scheduler, "sigmas")
@@ -219,38 +208,31 @@ def _levels(squares: list[float], like: Tensor) -> tuple[Level, Level]:
 
 def check_scheduler(scheduler: Any) -> None:
     """Refuse schedulers whose noise level or prediction type is not known here."""
-    problem = _problem_of(scheduler)
-    if problem is not None:
-        raise ValueError(f"scheduler {type(scheduler).__name__} {problem}")
-
-
-def _problem_of(scheduler: Any) -> str | None:
     kind, is_flow = _prediction_type(scheduler), _is_flow_matching(scheduler)
+    name, problem = type(scheduler).__name__, ""
     if not (hasattr(scheduler, "sigmas") or hasattr(scheduler, "alphas_cumprod")):
-        return "has neither sigmas nor alphas_cumprod: not supported"
-    if "Inverse" in type(scheduler).__name__:
-        return "is not supported: its samples have another noise level than its timesteps say"
-    if kind not in PREDICTION_TYPES:
-        return f"has prediction_type={kind!r}; it must be one of {', '.join(PREDICTION_TYPES)}"
-    if is_flow != (kind == "flow_prediction"):
+        problem = "has neither sigmas nor alphas_cumprod: not supported"
+    elif "Inverse" in name:
+        problem = "is not supported: its samples have another noise level than its timesteps say"
+    elif kind not in PREDICTION_TYPES:
+        problem = f"has prediction_type={kind!r}; it must be one of {', '.join(PREDICTION_TYPES)}"
+    elif is_flow != (kind == "flow_prediction"):
         needs = "flow_prediction needs flow sigmas, and they need it"
-        return f"has prediction_type={kind!r} with use_flow_sigmas={is_flow}; {needs}"
-    if setting(scheduler, "invert_sigmas"):
-        return "has invert_sigmas=True: not supported"
-    if setting(scheduler, "sigma_data") is not None and "beta_schedule" in scheduler.config:
-        return (
+        problem = f"has prediction_type={kind!r} with use_flow_sigmas={is_flow}; {needs}"
+    elif setting(scheduler, "invert_sigmas"):
+        problem = "has invert_sigmas=True: not supported"
+    elif setting(scheduler, "sigma_data") is not None and "beta_schedule" in scheduler.config:
+        problem = (
             "was made from the config of a variance-preserving scheduler "
             f"(beta_schedule={scheduler.config['beta_schedule']!r}), but it needs a denoiser with "
             "EDM preconditioning; use EulerDiscreteScheduler for this model"
         )
-    return None
+    if problem:
+        raise ValueError(f"scheduler {name} {problem}")
 
 
 def setting(scheduler: Any, name: str, default: Any = None) -> Any:
-    """A setting that a scheduler's class knows, else `default`.
-
-    Configs also hold settings of other schedulers that they were made from.
-    """
+    """A setting that a scheduler's class knows: its config may hold those of other classes, too."""
     config = getattr(scheduler, "config", {})
     return config.get(name, default) if name in _settings(type(scheduler)) else default
 
@@ -262,8 +244,8 @@ def _settings(scheduler: type) -> frozenset[str]:
 
 def _is_flow_matching(scheduler: Any) -> bool:
     # Schedulers that are made for flow matching have no setting that says so.
-    has_its_name = type(scheduler).__name__.startswith("FlowMatch")
-    return has_its_name or bool(setting(scheduler, "use_flow_sigmas"))
+    is_named_so = type(scheduler).__name__.startswith("FlowMatch")
+    return is_named_so or bool(setting(scheduler, "use_flow_sigmas"))
 
 
 def _prediction_type(scheduler: Any) -> Any:

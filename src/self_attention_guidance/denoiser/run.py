@@ -35,7 +35,6 @@ class Run:
     """
 
     def __init__(self, is_for_this_thread: bool = False) -> None:
-        """Nothing runs yet; only the thread that makes this may, or any."""
         self.step = 0
         self.is_new = self.is_weak = self._has_waited = False
         self._is_fixed = is_for_this_thread
@@ -78,13 +77,13 @@ class Run:
                 raise RuntimeError(_TWO_THREADS)
             self._inside, self.is_weak = thread, False
 
-    def is_inside(self) -> bool:
-        """Whether a call of this thread has begun and not ended."""
-        return self._inside is threading.current_thread()
-
     def leave(self) -> None:
         """The call that this thread began ends."""
         self._inside = None
+
+    def is_inside(self) -> bool:
+        """Whether a call of this thread has begun and not ended."""
+        return self._inside is threading.current_thread()
 
     def _take(self, timesteps: Tensor, step: int) -> None:
         """The run is this thread's."""
@@ -129,10 +128,10 @@ class Run:
             )
         if len(schedulers) == 1:
             return self._schedule_of(schedulers[0])
-        timestep = self._timesteps_of(call)[0]
+        self._note_wait(call.timestep)
         for scheduler in schedulers:
             is_set = getattr(scheduler, "num_inference_steps", None) is not None
-            if is_set and self._schedule_of(scheduler).is_at(timestep):
+            if is_set and self._schedule_of(scheduler).is_at(call.timesteps[0]):
                 return self._schedule_of(scheduler)
         raise _not_at(schedulers[0], call.timestep, call.timestep_scale)
 
@@ -155,14 +154,11 @@ class Run:
             # PNDM evaluates a timestep twice, and does not tell which time it is.
             return schedule.equal_to(place)[0], True
         if step is None:
-            step = schedule.step_at(self._timesteps_of(call)[0])
+            self._note_wait(call.timestep)
+            step = schedule.step_at(call.timesteps[0])
         if not 0 <= step < len(schedule):
             raise _not_at(schedule.scheduler, call.timestep, call.timestep_scale)
         return step, step == place
-
-    def _timesteps_of(self, call: Call) -> list[float]:
-        self._note_wait(call.timestep)
-        return call.timesteps
 
     def _check_timestep(self, call: Call) -> None:
         """Refuse a scheduler that is elsewhere, and several timesteps where it has one level."""
@@ -184,8 +180,8 @@ class Run:
         """What the scheduler says of the call."""
         timesteps = self.schedule.tables["timesteps"][self.step : self.step + 1]
         if not self.schedule.has_sigmas and not call.has_one_timestep:
-            several = self._timesteps_of(call)
-            timesteps = several if len(several) > 1 else timesteps
+            self._note_wait(call.timestep)
+            timesteps = call.timesteps if len(call.timesteps) > 1 else timesteps
         return self.schedule.prediction(self.step, timesteps, call.sample)
 
     # What lies on the device
@@ -235,21 +231,20 @@ class Run:
         before, self._previous = self._previous, call
         if layout.has_two_calls:
             cfg = None if caller is None else caller.cfg
-            self.two_calls.begin(before is not None and self._is_equal(before, call), cfg, terms)
+            self.two_calls.begin(self._has_equal_sample(before, call), cfg, terms)
         if layout.has_halves:
             self.refuse(~halves_agree(call.sample), ValueError, layout.halves_differ)
         elif before is not None and not layout.is_told:
             pairs = (before.sample, call.sample), (before.condition, call.condition)
-            differ = [_differ(*pair) for pair in pairs]
-            if differ[0] is not None and differ[1] is not None:
-                self.refuse(~differ[0] & differ[1], ValueError, _SEVERAL_CALLS)
+            if all(a is not None and b is not None and a.shape == b.shape for a, b in pairs):
+                same, alike = ((a == b).all() for a, b in pairs)
+                self.refuse(same & ~alike, ValueError, _SEVERAL_CALLS)
 
-    def _is_equal(self, before: Call, call: Call) -> bool:
-        """Whether two calls have the same x_t."""
-        x, x_now = before.sample, call.sample
-        if x is not x_now:
-            self._note_wait(x)
-        return x is x_now or (x.shape == x_now.shape and torch.equal(x, x_now))
+    def _has_equal_sample(self, before: Call | None, call: Call) -> bool:
+        if before is None or before.sample is call.sample:
+            return before is not None
+        self._note_wait(call.sample)
+        return torch.equal(before.sample, call.sample)
 
     # Terms that are held
 
@@ -276,12 +271,6 @@ class Run:
                 "be another picture's; use every=1"
             )
         return held.noise
-
-
-def _differ(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """Whether tensors differ, bool on their device; `None` if they can't be compared."""
-    can_compare = a is not None and b is not None and a.shape == b.shape
-    return (a != b).any() if can_compare else None
 
 
 def _not_at(scheduler: Scheduler, timestep: Any, timestep_scale: float) -> ValueError:

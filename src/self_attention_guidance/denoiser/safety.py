@@ -80,7 +80,7 @@ def refuse_compiled_in_place(module: nn.Module) -> None:
     torch compiles hooks together with the module if told to, and does not look for later ones.
     Otherwise they run around what is compiled.
     """
-    is_compiled = module._compiled_call_impl is not None
+    is_compiled = any(each._compiled_call_impl is not None for each in (module, uncompiled(module)))
     if is_compiled and getattr(torch._dynamo.config, "wrap_top_frame", False):
         raise ValueError(
             f"{type(module).__name__} was compiled in place with torch._dynamo.config."

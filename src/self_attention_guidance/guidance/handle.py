@@ -42,10 +42,10 @@ def attach(
     own; what they add is summed, in any order.
 
     Args:
-        target: A diffusers pipeline, or a denoiser for a loop of your own.
+        target: See `Guidance.attach`, as `scheduler` and `batch_layout`.
         *guidances: At least one.
-        scheduler: See `Guidance.attach`.
-        batch_layout: See `Guidance.attach`.
+        scheduler: That of a bare denoiser.
+        batch_layout: What a call holds; `None` asks the pipeline that runs.
         is_for_this_thread: Refuse calls of other threads, for a pipeline's own call.
 
     Raises:
@@ -54,17 +54,6 @@ def attach(
     """
     if not guidances or not all(isinstance(each, Guidance) for each in guidances):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError("attach needs a guidance behind its target: SelfAttentionGuidance(0.75)")
-    denoiser = _checked_denoiser(target, scheduler, batch_layout)
-    pipeline = None if denoiser is target else target
-    run = Run(is_for_this_thread)
-    return GuidanceHandle(denoiser, pipeline, guidances, run, scheduler, batch_layout)
-
-
-def _checked_denoiser(target: Any, scheduler: Any, batch_layout: Any) -> nn.Module:
-    """The denoiser that is to be guided, if it can be."""
-    if batch_layout is not None and batch_layout not in get_args(BatchLayout):
-        choices = ", ".join(get_args(BatchLayout))
-        raise ValueError(f"batch_layout={batch_layout!r} must be one of {choices}")
     denoiser = denoiser_of(target)
     if denoiser is None:
         raise ValueError(
@@ -72,15 +61,24 @@ def _checked_denoiser(target: Any, scheduler: Any, batch_layout: Any) -> nn.Modu
             f"transformer, or a denoiser; supported denoisers: {', '.join(FAMILIES)}"
         )
     family_of(denoiser)
-    if denoiser is not target:
-        refuse_unknown(target)
-        if scheduler is not None:
-            raise ValueError("scheduler must not be given with a pipeline: its own is used")
-        scheduler = target.scheduler
-    elif scheduler is None:
-        raise ValueError("scheduler=None must be the scheduler that drives this denoiser")
-    check_scheduler(scheduler)
-    return denoiser
+    layouts = get_args(BatchLayout)
+    if batch_layout not in (None, *layouts):
+        raise ValueError(f"batch_layout={batch_layout!r} must be one of {', '.join(layouts)}")
+    pipeline = None if denoiser is target else target
+    check_scheduler(_scheduler_of(pipeline, scheduler))
+    run = Run(is_for_this_thread)
+    return GuidanceHandle(denoiser, pipeline, guidances, run, scheduler, batch_layout)
+
+
+def _scheduler_of(pipeline: Any, given: Scheduler | None) -> Scheduler:
+    if pipeline is None:
+        if given is None:
+            raise ValueError("scheduler=None must be the scheduler that drives this denoiser")
+        return given
+    refuse_unknown(pipeline)
+    if given is not None:
+        raise ValueError("scheduler must not be given with a pipeline: its own is used")
+    return pipeline.scheduler
 
 
 class GuidanceHandle:
@@ -93,8 +91,8 @@ class GuidanceHandle:
         guidances: The settings.
         attached: Whether the denoiser is guided.
         steps: Number of weakened passes so far: one for each guidance and guided step that does
-            not hold its term, and another one at the first step of a run of two calls a step,
-            unless the pipeline tells that the second follows.
+            not hold its term. A run of two calls a step has one more at its first step, unless
+            its pipeline says that classifier-free guidance is on.
         x0: The clean sample that was predicted at the last weakened pass, as the scheduler clips
             or thresholds it: (pictures, channels, height, width), at least float32.
         term: What guidance added at the last guided step to each picture's rows of the denoiser's
@@ -119,8 +117,7 @@ class GuidanceHandle:
         self.x0: Tensor | None = None
         self.term: Tensor | None = None
         self.noted: dict[str, Tensor] = {}
-        # A pipeline keeps its handle, and a denoiser its hooks: neither may be kept by them.
-        self._denoiser: Any = weakref.ref(denoiser)
+        # A pipeline keeps its handle: the handle may not keep the pipeline.
         self._pipeline: Any = _nothing if pipeline is None else weakref.ref(pipeline)
         self._scheduler = scheduler
         self._layout: BatchLayout | None = batch_layout
@@ -162,7 +159,7 @@ class GuidanceHandle:
         self._is_for_one_call = True
 
     def continue_from(self, earlier: GuidanceHandle) -> None:
-        """Go on with the run of an earlier handle of the same guidances, and what it holds."""
+        """Go on with the run of an earlier handle of the same guidances, and the terms it holds."""
         self._run = earlier._run
 
     def __enter__(self) -> GuidanceHandle:
@@ -171,9 +168,10 @@ class GuidanceHandle:
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         """Remove the guidance; refuse a pipeline that got another denoiser, not guided."""
+        present = denoiser_of(self._pipeline()) if self.attached else None
+        is_guided = present is None or self in _handles_on(present)
         self.remove()
-        present = denoiser_of(self._pipeline())
-        if error is None and present is not None and not self._was_on(present):
+        if error is None and not is_guided:
             raise RuntimeError(
                 f"{type(self._pipeline()).__name__} got another denoiser after guidance was "
                 "attached; what it drew with that one is not guided: attach again after the change"
@@ -185,8 +183,8 @@ class GuidanceHandle:
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what belongs to this process; a guided denoiser can be pickled."""
-        references = {"_denoiser": _nothing, "_pipeline": _nothing}
-        return {**self.__dict__, **references, "_guided_call": None, "_reading": ExitStack()}
+        local = {"_pipeline": _nothing, "_guided_call": None, "_reading": ExitStack()}
+        return {**self.__dict__, **local}
 
     # The hooks
 
@@ -195,9 +193,12 @@ class GuidanceHandle:
             for layer in guidance.reads(denoiser):
                 self_attention(denoiser, layer)
         with _attaching:
-            for module in {denoiser, uncompiled(denoiser)}:
-                _refuse_guided(module)
-                refuse_compiled_in_place(module)
+            for handle in _handles_on(denoiser):
+                if handle.attached:
+                    by = " and ".join(str(guidance) for guidance in handle.guidances)
+                    name = type(denoiser).__name__
+                    raise ValueError(f"{name} is guided already, by {by}; remove that handle first")
+            refuse_compiled_in_place(denoiser)
             refuse_caches(denoiser)
             return [
                 denoiser.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -282,27 +283,14 @@ class GuidanceHandle:
         guided_call.check(whole, guided)
         return guided
 
-    def _was_on(self, denoiser: nn.Module) -> bool:
-        """Whether a denoiser is the guided one, or a copy of it."""
-        own = self._denoiser()
-        modules = {denoiser, uncompiled(denoiser)}
-        is_own = own is not None and not modules.isdisjoint({own, uncompiled(own)})
-        return is_own or any(self in _handles_on(module) for module in modules)
 
-
-def _handles_on(module: nn.Module) -> list[GuidanceHandle]:
-    owners = [getattr(hook, "__self__", None) for hook in module._forward_hooks.values()]
+def _handles_on(denoiser: nn.Module) -> list[GuidanceHandle]:
+    """Those that guide a denoiser, or the module that it is compiled from."""
+    modules = {denoiser, uncompiled(denoiser)}
+    hooks = [hook for module in modules for hook in module._forward_hooks.values()]
+    owners = [getattr(hook, "__self__", None) for hook in hooks]
     return [owner for owner in owners if isinstance(owner, GuidanceHandle)]
 
 
-def _refuse_guided(module: nn.Module) -> None:
-    for handle in _handles_on(module):
-        if handle.attached:
-            by = " and ".join(str(guidance) for guidance in handle.guidances)
-            raise ValueError(
-                f"{type(module).__name__} is guided already, by {by}; remove that handle first"
-            )
-
-
 def _nothing() -> None:
-    """In place of a weak reference to what is not there."""
+    """What a weak reference returns whose object is gone."""
