@@ -262,7 +262,7 @@ def test_a_subclass_that_passes_its_arguments_on_is_guided(pipe: Any) -> None:
         assert torch.equal(draw(pipe), expected)
     with (
         SelfAttentionGuidance(1.0).attach(pipe.unet, scheduler=pipe.scheduler),
-        pytest.raises(ValueError, match="Passing was called without 'timestep': give it by name"),
+        pytest.raises(ValueError, match="Passing was called without timestep: give it by name"),
     ):
         pipe.unet(torch.randn(1, 4, 8, 8))
 

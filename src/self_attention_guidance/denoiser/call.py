@@ -71,9 +71,7 @@ def call_of(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     sample, timestep = arguments.get(family.sample_argument), arguments.get("timestep")
     if sample is None or timestep is None:
         missing = family.sample_argument if sample is None else "timestep"
-        raise ValueError(
-            f"{type(network).__name__} was called without {missing!r}: give it by name"
-        )
+        raise ValueError(f"{type(network).__name__} was called without {missing}: give it by name")
     condition = arguments.get(family.condition)
     condition = condition if isinstance(condition, Tensor) else None
     # Networks that were trained with rescaled timesteps say so in their config; for others, the
@@ -147,13 +145,9 @@ class Layout:
     @property
     def halves_differ(self) -> str:
         """What to say if the halves hold different samples."""
-        if self.is_told:
-            return (
-                "the batch has no conditional and unconditional half: its halves hold different "
-                f"samples (batch_layout={self.kind!r})"
-            )
+        before = f"batch_layout={self.kind!r}" if self.is_told else "they were the same before"
         return (
-            "the halves of the batch held the same samples, but no longer do: without "
+            f"the two halves of the batch hold different samples ({before}); without "
             "classifier-free guidance, attach with batch_layout='single'"
         )
 
@@ -162,10 +156,7 @@ class Layout:
         if not self.has_halves:
             return slice(0, batch)
         if batch % 2:
-            raise ValueError(
-                f"a batch of {batch} can't hold a conditional and an unconditional half "
-                f"(batch_layout={self.kind!r})"
-            )
+            raise ValueError(f"a batch of {batch} has no two halves (batch_layout={self.kind!r})")
         is_first = self.kind == f"{branch}_first"
         return slice(0, batch // 2) if is_first else slice(batch // 2, batch)
 
@@ -175,10 +166,7 @@ def layout_of(call: Call, caller: Caller | None, given: BatchLayout | None) -> L
     if given is not None:
         return Layout(given, True)
     if call.arguments.get("skip_layers") is not None:
-        raise ValueError(
-            "skip-layer guidance is on, and its call is not supported; leave out "
-            "skip_guidance_layers"
-        )
+        raise ValueError("skip-layer guidance is not supported: leave out skip_guidance_layers")
     usual = Layout(call.family.cfg_layout, True)
     if usual.has_two_calls or (usual.kind == "single" and caller is not None):
         return usual

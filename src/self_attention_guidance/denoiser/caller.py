@@ -49,7 +49,7 @@ class Caller:
     pipeline: Any
     frame: FrameType
 
-    @property
+    @functools.cached_property
     def cfg(self) -> bool | None:
         """Whether classifier-free guidance is on, as its own call has it; `None` if unknown."""
         where = _where_cfg_is_kept(type(self.pipeline))

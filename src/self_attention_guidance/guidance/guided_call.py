@@ -62,7 +62,7 @@ class GuidedCall:
         guidance, sample = self.acting[number][0], self.call.sample[rows]
         x_t, u = precise(place.read(sample)), precise(place.read(output))
         x0 = levels.x0(x_t, u)
-        attention = {n: self._attention(n, rows) for n in guidance.reads(self.denoiser)}
+        attention = {n: self._attention(n, rows, place) for n in guidance.reads(self.denoiser)}
         step = Step(self.denoiser, levels.limited(x0), attention)
         with guidance.weaken(step) as x0_weak:
             sample_weak = sample
@@ -78,14 +78,14 @@ class GuidedCall:
         self.run.hold(number, levels.noise(term.detach()), sample.shape)
         return term, step
 
-    def _attention(self, layer: str, rows: slice) -> Tensor:
+    def _attention(self, layer: str, rows: slice, place: PicturePlace) -> Tensor:
         """What each of the picture's tokens received, (rows, token rows, columns)."""
         noted = self.read[layer].noted
         if not noted:
             reason = why_unseen(self.denoiser, layer)
             raise RuntimeError(f"no attention was recorded at {layer!r}: {reason}")
         positions = noted[0].key.shape[-2]
-        picture, grid = picture_tokens(self.denoiser, layer, self.call, positions, self.run.on_cpu)
+        picture, grid = picture_tokens(self.denoiser, layer, self.call, positions, place)
         return received(noted, len(self.call.sample), rows, picture).unflatten(1, grid)
 
     def _weak_output(self, rows: slice, sample: Tensor) -> Tensor:
@@ -97,9 +97,8 @@ class GuidedCall:
             self.run.is_weak = False
         if len(output) != len(sample):
             raise RuntimeError(
-                f"the weakened pass of {len(sample)} pictures returned {len(output)}: an argument "
-                "holds a row for each picture, which guidance does not know of; see "
-                "register_batch_arguments"
+                f"the weakened pass of {len(sample)} pictures returned {len(output)}: guidance "
+                "does not know an argument with a row a picture; see register_batch_arguments"
             )
         return output
 
