@@ -137,7 +137,7 @@ def test_a_panorama_of_many_views_is_guided_or_refused(view_batch_size: int) -> 
     plain = draw(pipe, **arguments)
     with GUIDANCE.attach(pipe):
         if view_batch_size == 2:
-            with pytest.raises(ValueError, match="its halves hold different samples"):
+            with pytest.raises(ValueError, match="halves of the batch hold different samples"):
                 draw(pipe, **arguments)
         else:
             assert not torch.equal(draw(pipe, **arguments), plain)
