@@ -94,17 +94,16 @@ def refuse_unknown(pipeline: Any) -> None:
     names = [base.__name__ for base in type(pipeline).__mro__]
     if any("PAG" in name and name.endswith("Pipeline") for name in names):
         raise ValueError(
-            f"{names[0]} brings perturbed-attention guidance of its own, which leaves its "
-            "processors behind; attach PerturbedAttentionGuidance to the pipeline of the same name "
-            "without PAG"
+            f"{names[0]} leaves the processors of its own guidance behind; attach "
+            "PerturbedAttentionGuidance to the pipeline of the same name without PAG"
         )
     if isinstance(pipeline, ModularPipeline):
         raise ValueError(f"{names[0]} is guided by a guider: see SelfAttentionGuider")
     if not any(_KNOWN.fullmatch(name) for name in names):
         raise ValueError(
-            f"{names[0]} is not supported: it is not known whether its network receives the noisy "
-            "picture as the scheduler has it, in its first channels, with at most two conditions "
-            "a picture. If so, attach to the network, with scheduler= and batch_layout="
+            f"{names[0]} is not supported. If its network receives the noisy picture as the "
+            "scheduler has it, in its first channels, with at most two conditions a picture, "
+            "attach to the network, with scheduler= and batch_layout="
         )
 
 

@@ -12,7 +12,6 @@ import functools
 import inspect
 import itertools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -44,8 +43,7 @@ class Prediction:
     """The linear relations between a network's input, output and clean sample at one step.
 
     `correction` is the weight of the change of x0 in the guidance term, (1 - from_input * alpha) /
-    from_output, and `noise_from_output` is -alpha * from_output / sigma. `limited` is x0 as the
-    scheduler uses it, which may clip or threshold it.
+    from_output, and `noise_from_output` is -alpha * from_output / sigma.
     """
 
     alpha: Level
@@ -54,10 +52,8 @@ class Prediction:
     from_output: Level
     correction: Level
     noise_from_output: Level
-    limited: Callable[[Tensor], Tensor] = lambda x0: x0
 
     def rows(self, rows: slice) -> Prediction:
-        """The relations for part of a batch."""
         levels = {name: level for name, level in vars(self).items() if isinstance(level, Tensor)}
         return dataclasses.replace(self, **{name: level[rows] for name, level in levels.items()})
 
@@ -143,7 +139,6 @@ class Schedule:
         return equal[min(1, len(equal) - 1)]
 
     def is_at(self, timestep: float) -> bool:
-        """Whether the scheduler's state is that of a step at a timestep."""
         step = self.step_at(timestep)
         return 0 <= step < len(self) and abs(self.tables["timesteps"][step] - timestep) < 1
 
@@ -160,18 +155,17 @@ class Schedule:
     def prediction(self, step: int, timesteps: list[float], like: Tensor) -> Prediction:
         """What the scheduler, at a step, says of a call of the denoiser.
 
-        The call's `timesteps`, as `Call.timesteps` has them, count where there are no sigmas.
-        Levels that differ between pictures have the device and the precision of `like`, at least
-        float32.
+        Its `timesteps` (see `Call.timesteps`) count where there are no sigmas. Levels that differ
+        between pictures have the device and the precision of `like`, at least float32.
         """
-        kind, limited = _prediction_type(self.scheduler), _limit_of(self.scheduler)
+        kind = _prediction_type(self.scheduler)
         if self.has_sigmas:
             sigma = self._sigma(step)
             if kind == "flow_prediction":
                 # x = (1 - sigma) * x0 + sigma * eps, u = eps - x0 (arXiv 2209.03003)
-                return Prediction(1 - sigma, sigma, 1.0, -sigma, -1.0, 1 - sigma, limited)
+                return Prediction(1 - sigma, sigma, 1.0, -sigma, -1.0, 1 - sigma)
             if (sigma_data := setting(self.scheduler, "sigma_data")) is not None:
-                return _preconditioned(sigma, kind, float(sigma_data), limited)
+                return _preconditioned(sigma, kind, float(sigma_data))
             alpha = 1 / math.sqrt(1 + sigma**2)
             sigma = sigma * alpha
         else:
@@ -183,7 +177,16 @@ class Schedule:
             weights = (alpha, -sigma, -sigma, alpha)
         else:
             weights = (0.0, 1.0, 1.0, -_ratio(alpha, sigma))
-        return Prediction(alpha, sigma, *weights, limited=limited)
+        return Prediction(alpha, sigma, *weights)
+
+    def limited(self, x0: Tensor) -> Tensor:
+        """x0 as the scheduler uses it: thresholding, where it knows both, goes before clipping."""
+        if setting(self.scheduler, "thresholding"):
+            return self.scheduler._threshold_sample(x0)
+        if not setting(self.scheduler, "clip_sample"):
+            return x0
+        clip = float(setting(self.scheduler, "clip_sample_range", 1.0))
+        return x0.clamp(-clip, clip)
 
     def _sigma(self, step: int) -> float:
         """That of x0 + sigma * eps, or of (1 - sigma) * x0 + sigma * eps."""
@@ -222,11 +225,8 @@ def check_scheduler(scheduler: Any) -> None:
     elif setting(scheduler, "invert_sigmas"):
         problem = "has invert_sigmas=True: not supported"
     elif setting(scheduler, "sigma_data") is not None and "beta_schedule" in scheduler.config:
-        problem = (
-            "was made from the config of a variance-preserving scheduler "
-            f"(beta_schedule={scheduler.config['beta_schedule']!r}), but it needs a denoiser with "
-            "EDM preconditioning; use EulerDiscreteScheduler for this model"
-        )
+        has = f"has beta_schedule={scheduler.config['beta_schedule']!r} of another kind of model"
+        problem = f"{has}, but needs EDM preconditioning; use EulerDiscreteScheduler for this model"
     if problem:
         raise ValueError(f"scheduler {name} {problem}")
 
@@ -253,26 +253,14 @@ def _prediction_type(scheduler: Any) -> Any:
     return setting(scheduler, "prediction_type", default)
 
 
-def _limit_of(scheduler: Any) -> Callable[[Tensor], Tensor]:
-    """How a scheduler limits x0: thresholding, where it knows both, goes before clipping."""
-    if setting(scheduler, "thresholding"):
-        return scheduler._threshold_sample
-    if not setting(scheduler, "clip_sample"):
-        return lambda x0: x0
-    clip = float(setting(scheduler, "clip_sample_range", 1.0))
-    return lambda x0: x0.clamp(-clip, clip)
-
-
-def _preconditioned(
-    sigma: float, kind: str, sigma_data: float, limited: Callable[[Tensor], Tensor]
-) -> Prediction:
+def _preconditioned(sigma: float, kind: str, sigma_data: float) -> Prediction:
     """EDM's preconditioning (Karras et al., arXiv 2206.00364, Table 1)."""
     c_in = 1 / math.sqrt(sigma**2 + sigma_data**2)
     c_skip = (sigma_data * c_in) ** 2
     c_out = sigma * sigma_data * c_in * (-1 if kind == "v_prediction" else 1)
     correction = _ratio(1 - c_skip, c_out)
     noise = -_ratio(c_out, sigma)
-    return Prediction(c_in, sigma * c_in, c_skip / c_in, c_out, correction, noise, limited)
+    return Prediction(c_in, sigma * c_in, c_skip / c_in, c_out, correction, noise)
 
 
 def _ratio(a: Level, b: Level) -> Level:

@@ -29,9 +29,8 @@ class Run:
     """A run of a sampler, from its first call of the denoiser to its last.
 
     `step` is the index of the present one among the timesteps; `is_new` holds at the run's first
-    call, and `is_weak` in the weakened pass. A run belongs to the thread of its first call. Another
-    thread may begin one when it is over, and a run that it begins earlier ends the first: that
-    one's next call is refused.
+    call, and `is_weak` in the weakened pass. A run belongs to the thread of its first call. If
+    another thread begins one before it is over, its next call is refused.
     """
 
     def __init__(self, is_for_this_thread: bool = False) -> None:
@@ -78,7 +77,6 @@ class Run:
             self._inside, self.is_weak = thread, False
 
     def leave(self) -> None:
-        """The call that this thread began ends."""
         self._inside = None
 
     def is_inside(self) -> bool:
@@ -122,9 +120,8 @@ class Run:
         schedulers = [] if caller is None else caller.schedulers
         if not schedulers:
             raise RuntimeError(
-                "no pipeline is running, so the scheduler and the batch layout are unknown; to "
-                "call the denoiser in a loop of your own, attach to it with scheduler= and "
-                "batch_layout="
+                "no pipeline runs this denoiser, so its scheduler is unknown; for a loop of your "
+                "own, attach to it with scheduler= and batch_layout="
             )
         if len(schedulers) == 1:
             return self._schedule_of(schedulers[0])
@@ -166,7 +163,9 @@ class Run:
         values = given.flatten()
         expected = self.schedule.tables["timesteps"][self.step] * call.timestep_scale
         if self.schedule.has_sigmas:
-            message = _SEVERAL_TIMESTEPS.format(type(scheduler).__name__)
+            name = type(scheduler).__name__
+            several = f"the pictures of the batch have several timesteps, but {name} has one noise"
+            message = f"{several} level; use DDIMScheduler, or one timestep a call"
             self.refuse((values != values[0]).any(), ValueError, message)
         # What networks receive may be rounded.
         if given.is_floating_point():
@@ -177,7 +176,6 @@ class Run:
         self.refuse((values[0] - expected).abs() > allowed, _not_at, *about)
 
     def prediction(self, call: Call) -> Prediction:
-        """What the scheduler says of the call."""
         timesteps = self.schedule.tables["timesteps"][self.step : self.step + 1]
         if not self.schedule.has_sigmas and not call.has_one_timestep:
             self._note_wait(call.timestep)
@@ -231,20 +229,22 @@ class Run:
         before, self._previous = self._previous, call
         if layout.has_two_calls:
             cfg = None if caller is None else caller.cfg
-            self.two_calls.begin(self._has_equal_sample(before, call), cfg, terms)
+            is_same = before is not None and before.sample is call.sample
+            if before is not None and not is_same:
+                self._note_wait(call.sample)
+                is_same = torch.equal(before.sample, call.sample)
+            self.two_calls.begin(is_same, cfg, terms)
         if layout.has_halves:
-            self.refuse(~halves_agree(call.sample), ValueError, layout.halves_differ)
+            told = (
+                f"batch_layout={layout.kind!r}" if layout.is_told else "they were the same before"
+            )
+            message = f"the two halves of the batch hold different samples ({told}); {_WITHOUT_CFG}"
+            self.refuse(~halves_agree(call.sample), ValueError, message)
         elif before is not None and not layout.is_told:
             pairs = (before.sample, call.sample), (before.condition, call.condition)
             if all(a is not None and b is not None and a.shape == b.shape for a, b in pairs):
                 same, alike = ((a == b).all() for a, b in pairs)
                 self.refuse(same & ~alike, ValueError, _SEVERAL_CALLS)
-
-    def _has_equal_sample(self, before: Call | None, call: Call) -> bool:
-        if before is None or before.sample is call.sample:
-            return before is not None
-        self._note_wait(call.sample)
-        return torch.equal(before.sample, call.sample)
 
     # Terms that are held
 
@@ -258,40 +258,28 @@ class Run:
         self._held[number] = _Held(noise, shape, self.step, passes)
 
     def held(self, number: int, every: int, shape: torch.Size, passes: int) -> Tensor | None:
-        """The noise that a guidance adds again, or `None` if it needs a weakened pass.
-
-        If a step had more than `passes`, several pictures are denoised in turn.
-        """
+        """The noise that a guidance adds again, or `None` if it needs a weakened pass."""
         held = self._held.get(number)
         if held is None or held.shape != shape or not 0 < self.step - held.step < every:
             return None
-        if held.passes > passes:
-            raise RuntimeError(
-                f"the denoiser is called {held.passes} times a step, so a term that is held may "
-                "be another picture's; use every=1"
-            )
+        if held.passes > passes:  # several pictures are denoised in turn
+            calls = f"the denoiser is called {held.passes} times a step"
+            raise RuntimeError(f"{calls}, so a held term may be another picture's; use every=1")
         return held.noise
 
 
 def _not_at(scheduler: Scheduler, timestep: Any, timestep_scale: float) -> ValueError:
     at = float(torch.as_tensor(timestep).flatten()[0]) / timestep_scale
     return ValueError(
-        f"{type(scheduler).__name__} is not at timestep {at:g}, with which "
-        "the denoiser is called, so the noise level is unknown: attach guidance to the pipeline "
-        "that runs, or to the denoiser with the scheduler= that runs"
+        f"{type(scheduler).__name__} is not at timestep {at:g}, with which the denoiser is called: "
+        "attach guidance to the pipeline that runs, or to the denoiser with its scheduler="
     )
 
 
-_TWO_THREADS = (
-    "two threads call one guided denoiser: let them wait for each other, or give each a "
-    "pipeline with a denoiser of its own"
-)
-_SEVERAL_TIMESTEPS = (
-    "the pictures of the batch have several timesteps, but {} has one noise level; use "
-    "DDIMScheduler, or one timestep a call"
-)
+_TWO_THREADS = "two threads call one guided denoiser: let them take turns, or give each its own"
+_WITHOUT_CFG = "without classifier-free guidance, attach with batch_layout='single'"
 _SEVERAL_CALLS = (
-    "the denoiser is called twice at one step with the same sample and two conditions, as under "
-    "classifier-free guidance: attach with batch_layout='uncond_call_first' or 'cond_call_first', "
-    "which is the order of the calls, or with 'single' if these are two pictures of one seed"
+    "the denoiser is called twice at one step with the same sample and two conditions: attach with "
+    "batch_layout='uncond_call_first' or 'cond_call_first' if this is classifier-free guidance, or "
+    "with 'single' if these are two pictures of one seed"
 )

@@ -14,10 +14,7 @@ from .families import uncompiled
 
 def run_uncompiled(function: Any) -> Any:
     """`torch.compiler.disable`, with a reason if torch can give one."""
-    reason = (
-        "guidance runs around the denoiser, not in its graph; with fullgraph=True, compile the "
-        "denoiser itself, before guidance is attached, and not what calls it"
-    )
+    reason = "guidance runs around the denoiser's graph: compile the denoiser, not what calls it"
     has_reason = "reason" in inspect.signature(torch.compiler.disable).parameters
     keywords: dict[str, Any] = {"reason": reason} if has_reason else {}
     return torch.compiler.disable(function, **keywords)

@@ -16,19 +16,13 @@ from ..denoiser.run import Run
 from ..denoiser.safety import not_finite
 from .base import Guidance, Step
 
-_NO_EFFECT = (
-    "step {}: {} had no effect: the weakened network predicted exactly what the network itself did"
-)
-
 
 @dataclass(frozen=True)
 class GuidedCall:
     """A call of a denoiser at a guided step.
 
-    Attributes:
-        acting: The guidances that add something, by number, each with the noise that it adds
-            again; `None` needs a weakened pass.
-        read: The layers that are read, by their dotted paths.
+    `acting` are the guidances that add something, by number, each with the noise that it adds
+    again; `None` needs a weakened pass. `read` are the layers that are read.
     """
 
     run: Run
@@ -63,7 +57,7 @@ class GuidedCall:
         x_t, u = precise(place.read(sample)), precise(place.read(output))
         x0 = levels.x0(x_t, u)
         attention = {n: self._attention(n, rows, place) for n in guidance.reads(self.denoiser)}
-        step = Step(self.denoiser, levels.limited(x0), attention)
+        step = Step(self.denoiser, self.run.schedule.limited(x0), attention)
         with guidance.weaken(step) as x0_weak:
             sample_weak = sample
             if x0_weak is not None:
@@ -74,7 +68,8 @@ class GuidedCall:
         is_nothing = (term == 0).all()
         if change is not None:  # where there was nothing to blur, there is nothing to add
             is_nothing = is_nothing & (sample_weak != sample).any()
-        self.run.refuse(is_nothing, RuntimeError, _NO_EFFECT.format(self.run.step, guidance))
+        about = f"step {self.run.step}: {guidance} had no effect: the weakened network predicted"
+        self.run.refuse(is_nothing, RuntimeError, f"{about} exactly what the network itself did")
         self.run.hold(number, levels.noise(term.detach()), sample.shape)
         return term, step
 

@@ -1,8 +1,7 @@
 """Attach guidances to a denoiser, of a pipeline or of a loop of one's own.
 
-Pipelines, samplers and schedulers never learn that a denoiser is guided: hooks on it read the
-attention of its pass, run it again, weakened, and add what guidance makes of the difference to its
-own output.
+Hooks on it read the attention of its pass, run it again, weakened, and add what guidance makes of
+the difference to its own output. Pipelines, samplers and schedulers never learn of it.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import threading
 import weakref
 from contextlib import ExitStack
+from types import NoneType
 from typing import Any, get_args
 
 from torch import Tensor, nn
@@ -117,8 +117,8 @@ class GuidanceHandle:
         self.x0: Tensor | None = None
         self.term: Tensor | None = None
         self.noted: dict[str, Tensor] = {}
-        # A pipeline keeps its handle: the handle may not keep the pipeline.
-        self._pipeline: Any = _nothing if pipeline is None else weakref.ref(pipeline)
+        # A pipeline keeps its handle: the handle may not keep the pipeline. NoneType() is None.
+        self._pipeline: Any = NoneType if pipeline is None else weakref.ref(pipeline)
         self._scheduler = scheduler
         self._layout: BatchLayout | None = batch_layout
         self._run = run
@@ -154,13 +154,10 @@ class GuidanceHandle:
         if not self._is_for_one_call:  # else the next handle goes on with the run
             self._run.end()
 
-    def remove_after_call(self) -> None:
-        """Remove the guidance after the next call of the denoiser, also if that fails."""
+    def remove_after_call(self, earlier: GuidanceHandle | None = None) -> None:
+        """Guide one call, also if it fails, and go on with the run of an earlier such handle."""
         self._is_for_one_call = True
-
-    def continue_from(self, earlier: GuidanceHandle) -> None:
-        """Go on with the run of an earlier handle of the same guidances, and the terms it holds."""
-        self._run = earlier._run
+        self._run = self._run if earlier is None else earlier._run
 
     def __enter__(self) -> GuidanceHandle:
         """The handle; the denoiser is guided already."""
@@ -183,8 +180,8 @@ class GuidanceHandle:
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what belongs to this process; a guided denoiser can be pickled."""
-        local = {"_pipeline": _nothing, "_guided_call": None, "_reading": ExitStack()}
-        return {**self.__dict__, **local}
+        local = {"_pipeline": NoneType, "_guided_call": None, "_reading": ExitStack()}
+        return self.__dict__ | local
 
     # The hooks
 
@@ -290,7 +287,3 @@ def _handles_on(denoiser: nn.Module) -> list[GuidanceHandle]:
     hooks = [hook for module in modules for hook in module._forward_hooks.values()]
     owners = [getattr(hook, "__self__", None) for hook in hooks]
     return [owner for owner in owners if isinstance(owner, GuidanceHandle)]
-
-
-def _nothing() -> None:
-    """What a weak reference returns whose object is gone."""

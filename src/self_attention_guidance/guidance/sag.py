@@ -30,13 +30,7 @@ from .base import Guidance, Step
 
 @dataclass(frozen=True)
 class Blurring(Guidance):
-    """Settings of guidances that blur the clean sample, beside those of `Guidance`.
-
-    Attributes:
-        blur_sigma: Standard deviation of the blur, in pixels of the denoiser's input (latent
-            pixels for latent diffusion), at least 0.
-        blur_kernel_size: Taps of the blur, odd, at least 1.
-    """
+    """Settings of guidances that blur the clean sample (see `SelfAttentionGuidance`)."""
 
     scale: float = 0.75
     _: KW_ONLY
