@@ -93,7 +93,7 @@ def degrade(x0: Tensor, mask: Tensor | None, blur_sigma: float, kernel_size: int
     """Blur a predicted clean sample where the mask is set (Eq. 15), and nowhere else.
 
     The sample is (batch, channels, height, width). The mask is bool, (batch, rows, columns) on any
-    coarser grid, enlarged by nearest neighbours; `None` blurs everywhere, as `gaussian_blur` does.
+    coarser grid, enlarged by nearest neighbours; `None` blurs everywhere.
     """
     blurred = gaussian_blur(x0, blur_sigma, kernel_size)
     if mask is None:

@@ -33,7 +33,7 @@ class Operands:
     key: Tensor  # (..., positions, channels)
     value: Tensor  # (..., positions, channels)
     scale: float | None  # factor of the scores; `None` is 1 / sqrt(channels)
-    bias: Tensor | None  # added to the scores, or where they count if bool
+    bias: Tensor | None  # added to the scores; if bool, true where they count
 
 
 Attend = Callable[[Operands, Callable[[], Tensor]], Tensor]
@@ -101,13 +101,13 @@ def _stand_in_for(processor: type) -> type[StandIn]:
     """
 
     def call(self: StandIn, attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        # Another thread may be in a pass that it began before. Compiled passes can't ask: where
-        # they read one too many, the number of rows is refused.
+        # Another thread may be in a pass that it began earlier. Compiled passes can't ask; if they
+        # read a call too many, the number of rows is refused.
         is_mine = torch.compiler.is_compiling() or threading.get_ident() == self._thread
         with _KernelCalls(self._kernel) if is_mine else nullcontext():
             return self._processor(attention, *args, **kwargs)
 
-    # Only the signature: that the processor's call is not compiled, say, is not true of this one.
+    # Only the signature: the rest, such as that a call is not compiled, is not true of this one.
     functools.update_wrapper(call, processor.__call__, assigned=(), updated=())
     return type(f"StandIn{processor.__name__}", (StandIn,), {"__call__": call})
 
@@ -118,7 +118,7 @@ def standing_in(
 ) -> Generator[StandIn]:
     """Let `attend` stand in for a layer's kernels inside the `with` statement, or note them.
 
-    Only there is the layer's processor replaced, so it may be changed at any other time.
+    The layer's processor is replaced only there, so it may be changed at any other time.
     """
     attention: Any = self_attention(denoiser, layer)
     processor = attention.processor
@@ -152,7 +152,7 @@ def why_unseen(denoiser: nn.Module, layer: str) -> str:
 
 
 def received(noted: list[Operands], batch: int, rows: slice, picture: slice) -> Tensor:
-    """What positions of the picture received, in the rows, by a layer's kernels in one pass."""
+    """What the picture's positions received, in some rows, in a layer's calls of its kernel."""
     # Image prompts are attended to in a call of their own.
     positions = noted[0].key.shape[-2]
     noted = [each for each in noted if each.key.shape[-2] == positions]
@@ -165,7 +165,7 @@ def received(noted: list[Operands], batch: int, rows: slice, picture: slice) -> 
         )
 
     def joined(parts: list[Tensor]) -> Tensor:
-        # Of one tensor, too, torch.cat makes a copy.
+        # torch.cat copies even a single tensor.
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         return (whole if by_row else whole.unflatten(0, (batch, -1)))[rows]
 

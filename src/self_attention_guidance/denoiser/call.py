@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -51,12 +52,13 @@ class Call:
         return tuple(arguments.pop(name) for name in self.positional), arguments
 
     def _cut(self, argument: Any, name: str, rows: slice) -> Any:
-        """`argument` for some rows, if the family says that its name, or one above, holds rows."""
+        """`argument` for some rows, if the family lists its name, or that of a container of it."""
         if isinstance(argument, Mapping):
             entries = cast("Mapping[str, Any]", argument)
             return {key: self._cut(each, f"{name}.{key}", rows) for key, each in entries.items()}
         batch, batched = len(self.sample), ("timestep", *self.family.batched)
-        if not any(f"{name}.".startswith(f"{each}.") for each in batched):
+        above = itertools.accumulate(name.split("."), "{}.{}".format)
+        if not any(each in batched for each in above):
             return argument
         if isinstance(argument, list | tuple):
             items = cast("list[Any] | tuple[Any, ...]", argument)
@@ -66,7 +68,7 @@ class Call:
         if not isinstance(argument, Tensor) or argument.ndim == 0 or len(argument) == 1:
             return argument
         if len(argument) != batch:
-            raise ValueError(f"{name} holds {len(argument)} rows, but the batch {batch} pictures")
+            raise ValueError(f"{name} holds {len(argument)} rows for a batch of {batch} pictures")
         return argument[rows]
 
 

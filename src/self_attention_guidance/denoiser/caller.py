@@ -21,7 +21,7 @@ from torch import nn
 _CFG = "do_classifier_free_guidance"
 
 # Pipelines whose denoiser sees x_t = alpha_t * x0 + sigma_t * eps as its scheduler counts, in its
-# first channels or tokens, one or two conditions a picture. Their subclasses are known, too.
+# first channels or tokens, with one or two conditions. Their subclasses are known, too.
 _KNOWN = re.compile(
     r"""(
     StableDiffusion (XL)? (Adapter | Img2Img | Inpaint | ControlNet (Img2Img | Inpaint | XS)?)?
@@ -67,7 +67,7 @@ class Caller:
 
 
 def find_caller(own: Any = None) -> Caller | None:
-    """The innermost pipeline that runs in this thread; `own` may be no `DiffusionPipeline`."""
+    """The innermost pipeline that runs in this thread; `own` need not be a `DiffusionPipeline`."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         for name in _candidates(frame.f_code):

@@ -76,7 +76,7 @@ class Prediction:
     def noise(self, term: Tensor) -> Tensor | None:
         """A term in units of the noise, in which it may be held; `None` where alpha may be 0.
 
-        To look for a 0 among the levels of several pictures would be to wait for the device.
+        Looking for a 0 among the levels of several pictures would wait for the device.
         """
         may_be_zero = isinstance(self.noise_from_output, Tensor) or self.noise_from_output == 0
         return None if may_be_zero else term * self.noise_from_output
@@ -87,7 +87,7 @@ class Prediction:
 
 
 def is_elsewhere(value: object) -> bool:
-    """Whether a value is a tensor, maybe of a class that stands for a device, to wait for."""
+    """Whether a value is a tensor to wait for; one of another class may stand for a device."""
     return isinstance(value, Tensor) and (value.device.type != "cpu" or type(value) is not Tensor)
 
 
@@ -117,18 +117,18 @@ class Schedule:
         return len(self.tables.get("timesteps", ()))
 
     def equal_to(self, step: int) -> list[int]:
-        """The steps whose timesteps are equal to that of one of them, itself included."""
+        """The steps that have the same timestep as this one, itself included."""
         timesteps = self.tables["timesteps"]
         return [i for i, timestep in enumerate(timesteps) if timestep == timesteps[step]]
 
     def own_step(self) -> int | None:
-        """Which step the scheduler says that it is at; `None` if it does not know."""
+        """The step that the scheduler says it is at; `None` if it does not know."""
         index = getattr(self.scheduler, "step_index", None)
         index = getattr(self.scheduler, "begin_index", None) if index is None else index
         return None if index is None else int(index)
 
     def step_at(self, timestep: float) -> int:
-        """Which step the scheduler is at, as it says itself, else as the timestep tells."""
+        """The step that the scheduler says it is at, or else the one that the timestep tells."""
         step = self.own_step()
         if step is not None:
             return step
@@ -153,7 +153,7 @@ class Schedule:
         return place if len(set(memories)) == 1 and 0 <= place < len(own) else None
 
     def prediction(self, step: int, timesteps: list[float], like: Tensor) -> Prediction:
-        """What the scheduler, at a step, says of a call of the denoiser.
+        """The relations for a call of the denoiser at a step.
 
         Its `timesteps` (see `Call.timesteps`) count where there are no sigmas. Levels that differ
         between pictures have the device and the precision of `like`, at least float32.
@@ -189,7 +189,7 @@ class Schedule:
         return x0.clamp(-clip, clip)
 
     def _sigma(self, step: int) -> float:
-        """That of x0 + sigma * eps, or of (1 - sigma) * x0 + sigma * eps."""
+        """The sigma of x0 + sigma * eps, or of (1 - sigma) * x0 + sigma * eps."""
         if not getattr(self.scheduler, "state_in_first_order", True):
             if hasattr(self.scheduler, "mid_point_sigma"):
                 return float(self.scheduler.mid_point_sigma)

@@ -56,7 +56,7 @@ class TwoCalls:
         self._first_terms: dict[int, Tensor] = {}
 
     def begin(self, has_same_sample: bool, cfg: bool | None, wanted: int) -> None:
-        """Note a call that is about to run at a step with so many wanted terms.
+        """Note a call that is about to run, at a step that wants this many terms.
 
         `cfg` is whether a second call follows a first one; `None` learns it from earlier steps.
         """

@@ -55,8 +55,8 @@ def place_of(call: Call, output: Tensor, on_cpu: Callable[[Tensor], Tensor]) -> 
             sides = " x ".join(str(side) for side in sample.shape[-2:])
             raise ValueError(f"latents of {sides} do not fit the patches of the denoiser")
         return PicturePlace(min(sample.shape[1], output.shape[1]))
-    # Editing pipelines append pictures that are not denoised. Those of in-context examples (for a
-    # network that sees conditions beside its latents) and of layers (with a condition) are.
+    # Editing pipelines append pictures that are not denoised. In-context examples (for a network
+    # that sees conditions beside its latents) and layers (with a condition) are denoised, too.
     ids = call.arguments[packing.ids]
     if packing.ids == "img_shapes":
         while not isinstance(ids[0], int):

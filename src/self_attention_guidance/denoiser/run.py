@@ -225,7 +225,7 @@ class Run:
         return self._layouts[batch]
 
     def compare(self, call: Call, caller: Caller | None, layout: Layout, terms: int) -> None:
-        """Compare a call, at a step of so many terms, with its layout and with the call before."""
+        """Compare a call with its layout and with the call before; its step wants so many terms."""
         before, self._previous = self._previous, call
         if layout.has_two_calls:
             cfg = None if caller is None else caller.cfg

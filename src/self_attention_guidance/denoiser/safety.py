@@ -55,7 +55,7 @@ def _replaced_by(cls: type[nn.Module]) -> Any:
 
 
 def not_finite(name: str, dtype: torch.dtype, step: int, timestep: Any) -> FloatingPointError:
-    """The error that says where values, of a name that fits "... is not finite", are no numbers."""
+    """The error for values that are not finite; the name must fit "... is not finite"."""
     cause = "the weights are damaged, or do not fit the model's config or scheduler"
     if dtype == torch.float16:
         cause = "float16 overflows beyond 65504: use bfloat16 or float32"

@@ -22,14 +22,14 @@ class GuidedCall:
     """A call of a denoiser at a guided step.
 
     `acting` are the guidances that add something, by number, each with the noise that it adds
-    again; `None` needs a weakened pass. `read` are the layers that are read.
+    again, or else `None` and the layers that it reads, for a weakened pass.
     """
 
     run: Run
     denoiser: nn.Module
     call: Call
     layout: Layout
-    acting: dict[int, tuple[Guidance, Tensor | None]]
+    acting: dict[int, tuple[Guidance, Tensor | None, tuple[str, ...]]]
     read: dict[str, StandIn]
 
     def terms(self, whole: Tensor) -> tuple[dict[int, Tensor], list[Step]]:
@@ -38,7 +38,7 @@ class GuidedCall:
         prediction = self.run.prediction(self.call)
         terms: dict[int, Tensor] = {}
         steps: list[Step] = []
-        for number, (guidance, held) in self.acting.items():
+        for number, (guidance, held, _) in self.acting.items():
             rows = self.layout.rows(len(self.call.sample), guidance.branch)
             levels = prediction.rows(rows)
             if held is not None:
@@ -53,10 +53,10 @@ class GuidedCall:
         self, number: int, rows: slice, output: Tensor, place: PicturePlace, levels: Prediction
     ) -> tuple[Tensor, Step]:
         """scale * (eps - eps'), in units of the output, by a weakened pass."""
-        guidance, sample = self.acting[number][0], self.call.sample[rows]
+        (guidance, _, layers), sample = self.acting[number], self.call.sample[rows]
         x_t, u = precise(place.read(sample)), precise(place.read(output))
         x0 = levels.x0(x_t, u)
-        attention = {n: self._attention(n, rows, place) for n in guidance.reads(self.denoiser)}
+        attention = {n: self._attention(n, rows, place) for n in layers}
         step = Step(self.denoiser, self.run.schedule.limited(x0), attention)
         with guidance.weaken(step) as x0_weak:
             sample_weak = sample
@@ -92,13 +92,13 @@ class GuidedCall:
             self.run.is_weak = False
         if len(output) != len(sample):
             raise RuntimeError(
-                f"the weakened pass of {len(sample)} pictures returned {len(output)}: guidance "
-                "does not know an argument with a row a picture; see register_batch_arguments"
+                f"the weakened pass of {len(sample)} pictures returned {len(output)}: an argument "
+                "with a row for each picture is unknown to guidance; see register_batch_arguments"
             )
         return output
 
     def check(self, whole: Tensor, guided: Tensor) -> None:
-        """Refuse values that are no numbers, with all other checks of the step."""
+        """Refuse values that are not finite, with all other checks of the step."""
         stages = {
             "the denoiser's input": self.call.sample,
             "the denoiser's prediction": whole,

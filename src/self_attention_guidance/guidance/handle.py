@@ -25,7 +25,7 @@ from ..denoiser.safety import refuse_caches, refuse_compiled_in_place, run_uncom
 from .base import Guidance
 from .guided_call import GuidedCall
 
-# Else two threads could both find a denoiser unguided.
+# Otherwise two threads could both find a denoiser unguided.
 _attaching = threading.Lock()
 
 
@@ -42,10 +42,10 @@ def attach(
     own; what they add is summed, in any order.
 
     Args:
-        target: See `Guidance.attach`, as `scheduler` and `batch_layout`.
+        target: A diffusers pipeline, or a denoiser for a loop of your own.
         *guidances: At least one.
-        scheduler: That of a bare denoiser.
-        batch_layout: What a call holds; `None` asks the pipeline that runs.
+        scheduler: See `Guidance.attach`.
+        batch_layout: See `Guidance.attach`.
         is_for_this_thread: Refuse calls of other threads, for a pipeline's own call.
 
     Raises:
@@ -155,7 +155,7 @@ class GuidanceHandle:
             self._run.end()
 
     def remove_after_call(self, earlier: GuidanceHandle | None = None) -> None:
-        """Guide one call, also if it fails, and go on with the run of an earlier such handle."""
+        """Guide one call only, even if it fails, and continue the run of an earlier handle."""
         self._is_for_one_call = True
         self._run = self._run if earlier is None else earlier._run
 
@@ -231,15 +231,14 @@ class GuidanceHandle:
         run = self._run
         layout = layout_of(call, caller, self._layout) or run.layout(denoiser, call, caller)
         run.compare(call, caller, layout, len(numbers))
-        acting: dict[int, tuple[Guidance, Tensor | None]] = {}
-        layers: set[str] = set()
+        acting: dict[int, tuple[Guidance, Tensor | None, tuple[str, ...]]] = {}
         for number in numbers:
             guidance = self.guidances[number]
             shape = call.sample[layout.rows(len(call.sample), guidance.branch)].shape
             held = run.held(number, guidance.every, shape, 2 if layout.has_two_calls else 1)
             if held is not None or run.two_calls.needs_term(layout, guidance.branch):
-                acting[number] = guidance, held
-                layers.update(() if held is not None else guidance.reads(denoiser))
+                acting[number] = guidance, held, guidance.reads(denoiser) if held is None else ()
+        layers = {layer for *_, layers in acting.values() for layer in layers}
         read = {n: self._reading.enter_context(standing_in(denoiser, n)) for n in layers}
         return GuidedCall(run, denoiser, call, layout, acting, read)
 
