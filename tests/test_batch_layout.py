@@ -215,7 +215,7 @@ def test_halves_that_turn_out_to_be_pictures_are_refused() -> None:
 def test_pipelines_that_are_not_known_are_refused_when_attaching(pipeline: Any) -> None:
     pipe = pipeline.__new__(pipeline)
     pipe.unet = tiny_unet()
-    with pytest.raises(ValueError, match=f"{pipeline.__name__} is not supported: it is not known"):
+    with pytest.raises(ValueError, match=f"{pipeline.__name__} is not supported; if its network"):
         GUIDANCE.attach(pipe)
 
 

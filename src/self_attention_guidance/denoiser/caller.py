@@ -101,7 +101,7 @@ def refuse_unknown(pipeline: Any) -> None:
         raise ValueError(f"{names[0]} is guided by a guider: see SelfAttentionGuider")
     if not any(_KNOWN.fullmatch(name) for name in names):
         raise ValueError(
-            f"{names[0]} is not supported. If its network receives the noisy picture as the "
+            f"{names[0]} is not supported; if its network receives the noisy picture as the "
             "scheduler has it, in its first channels, with at most two conditions a picture, "
             "attach to the network, with scheduler= and batch_layout="
         )

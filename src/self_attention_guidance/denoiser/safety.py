@@ -14,7 +14,7 @@ from .families import uncompiled
 
 def run_uncompiled(function: Any) -> Any:
     """`torch.compiler.disable`, with a reason if torch can give one."""
-    reason = "guidance runs around the denoiser's graph: compile the denoiser, not what calls it"
+    reason = "it runs around the graph: compile the denoiser itself, before guidance is attached"
     has_reason = "reason" in inspect.signature(torch.compiler.disable).parameters
     keywords: dict[str, Any] = {"reason": reason} if has_reason else {}
     return torch.compiler.disable(function, **keywords)
