@@ -165,7 +165,7 @@ class Guidance:
         given = dict(settings)
         name = given.pop("method", None)
         if name not in METHODS:
-            raise ValueError(f"method={name!r} must be one of {', '.join(METHODS)}")
+            raise ValueError(f"method={name!r} must be one of {', '.join(sorted(METHODS))}")
         known = [each.name for each in dataclasses.fields(METHODS[name])]
         for unknown in given.keys() - known:
             raise ValueError(f"{unknown!r} is not a setting of {name}: {', '.join(known)}")
