@@ -137,7 +137,7 @@ def test_a_panorama_of_many_views_is_guided_or_refused(view_batch_size: int) -> 
     plain = draw(pipe, **arguments)
     with GUIDANCE.attach(pipe):
         if view_batch_size == 2:
-            with pytest.raises(ValueError, match="its halves hold different samples"):
+            with pytest.raises(ValueError, match="halves of the batch hold different samples"):
                 draw(pipe, **arguments)
         else:
             assert not torch.equal(draw(pipe, **arguments), plain)
@@ -215,7 +215,7 @@ def test_halves_that_turn_out_to_be_pictures_are_refused() -> None:
 def test_pipelines_that_are_not_known_are_refused_when_attaching(pipeline: Any) -> None:
     pipe = pipeline.__new__(pipeline)
     pipe.unet = tiny_unet()
-    with pytest.raises(ValueError, match=f"{pipeline.__name__} is not supported: it is not known"):
+    with pytest.raises(ValueError, match=f"{pipeline.__name__} is not supported; if its network"):
         GUIDANCE.attach(pipe)
 
 
@@ -279,7 +279,7 @@ def test_a_named_argument_with_other_rows_is_refused() -> None:
     scheduler.set_timesteps(3)
     x, texts = randn(1, 4, 8, 8).repeat(2, 1, 1, 1), randn(2, 7, 32)
     guided = GUIDANCE.attach(unet, scheduler=scheduler, batch_layout="uncond_first")
-    told = "encoder_attention_mask holds 4 rows, but the batch holds 2 pictures"
+    told = "encoder_attention_mask holds 4 rows for a batch of 2 pictures"
     with guided, torch.no_grad(), pytest.raises(ValueError, match=told):
         unet(x, scheduler.timesteps[0], texts, encoder_attention_mask=torch.ones(4, 7))
 

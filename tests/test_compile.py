@@ -231,5 +231,5 @@ def test_guidance_inside_of_a_whole_graph_is_refused() -> None:
 @torch._dynamo.config.patch(wrap_top_frame=True)
 def test_hooks_that_torch_would_ignore_are_refused(pipe: Any) -> None:
     compile_in_place(pipe)
-    with pytest.raises(ValueError, match="hooks that are added later are ignored; attach first"):
+    with pytest.raises(ValueError, match="which ignores later hooks; attach first"):
         SelfAttentionGuidance(1.0).attach(pipe)

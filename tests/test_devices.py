@@ -132,6 +132,22 @@ def test_the_picture_is_that_of_the_cpu(name: str) -> None:
     assert torch.equal(found, x)
 
 
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_pictures_with_timesteps_of_their_own_cost_one_wait(kind: str) -> None:
+    unet, scheduler = tiny_unet(), tiny_scheduler(prediction_type=kind)
+    scheduler.set_timesteps(4)
+    x, texts = torch.randn(2, 4, 8, 8), torch.randn(2, 7, 32)
+    guidance = SelfAttentionGuidance(1.0, every=2)
+    waits: list[int] = []
+    with guidance.attach(unet, scheduler=scheduler, batch_layout="single"), torch.no_grad():
+        for t in scheduler.timesteps[:-1]:
+            timesteps = torch.stack([t, t - 100]).as_subclass(OnDevice)
+            with counted() as waited:
+                unet(x.as_subclass(OnDevice), timesteps, texts.as_subclass(OnDevice))
+                waits.append(waited())
+    assert max(waits) <= 1
+
+
 def test_not_finite_is_reported_although_the_first_step_does_not_wait_for_it() -> None:
     unet, scheduler = tiny_unet(), tiny_scheduler()
     scheduler.set_timesteps(3)
@@ -168,3 +184,29 @@ def test_the_scheduler_of_a_pipeline_may_keep_its_tables_on_a_device() -> None:
     pipe.scheduler.set_timesteps = on_device
     with SelfAttentionGuidance(1.0).attach(pipe):
         assert torch.equal(draw().as_subclass(Tensor), expected)
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_pipeline_with_several_schedulers_waits_once_a_step(is_first: bool) -> None:
+    pipe = tiny_pipeline(StableDiffusionPipeline)
+    own, other = pipe.scheduler, tiny_scheduler(diffusers.EulerDiscreteScheduler)
+    other.set_timesteps(7)
+    schedulers = [own, other] if is_first else [other, own]
+    waits: list[int] = []
+
+    class Two(StableDiffusionPipeline):
+        def __call__(self) -> None:
+            own.set_timesteps(4)
+            for each in schedulers:
+                each.timesteps = each.timesteps.as_subclass(OnDevice)
+            for t in own.timesteps:
+                with counted() as waited, torch.no_grad():
+                    self.unet(torch.ones(1, 4, 8, 8).as_subclass(OnDevice), t, texts)
+                    waits.append(waited())
+
+    texts = torch.randn(1, 7, 32).as_subclass(OnDevice)
+    pipe.__class__ = Two
+    pipe.scheduler, pipe.extra = schedulers[0], schedulers[1]
+    with SelfAttentionGuidance(1.0, start=0.2).attach(pipe, batch_layout="single"):
+        pipe()
+    assert max(waits[1:-1]) <= 1  # the last step also waits for what was left to it

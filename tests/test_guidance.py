@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -470,6 +471,20 @@ def test_an_odd_batch_has_no_halves() -> None:
     states = torch.randn(3, 7, unet.config.cross_attention_dim)
     with (
         SelfAttentionGuidance().attach(unet, scheduler=scheduler, batch_layout="uncond_first"),
-        pytest.raises(ValueError, match="a batch of 3 can't hold"),
+        pytest.raises(ValueError, match="a batch of 3 has no two halves"),
     ):
         unet(torch.randn(3, 4, 8, 8), scheduler.timesteps[0], states)
+
+
+def test_what_a_run_kept_is_released_with_the_guidance() -> None:
+    unet, scheduler = tiny_unet(), tiny_scheduler()
+    scheduler.set_timesteps(5)
+    x, texts = torch.randn(1, 4, 8, 8), torch.randn(1, 7, 32)
+    kept = weakref.ref(x), weakref.ref(texts)
+    handle = SelfAttentionGuidance(1.0, every=2).attach(unet, scheduler=scheduler)
+    with torch.no_grad(), pytest.raises(KeyError), handle:
+        unet(x, scheduler.timesteps[0], texts)
+        raise KeyError("interrupted")
+    assert handle.steps == 1
+    del x, texts
+    assert [each() for each in kept] == [None, None]

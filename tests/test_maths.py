@@ -39,15 +39,15 @@ def test_attention_of_a_picture_beside_text(
     query, key = torch.randn(2, 3, 20, 8), torch.randn(2, 3, 20, 8)
     seen = torch.rand(2, 1, 20, 20) < 0.7
     seen |= torch.eye(20, dtype=torch.bool)  # every query sees something
+    hidden = torch.where(seen, 0.0, -torch.inf)
     biases = {
-        None: (None, torch.zeros(2, 1, 20, 20)),
-        "additive": (torch.randn(2, 1, 20, 20),) * 2,
-        "keys": (seen[:, :, 8:9],) * 2,
-        "queries and keys": (seen,) * 2,
+        None: None,
+        "additive": torch.randn(2, 1, 20, 20),
+        "keys": hidden[:, :, 8:9],
+        "queries and keys": hidden,
     }
-    given_bias, added = biases[bias]
-    if added.dtype == torch.bool:
-        added = torch.where(added, 0.0, -torch.inf)
+    given_bias = biases[bias]
+    added = torch.zeros(()) if given_bias is None else given_bias
     weights = (query @ key.transpose(-1, -2) * 8**-0.5 + added).softmax(-1)
     explicit = weights[..., picture, picture].mean(1).sum(1)
     explicit = explicit / explicit.mean(1, keepdim=True)
@@ -92,8 +92,8 @@ def test_attention_is_computed_for_the_guided_rows_alone() -> None:
 
 def test_mask_is_strictly_above_the_threshold() -> None:
     received = torch.tensor([0.5, 1.0, 1.5])
-    assert maths.attention_mask(received).tolist() == [False, False, True]
-    assert maths.attention_mask(received, 0.4).all()
+    assert SelfAttentionGuidance().mask(received).tolist() == [False, False, True]
+    assert SelfAttentionGuidance(threshold=0.4).mask(received).all()
 
 
 @pytest.mark.parametrize(("sigma", "taps"), [(1.0, 9), (3.0, 31), (0.4, 3)])

@@ -38,7 +38,7 @@ def test_halves_of_different_pictures_are_refused() -> None:
     layout: dict[str, Any] = {"scheduler": scheduler, "batch_layout": "uncond_first"}
     with (
         SelfAttentionGuidance().attach(unet, **layout),
-        pytest.raises(ValueError, match="halves hold different samples"),
+        pytest.raises(ValueError, match="halves of the batch hold different samples"),
     ):
         unet(torch.randn(2, 4, 8, 8), scheduler.timesteps[0], states)
 

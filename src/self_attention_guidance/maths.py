@@ -23,7 +23,7 @@ def attention_received(
     bias: Tensor | None = None,
     picture: slice | None = None,
 ) -> Tensor:
-    """How much self-attention each position receives.
+    """How much self-attention each position receives, (batch, positions) float32, not negative.
 
     The attention map softmax(Q K^T * scale + bias) is averaged over heads and summed over queries
     (Sec. 4.2), so that the mean over positions is exactly 1. Where attention is over text, too,
@@ -31,9 +31,7 @@ def attention_received(
 
     The query is (batch, heads, queries, channels), the key (batch, heads, positions, channels).
     `scale` is 1 / sqrt(channels) if `None`. `bias` broadcasts to (batch, heads, queries,
-    positions); if bool, scores are left out where it is false. `picture` are the queries and
-    positions that are the picture's, all if `None`. Returns (batch, positions), or those of the
-    picture; float32, not negative.
+    positions). `picture` are the queries and positions that are the picture's, all if `None`.
     """
     batch, heads, queries, channels = query.shape
     positions = key.shape[2]
@@ -48,9 +46,7 @@ def attention_received(
         for start in range(0, query.shape[2], rows):
             part = slice(start, start + rows)
             scores = query[:, :, part] @ keys
-            if bias is not None and bias.dtype == torch.bool:
-                scores = torch.where(bias[:, :, part], scores, -torch.inf)
-            elif bias is not None:
+            if bias is not None:
                 scores = scores + bias[:, :, part]
             received += scores.softmax(dim=-1).sum(dim=(1, 2))[:, inside]
     if picture is None:
@@ -58,21 +54,13 @@ def attention_received(
     return received / received.mean(dim=1, keepdim=True)
 
 
-def attention_mask(received: Tensor, threshold: float = 1.0) -> Tensor:
-    """The positions that receive more attention than `threshold`, the paper's psi (Eq. 14)."""
-    return received > threshold
-
-
 def gaussian_blur(image: Tensor, sigma: float, kernel_size: int) -> Tensor:
     """Gaussian blur with mirrored borders (G_sigma of Sec. 4.1).
 
-    The kernel is sampled at whole pixels and normalised to sum 1. Borders are mirrored without
-    repeating the edge, as often as needed, so a picture may be smaller than the kernel.
-
-    Args:
-        image: Shape (batch, channels, height, width).
-        sigma: Standard deviation in pixels, not negative; 0 changes nothing.
-        kernel_size: Taps of the kernel, odd.
+    The kernel, of `kernel_size` taps, an odd number, is sampled at whole pixels and normalised to
+    sum 1. Borders are mirrored without repeating the edge, as often as needed, so the image,
+    (batch, channels, height, width), may be smaller than the kernel. `sigma` is in pixels, and 0
+    changes nothing.
     """
     if sigma == 0 or kernel_size == 1:
         return image
@@ -104,12 +92,8 @@ def _blur_matrix(size: int, sigma: float, kernel_size: int, device: torch.device
 def degrade(x0: Tensor, mask: Tensor | None, blur_sigma: float, kernel_size: int) -> Tensor:
     """Blur a predicted clean sample where the mask is set (Eq. 15), and nowhere else.
 
-    Args:
-        x0: Shape (batch, channels, height, width).
-        mask: Bool, shape (batch, rows, columns) on any coarser grid, enlarged to the sample's
-            size by nearest neighbours; `None` blurs everywhere.
-        blur_sigma: Standard deviation in pixels of `x0`.
-        kernel_size: Taps of the kernel, odd.
+    The sample is (batch, channels, height, width). The mask is bool, (batch, rows, columns) on any
+    coarser grid, enlarged by nearest neighbours; `None` blurs everywhere.
     """
     blurred = gaussian_blur(x0, blur_sigma, kernel_size)
     if mask is None:

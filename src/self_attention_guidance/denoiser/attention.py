@@ -1,7 +1,7 @@
 """Read attention layers while they run, and weaken them.
 
-Both happen where a layer calls its kernel, beside the processor that calls it: one way serves
-U-Nets, joint attention and rotary embeddings alike.
+Both happen where a layer's processor calls its kernel, so U-Nets, joint attention and rotary
+embeddings need no code of their own.
 """
 
 from __future__ import annotations
@@ -27,21 +27,13 @@ _KERNEL: Any = torch._C._nn.scaled_dot_product_attention  # type: ignore[attr-de
 
 @dataclass(frozen=True)
 class Operands:
-    """Operands of one call of an attention kernel.
+    """Operands of one call of an attention kernel."""
 
-    Attributes:
-        query: Shape (..., queries, channels); in front are rows and heads, or their product.
-        key: Shape (..., positions, channels).
-        value: Shape (..., positions, channels).
-        scale: Factor of the scores; `None` is 1 / sqrt(channels).
-        bias: Added to the scores, or where they count if bool; `None` if there is none.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    scale: float | None
-    bias: Tensor | None
+    query: Tensor  # (..., queries, channels); in front are rows and heads, or their product
+    key: Tensor  # (..., positions, channels)
+    value: Tensor  # (..., positions, channels)
+    scale: float | None  # factor of the scores; `None` is 1 / sqrt(channels)
+    bias: Tensor | None  # added to the scores; if bool, true where they count
 
 
 Attend = Callable[[Operands, Callable[[], Tensor]], Tensor]
@@ -69,8 +61,9 @@ class _KernelCalls(TorchFunctionMode):
             bias = args[0] if kwargs.get("beta", 1) else None
             self.scores = (args[1], args[2].transpose(-1, -2), kwargs.get("alpha", 1), bias)
         elif func is torch.bmm and self.scores is not None:
-            (query, key, scale, bias), self.scores = self.scores, None
-            operands = Operands(query, key, args[1], scale, bias)
+            query, key, scale, bias = self.scores
+            if args[0].shape == (*query.shape[:-1], key.shape[-2]):
+                operands, self.scores = Operands(query, key, args[1], scale, bias), None
         elif args and func is torch.Tensor.unflatten:  # torch.compile traces it as a method only
             return args[0].unflatten(*args[1:], **kwargs)
         if operands is None:
@@ -86,7 +79,6 @@ class StandIn:
     """
 
     def __init__(self, processor: Any, attend: Attend | None) -> None:
-        """Stand in for `processor`."""
         self.noted: list[Operands] = []
         self.was_called = False
         self._processor, self._attend = processor, attend
@@ -104,20 +96,18 @@ class StandIn:
 def _stand_in_for(processor: type) -> type[StandIn]:
     """The class that stands in for processors of one class.
 
-    diffusers drops every keyword that is not in the signature of a processor's `__call__`, so it
-    must show that of the processor it stands in for. One class for each, always the same:
-    torch.compile compiles anew for a class that it has not seen, but not for an object.
+    diffusers drops every keyword that is not in the signature of a processor's `__call__`, so the
+    stand-in must have the same. The class is kept: torch.compile compiles anew for each new one.
     """
 
     def call(self: StandIn, attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        # Another thread may be in a pass that it began before this one. Compiled passes can't ask;
-        # that they read one pass too many is noticed by its rows.
+        # Another thread may be in a pass that it began earlier. Compiled passes can't ask; if they
+        # read a call too many, the number of rows is refused.
         is_mine = torch.compiler.is_compiling() or threading.get_ident() == self._thread
         with _KernelCalls(self._kernel) if is_mine else nullcontext():
             return self._processor(attention, *args, **kwargs)
 
-    # What else is known of the processor's own call, such as that it is not compiled, is not true
-    # of this one.
+    # Only the signature: the rest, such as that a call is not compiled, is not true of this one.
     functools.update_wrapper(call, processor.__call__, assigned=(), updated=())
     return type(f"StandIn{processor.__name__}", (StandIn,), {"__call__": call})
 
@@ -128,8 +118,7 @@ def standing_in(
 ) -> Generator[StandIn]:
     """Let `attend` stand in for a layer's kernels inside the `with` statement, or note them.
 
-    The layer's processor is replaced only there, by one that calls it, so that processors may be
-    changed at any other time, and compiled modules notice.
+    The layer's processor is replaced only there, so it may be changed at any other time.
     """
     attention: Any = self_attention(denoiser, layer)
     processor = attention.processor
@@ -144,24 +133,17 @@ def standing_in(
 def why_unseen(denoiser: nn.Module, layer: str) -> str:
     """Why a layer's attention could not be read or changed, and what to do."""
     processor: Any = self_attention(denoiser, layer).processor
-    wrapper = F.scaled_dot_product_attention
-    name = type(processor).__name__
-    backend = getattr(processor, "_attention_backend", None)
+    name, backend = type(processor).__name__, getattr(processor, "_attention_backend", None)
+    unlike = "does not call torch's kernel; call"
     if backend is not None:
-        return (
-            f"its attention backend {str(getattr(backend, 'value', backend))!r} does not call "
-            "torch's kernel; call set_attention_backend('native')"
-        )
+        backend = str(getattr(backend, "value", backend))
+        return f"its attention backend {backend!r} {unlike} set_attention_backend('native')"
     if "XFormers" in name:
-        return (
-            f"its {name} does not call torch's kernel; call "
-            "disable_xformers_memory_efficient_attention()"
-        )
+        return f"its {name} {unlike} disable_xformers_memory_efficient_attention()"
+    wrapper = F.scaled_dot_product_attention
     if wrapper is not _KERNEL:
-        return (
-            "torch.nn.functional.scaled_dot_product_attention was replaced by "
-            f"{getattr(wrapper, '__qualname__', wrapper)}, which does not call torch's own"
-        )
+        by = getattr(wrapper, "__qualname__", wrapper)
+        return f"torch.nn.functional.scaled_dot_product_attention was replaced by {by}; undo that"
     return (
         f"the layer did not run, or its {name} uses a kernel that can't be read; use diffusers' "
         "default processor there, and if the denoiser was compiled and run before guidance was "
@@ -170,10 +152,7 @@ def why_unseen(denoiser: nn.Module, layer: str) -> str:
 
 
 def received(noted: list[Operands], batch: int, rows: slice, picture: slice) -> Tensor:
-    """The attention that the picture's positions received (see `maths.attention_received`).
-
-    `noted` are the kernels of a layer in one pass of a batch, of which `rows` are wanted.
-    """
+    """What the picture's positions received, in some rows, in a layer's calls of its kernel."""
     # Image prompts are attended to in a call of their own.
     positions = noted[0].key.shape[-2]
     noted = [each for each in noted if each.key.shape[-2] == positions]
@@ -181,26 +160,32 @@ def received(noted: list[Operands], batch: int, rows: slice, picture: slice) -> 
     found = sum(len(each.query) for each in noted)
     if found != batch if by_row else found % batch:
         raise RuntimeError(
-            f"attention was recorded for {found} {'' if by_row else 'heads '}of {batch} rows: "
-            "another processor changed the batch; use diffusers' default processor at this layer"
+            f"attention was recorded for {found} {'' if by_row else 'heads '}of {batch} rows: the "
+            "processor changed the batch; use diffusers' default one at this layer"
         )
 
     def joined(parts: list[Tensor]) -> Tensor:
-        # Of one tensor, too, torch.cat makes a copy.
+        # torch.cat copies even a single tensor.
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         return (whole if by_row else whole.unflatten(0, (batch, -1)))[rows]
 
-    def bias_of(each: Operands) -> Tensor:
-        """What is added to the scores, with as many rows as these have."""
-        bias: Any = each.bias
-        shape = (len(each.query), *[-1] * (each.query.ndim - 1))
-        return bias[(None,) * (each.query.ndim - bias.ndim)].expand(shape)
-
     query, key = joined([each.query for each in noted]), joined([each.key for each in noted])
-    biases = [bias_of(each) for each in noted if each.bias is not None]
-    bias = joined(biases) if biases else None
+    bias = None
+    if any(each.bias is not None for each in noted):
+        biases = [_added(each) for each in noted]
+        inner = torch.broadcast_shapes(*(each.shape[1:] for each in biases))
+        parts = zip(noted, biases, strict=True)
+        bias = joined([added.expand(len(call.query), *inner) for call, added in parts])
     part = None if picture == slice(0, positions) else picture
     return attention_received(query, key, noted[0].scale, bias, part)
+
+
+def _added(call: Operands) -> Tensor:
+    """What is added to the scores, with as many dimensions as these have."""
+    bias = call.query.new_zeros(()) if call.bias is None else call.bias
+    if bias.dtype == torch.bool:
+        bias = torch.where(bias, 0.0, -torch.inf)
+    return bias[(None,) * (call.query.ndim - bias.ndim)]
 
 
 def self_attention(denoiser: nn.Module, layer: str) -> nn.Module:

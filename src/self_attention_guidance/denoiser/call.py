@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .caller import Caller
 from .families import BatchLayout, Family, config_of, family_of, uncompiled
@@ -17,33 +19,24 @@ from .families import BatchLayout, Family, config_of, family_of, uncompiled
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a denoiser.
-
-    Attributes:
-        arguments: All by name, whole. Containers are copies: diffusers' U-Net empties a list that
-            it is given.
-        positional: Names of those that were given by position.
-        sample: x_t of the whole batch.
-        condition: What differs between the halves of classifier-free guidance, if it is a tensor.
-        timestep: A number, or a tensor of any shape.
-        timestep_scale: What the network is given over what the scheduler counts.
-    """
+    """One call of a denoiser."""
 
     family: Family
-    arguments: dict[str, Any]
-    positional: tuple[str, ...]
-    sample: Tensor
-    condition: Tensor | None
-    timestep: Any
-    timestep_scale: float
+    arguments: dict[str, Any]  # by name; containers are copies, as diffusers' U-Net empties a list
+    positional: tuple[str, ...]  # names of those that were given by position
+    sample: Tensor  # x_t of the whole batch
+    condition: Tensor | None  # what differs between the halves of classifier-free guidance
+    timestep: Any  # a number, or a tensor of any shape
+    timestep_scale: float  # what the network is given over what the scheduler counts
 
     @property
     def has_one_timestep(self) -> bool:
         """Whether the timestep is one number, maybe repeated without a copy."""
         return not isinstance(self.timestep, Tensor) or not any(self.timestep.stride())
 
+    @functools.cached_property
     def timesteps(self) -> list[float]:
-        """The timesteps as the scheduler counts, one, or one a picture."""
+        """The timesteps as the scheduler counts, one, or one a picture; waits for the device."""
         values = torch.as_tensor(self.timestep).flatten()
         numbers = (values[:1] if self.has_one_timestep else values).cpu().tolist()
         numbers = numbers[:1] if len(set(numbers)) == 1 else numbers
@@ -54,11 +47,29 @@ class Call:
         arguments = _copied(self.arguments)
         batch = len(self.sample)
         if len(range(batch)[rows]) < batch:
-            names = ("timestep", *self.family.batched)
-            cut = functools.partial(_cut, batched=names, batch=batch, rows=rows)
-            arguments = {name: cut(value, name) for name, value in arguments.items()}
+            arguments = {name: self._cut(each, name, rows) for name, each in arguments.items()}
         arguments[self.family.sample_argument] = sample
         return tuple(arguments.pop(name) for name in self.positional), arguments
+
+    def _cut(self, argument: Any, name: str, rows: slice) -> Any:
+        """`argument` for some rows, if the family lists its name, or that of a container of it."""
+        if isinstance(argument, Mapping):
+            entries = cast("Mapping[str, Any]", argument)
+            return {key: self._cut(each, f"{name}.{key}", rows) for key, each in entries.items()}
+        batch, batched = len(self.sample), ("timestep", *self.family.batched)
+        above = itertools.accumulate(name.split("."), "{}.{}".format)
+        if not any(each in batched for each in above):
+            return argument
+        if isinstance(argument, list | tuple):
+            items = cast("list[Any] | tuple[Any, ...]", argument)
+            if any(isinstance(leaf, Tensor) for leaf in tree_leaves(items)):
+                return type(items)(self._cut(item, name, rows) for item in items)
+            return items[rows] if len(items) == batch else items
+        if not isinstance(argument, Tensor) or argument.ndim == 0 or len(argument) == 1:
+            return argument
+        if len(argument) != batch:
+            raise ValueError(f"{name} holds {len(argument)} rows for a batch of {batch} pictures")
+        return argument[rows]
 
 
 def call_of(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -70,9 +81,7 @@ def call_of(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     sample, timestep = arguments.get(family.sample_argument), arguments.get("timestep")
     if sample is None or timestep is None:
         missing = family.sample_argument if sample is None else "timestep"
-        raise ValueError(
-            f"{type(network).__name__} was called without {missing!r}: give it by name"
-        )
+        raise ValueError(f"{type(network).__name__} was called without {missing}: give it by name")
     condition = arguments.get(family.condition)
     condition = condition if isinstance(condition, Tensor) else None
     # Networks that were trained with rescaled timesteps say so in their config; for others, the
@@ -84,12 +93,9 @@ def call_of(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 @functools.cache
 def _parameters(denoiser: type[nn.Module], sample_argument: str) -> list[str]:
     """Names of a denoiser's arguments in order, by the first class that spells them out."""
-    for base in denoiser.__mro__:
-        if "forward" in vars(base):
-            names = list(inspect.signature(vars(base)["forward"]).parameters)[1:]
-            if sample_argument in names:
-                return names
-    return []
+    forwards = [vars(base)["forward"] for base in denoiser.__mro__ if "forward" in vars(base)]
+    found = ([*inspect.signature(forward).parameters][1:] for forward in forwards)
+    return next((names for names in found if sample_argument in names), [])
 
 
 def _copied(argument: Any) -> Any:
@@ -102,32 +108,6 @@ def _copied(argument: Any) -> Any:
     return argument
 
 
-def _cut(argument: Any, name: str, batched: tuple[str, ...], batch: int, rows: slice) -> Any:
-    """`argument` for some rows of the batch, if its name, or one above, says that it holds them."""
-    cut = functools.partial(_cut, batched=batched, batch=batch, rows=rows)
-    if isinstance(argument, Mapping):
-        entries = cast("Mapping[str, Any]", argument)
-        return {key: cut(entry, f"{name}.{key}") for key, entry in entries.items()}
-    if not any(f"{name}.".startswith(f"{each}.") for each in batched):
-        return argument
-    if isinstance(argument, list | tuple):
-        items = cast("list[Any] | tuple[Any, ...]", argument)
-        if _holds_tensors(items):
-            return type(items)(cut(item, name) for item in items)
-        return items[rows] if len(items) == batch else items
-    if not isinstance(argument, Tensor) or argument.ndim == 0 or len(argument) == 1:
-        return argument
-    if len(argument) != batch:
-        raise ValueError(f"{name} holds {len(argument)} rows, but the batch holds {batch} pictures")
-    return argument[rows]
-
-
-def _holds_tensors(item: Any) -> bool:
-    if isinstance(item, list | tuple):
-        return any(_holds_tensors(part) for part in cast("list[Any]", item))
-    return isinstance(item, Tensor)
-
-
 @dataclass(frozen=True)
 class Layout:
     """What a call holds, and whether the pipeline or the user said so, instead of the samples."""
@@ -137,36 +117,18 @@ class Layout:
 
     @property
     def has_halves(self) -> bool:
-        """Whether the batch holds every picture twice."""
         return self.kind in ("uncond_first", "cond_first")
 
     @property
     def has_two_calls(self) -> bool:
-        """Whether a step may be two calls."""
         return self.kind in ("uncond_call_first", "cond_call_first")
-
-    @property
-    def halves_differ(self) -> str:
-        """What to say where the batch has halves, but they hold different samples."""
-        if self.is_told:
-            return (
-                "the batch has no conditional and unconditional half: its halves hold different "
-                f"samples (batch_layout={self.kind!r})"
-            )
-        return (
-            "the halves of the batch held the same samples, but no longer do: without "
-            "classifier-free guidance, attach with batch_layout='single'"
-        )
 
     def rows(self, batch: int, branch: str) -> slice:
         """The rows of a batch that are of a branch, "uncond" or "cond"."""
         if not self.has_halves:
             return slice(0, batch)
         if batch % 2:
-            raise ValueError(
-                f"a batch of {batch} can't hold a conditional and an unconditional half "
-                f"(batch_layout={self.kind!r})"
-            )
+            raise ValueError(f"a batch of {batch} has no two halves (batch_layout={self.kind!r})")
         is_first = self.kind == f"{branch}_first"
         return slice(0, batch // 2) if is_first else slice(batch // 2, batch)
 
@@ -176,26 +138,21 @@ def layout_of(call: Call, caller: Caller | None, given: BatchLayout | None) -> L
     if given is not None:
         return Layout(given, True)
     if call.arguments.get("skip_layers") is not None:
-        raise ValueError(
-            "skip-layer guidance is on, and its call is not supported; leave out "
-            "skip_guidance_layers"
-        )
+        raise ValueError("skip-layer guidance is not supported: leave out skip_guidance_layers")
     usual = Layout(call.family.cfg_layout, True)
     if usual.has_two_calls or (usual.kind == "single" and caller is not None):
         return usual
-    cfg = None if caller is None else caller.cfg
-    if cfg is None:
+    if caller is None or caller.cfg is None:
         return None
-    return usual if cfg else Layout("single", True)
+    return usual if caller.cfg else Layout("single", True)
 
 
 def layout_by_samples(
     denoiser: nn.Module, call: Call, caller: Caller | None, is_last_step: bool
 ) -> Layout:
-    """The layout as the samples and conditions of a run's first guided step show it.
+    """The layout as the samples and conditions of a run's first guided step show it, if they do.
 
-    Refuses a batch that may hold several things. At a run's last step, no later one can show that
-    pictures of one seed were taken for halves.
+    At a run's last step, no later one can show that pictures of one seed were taken for halves.
     """
     family, condition = call.family, call.condition
     if len(call.sample) < 2 or condition is None or len(condition) != len(call.sample):
@@ -212,9 +169,9 @@ def layout_by_samples(
         return Layout(family.cfg_layout, False)
     name = type(denoiser if caller is None else caller.pipeline).__name__
     raise ValueError(
-        f"{name} does not tell what its batch holds: samples repeat with several conditions, as "
-        "pictures of one seed do, and as classifier-free guidance does; attach with batch_layout="
-        "'single', 'uncond_first' or 'cond_first'"
+        f"{name} does not tell whether its batch is pictures of one seed or the halves of "
+        "classifier-free guidance: attach with batch_layout='single', 'uncond_first' or "
+        "'cond_first'"
     )
 
 

@@ -21,7 +21,7 @@ from torch import nn
 _CFG = "do_classifier_free_guidance"
 
 # Pipelines whose denoiser sees x_t = alpha_t * x0 + sigma_t * eps as its scheduler counts, in its
-# first channels or tokens, one or two conditions a picture. Their subclasses are known, too.
+# first channels or tokens, with one or two conditions. Their subclasses are known, too.
 _KNOWN = re.compile(
     r"""(
     StableDiffusion (XL)? (Adapter | Img2Img | Inpaint | ControlNet (Img2Img | Inpaint | XS)?)?
@@ -49,7 +49,7 @@ class Caller:
     pipeline: Any
     frame: FrameType
 
-    @property
+    @functools.cached_property
     def cfg(self) -> bool | None:
         """Whether classifier-free guidance is on, as its own call has it; `None` if unknown."""
         where = _where_cfg_is_kept(type(self.pipeline))
@@ -67,7 +67,7 @@ class Caller:
 
 
 def find_caller(own: Any = None) -> Caller | None:
-    """The innermost pipeline that runs in this thread; `own` may be no `DiffusionPipeline`."""
+    """The innermost pipeline that runs in this thread; `own` need not be a `DiffusionPipeline`."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         for name in _candidates(frame.f_code):
@@ -94,17 +94,16 @@ def refuse_unknown(pipeline: Any) -> None:
     names = [base.__name__ for base in type(pipeline).__mro__]
     if any("PAG" in name and name.endswith("Pipeline") for name in names):
         raise ValueError(
-            f"{names[0]} brings perturbed-attention guidance of its own, which leaves its "
-            "processors behind; attach PerturbedAttentionGuidance to the pipeline of the same name "
-            "without PAG"
+            f"{names[0]} leaves the processors of its own guidance behind; attach "
+            "PerturbedAttentionGuidance to the pipeline of the same name without PAG"
         )
     if isinstance(pipeline, ModularPipeline):
         raise ValueError(f"{names[0]} is guided by a guider: see SelfAttentionGuider")
     if not any(_KNOWN.fullmatch(name) for name in names):
         raise ValueError(
-            f"{names[0]} is not supported: it is not known whether its network receives the noisy "
-            "picture as the scheduler has it, in its first channels, with at most two conditions "
-            "a picture. If so, attach to the network, with scheduler= and batch_layout="
+            f"{names[0]} is not supported; if its network receives the noisy picture as the "
+            "scheduler has it, in its first channels, with at most two conditions a picture, "
+            "attach to the network, with scheduler= and batch_layout="
         )
 
 

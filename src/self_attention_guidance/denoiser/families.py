@@ -183,8 +183,7 @@ def denoiser_of(target: Any) -> nn.Module | None:
 
 def config_of(denoiser: nn.Module) -> Mapping[str, Any]:
     """The config of a denoiser; an empty one if it has none."""
-    config: Any = getattr(uncompiled(denoiser), "config", {})
-    return config
+    return getattr(uncompiled(denoiser), "config", {})
 
 
 def uncompiled(denoiser: nn.Module) -> nn.Module:

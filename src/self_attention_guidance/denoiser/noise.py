@@ -1,8 +1,8 @@
 """Noise levels, and what a network's output says about the clean sample.
 
 In the denoiser's own input space every supported model sees x_t = alpha_t * x0 + sigma_t * eps, and
-its output u is linear in the clean sample: x0 = from_input * x_t + from_output * u. This is the one
-file that knows how schedulers state their noise level.
+its output u is linear in the clean sample: x0 = from_input * x_t + from_output * u. Only this file
+knows how schedulers state their noise level.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import functools
 import inspect
 import itertools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -44,8 +43,7 @@ class Prediction:
     """The linear relations between a network's input, output and clean sample at one step.
 
     `correction` is the weight of the change of x0 in the guidance term, (1 - from_input * alpha) /
-    from_output, and `noise_from_output` is -alpha * from_output / sigma. `limited` is x0 as the
-    scheduler uses it, which may clip or threshold it.
+    from_output, and `noise_from_output` is -alpha * from_output / sigma.
     """
 
     alpha: Level
@@ -54,10 +52,8 @@ class Prediction:
     from_output: Level
     correction: Level
     noise_from_output: Level
-    limited: Callable[[Tensor], Tensor] = lambda x0: x0
 
     def rows(self, rows: slice) -> Prediction:
-        """The relations for part of a batch."""
         levels = {name: level for name, level in vars(self).items() if isinstance(level, Tensor)}
         return dataclasses.replace(self, **{name: level[rows] for name, level in levels.items()})
 
@@ -66,106 +62,141 @@ class Prediction:
         return self.from_input * x_t + self.from_output * output
 
     def renoise(self, x_t: Tensor, x0: Tensor, x0_degraded: Tensor) -> Tensor:
-        """alpha_t * x0_degraded + sigma_t * eps, eps being the noise in `x_t` beside `x0`.
-
-        Written as a change of `x_t`, so that it is bit-equal where nothing was degraded.
-        """
+        """alpha_t * x0_degraded + sigma_t * eps, bit-equal to `x_t` where nothing was degraded."""
         return x_t + self.alpha * (x0_degraded - x0)
 
     def term(self, output: Tensor, weak_output: Tensor, x0_change: Tensor | None = None) -> Tensor:
         """The guidance term eps - eps' (arXiv 2210.00939, Eq. 16), in units of the output u.
 
-        `x0_change` is what was added to the clean sample in the weakened network's input; `None`
-        if that was x_t.
+        `x0_change` was added to the clean sample in the weakened network's input, if it is given.
         """
         change = output - weak_output
         return change if x0_change is None else change + self.correction * x0_change
 
     def noise(self, term: Tensor) -> Tensor | None:
-        """A term in units of the noise, in which it may be held; `None` where alpha is 0."""
-        has_zero = bool((torch.as_tensor(self.noise_from_output) == 0).any())
-        return None if has_zero else term * self.noise_from_output
+        """A term in units of the noise, in which it may be held; `None` where alpha may be 0.
+
+        Looking for a 0 among the levels of several pictures would wait for the device.
+        """
+        may_be_zero = isinstance(self.noise_from_output, Tensor) or self.noise_from_output == 0
+        return None if may_be_zero else term * self.noise_from_output
 
     def held(self, noise: Tensor) -> Tensor:
         """What `noise` gave, at this noise level and in units of the output."""
         return noise / self.noise_from_output
 
 
-def is_elsewhere(value: Any) -> bool:
-    """Whether a value is a tensor that code would have to wait for.
-
-    Those of a class of their own may stand for something on a device.
-    """
+def is_elsewhere(value: object) -> bool:
+    """Whether a value is a tensor to wait for; one of another class may stand for a device."""
     return isinstance(value, Tensor) and (value.device.type != "cpu" or type(value) is not Tensor)
 
 
-class Tables:
-    """A scheduler's tables as Python's numbers, taken once a run and with one transfer."""
+class Schedule:
+    """A scheduler with its timesteps set, and its tables as numbers, fetched with one transfer."""
 
-    def __init__(self, scheduler: Scheduler | None) -> None:
-        """Fetch what is on a device, and note it; without a scheduler there are no timesteps."""
-        found = {name: getattr(scheduler, name, None) for name in _TABLES}
-        tables = {name: table for name, table in found.items() if isinstance(table, Tensor)}
-        self.has_waited = any(is_elsewhere(table) for table in tables.values())
-        self._tables: dict[str, list[float]] = {}
-        for is_remote in (False, True):
-            part = {n: t.flatten() for n, t in tables.items() if is_elsewhere(t) == is_remote}
-            numbers = iter(torch.cat(list(part.values())).cpu().tolist() if part else ())
-            for name, table in part.items():
-                self._tables[name] = list(itertools.islice(numbers, len(table)))
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+        self.timesteps: Any = getattr(scheduler, "timesteps", None)
+        self.has_sigmas = hasattr(scheduler, "sigmas")
+        tables = {
+            name: table.flatten()
+            for name in _TABLES
+            if isinstance(table := getattr(scheduler, name, None), Tensor)
+        }
+        remote = [table for table in tables.values() if is_elsewhere(table)]
+        self.has_waited = bool(remote)
+        numbers = iter(torch.cat(remote).cpu().tolist() if remote else ())
+        self.tables: dict[str, list[float]] = {
+            name: [*itertools.islice(numbers, len(table))]
+            if is_elsewhere(table)
+            else table.tolist()
+            for name, table in tables.items()
+        }
 
     def __len__(self) -> int:
-        """How many timesteps there are."""
-        return len(self._tables.get("timesteps", ()))
+        return len(self.tables.get("timesteps", ()))
 
-    def __getitem__(self, name: str) -> list[float]:
-        """The numbers of a table."""
-        return self._tables[name]
+    def equal_to(self, step: int) -> list[int]:
+        """The steps that have the same timestep as this one, itself included."""
+        timesteps = self.tables["timesteps"]
+        return [i for i, timestep in enumerate(timesteps) if timestep == timesteps[step]]
 
-    def equal_to(self, index: int) -> list[int]:
-        """Which timesteps are equal to one of them, itself included."""
-        timesteps = self["timesteps"]
-        return [i for i, timestep in enumerate(timesteps) if timestep == timesteps[index]]
+    def own_step(self) -> int | None:
+        """The step that the scheduler says it is at; `None` if it does not know."""
+        index = getattr(self.scheduler, "step_index", None)
+        index = getattr(self.scheduler, "begin_index", None) if index is None else index
+        return None if index is None else int(index)
 
-    def nearest(self, scheduler: Any, timestep: float) -> int:
-        """Which timestep a scheduler is at, as it says itself, else as the timestep tells."""
-        index = index_of(scheduler)
-        if index is not None:
-            return index
-        timesteps = self["timesteps"]
-        index = min(range(len(self)), key=lambda i: abs(timesteps[i] - timestep))
+    def step_at(self, timestep: float) -> int:
+        """The step that the scheduler says it is at, or else the one that the timestep tells."""
+        step = self.own_step()
+        if step is not None:
+            return step
+        timesteps = self.tables["timesteps"]
+        step = min(range(len(self)), key=lambda i: abs(timesteps[i] - timestep))
         # Of equal ones, a scheduler with sigmas that begins in the middle means the second.
-        equal = self.equal_to(index) if hasattr(scheduler, "sigmas") else [index]
+        equal = self.equal_to(step) if self.has_sigmas else [step]
         return equal[min(1, len(equal) - 1)]
 
+    def is_at(self, timestep: float) -> bool:
+        step = self.step_at(timestep)
+        return 0 <= step < len(self) and abs(self.tables["timesteps"][step] - timestep) < 1
 
-def prediction_at(
-    scheduler: Scheduler, index: int, steps: list[float], tables: Tables, like: Tensor
-) -> Prediction:
-    """What a scheduler, at one of its timesteps, says of a call of the denoiser.
+    def place_of(self, timestep: Any) -> int | None:
+        """Where a view lies in the tensor of timesteps that it was taken from; else `None`."""
+        own: Tensor = self.timesteps
+        is_single = isinstance(timestep, Tensor) and not any(timestep.stride())
+        if not is_single or timestep.dtype != own.dtype or own.stride() != (1,):
+            return None
+        place = int(timestep.storage_offset()) - int(own.storage_offset())
+        memories = (tensor.untyped_storage().data_ptr() for tensor in (timestep, own))
+        return place if len(set(memories)) == 1 and 0 <= place < len(own) else None
 
-    The call's own `steps`, as `Call.timesteps` has them, count where there are no sigmas. Levels
-    that differ between pictures have the device and the precision of `like`, at least float32.
-    """
-    kind, limited = _prediction_type(scheduler), _limit_of(scheduler)
-    if hasattr(scheduler, "sigmas"):
-        sigma = _present_sigma(scheduler, index, tables)
-        if kind == "flow_prediction":
-            # x = (1 - sigma) * x0 + sigma * eps, u = eps - x0 (arXiv 2209.03003)
-            return Prediction(1 - sigma, sigma, 1.0, -sigma, -1.0, 1 - sigma, limited)
-        if (sigma_data := setting(scheduler, "sigma_data")) is not None:
-            return _preconditioned(sigma, kind, float(sigma_data), limited)
-        alpha = 1 / math.sqrt(1 + sigma**2)
-        sigma = sigma * alpha
-    else:
-        alpha, sigma = _levels([tables["alphas_cumprod"][round(step)] for step in steps], like)
-    if kind == "epsilon":
-        weights = (_ratio(1.0, alpha), -_ratio(sigma, alpha), 0.0, 1.0)
-    elif kind == "v_prediction":
-        weights = (alpha, -sigma, -sigma, alpha)
-    else:
-        weights = (0.0, 1.0, 1.0, -_ratio(alpha, sigma))
-    return Prediction(alpha, sigma, *weights, limited=limited)
+    def prediction(self, step: int, timesteps: list[float], like: Tensor) -> Prediction:
+        """The relations for a call of the denoiser at a step.
+
+        Its `timesteps` (see `Call.timesteps`) count where there are no sigmas. Levels that differ
+        between pictures have the device and the precision of `like`, at least float32.
+        """
+        kind = _prediction_type(self.scheduler)
+        if self.has_sigmas:
+            sigma = self._sigma(step)
+            if kind == "flow_prediction":
+                # x = (1 - sigma) * x0 + sigma * eps, u = eps - x0 (arXiv 2209.03003)
+                return Prediction(1 - sigma, sigma, 1.0, -sigma, -1.0, 1 - sigma)
+            if (sigma_data := setting(self.scheduler, "sigma_data")) is not None:
+                return _preconditioned(sigma, kind, float(sigma_data))
+            alpha = 1 / math.sqrt(1 + sigma**2)
+            sigma = sigma * alpha
+        else:
+            squares = self.tables["alphas_cumprod"]
+            alpha, sigma = _levels([squares[round(each)] for each in timesteps], like)
+        if kind == "epsilon":
+            weights = (_ratio(1.0, alpha), -_ratio(sigma, alpha), 0.0, 1.0)
+        elif kind == "v_prediction":
+            weights = (alpha, -sigma, -sigma, alpha)
+        else:
+            weights = (0.0, 1.0, 1.0, -_ratio(alpha, sigma))
+        return Prediction(alpha, sigma, *weights)
+
+    def limited(self, x0: Tensor) -> Tensor:
+        """x0 as the scheduler uses it: thresholding, where it knows both, goes before clipping."""
+        if setting(self.scheduler, "thresholding"):
+            return self.scheduler._threshold_sample(x0)
+        if not setting(self.scheduler, "clip_sample"):
+            return x0
+        clip = float(setting(self.scheduler, "clip_sample_range", 1.0))
+        return x0.clamp(-clip, clip)
+
+    def _sigma(self, step: int) -> float:
+        """The sigma of x0 + sigma * eps, or of (1 - sigma) * x0 + sigma * eps."""
+        if not getattr(self.scheduler, "state_in_first_order", True):
+            if hasattr(self.scheduler, "mid_point_sigma"):
+                return float(self.scheduler.mid_point_sigma)
+            offset = _MIDPOINT_OFFSETS.get(type(self.scheduler).__name__)
+            if offset is not None:
+                return self.tables["sigmas_interpol"][step + offset]
+        return self.tables["sigmas"][step]
 
 
 def _levels(squares: list[float], like: Tensor) -> tuple[Level, Level]:
@@ -180,38 +211,28 @@ def _levels(squares: list[float], like: Tensor) -> tuple[Level, Level]:
 
 def check_scheduler(scheduler: Any) -> None:
     """Refuse schedulers whose noise level or prediction type is not known here."""
-    problem = _problem_of(scheduler)
-    if problem is not None:
-        raise ValueError(f"scheduler {type(scheduler).__name__} {problem}")
-
-
-def _problem_of(scheduler: Any) -> str | None:
     kind, is_flow = _prediction_type(scheduler), _is_flow_matching(scheduler)
+    name, problem = type(scheduler).__name__, ""
     if not (hasattr(scheduler, "sigmas") or hasattr(scheduler, "alphas_cumprod")):
-        return "has neither sigmas nor alphas_cumprod: not supported"
-    if "Inverse" in type(scheduler).__name__:
-        return "is not supported: its samples have another noise level than its timesteps say"
-    if kind not in PREDICTION_TYPES:
-        return f"has prediction_type={kind!r}; it must be one of {', '.join(PREDICTION_TYPES)}"
-    if is_flow != (kind == "flow_prediction"):
+        problem = "has neither sigmas nor alphas_cumprod: not supported"
+    elif "Inverse" in name:
+        problem = "is not supported: its samples have another noise level than its timesteps say"
+    elif kind not in PREDICTION_TYPES:
+        problem = f"has prediction_type={kind!r}; it must be one of {', '.join(PREDICTION_TYPES)}"
+    elif is_flow != (kind == "flow_prediction"):
         needs = "flow_prediction needs flow sigmas, and they need it"
-        return f"has prediction_type={kind!r} with use_flow_sigmas={is_flow}; {needs}"
-    if setting(scheduler, "invert_sigmas"):
-        return "has invert_sigmas=True: not supported"
-    if setting(scheduler, "sigma_data") is not None and "beta_schedule" in scheduler.config:
-        return (
-            "was made from the config of a variance-preserving scheduler "
-            f"(beta_schedule={scheduler.config['beta_schedule']!r}), but it needs a denoiser with "
-            "EDM preconditioning; use EulerDiscreteScheduler for this model"
-        )
-    return None
+        problem = f"has prediction_type={kind!r} with use_flow_sigmas={is_flow}; {needs}"
+    elif setting(scheduler, "invert_sigmas"):
+        problem = "has invert_sigmas=True: not supported"
+    elif setting(scheduler, "sigma_data") is not None and "beta_schedule" in scheduler.config:
+        has = f"has beta_schedule={scheduler.config['beta_schedule']!r} of another kind of model"
+        problem = f"{has}, but needs EDM preconditioning; use EulerDiscreteScheduler for this model"
+    if problem:
+        raise ValueError(f"scheduler {name} {problem}")
 
 
 def setting(scheduler: Any, name: str, default: Any = None) -> Any:
-    """A setting that a scheduler's class knows, else `default`.
-
-    Configs also hold settings of other schedulers that they were made from.
-    """
+    """A setting that a scheduler's class knows: its config may hold those of other classes, too."""
     config = getattr(scheduler, "config", {})
     return config.get(name, default) if name in _settings(type(scheduler)) else default
 
@@ -221,36 +242,10 @@ def _settings(scheduler: type) -> frozenset[str]:
     return frozenset(inspect.signature(scheduler.__init__).parameters)
 
 
-def index_of(scheduler: Any) -> int | None:
-    """Which of its timesteps a scheduler is at; `None` if it does not know."""
-    index = getattr(scheduler, "step_index", None)
-    index = getattr(scheduler, "begin_index", None) if index is None else index
-    return None if index is None else int(index)
-
-
-def is_at(scheduler: Any, timestep: float) -> bool:
-    """Whether a scheduler's timesteps are set, and its state is that of a step at a timestep."""
-    if getattr(scheduler, "num_inference_steps", None) is None:
-        return False
-    tables = Tables(scheduler)
-    index = tables.nearest(scheduler, timestep)
-    return 0 <= index < len(tables) and abs(tables["timesteps"][index] - timestep) < 1
-
-
-def place_in(timesteps: Tensor, timestep: Any) -> int | None:
-    """Where a view lies in the tensor of timesteps that it was taken from; else `None`."""
-    is_single = isinstance(timestep, Tensor) and not any(timestep.stride())
-    if not is_single or timestep.dtype != timesteps.dtype or timesteps.stride() != (1,):
-        return None
-    place = int(timestep.storage_offset()) - int(timesteps.storage_offset())
-    memories = (tensor.untyped_storage().data_ptr() for tensor in (timestep, timesteps))
-    return place if len(set(memories)) == 1 and 0 <= place < len(timesteps) else None
-
-
 def _is_flow_matching(scheduler: Any) -> bool:
     # Schedulers that are made for flow matching have no setting that says so.
-    has_its_name = type(scheduler).__name__.startswith("FlowMatch")
-    return has_its_name or bool(setting(scheduler, "use_flow_sigmas"))
+    is_named_so = type(scheduler).__name__.startswith("FlowMatch")
+    return is_named_so or bool(setting(scheduler, "use_flow_sigmas"))
 
 
 def _prediction_type(scheduler: Any) -> Any:
@@ -258,37 +253,14 @@ def _prediction_type(scheduler: Any) -> Any:
     return setting(scheduler, "prediction_type", default)
 
 
-def _limit_of(scheduler: Any) -> Callable[[Tensor], Tensor]:
-    """How a scheduler limits x0: thresholding, where it knows both, goes before clipping."""
-    if setting(scheduler, "thresholding"):
-        return scheduler._threshold_sample
-    if not setting(scheduler, "clip_sample"):
-        return lambda x0: x0
-    clip = float(setting(scheduler, "clip_sample_range", 1.0))
-    return lambda x0: x0.clamp(-clip, clip)
-
-
-def _present_sigma(scheduler: Any, index: int, tables: Tables) -> float:
-    """The scheduler's sigma: that of x0 + sigma * eps, or of (1 - sigma) * x0 + sigma * eps."""
-    if not getattr(scheduler, "state_in_first_order", True):
-        if hasattr(scheduler, "mid_point_sigma"):
-            return float(scheduler.mid_point_sigma)
-        offset = _MIDPOINT_OFFSETS.get(type(scheduler).__name__)
-        if offset is not None:
-            return tables["sigmas_interpol"][index + offset]
-    return tables["sigmas"][index]
-
-
-def _preconditioned(
-    sigma: float, kind: str, sigma_data: float, limited: Callable[[Tensor], Tensor]
-) -> Prediction:
+def _preconditioned(sigma: float, kind: str, sigma_data: float) -> Prediction:
     """EDM's preconditioning (Karras et al., arXiv 2206.00364, Table 1)."""
     c_in = 1 / math.sqrt(sigma**2 + sigma_data**2)
     c_skip = (sigma_data * c_in) ** 2
     c_out = sigma * sigma_data * c_in * (-1 if kind == "v_prediction" else 1)
     correction = _ratio(1 - c_skip, c_out)
     noise = -_ratio(c_out, sigma)
-    return Prediction(c_in, sigma * c_in, c_skip / c_in, c_out, correction, noise, limited)
+    return Prediction(c_in, sigma * c_in, c_skip / c_in, c_out, correction, noise)
 
 
 def _ratio(a: Level, b: Level) -> Level:

@@ -38,16 +38,17 @@ def with_first(output: Any, first: Tensor) -> Any:
     return dataclasses.replace(output, **{next(iter(output.keys())): first})
 
 
+_USE_FIRST = "so it is not guided; use branch='cond', or the one that is called first"
+
+
 class TwoCalls:
     """The two calls of a step, one for each prediction of classifier-free guidance.
 
-    Guidance adds the same terms to both. When a term comes from the second call, the first one's
-    prediction is in the hands of the pipeline by then: the terms are added to it in place, before
-    the pipeline combines the two.
+    Guidance adds the same terms to both. Where a term comes from the second call, the pipeline has
+    the first one's prediction by then: the terms are added to it in place.
     """
 
     def __init__(self) -> None:
-        """No call yet."""
         self._is_second = self._expects_second = self._owes_guidance = False
         self._wanted = 0
         self._first: Any = None
@@ -55,20 +56,16 @@ class TwoCalls:
         self._first_terms: dict[int, Tensor] = {}
 
     def begin(self, has_same_sample: bool, cfg: bool | None, wanted: int) -> None:
-        """Note a call that is about to run, and whether the one before was at the same x_t.
+        """Note a call that is about to run, at a step that wants this many terms.
 
-        `cfg` is whether the pipeline says that a second call follows a first one; `None` learns it
-        from the steps before. The step wants so many terms.
+        `cfg` is whether a second call follows a first one; `None` learns it from earlier steps.
         """
         self._is_second = has_same_sample and not self._is_second and self._first is not None
         if self._is_second:
             self._expects_second = True
         elif self._owes_guidance:
             self._owes_guidance = False
-            raise RuntimeError(
-                "a step ran without its second call, and so without guidance; use branch='cond', "
-                "or the branch that is called first"
-            )
+            raise RuntimeError(f"a step ran without its second call, {_USE_FIRST}")
         self._wanted = wanted
         if cfg is not None:
             self._expects_second = cfg
@@ -96,10 +93,7 @@ class TwoCalls:
         if terms:
             first = self._first()
             if first is None:
-                raise RuntimeError(
-                    "the first call's prediction was copied before the second call, so it can't "
-                    "be guided; use branch='cond', or the branch that is called first"
-                )
+                raise RuntimeError(f"the first call's prediction was copied, {_USE_FIRST}")
             first.copy_(added(self._first_plain, whole))
         self._owes_guidance = False
         return added(prediction, whole), whole

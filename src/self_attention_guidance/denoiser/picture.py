@@ -11,10 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .call import Call
-from .families import Packing, config_of, uncompiled
-
-OnCPU = Callable[[Tensor], Tensor]
-"""Copies a tensor to the CPU, once a run."""
+from .families import config_of, uncompiled
 
 
 @dataclass(frozen=True)
@@ -39,46 +36,68 @@ class PicturePlace:
 
     def written(self, tensor: Tensor, picture: Tensor) -> Tensor:
         """A tensor like `tensor` that holds `picture`, as `read` gives it."""
-        if self.grid is None and picture.shape == tensor.shape:
+        if picture.shape == tensor.shape:
             return picture.to(tensor.dtype)
         copy = tensor.clone()
         if self.grid is None:
             copy[:, : self.channels] = picture
-            return copy
-        tokens = F.pixel_unshuffle(picture, self.patch).flatten(2).transpose(1, 2)
-        copy[:, : tokens.shape[1], : self.channels] = tokens
+        else:
+            tokens = F.pixel_unshuffle(picture, self.patch).flatten(2).transpose(1, 2)
+            copy[:, : tokens.shape[1], : self.channels] = tokens
         return copy
 
 
-def place_of(call: Call, output: Tensor, on_cpu: OnCPU) -> PicturePlace:
-    """Where the picture lies in the input and output of one call."""
+def place_of(call: Call, output: Tensor, on_cpu: Callable[[Tensor], Tensor]) -> PicturePlace:
+    """Where the picture lies in the input and output of one call; refuses several pictures."""
     sample, packing = call.sample, call.family.packing
     if packing is None:
         if sample.shape[-2:] != output.shape[-2:]:
             sides = " x ".join(str(side) for side in sample.shape[-2:])
             raise ValueError(f"latents of {sides} do not fit the patches of the denoiser")
         return PicturePlace(min(sample.shape[1], output.shape[1]))
-    channels = min(sample.shape[2], output.shape[2])
-    _refuse_several_pictures(call, packing, sample.shape[2] > output.shape[2], on_cpu)
-    return PicturePlace(channels, _packed_grid(call, packing, on_cpu), packing.patch)
+    # Editing pipelines append pictures that are not denoised. In-context examples (for a network
+    # that sees conditions beside its latents) and layers (with a condition) are denoised, too.
+    ids = call.arguments[packing.ids]
+    if packing.ids == "img_shapes":
+        while not isinstance(ids[0], int):
+            ids = ids[0]
+        grid = int(ids[-2]), int(ids[-1])
+        has_several = call.arguments.get("additional_t_cond") is not None
+    else:
+        ids = on_cpu(ids)
+        grid = _first_grid(ids[0] if ids.ndim == 3 else ids)
+        sees_conditions = sample.shape[2] > output.shape[2]
+        has_several = sees_conditions and bool((ids[..., 0] != ids.flatten()[0]).any())
+    if has_several:
+        raise ValueError("sequences of several pictures that are denoised are not supported")
+    return PicturePlace(min(sample.shape[2], output.shape[2]), grid, packing.patch)
+
+
+def _first_grid(ids: Tensor) -> tuple[int, int]:
+    """Rows and columns of the first picture, whose tokens have these (picture, row, column)."""
+    ids = ids[ids[:, 0] == ids[0, 0]]
+    rows, columns = (int(side) + 1 for side in ids[:, 1:3].max(dim=0).values)
+    expected = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).to(ids)
+    if not torch.equal(ids[:, 1:3], expected):
+        raise ValueError("img_ids does not hold the rows and columns of one picture")
+    return rows, columns
 
 
 def picture_tokens(
-    denoiser: nn.Module, layer: str, call: Call, positions: int, on_cpu: OnCPU
+    denoiser: nn.Module, layer: str, call: Call, positions: int, place: PicturePlace
 ) -> tuple[slice, tuple[int, int]]:
     """Which of the positions that a layer attends over are the picture's, and their grid."""
-    family, sample = call.family, call.sample
-    pictures = None
-    if family.packing is not None:
-        grid, pictures = _packed_grid(call, family.packing, on_cpu), sample.shape[1]
+    family, (height, width) = call.family, call.sample.shape[-2:]
+    if place.grid is not None:
+        grid = place.grid
     elif family.tokens == "levels":
-        size = (sample.shape[-2], sample.shape[-1])
-        grid = _level_grid(uncompiled(denoiser), layer, positions, size)
+        grid = _level_grid(uncompiled(denoiser), layer, positions, (height, width))
     else:
         patch = int(config_of(denoiser).get("patch_size", 1))
-        grid = sample.shape[-2] // patch, sample.shape[-1] // patch
+        grid = height // patch, width // patch
     count = grid[0] * grid[1]
-    start = positions - (pictures or count) if family.joint == "picture_last" else 0
+    pictures = count if place.grid is None else call.sample.shape[1]
+    start = positions - pictures if family.joint == "picture_last" else 0
     if start < 0 or (positions < count if family.joint else positions != count):
         raise ValueError(
             f"{layer!r} attends over {positions} positions, but its picture has {grid[0]} x "
@@ -105,38 +124,4 @@ def _level_grid(
         rows, columns = (max(rounded(side / 2**levels), 1) for side in size)
         if rows * columns == positions:
             break
-    return rows, columns
-
-
-def _refuse_several_pictures(
-    call: Call, packing: Packing, sees_conditions: bool, on_cpu: OnCPU
-) -> None:
-    """Refuse sequences of which more than the first picture is denoised.
-
-    Editing pipelines append pictures that are not. Those of in-context examples (a network that
-    sees conditions beside its latents) and of layers (with a condition of their own) are.
-    """
-    if packing.ids == "img_shapes":
-        several = call.arguments.get("additional_t_cond") is not None
-    else:
-        ids = on_cpu(call.arguments["img_ids"])
-        several = sees_conditions and bool((ids[..., 0] != ids.flatten()[0]).any())
-    if several:
-        raise ValueError("sequences of several pictures that are denoised are not supported")
-
-
-def _packed_grid(call: Call, packing: Packing, on_cpu: OnCPU) -> tuple[int, int]:
-    """Rows and columns of the first picture's tokens, which is the one that is denoised."""
-    places = call.arguments[packing.ids]
-    if packing.ids == "img_shapes":
-        while not isinstance(places[0], int):
-            places = places[0]
-        return int(places[-2]), int(places[-1])
-    ids = on_cpu(places)
-    ids = ids[0] if ids.ndim == 3 else ids
-    ids = ids[ids[:, 0] == ids[0, 0]]
-    rows, columns = (int(side) + 1 for side in ids[:, 1:3].max(dim=0).values)
-    expected = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).to(ids)
-    if not torch.equal(ids[:, 1:3], expected):
-        raise ValueError(f"{packing.ids} does not hold the rows and columns of one picture")
     return rows, columns

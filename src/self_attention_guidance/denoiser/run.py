@@ -12,17 +12,7 @@ from torch import Tensor, nn
 
 from .call import Call, Layout, halves_agree, layout_by_samples
 from .caller import Caller, is_running
-from .noise import (
-    Prediction,
-    Scheduler,
-    Tables,
-    check_scheduler,
-    index_of,
-    is_at,
-    is_elsewhere,
-    place_in,
-    prediction_at,
-)
+from .noise import Prediction, Schedule, Scheduler, check_scheduler, is_elsewhere
 from .outputs import TwoCalls
 
 
@@ -39,13 +29,11 @@ class Run:
     """A run of a sampler, from its first call of the denoiser to its last.
 
     `step` is the index of the present one among the timesteps; `is_new` holds at the run's first
-    call, and `is_weak` in the weakened pass. A run belongs to the thread of its first call. Another
-    thread may begin one when it is over, and a run that it begins earlier ends the first: that
-    one's next call is refused.
+    call, and `is_weak` in the weakened pass. A run belongs to the thread of its first call. If
+    another thread begins one before it is over, its next call is refused.
     """
 
     def __init__(self, is_for_this_thread: bool = False) -> None:
-        """Nothing runs yet; only the thread that makes this may, or any."""
         self.step = 0
         self.is_new = self.is_weak = self._has_waited = False
         self._is_fixed = is_for_this_thread
@@ -53,17 +41,20 @@ class Run:
         self._interrupted: dict[threading.Thread, int] = {}
         self._entering = threading.Lock()
         self._inside: threading.Thread | None = None
-        self._begin(None, Tables(None))
+        self.end()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """In another process there are other threads and runs."""
         return Run, (False,)
 
-    def _begin(self, scheduler: Scheduler | None, tables: Tables) -> None:
+    def end(self) -> None:
+        """Nothing runs, and no tensor of a run is kept."""
+        self._schedules: list[Schedule] = []
+        self._begin(Schedule(None))
+
+    def _begin(self, schedule: Schedule) -> None:
         """Nothing is known of a run but its scheduler."""
-        self.tables = tables
-        self._scheduler = scheduler
-        self._timesteps = None if scheduler is None else scheduler.timesteps
+        self.schedule = schedule
         self.two_calls = TwoCalls()
         self._previous: Call | None = None
         self._held: dict[int, _Held] = {}
@@ -85,13 +76,12 @@ class Run:
                 raise RuntimeError(_TWO_THREADS)
             self._inside, self.is_weak = thread, False
 
+    def leave(self) -> None:
+        self._inside = None
+
     def is_inside(self) -> bool:
         """Whether a call of this thread has begun and not ended."""
         return self._inside is threading.current_thread()
-
-    def leave(self) -> None:
-        """The call that this thread began ends."""
-        self._inside = None
 
     def _take(self, timesteps: Tensor, step: int) -> None:
         """The run is this thread's."""
@@ -99,9 +89,9 @@ class Run:
         if thread is not self._owner:
             # A run that begins has other timesteps, or begins at an earlier one of the same.
             continued = min(self.step, self._interrupted.pop(thread, self.step))
-            if timesteps is self._timesteps and step > continued:
+            if timesteps is self.schedule.timesteps and step > continued:
                 raise RuntimeError(_TWO_THREADS)
-            if self._owner is not None and self.step < len(self.tables) - 1:
+            if self._owner is not None and self.step < len(self.schedule) - 1:
                 self._interrupted[self._owner] = self.step
         self._owner = thread
 
@@ -110,66 +100,87 @@ class Run:
     def at(self, call: Call, caller: Caller | None, given: Scheduler | None) -> None:
         """The call is at a step of the scheduler that was given, or of one of the caller's."""
         self._has_waited = False
-        scheduler = _scheduler_of(call, caller) if given is None else given
-        tables = self.tables
-        # Every run of a scheduler has other timesteps.
-        is_other = scheduler is not self._scheduler or scheduler.timesteps is not self._timesteps
+        schedule = self._schedule_at(call, caller) if given is None else self._schedule_of(given)
+        is_other = schedule is not self.schedule
         if is_other:
-            check_scheduler(scheduler)
-            tables = Tables(scheduler)
-            self._has_waited = tables.has_waited
-        step, is_certain = self._step_of(call, scheduler, tables)
-        self._take(scheduler.timesteps, step)
+            check_scheduler(schedule.scheduler)
+        step, is_certain = self._step_of(call, schedule)
+        self._take(schedule.timesteps, step)
         self.is_new = is_other or step < self.step
         if self.is_new:
-            self._begin(scheduler, tables)
+            self._begin(schedule)
         elif step > self.step:
             self._previous = None
         self.step = step
         if not is_certain:
-            self._check_timestep(scheduler, call)
+            self._check_timestep(call)
 
-    def _step_of(self, call: Call, scheduler: Scheduler, tables: Tables) -> tuple[int, bool]:
-        """The step of a scheduler that a call is at, and whether its timestep is surely that."""
+    def _schedule_at(self, call: Call, caller: Caller | None) -> Schedule:
+        """That of the pipeline's scheduler which is at the call's timestep."""
+        schedulers = [] if caller is None else caller.schedulers
+        if not schedulers:
+            raise RuntimeError(
+                "no pipeline runs this denoiser, so its scheduler is unknown; for a loop of your "
+                "own, attach to it with scheduler= and batch_layout="
+            )
+        if len(schedulers) == 1:
+            return self._schedule_of(schedulers[0])
+        self._note_wait(call.timestep)
+        for scheduler in schedulers:
+            is_set = getattr(scheduler, "num_inference_steps", None) is not None
+            if is_set and self._schedule_of(scheduler).is_at(call.timesteps[0]):
+                return self._schedule_of(scheduler)
+        raise _not_at(schedulers[0], call.timestep, call.timestep_scale)
+
+    def _schedule_of(self, scheduler: Scheduler) -> Schedule:
+        """What is known of a scheduler since its timesteps were set: every run has others."""
+        for known in (self.schedule, *self._schedules):
+            if known.scheduler is scheduler and known.timesteps is scheduler.timesteps:
+                return known
+        schedule = Schedule(scheduler)
+        self._has_waited |= schedule.has_waited
+        self._schedules = [*self._schedules[-3:], schedule]
+        return schedule
+
+    def _step_of(self, call: Call, schedule: Schedule) -> tuple[int, bool]:
+        """The step that a call is at, and whether its timestep is surely that."""
         # Pipelines take the timestep out of the scheduler's own tensor.
-        place = place_in(scheduler.timesteps, call.timestep) if call.timestep_scale == 1 else None
-        step = index_of(scheduler)
+        place = schedule.place_of(call.timestep) if call.timestep_scale == 1 else None
+        step = schedule.own_step()
         if step is None and place is not None:
             # PNDM evaluates a timestep twice, and does not tell which time it is.
-            return tables.equal_to(place)[0], True
+            return schedule.equal_to(place)[0], True
         if step is None:
-            step = tables.nearest(scheduler, self._timesteps_of(call)[0])
-        if not 0 <= step < len(tables):
-            raise _not_at(scheduler, call)
+            self._note_wait(call.timestep)
+            step = schedule.step_at(call.timesteps[0])
+        if not 0 <= step < len(schedule):
+            raise _not_at(schedule.scheduler, call.timestep, call.timestep_scale)
         return step, step == place
 
-    def _timesteps_of(self, call: Call) -> list[float]:
-        self._note_wait(call.timestep)
-        return call.timesteps()
-
-    def _check_timestep(self, scheduler: Scheduler, call: Call) -> None:
+    def _check_timestep(self, call: Call) -> None:
         """Refuse a scheduler that is elsewhere, and several timesteps where it has one level."""
-        given = torch.as_tensor(call.timestep)
+        scheduler, given = self.schedule.scheduler, torch.as_tensor(call.timestep)
         values = given.flatten()
-        expected = self.tables["timesteps"][self.step] * call.timestep_scale
-        if hasattr(scheduler, "sigmas"):
-            message = _SEVERAL_TIMESTEPS.format(type(scheduler).__name__)
+        expected = self.schedule.tables["timesteps"][self.step] * call.timestep_scale
+        if self.schedule.has_sigmas:
+            name = type(scheduler).__name__
+            several = f"the pictures of the batch have several timesteps, but {name} has one noise"
+            message = f"{several} level; use DDIMScheduler, or one timestep a call"
             self.refuse((values != values[0]).any(), ValueError, message)
         # What networks receive may be rounded.
         if given.is_floating_point():
             allowed = 2 * torch.finfo(given.dtype).eps * abs(expected) + 1e-6
         else:
             allowed = 0.0 if expected == round(expected) else 1.0
-        self.refuse((values[0] - expected).abs() > allowed, _not_at, scheduler, call)
+        about = scheduler, values[0], call.timestep_scale
+        self.refuse((values[0] - expected).abs() > allowed, _not_at, *about)
 
     def prediction(self, call: Call) -> Prediction:
-        """What the scheduler says of the call."""
-        assert self._scheduler is not None
-        steps = self.tables["timesteps"][self.step : self.step + 1]
-        if not hasattr(self._scheduler, "sigmas") and not call.has_one_timestep:
-            several = self._timesteps_of(call)
-            steps = several if len(several) > 1 else steps
-        return prediction_at(self._scheduler, self.step, steps, self.tables, call.sample)
+        timesteps = self.schedule.tables["timesteps"][self.step : self.step + 1]
+        if not self.schedule.has_sigmas and not call.has_one_timestep:
+            self._note_wait(call.timestep)
+            timesteps = call.timesteps if len(call.timesteps) > 1 else timesteps
+        return self.schedule.prediction(self.step, timesteps, call.sample)
 
     # What lies on the device
 
@@ -191,7 +202,7 @@ class Run:
 
         A step that has waited for it already leaves that to the next one, if there is one.
         """
-        if not self._checks or (self._has_waited and self.step < len(self.tables) - 1):
+        if not self._checks or (self._has_waited and self.step < len(self.schedule) - 1):
             return
         checks, self._checks = self._checks, []
         failed = torch.stack([each for each, _ in checks]).cpu().tolist()
@@ -208,31 +219,32 @@ class Run:
         """The layout as the run's first batch of this size shows it (see `layout_by_samples`)."""
         batch = len(call.sample)
         if batch not in self._layouts:
-            is_last = self.step == len(self.tables) - 1
+            is_last = self.step == len(self.schedule) - 1
             self._layouts[batch] = layout_by_samples(denoiser, call, caller, is_last)
             self._note_wait(call.sample)
         return self._layouts[batch]
 
     def compare(self, call: Call, caller: Caller | None, layout: Layout, terms: int) -> None:
-        """Compare a call, at a step of so many terms, with its layout and with the call before."""
+        """Compare a call with its layout and with the call before; its step wants so many terms."""
         before, self._previous = self._previous, call
         if layout.has_two_calls:
             cfg = None if caller is None else caller.cfg
-            self.two_calls.begin(before is not None and self._is_equal(before, call), cfg, terms)
+            is_same = before is not None and before.sample is call.sample
+            if before is not None and not is_same:
+                self._note_wait(call.sample)
+                is_same = torch.equal(before.sample, call.sample)
+            self.two_calls.begin(is_same, cfg, terms)
         if layout.has_halves:
-            self.refuse(~halves_agree(call.sample), ValueError, layout.halves_differ)
+            told = (
+                f"batch_layout={layout.kind!r}" if layout.is_told else "they were the same before"
+            )
+            message = f"the two halves of the batch hold different samples ({told}); {_WITHOUT_CFG}"
+            self.refuse(~halves_agree(call.sample), ValueError, message)
         elif before is not None and not layout.is_told:
             pairs = (before.sample, call.sample), (before.condition, call.condition)
-            differ = [_differ(*pair) for pair in pairs]
-            if differ[0] is not None and differ[1] is not None:
-                self.refuse(~differ[0] & differ[1], ValueError, _SEVERAL_CALLS)
-
-    def _is_equal(self, before: Call, call: Call) -> bool:
-        """Whether two calls have the same x_t."""
-        x, x_now = before.sample, call.sample
-        if x is not x_now:
-            self._note_wait(x)
-        return x is x_now or (x.shape == x_now.shape and torch.equal(x, x_now))
+            if all(a is not None and b is not None and a.shape == b.shape for a, b in pairs):
+                same, alike = ((a == b).all() for a, b in pairs)
+                self.refuse(same & ~alike, ValueError, _SEVERAL_CALLS)
 
     # Terms that are held
 
@@ -240,68 +252,34 @@ class Run:
         """Hold what a guidance's weakened pass at x_t of a shape gave, as noise."""
         before, passes = self._held.get(number), 1
         # Schedulers that evaluate one timestep twice may not tell which time it is.
-        is_unique = len(self.tables.equal_to(self.step)) == 1
+        is_unique = len(self.schedule.equal_to(self.step)) == 1
         if before is not None and before.step == self.step and is_unique:
             passes += before.passes
         self._held[number] = _Held(noise, shape, self.step, passes)
 
     def held(self, number: int, every: int, shape: torch.Size, passes: int) -> Tensor | None:
-        """The noise that a guidance adds again, or `None` if it needs a weakened pass.
-
-        If a step had more than `passes`, several pictures are denoised in turn.
-        """
+        """The noise that a guidance adds again, or `None` if it needs a weakened pass."""
         held = self._held.get(number)
         if held is None or held.shape != shape or not 0 < self.step - held.step < every:
             return None
-        if held.passes > passes:
-            raise RuntimeError(
-                f"the denoiser is called {held.passes} times a step, so a term that is held may "
-                "be another picture's; use every=1"
-            )
+        if held.passes > passes:  # several pictures are denoised in turn
+            calls = f"the denoiser is called {held.passes} times a step"
+            raise RuntimeError(f"{calls}, so a held term may be another picture's; use every=1")
         return held.noise
 
 
-def _scheduler_of(call: Call, caller: Caller | None) -> Scheduler:
-    """The scheduler of the pipeline that is at the call's timestep."""
-    schedulers = [] if caller is None else caller.schedulers
-    if not schedulers:
-        raise RuntimeError(
-            "no pipeline is running, so the scheduler and the batch layout are unknown; to call "
-            "the denoiser in a loop of your own, attach to it with scheduler= and batch_layout="
-        )
-    if len(schedulers) == 1:
-        return schedulers[0]
-    timestep = call.timesteps()[0]
-    for scheduler in schedulers:
-        if is_at(scheduler, timestep):
-            return scheduler
-    raise _not_at(schedulers[0], call)
-
-
-def _differ(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """Whether tensors differ, bool on their device; `None` if they can't be compared."""
-    can_compare = a is not None and b is not None and a.shape == b.shape
-    return (a != b).any() if can_compare else None
-
-
-def _not_at(scheduler: Scheduler, call: Call) -> ValueError:
+def _not_at(scheduler: Scheduler, timestep: Any, timestep_scale: float) -> ValueError:
+    at = float(torch.as_tensor(timestep).flatten()[0]) / timestep_scale
     return ValueError(
-        f"{type(scheduler).__name__} is not at timestep {call.timesteps()[0]:g}, with which "
-        "the denoiser is called, so the noise level is unknown: attach guidance to the pipeline "
-        "that runs, or to the denoiser with the scheduler= that runs"
+        f"{type(scheduler).__name__} is not at timestep {at:g}, with which the denoiser is called: "
+        "attach guidance to the pipeline that runs, or to the denoiser with its scheduler="
     )
 
 
-_TWO_THREADS = (
-    "two threads call one guided denoiser: let them wait for each other, or give each a "
-    "pipeline with a denoiser of its own"
-)
-_SEVERAL_TIMESTEPS = (
-    "the pictures of the batch have several timesteps, but {} has one noise level; use "
-    "DDIMScheduler, or one timestep a call"
-)
+_TWO_THREADS = "two threads call one guided denoiser: let them take turns, or give each its own"
+_WITHOUT_CFG = "without classifier-free guidance, attach with batch_layout='single'"
 _SEVERAL_CALLS = (
-    "the denoiser is called twice at one step with the same sample and two conditions, as under "
-    "classifier-free guidance: attach with batch_layout='uncond_call_first' or 'cond_call_first', "
-    "which is the order of the calls, or with 'single' if these are two pictures of one seed"
+    "the denoiser is called twice at one step with the same sample and two conditions: attach with "
+    "batch_layout='uncond_call_first' or 'cond_call_first' if this is classifier-free guidance, or "
+    "with 'single' if these are two pictures of one seed"
 )

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from ..checks import check_finite, check_prompts
-from ..guidance.blur import Blurring
+from ..guidance.sag import Blurring
 from .drawing import GeneratedImage, Progress
 from .grid import EMPTY_PROMPT, draw_grid, overlay_attended
 from .metadata import method_label, text_of, written

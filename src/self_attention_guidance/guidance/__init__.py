@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from .attach import attach
 from .base import METHODS, Branch, Guidance, Step
-from .blur import BlurGuidance
-from .handle import GuidanceHandle
+from .handle import GuidanceHandle, attach
 from .pag import PerturbedAttentionGuidance
-from .sag import SelfAttentionGuidance
+from .sag import BlurGuidance, SelfAttentionGuidance
 
 __all__ = [
     "METHODS",

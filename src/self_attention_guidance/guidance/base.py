@@ -17,7 +17,7 @@ from ..denoiser.families import BatchLayout
 from ..denoiser.noise import Scheduler
 
 if TYPE_CHECKING:
-    from .attach import GuidanceHandle
+    from .handle import GuidanceHandle
 
 Branch = Literal["uncond", "cond"]
 Self = TypeVar("Self", bound="Guidance")
@@ -165,7 +165,7 @@ class Guidance:
         given = dict(settings)
         name = given.pop("method", None)
         if name not in METHODS:
-            raise ValueError(f"method={name!r} must be one of {', '.join(METHODS)}")
+            raise ValueError(f"method={name!r} must be one of {', '.join(sorted(METHODS))}")
         known = [each.name for each in dataclasses.fields(METHODS[name])]
         for unknown in given.keys() - known:
             raise ValueError(f"{unknown!r} is not a setting of {name}: {', '.join(known)}")
@@ -193,6 +193,6 @@ class Guidance:
         Returns:
             The handle; use it in a `with` statement, or call its `remove`.
         """
-        from .attach import attach
+        from .handle import attach
 
         return attach(target, self, scheduler=scheduler, batch_layout=batch_layout)

@@ -16,26 +16,20 @@ from ..denoiser.run import Run
 from ..denoiser.safety import not_finite
 from .base import Guidance, Step
 
-_NO_EFFECT = (
-    "step {}: {} had no effect: the weakened network predicted exactly what the network itself did"
-)
-
 
 @dataclass(frozen=True)
 class GuidedCall:
     """A call of a denoiser at a guided step.
 
-    Attributes:
-        acting: The guidances that add something, by number, each with the noise that it adds
-            again; `None` needs a weakened pass.
-        read: The layers that are read, by their dotted paths.
+    `acting` are the guidances that add something, by number, each with the noise that it adds
+    again, or else `None` and the layers that it reads, for a weakened pass.
     """
 
     run: Run
     denoiser: nn.Module
     call: Call
     layout: Layout
-    acting: dict[int, tuple[Guidance, Tensor | None]]
+    acting: dict[int, tuple[Guidance, Tensor | None, tuple[str, ...]]]
     read: dict[str, StandIn]
 
     def terms(self, whole: Tensor) -> tuple[dict[int, Tensor], list[Step]]:
@@ -44,7 +38,7 @@ class GuidedCall:
         prediction = self.run.prediction(self.call)
         terms: dict[int, Tensor] = {}
         steps: list[Step] = []
-        for number, (guidance, held) in self.acting.items():
+        for number, (guidance, held, _) in self.acting.items():
             rows = self.layout.rows(len(self.call.sample), guidance.branch)
             levels = prediction.rows(rows)
             if held is not None:
@@ -59,11 +53,11 @@ class GuidedCall:
         self, number: int, rows: slice, output: Tensor, place: PicturePlace, levels: Prediction
     ) -> tuple[Tensor, Step]:
         """scale * (eps - eps'), in units of the output, by a weakened pass."""
-        guidance, sample = self.acting[number][0], self.call.sample[rows]
+        (guidance, _, layers), sample = self.acting[number], self.call.sample[rows]
         x_t, u = precise(place.read(sample)), precise(place.read(output))
         x0 = levels.x0(x_t, u)
-        attention = {n: self._attention(n, rows) for n in guidance.reads(self.denoiser)}
-        step = Step(self.denoiser, levels.limited(x0), attention)
+        attention = {n: self._attention(n, rows, place) for n in layers}
+        step = Step(self.denoiser, self.run.schedule.limited(x0), attention)
         with guidance.weaken(step) as x0_weak:
             sample_weak = sample
             if x0_weak is not None:
@@ -74,18 +68,19 @@ class GuidedCall:
         is_nothing = (term == 0).all()
         if change is not None:  # where there was nothing to blur, there is nothing to add
             is_nothing = is_nothing & (sample_weak != sample).any()
-        self.run.refuse(is_nothing, RuntimeError, _NO_EFFECT.format(self.run.step, guidance))
+        about = f"step {self.run.step}: {guidance} had no effect: the weakened network predicted"
+        self.run.refuse(is_nothing, RuntimeError, f"{about} exactly what the network itself did")
         self.run.hold(number, levels.noise(term.detach()), sample.shape)
         return term, step
 
-    def _attention(self, layer: str, rows: slice) -> Tensor:
+    def _attention(self, layer: str, rows: slice, place: PicturePlace) -> Tensor:
         """What each of the picture's tokens received, (rows, token rows, columns)."""
         noted = self.read[layer].noted
         if not noted:
             reason = why_unseen(self.denoiser, layer)
             raise RuntimeError(f"no attention was recorded at {layer!r}: {reason}")
         positions = noted[0].key.shape[-2]
-        picture, grid = picture_tokens(self.denoiser, layer, self.call, positions, self.run.on_cpu)
+        picture, grid = picture_tokens(self.denoiser, layer, self.call, positions, place)
         return received(noted, len(self.call.sample), rows, picture).unflatten(1, grid)
 
     def _weak_output(self, rows: slice, sample: Tensor) -> Tensor:
@@ -98,13 +93,12 @@ class GuidedCall:
         if len(output) != len(sample):
             raise RuntimeError(
                 f"the weakened pass of {len(sample)} pictures returned {len(output)}: an argument "
-                "holds a row for each picture, which guidance does not know of; see "
-                "register_batch_arguments"
+                "with a row for each picture is unknown to guidance; see register_batch_arguments"
             )
         return output
 
     def check(self, whole: Tensor, guided: Tensor) -> None:
-        """Refuse values that are no numbers, with all other checks of the step."""
+        """Refuse values that are not finite, with all other checks of the step."""
         stages = {
             "the denoiser's input": self.call.sample,
             "the denoiser's prediction": whole,

@@ -1,8 +1,7 @@
-"""The hooks that guide a denoiser.
+"""Attach guidances to a denoiser, of a pipeline or of a loop of one's own.
 
-Pipelines, samplers and schedulers never learn that a denoiser is guided: hooks on it read the
-attention of its pass, run it again, weakened, and add what guidance makes of the difference to its
-own output.
+Hooks on it read the attention of its pass, run it again, weakened, and add what guidance makes of
+the difference to its own output. Pipelines, samplers and schedulers never learn of it.
 """
 
 from __future__ import annotations
@@ -10,23 +9,76 @@ from __future__ import annotations
 import threading
 import weakref
 from contextlib import ExitStack
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 from torch import Tensor, nn
 
 from ..denoiser.attention import self_attention, standing_in
 from ..denoiser.call import Call, call_of, layout_of
-from ..denoiser.caller import Caller, find_caller
-from ..denoiser.families import BatchLayout, denoiser_of, uncompiled
-from ..denoiser.noise import Scheduler
+from ..denoiser.caller import Caller, find_caller, refuse_unknown
+from ..denoiser.families import FAMILIES, BatchLayout, denoiser_of, family_of, uncompiled
+from ..denoiser.noise import Scheduler, check_scheduler
 from ..denoiser.outputs import added, total, with_first
 from ..denoiser.run import Run
 from ..denoiser.safety import refuse_caches, refuse_compiled_in_place, run_uncompiled
 from .base import Guidance
 from .guided_call import GuidedCall
 
-# Else two threads could both find a denoiser unguided.
+# Otherwise two threads could both find a denoiser unguided.
 _attaching = threading.Lock()
+
+
+def attach(
+    target: Any,
+    *guidances: Guidance,
+    scheduler: Scheduler | None = None,
+    batch_layout: BatchLayout | None = None,
+    is_for_this_thread: bool = False,
+) -> GuidanceHandle:
+    """Guide every call of a denoiser until the handle is removed.
+
+    Several guidances share the first pass. Each has a weakened pass, and a window of steps, of its
+    own; what they add is summed, in any order.
+
+    Args:
+        target: A diffusers pipeline, or a denoiser for a loop of your own.
+        *guidances: At least one.
+        scheduler: See `Guidance.attach`.
+        batch_layout: See `Guidance.attach`.
+        is_for_this_thread: Refuse calls of other threads, for a pipeline's own call.
+
+    Raises:
+        ValueError: The denoiser, its layers or the scheduler are not supported, or the denoiser is
+            guided already.
+    """
+    if not guidances or not all(isinstance(each, Guidance) for each in guidances):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError("attach needs a guidance behind its target: SelfAttentionGuidance(0.75)")
+    denoiser = denoiser_of(target)
+    if denoiser is None:
+        raise ValueError(
+            f"target={type(target).__name__} must be a diffusers pipeline with a unet or a "
+            f"transformer, or a denoiser; supported denoisers: {', '.join(FAMILIES)}"
+        )
+    family_of(denoiser)
+    layouts = get_args(BatchLayout)
+    if batch_layout not in (None, *layouts):
+        raise ValueError(f"batch_layout={batch_layout!r} must be one of {', '.join(layouts)}")
+    pipeline = None if denoiser is target else target
+    check_scheduler(_scheduler_of(pipeline, scheduler))
+    run = Run(is_for_this_thread)
+    return GuidanceHandle(denoiser, pipeline, guidances, run, scheduler, batch_layout)
+
+
+def _scheduler_of(pipeline: Any, given: Scheduler | None) -> Scheduler:
+    if pipeline is None:
+        if given is None:
+            raise ValueError("scheduler=None must be the scheduler that drives this denoiser")
+        return given
+    refuse_unknown(pipeline)
+    if given is not None:
+        raise ValueError("scheduler must not be given with a pipeline: its own is used")
+    return pipeline.scheduler
 
 
 class GuidanceHandle:
@@ -39,8 +91,8 @@ class GuidanceHandle:
         guidances: The settings.
         attached: Whether the denoiser is guided.
         steps: Number of weakened passes so far: one for each guidance and guided step that does
-            not hold its term, and another one at the first step of a run of two calls a step,
-            unless the pipeline tells that the second follows.
+            not hold its term. A run of two calls a step has one more at its first step, unless
+            its pipeline says that classifier-free guidance is on.
         x0: The clean sample that was predicted at the last weakened pass, as the scheduler clips
             or thresholds it: (pictures, channels, height, width), at least float32.
         term: What guidance added at the last guided step to each picture's rows of the denoiser's
@@ -65,9 +117,8 @@ class GuidanceHandle:
         self.x0: Tensor | None = None
         self.term: Tensor | None = None
         self.noted: dict[str, Tensor] = {}
-        # A pipeline keeps its handle, and a denoiser its hooks: neither may be kept by them.
-        self._denoiser: Any = weakref.ref(denoiser)
-        self._pipeline: Any = _nothing if pipeline is None else weakref.ref(pipeline)
+        # A pipeline keeps its handle: the handle may not keep the pipeline. NoneType() is None.
+        self._pipeline: Any = NoneType if pipeline is None else weakref.ref(pipeline)
         self._scheduler = scheduler
         self._layout: BatchLayout | None = batch_layout
         self._run = run
@@ -100,14 +151,13 @@ class GuidanceHandle:
         for hook in self._hooks:
             hook.remove()
         self._stop_reading()
+        if not self._is_for_one_call:  # else the next handle goes on with the run
+            self._run.end()
 
-    def remove_after_call(self) -> None:
-        """Remove the guidance after the next call of the denoiser, also if that fails."""
+    def remove_after_call(self, earlier: GuidanceHandle | None = None) -> None:
+        """Guide one call only, even if it fails, and continue the run of an earlier handle."""
         self._is_for_one_call = True
-
-    def continue_from(self, earlier: GuidanceHandle) -> None:
-        """Go on with the run of an earlier handle of the same guidances, and what it holds."""
-        self._run = earlier._run
+        self._run = self._run if earlier is None else earlier._run
 
     def __enter__(self) -> GuidanceHandle:
         """The handle; the denoiser is guided already."""
@@ -115,9 +165,10 @@ class GuidanceHandle:
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         """Remove the guidance; refuse a pipeline that got another denoiser, not guided."""
+        present = denoiser_of(self._pipeline()) if self.attached else None
+        is_guided = present is None or self in _handles_on(present)
         self.remove()
-        present = denoiser_of(self._pipeline())
-        if error is None and present is not None and not self._was_on(present):
+        if error is None and not is_guided:
             raise RuntimeError(
                 f"{type(self._pipeline()).__name__} got another denoiser after guidance was "
                 "attached; what it drew with that one is not guided: attach again after the change"
@@ -129,8 +180,8 @@ class GuidanceHandle:
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what belongs to this process; a guided denoiser can be pickled."""
-        references = {"_denoiser": _nothing, "_pipeline": _nothing}
-        return {**self.__dict__, **references, "_guided_call": None, "_reading": ExitStack()}
+        local = {"_pipeline": NoneType, "_guided_call": None, "_reading": ExitStack()}
+        return self.__dict__ | local
 
     # The hooks
 
@@ -139,9 +190,12 @@ class GuidanceHandle:
             for layer in guidance.reads(denoiser):
                 self_attention(denoiser, layer)
         with _attaching:
-            for module in {denoiser, uncompiled(denoiser)}:
-                _refuse_guided(module)
-                refuse_compiled_in_place(module)
+            for handle in _handles_on(denoiser):
+                if handle.attached:
+                    by = " and ".join(str(guidance) for guidance in handle.guidances)
+                    name = type(denoiser).__name__
+                    raise ValueError(f"{name} is guided already, by {by}; remove that handle first")
+            refuse_compiled_in_place(denoiser)
             refuse_caches(denoiser)
             return [
                 denoiser.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -163,7 +217,7 @@ class GuidanceHandle:
         run.at(call, caller, self._scheduler)
         if run.is_new:
             refuse_caches(module)
-        steps = len(run.tables)
+        steps = len(run.schedule)
         acting = [n for n, each in enumerate(self.guidances) if each.acts_at(run.step, steps)]
         if acting:
             self._guided_call = self._begin(module, call, caller, acting)
@@ -177,15 +231,14 @@ class GuidanceHandle:
         run = self._run
         layout = layout_of(call, caller, self._layout) or run.layout(denoiser, call, caller)
         run.compare(call, caller, layout, len(numbers))
-        acting: dict[int, tuple[Guidance, Tensor | None]] = {}
-        layers: set[str] = set()
+        acting: dict[int, tuple[Guidance, Tensor | None, tuple[str, ...]]] = {}
         for number in numbers:
             guidance = self.guidances[number]
             shape = call.sample[layout.rows(len(call.sample), guidance.branch)].shape
             held = run.held(number, guidance.every, shape, 2 if layout.has_two_calls else 1)
             if held is not None or run.two_calls.needs_term(layout, guidance.branch):
-                acting[number] = guidance, held
-                layers.update(() if held is not None else guidance.reads(denoiser))
+                acting[number] = guidance, held, guidance.reads(denoiser) if held is None else ()
+        layers = {layer for *_, layers in acting.values() for layer in layers}
         read = {n: self._reading.enter_context(standing_in(denoiser, n)) for n in layers}
         return GuidedCall(run, denoiser, call, layout, acting, read)
 
@@ -226,27 +279,10 @@ class GuidanceHandle:
         guided_call.check(whole, guided)
         return guided
 
-    def _was_on(self, denoiser: nn.Module) -> bool:
-        """Whether a denoiser is the guided one, or a copy of it."""
-        own = self._denoiser()
-        modules = {denoiser, uncompiled(denoiser)}
-        is_own = own is not None and not modules.isdisjoint({own, uncompiled(own)})
-        return is_own or any(self in _handles_on(module) for module in modules)
 
-
-def _handles_on(module: nn.Module) -> list[GuidanceHandle]:
-    owners = [getattr(hook, "__self__", None) for hook in module._forward_hooks.values()]
+def _handles_on(denoiser: nn.Module) -> list[GuidanceHandle]:
+    """Those that guide a denoiser, or the module that it is compiled from."""
+    modules = {denoiser, uncompiled(denoiser)}
+    hooks = [hook for module in modules for hook in module._forward_hooks.values()]
+    owners = [getattr(hook, "__self__", None) for hook in hooks]
     return [owner for owner in owners if isinstance(owner, GuidanceHandle)]
-
-
-def _refuse_guided(module: nn.Module) -> None:
-    for handle in _handles_on(module):
-        if handle.attached:
-            by = " and ".join(str(guidance) for guidance in handle.guidances)
-            raise ValueError(
-                f"{type(module).__name__} is guided already, by {by}; remove that handle first"
-            )
-
-
-def _nothing() -> None:
-    """In place of a weak reference to what is not there."""

@@ -1,4 +1,4 @@
-"""Self-Attention Guidance: Hong et al., ICCV 2023, arXiv 2210.00939.
+"""Self-Attention Guidance and blur guidance: Hong et al., ICCV 2023, arXiv 2210.00939.
 
 Algorithm 1 of the paper, for one step. All lines but those of `weaken` are the same for every
 guidance, and in `guided_call`:
@@ -19,13 +19,45 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 
+import torch
 from torch import Tensor, nn
 
-from ..checks import check_layer, check_number
+from ..checks import check_count, check_layer, check_number
 from ..denoiser.families import default_layer
-from ..maths import attention_mask, degrade
-from .base import Step
-from .blur import Blurring
+from ..maths import degrade, gaussian_blur
+from .base import Guidance, Step
+
+
+@dataclass(frozen=True)
+class Blurring(Guidance):
+    """Settings of guidances that blur the clean sample (see `SelfAttentionGuidance`)."""
+
+    scale: float = 0.75
+    _: KW_ONLY
+    blur_sigma: float = 1.0
+    blur_kernel_size: int = 9
+
+    def __post_init__(self) -> None:
+        """Check every setting once, here."""
+        super().__post_init__()
+        check_number("blur_sigma", self.blur_sigma, 0, math.inf)
+        if check_count("blur_kernel_size", self.blur_kernel_size) % 2 == 0:
+            raise ValueError(f"blur_kernel_size={self.blur_kernel_size} must be odd")
+
+
+@dataclass(frozen=True)
+class BlurGuidance(Blurring, method="blur"):
+    """Guidance away from a prediction at a clean sample that is blurred everywhere.
+
+    It reads no attention, so it also guides networks that have none. Its settings are those of
+    `Guidance`, and `blur_sigma` and `blur_kernel_size` of `SelfAttentionGuidance`.
+    """
+
+    @contextmanager
+    def weaken(self, step: Step) -> Generator[Tensor | None]:
+        """Blur the predicted clean sample."""
+        step.noted["mask"] = torch.ones_like(step.x0[:, 0], dtype=torch.bool)
+        yield gaussian_blur(step.x0, self.blur_sigma, self.blur_kernel_size)
 
 
 @dataclass(frozen=True)
@@ -61,7 +93,7 @@ class SelfAttentionGuidance(Blurring, method="sag"):
 
     def mask(self, attention: Tensor) -> Tensor:
         """The positions to blur, bool, of the shape of `attention`, whose mean is 1 (Eq. 14)."""
-        return attention_mask(attention, self.threshold)
+        return attention > self.threshold
 
     @contextmanager
     def weaken(self, step: Step) -> Generator[Tensor | None]:

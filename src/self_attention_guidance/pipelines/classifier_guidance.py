@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
 
-from ..denoiser.noise import Prediction, Tables, check_scheduler, prediction_at
+from ..denoiser.noise import Schedule, check_scheduler
 from ..denoiser.outputs import precise
 
 
@@ -43,20 +43,15 @@ def classifier_guided_step(
         variance = ancestral_variance(scheduler, timestep, output)
         following: Any = scheduler.step(output, int(timestep), x_t, **step_arguments)
         return following.prev_sample + (variance * shift).to(x_t.dtype)
-    prediction = _present_prediction(scheduler, timestep)
-    x_in = precise(x_in)
-    x0 = prediction.limited(prediction.x0(x_in, output))
+    check_scheduler(scheduler)
+    schedule, at, x_in = Schedule(scheduler), float(timestep), precise(x_in)
+    prediction = schedule.prediction(schedule.step_at(at), [at], timestep)
+    x0 = schedule.limited(prediction.x0(x_in, output))
     x0 = x0 + prediction.sigma**2 / prediction.alpha * shift
     output = ((x0 - prediction.from_input * x_in) / prediction.from_output).to(output.dtype)
     # The moved sample is not clipped again.
     scheduler = _without_clipping(scheduler) if isinstance(scheduler, DDIMScheduler) else scheduler
     return scheduler.step(output, timestep, x_t, **step_arguments).prev_sample
-
-
-def _present_prediction(scheduler: Any, timestep: Tensor) -> Prediction:
-    check_scheduler(scheduler)
-    tables, step = Tables(scheduler), float(timestep)
-    return prediction_at(scheduler, tables.nearest(scheduler, step), [step], tables, timestep)
 
 
 @torch.enable_grad()

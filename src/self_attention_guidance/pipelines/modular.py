@@ -118,10 +118,8 @@ class SelfAttentionGuider(ClassifierFreeGuidance):
             self._present = self.guidance.attach(
                 denoiser, scheduler=self._scheduler_that_runs(), batch_layout="single"
             )
-            if self._earlier is not None:
-                self._present.continue_from(self._earlier)
+            self._present.remove_after_call(self._earlier)
             self._earlier = self._present
-            self._present.remove_after_call()
 
     def cleanup_models(self, denoiser: nn.Module) -> None:
         """Leave the denoiser as it was."""
