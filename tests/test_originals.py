@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import pickle
 from pathlib import Path
 from typing import Any
@@ -272,6 +273,17 @@ def test_safetensors_and_averaged_weights_load_too(tmp_path: Path) -> None:
         loaded = load_original("dit", tmp_path / name, config("dit"))
         for mine, theirs in zip(loaded.parameters(), network("dit").parameters(), strict=True):
             assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("key", ["model", "state_dict", "ema"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+def test_what_training_scripts_write_loads(tmp_path: Path, key: str, prefix: str) -> None:
+    state = {f"{prefix}{name}": value for name, value in torch.load(checkpoint("dit")).items()}
+    rest = {"opt": {"param_groups": [{"lr": 1e-4}]}, "args": argparse.Namespace(model="DiT-XL/2")}
+    torch.save({key: state, **rest}, tmp_path / "0050000.pt")
+    loaded = load_original("dit", tmp_path / "0050000.pt", config("dit"))
+    for mine, theirs in zip(loaded.parameters(), network("dit").parameters(), strict=True):
+        assert torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("name", PUBLISHED_SIZES)

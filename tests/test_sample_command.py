@@ -113,7 +113,7 @@ def test_other_settings_are_one_line(
         (["--out", "a.txt"], "out='a.txt' must end in .npz"),
         (["--steps", "0"], "num_inference_steps=0 must be a whole number, at least 1"),
         (["--scheduler", "eular"], "scheduler='eular' is unknown: the nearest"),
-        (["--scheduler", "edm euler"], "needs a denoiser with EDM"),
+        (["--scheduler", "edm euler"], "needs EDM preconditioning"),
         (["--eta", "-1"], "eta=-1.0 must be at least 0"),
         (["--sag-scale", "nan"], "sag_scale=nan must be a finite number"),
         (["--classifier-scale", "2"], "classifier_scale=2.0 must be 0: there is no classifier"),

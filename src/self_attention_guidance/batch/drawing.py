@@ -248,6 +248,7 @@ def _facts(drawing: GeneratedImage, content: bytes) -> Row:
         "width": width,
         "height": height,
         "flagged": drawing.flagged,
+        "unread": drawing.unread or None,
         "sha256": hashlib.sha256(content).hexdigest(),
     }
 

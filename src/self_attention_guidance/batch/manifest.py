@@ -40,6 +40,7 @@ SCHEMA = pa.schema(
         ("member", pa.string()),
         ("sha256", pa.string()),
         ("flagged", pa.bool_()),
+        ("unread", pa.string()),
         ("seconds", pa.float32()),
         ("finished", pa.timestamp("ms", tz="UTC")),
         ("error", pa.string()),

@@ -23,6 +23,8 @@ COLUMNS = (
     "num_images",
 )
 _MOST_IMAGES = 100_000
+# Floats hold all whole numbers below this one.
+_LARGEST_EXACT = 2**53
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,11 @@ def _whole(name: str, value: object) -> int:
     """A whole number; tables hold them as texts, or, beside empty cells, as floats."""
     value = _read(name, value, int, "a whole number")
     if isinstance(value, float) and value.is_integer():
+        if abs(value) >= _LARGEST_EXACT:
+            raise ValueError(
+                f"{name}={value:.17g} may be another number than was written: a column with empty "
+                "cells was read as floats, which hold whole numbers below 2**53; write it as text"
+            )
         value = int(value)
     return check_count(name, value, least=0)
 

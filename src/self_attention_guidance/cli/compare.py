@@ -11,7 +11,7 @@ import typer
 
 from .loading import check_prompting, load_pipeline_of
 from .options import PromptOptions, parse_numbers, with_options
-from .output import print_line, progress
+from .output import print_line, progress, warn_unread
 
 if TYPE_CHECKING:
     from ..generate import LoadedPipeline
@@ -74,6 +74,9 @@ def compare_command(
             on_progress=advance,
         )
     save_png(comparison.grid, options.out, comparison.record, options.overwrite)
+    for picture in comparison.columns[0]:
+        if picture.unread:
+            warn_unread(picture)
     print_line(options.out)
 
 

@@ -11,7 +11,7 @@ import typer
 from .like import as_drawn, record_like, settings_like
 from .loading import check_prompting, load_pipeline_of
 from .options import OneScaleOptions, with_options
-from .output import print_line, progress
+from .output import print_line, progress, warn_unread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,5 +88,7 @@ def generate_command(
         for picture, path in zip(pictures, paths, strict=True):
             save_png(picture.image, path, picture.record, options.overwrite)
             print_line(path)
+            if picture.unread:
+                warn_unread(picture)
             if picture.flagged:
                 typer.echo(f"warning: the model's safety checker blanked {path}", err=True)

@@ -6,6 +6,10 @@ import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..generate import GeneratedImage
 
 
 def hide_loading_bars() -> None:
@@ -15,6 +19,17 @@ def hide_loading_bars() -> None:
 
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
+
+
+def warn_unread(picture: GeneratedImage) -> None:
+    """Tells the end of a prompt that the model did not read.
+
+    Args:
+        picture: Drawn of it.
+    """
+    end = picture.unread if len(picture.unread) < 60 else f"...{picture.unread[-60:]}"
+    told = f"warning: the prompt is too long for this model, and its end was cut: {end!r}"
+    print(told, file=sys.stderr)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from ..guidance import GuidanceHandle
 from .arguments import call_arguments
 from .finite import refuse_not_finite
 from .metadata import Record, text_of
+from .prompts import unread_part
 from .record import describe
 from .settings import GenerationSettings
 
@@ -30,6 +31,7 @@ class GeneratedImage:
         index: Its number in the run, from 0.
         record: All its settings, from which it can be drawn again: see `describe`.
         flagged: Whether the model's safety checker blacked it out.
+        unread: The end of the prompt, if the model's text encoders end before; else empty.
         attended: Share of the guided steps at which a position was blurred, on the grid of the
             attention layer, (height, width), 0 to 1; `None` if not recorded or if nothing was
             blurred.
@@ -39,6 +41,7 @@ class GeneratedImage:
     index: int
     record: Mapping[str, Any]
     flagged: bool = False
+    unread: str = ""
     attended: NDArray[np.float64] | None = None
 
     @property
@@ -123,6 +126,7 @@ class PromptArtist:
                 index=first + number,
                 record={**record, "prompt": prompt, "seed": seed},
                 flagged=bool(flagged[number]),
+                unread=unread_part(self.pipeline, prompt),
                 attended=callback.attended(number),
             )
 

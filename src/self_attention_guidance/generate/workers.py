@@ -35,6 +35,7 @@ AfterDeath = Callable[[Unit, int], Sequence[Unit]]
 # How many workers may die that have a unit before it is blamed for that.
 TRIES = 3
 _RESTART_SECONDS = 2.0
+_PATIENCE_SECONDS = 120.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +195,7 @@ class _OnRay(Generic[Unit, Result]):
         self.idle: list[Any] = []
         # Calls that run: an actor with its piece, or with `None` while it prepares itself.
         self.running: dict[Any, tuple[Any, _Piece[Unit] | None]] = {}
-        self.failed_preparations = 0
+        self._succeeded()
 
     def run(self) -> Generator[tuple[Unit, Result | Lost]]:
         """As `distribute`."""
@@ -250,15 +251,22 @@ class _OnRay(Generic[Unit, Result]):
         except RayTaskError as error:
             raise error.cause from None
         except RayError as error:  # the actor, or its node, is no more
-            if isinstance(error, ActorUnavailableError):  # it begins again, which takes a moment
+            begins_again = isinstance(error, ActorUnavailableError)
+            if begins_again:
                 time.sleep(_RESTART_SECONDS)
             self._prepare(actor)
-            yield from self._died(piece, error)
+            # A machine that is busy takes its time; it is no death that a worker is not there yet.
+            if not (begins_again and piece is None and time.monotonic() < self.patience_ends):
+                yield from self._died(piece, error)
             return
-        self.failed_preparations = 0
+        self._succeeded()
         self.idle.append(actor)
         if piece is not None:
             yield piece.unit, result
+
+    def _succeeded(self) -> None:
+        self.failed_preparations = 0
+        self.patience_ends = time.monotonic() + _PATIENCE_SECONDS
 
     def _died(self, piece: _Piece[Unit] | None, error: Exception) -> Iterator[tuple[Unit, Lost]]:
         if piece is None:

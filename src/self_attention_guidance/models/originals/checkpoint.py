@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import pickle
 from pathlib import Path
 from typing import Any, cast
@@ -11,16 +12,20 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+# Where training scripts keep the weights, the best ones first; and what wrapped networks call them.
+_WRAPPERS = ("ema", "state_dict", "model")
+_PREFIXES = ("module.", "_orig_mod.")
+
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint, by their names.
 
     Args:
-        path: A file that `torch.save` wrote, holding a state dict or one under the key "ema", or
-            a `.safetensors` file.
+        path: A file that `torch.save` wrote, holding a state dict or one under the key "ema",
+            "state_dict" or "model", or a `.safetensors` file.
 
     Returns:
-        The tensors, on the CPU.
+        The tensors, on the CPU, by their names without "module." and "_orig_mod.".
 
     Raises:
         ValueError: The file is not there, is damaged, holds more than tensors, or something else.
@@ -29,8 +34,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ValueError(f"checkpoint={str(path)!r} must be a file, but there is none")
     content = _content(path)
-    if isinstance(content, dict) and isinstance(content.get("ema"), dict):
-        content = content["ema"]
+    for name in _WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            content = content[name]
+            break
     if not isinstance(content, dict) or not content:
         raise ValueError(f"checkpoint={str(path)!r} must hold tensors by their names")
     named = cast("dict[Any, Any]", content)
@@ -40,6 +47,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
                 f"checkpoint={str(path)!r} must hold tensors by their names, but {name!r} is of "
                 f"type {type(value).__name__}"
             )
+    return _without_prefixes(named)
+
+
+def _without_prefixes(named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights by the names that they had before the network was wrapped."""
+    for prefix in _PREFIXES * 2:  # compiled, then distributed, or the other way round
+        if all(name.startswith(prefix) for name in named):
+            named = {name.removeprefix(prefix): value for name, value in named.items()}
     return named
 
 
@@ -47,7 +62,9 @@ def _content(path: Path) -> Any:
     try:
         if path.suffix.lower() == ".safetensors":
             return safetensors.torch.load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # DiT's training script saves its arguments, too: plain values.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(_refusal(path, str(error))) from None
     except SafetensorError as error:
