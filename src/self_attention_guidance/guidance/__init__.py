@@ -8,6 +8,9 @@ from .blur import BlurGuidance
 from .handle import GuidanceHandle
 from .pag import PerturbedAttentionGuidance
 from .sag import SelfAttentionGuidance
+from .seg import SmoothedEnergyGuidance
+from .slg import SkipLayerGuidance
+from .tpg import TokenPerturbationGuidance
 
 __all__ = [
     "METHODS",
@@ -17,6 +20,9 @@ __all__ = [
     "GuidanceHandle",
     "PerturbedAttentionGuidance",
     "SelfAttentionGuidance",
+    "SkipLayerGuidance",
+    "SmoothedEnergyGuidance",
     "Step",
+    "TokenPerturbationGuidance",
     "attach",
 ]

@@ -11,7 +11,7 @@ from ..denoiser.attention import StandIn, received, why_unseen
 from ..denoiser.call import Call, Layout
 from ..denoiser.noise import Prediction
 from ..denoiser.outputs import precise
-from ..denoiser.picture import PicturePlace, picture_tokens, place_of
+from ..denoiser.picture import PicturePlace, PictureTokens, picture_tokens, place_of, tokens_at
 from ..denoiser.run import Run
 from ..denoiser.safety import not_finite
 from .base import Guidance, Step
@@ -63,7 +63,8 @@ class GuidedCall:
         x_t, u = precise(place.read(sample)), precise(place.read(output))
         x0 = levels.x0(x_t, u)
         attention = {n: self._attention(n, rows) for n in guidance.reads(self.denoiser)}
-        step = Step(self.denoiser, levels.limited(x0), attention)
+        x0_limited, index = levels.limited(x0), self.run.step
+        step = Step(self.denoiser, x0_limited, attention, index, self._tokens_at)
         with guidance.weaken(step) as x0_weak:
             sample_weak = sample
             if x0_weak is not None:
@@ -87,6 +88,9 @@ class GuidedCall:
         positions = noted[0].key.shape[-2]
         picture, grid = picture_tokens(self.denoiser, layer, self.call, positions, self.run.on_cpu)
         return received(noted, len(self.call.sample), rows, picture).unflatten(1, grid)
+
+    def _tokens_at(self, layer: str) -> PictureTokens:
+        return tokens_at(self.denoiser, layer, self.call, self.run.on_cpu)
 
     def _weak_output(self, rows: slice, sample: Tensor) -> Tensor:
         args, kwargs = self.call.rows(rows, sample)
