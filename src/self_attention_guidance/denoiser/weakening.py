@@ -93,11 +93,11 @@ class BlockStandIn:
     def __init__(self, block: nn.Module, change: Change | None, is_joint: bool) -> None:
         """Give `block` what `change` makes of its tokens, or leave it out if there is none."""
         self.was_called = False
-        self._class = type(block)
         self._change, self._is_joint = change, is_joint
+        self._forward: Any = type(block).forward
         # What moves weights from and to a device lies in the block itself, before its class.
         self._own: Any = vars(block).get("forward")
-        self._names = _parameters(self._class)
+        self._names = _parameters(type(block))
         self._thread = threading.get_ident()
 
     def run(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -119,8 +119,7 @@ class BlockStandIn:
     def _inner(self, block: nn.Module, given: dict[str, Any]) -> Any:
         if self._own is not None:
             return self._own(**given)
-        forward: Any = self._class.forward
-        return forward(block, **given)
+        return self._forward(block, **given)
 
 
 @functools.cache
