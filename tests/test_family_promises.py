@@ -26,6 +26,7 @@ every_kind = pytest.mark.parametrize("name", KINDS)
 few_kinds = pytest.mark.parametrize("name", FEW)
 
 
+@pytest.mark.supports("method")
 @every_method
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
 @every_kind
@@ -46,6 +47,7 @@ def test_it_has_an_effect_and_scale_zero_and_removal_none(
     assert torch.equal(draw(pipe, cfg=cfg), plain)
 
 
+@pytest.mark.supports("method")
 @every_method
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
 @every_kind

@@ -242,6 +242,7 @@ REFERENCES: dict[str, tuple[Any, Callable[..., Any]]] = {
 }
 
 
+@pytest.mark.supports("method")
 @torch.no_grad()
 @pytest.mark.parametrize("method", REFERENCES)
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
@@ -271,6 +272,22 @@ def test_guided_predictions_are_those_of_a_plain_implementation(
         worst = max(worst, difference(found.output.double(), expected))
     print(f"{method} on {name}, cfg {cfg}: {worst:.1e}")
     assert worst < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["DiT", "PixArt-Sigma", "Stable Diffusion 3.5", "AuraFlow"])
+def test_tokens_that_know_their_place_from_the_input_alone_come_out_shuffled(name: str) -> None:
+    pipe = KINDS[name].make()
+    with METHODS["tpg"](2.0).attach(pipe) as handle, watched(denoiser_of(pipe)) as passes:
+        KINDS[name].draw(pipe, (3,), 1.0, num_inference_steps=1)
+    assert handle.term is not None
+    u = denoiser_of(pipe)(*passes[0].args, **passes[0].kwargs)[0][:, :4]
+    weak = u - handle.term[:, :4] / 2.0
+    patches, weak_patches = (F.unfold(each.double(), 2, stride=2)[0].T for each in (u, weak))
+    distances = torch.cdist(weak_patches, patches)
+    assert distances.min(dim=1).values.max() < 1e-4
+    assert len(distances.argmin(dim=1).unique()) == len(patches)
+    assert difference(weak, u) > 0.1
 
 
 # diffusers' own classes

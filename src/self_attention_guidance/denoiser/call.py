@@ -178,7 +178,7 @@ def layout_of(call: Call, caller: Caller | None, given: BatchLayout | None) -> L
     if call.arguments.get("skip_layers") is not None:
         raise ValueError(
             "skip-layer guidance is on, and its call is not supported; leave out "
-            "skip_guidance_layers"
+            "skip_guidance_layers, and attach SkipLayerGuidance"
         )
     usual = Layout(call.family.cfg_layout, True)
     if usual.has_two_calls or (usual.kind == "single" and caller is not None):
