@@ -8,10 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DiTPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DiTPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from torch import Tensor, nn
 
 import test_guidance
+import tiny_pixels
 import tiny_transformers
 from self_attention_guidance import (
     PerturbedAttentionGuidance,
@@ -60,6 +67,19 @@ def draw_dit(pipe: Any, seeds: tuple[int, ...] = (3,), cfg: float = 3.0, **more:
     return torch.as_tensor(pipe(list(seeds), generator=generators, **settings).images)
 
 
+def draw_pixels(pipe: Any, seeds: tuple[int, ...] = (3,), cfg: float = 3.0, **more: Any) -> Tensor:
+    """There is no CFG."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    settings = {"num_inference_steps": 3, "output_type": "np", **more}
+    return torch.as_tensor(pipe(len(seeds), generator=generators, **settings).images)
+
+
+def pixel_pipeline() -> Any:
+    pipe = DDIMPipeline(tiny_pixels.tiny_unet(), DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def draw_transformer(
     name: str, pipe: Any, seeds: tuple[int, ...] = (3,), cfg: float = 3.0, **more: Any
 ) -> Tensor:
@@ -75,6 +95,7 @@ def dit_pipeline() -> Any:
 KINDS: dict[str, Kind] = {
     "Stable Diffusion": Kind(lambda: tiny_pipeline(StableDiffusionPipeline), draw_prompts),
     "Stable Diffusion XL": Kind(lambda: xl_pipeline(StableDiffusionXLPipeline), draw_prompts),
+    "ADM and IDDPM": Kind(pixel_pipeline, draw_pixels),
     "DiT": Kind(dit_pipeline, draw_dit),
     **{
         name: Kind(transformer.make, functools.partial(draw_transformer, name))

@@ -98,6 +98,10 @@ class Plain:
         encoder_hidden_states_mask: Tensor | None = None,
         **_: Any,
     ) -> Any:
+        if hidden_states.ndim == 4:  # a block of its own, of networks of pixels
+            normed = attn.group_norm(hidden_states.flatten(2)).transpose(1, 2)
+            result = self(attn, normed).transpose(1, 2).reshape(hidden_states.shape)
+            return (result + hidden_states) / attn.rescale_output_factor
         words_states, rotary = encoder_hidden_states, image_rotary_emb
         parts = []
         for which in "qkv":
@@ -175,12 +179,15 @@ def shuffled(seed: int, step: int) -> Callable[[str, nn.Module], Any]:
         own_seed = random.Random(f"{seed} {step} {path}").getrandbits(63)
 
         def hook(_: Any, args: Any, kwargs: Any) -> Any:
-            tokens = args[0] if args else kwargs["hidden_states"]
+            given = args[0] if args else kwargs["hidden_states"]
+            tokens = given.flatten(2).transpose(1, 2) if given.ndim == 4 else given
             count = tokens.shape[1] if tokens.shape[1] in GRIDS else 24
             generator = torch.Generator().manual_seed(own_seed)
             matrix = torch.eye(count)[torch.randperm(count, generator=generator)]
             tokens = tokens.clone()
             tokens[:, -count:] = matrix @ tokens[:, -count:]
+            if given.ndim == 4:
+                tokens = tokens.transpose(1, 2).reshape(given.shape)
             if args:
                 return (tokens, *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": tokens}
@@ -226,7 +233,7 @@ def watched(denoiser: Any) -> Generator[list[Pass]]:
 
 def conditional(name: str, cfg: float, batch: int) -> slice:
     """The rows of a call that are conditional."""
-    if cfg == 1 or name in ("Flux", "Chroma", "Qwen-Image"):
+    if cfg == 1 or name in ("ADM and IDDPM", "Flux", "Chroma", "Qwen-Image"):
         return slice(0, batch)
     return slice(0, batch // 2) if name == "DiT" else slice(batch // 2, batch)
 
