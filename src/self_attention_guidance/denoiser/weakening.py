@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +83,14 @@ Change = Callable[[Tensor], Tensor]
 """What a block is given instead of its tokens."""
 
 
+class RunsForBlock(Protocol):
+    """What can stand in for a block."""
+
+    def run(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the block returns, given its arguments."""
+        ...
+
+
 class BlockStandIn:
     """What a block does during one pass.
 
@@ -146,14 +154,21 @@ def changing_block(
 
     A block that is left out returns what it was given, text beside the picture included.
     """
-    block: Any = uncompiled(denoiser).get_submodule(path)
-    cls, own = type(block), vars(block).get("forward")
+    block = uncompiled(denoiser).get_submodule(path)
     stand_in = BlockStandIn(block, change, family_of(denoiser).joint is not None)
+    with replacing_block(block, stand_in):
+        yield stand_in
+
+
+@contextmanager
+def replacing_block(block: Any, stand_in: RunsForBlock) -> Generator[None]:
+    """Let `stand_in` run inside the `with` statement whenever a block is called."""
+    cls, own = type(block), vars(block).get("forward")
     block._stand_in = stand_in
     vars(block).pop("forward", None)
     block.__class__ = _stand_in_for(cls)
     try:
-        yield stand_in
+        yield
     finally:
         block.__class__ = cls
         if own is not None:

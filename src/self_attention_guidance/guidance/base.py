@@ -183,6 +183,13 @@ class Guidance:
         """
         return ()
 
+    def weakens(self, denoiser: nn.Module) -> tuple[str, ...] | None:
+        """Dotted paths of all that the method changes in the network, if it changes nothing else.
+
+        What runs before them is then not computed twice. `None` is not known, and computes all.
+        """
+        return None
+
     @contextmanager
     def weaken(self, step: Step) -> Generator[Tensor | None]:
         """Weaken the network inside the `with` statement.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from ..denoiser.call import Call, Layout
 from ..denoiser.noise import Prediction
 from ..denoiser.outputs import precise
 from ..denoiser.picture import PicturePlace, PictureTokens, picture_tokens, place_of, tokens_at
+from ..denoiser.prefix import Prefix, blocks_before
 from ..denoiser.run import Run
 from ..denoiser.safety import not_finite
 from .base import Guidance, Step
@@ -36,6 +38,7 @@ class GuidedCall:
         acting: The guidances that add something, by number, each with the noise that it adds
             again; `None` needs a weakened pass.
         read: The layers that are read, by their dotted paths.
+        prefix: What the first pass computed that weakened passes need not.
     """
 
     run: Run
@@ -44,6 +47,19 @@ class GuidedCall:
     layout: Layout
     acting: dict[int, tuple[Guidance, Tensor | None]]
     read: dict[str, StandIn]
+    prefix: Prefix = field(default_factory=Prefix)
+
+    def noting_prefix(self) -> AbstractContextManager[None]:
+        """Note in the first pass what comes before all that weakened passes change."""
+        weak = (guidance for guidance, held in self.acting.values() if held is None)
+        blocks = (block for guidance in weak for block in self._prefix_of(guidance))
+        return self.prefix.noting(dict.fromkeys(blocks))
+
+    def _prefix_of(self, guidance: Guidance) -> list[nn.Module]:
+        weak = guidance.weakens(self.denoiser)
+        # A U-Net adds what a T2I-Adapter gives to the blocks' own outputs, in place.
+        is_adapted = self.call.arguments.get("down_intrablock_additional_residuals") is not None
+        return [] if weak is None or is_adapted else blocks_before(self.denoiser, weak)
 
     def terms(self, whole: Tensor) -> tuple[dict[int, Tensor], list[Step]]:
         """What each guidance adds to the output of its branch, and what weakened passes saw."""
@@ -76,7 +92,9 @@ class GuidedCall:
             sample_weak = sample
             if x0_weak is not None:
                 sample_weak = place.written(sample, levels.renoise(x_t, x0, x0_weak))
-            u_weak = precise(place.read(self._weak_output(rows, sample_weak)))
+            known = self._prefix_of(guidance) if x0_weak is None else []
+            with self.prefix.reused(known, rows):
+                u_weak = precise(place.read(self._weak_output(rows, sample_weak)))
         change = None if x0_weak is None else x0_weak - x0
         term = guidance.scale * levels.term(u, u_weak, change)
         if change is None:

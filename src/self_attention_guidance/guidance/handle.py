@@ -187,7 +187,9 @@ class GuidanceHandle:
                 acting[number] = guidance, held
                 layers.update(() if held is not None else guidance.reads(denoiser))
         read = {n: self._reading.enter_context(standing_in(denoiser, n)) for n in layers}
-        return GuidedCall(run, denoiser, call, layout, acting, read)
+        guided_call = GuidedCall(run, denoiser, call, layout, acting, read)
+        self._reading.enter_context(guided_call.noting_prefix())
+        return guided_call
 
     @run_uncompiled
     def _after(

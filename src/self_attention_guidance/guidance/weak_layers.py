@@ -52,6 +52,10 @@ class WeakLayers(Guidance):
         self.chosen(denoiser)
         return ()
 
+    def weakens(self, denoiser: nn.Module) -> tuple[str, ...] | None:
+        """The layers or blocks that are weakened."""
+        return self.chosen(denoiser)
+
     def chosen(self, denoiser: nn.Module) -> tuple[str, ...]:
         """Dotted paths of the layers or blocks that are weakened in a denoiser, compiled or not.
 
