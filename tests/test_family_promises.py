@@ -172,7 +172,8 @@ def test_every_picture_is_guided_while_weights_are_offloaded(method: str, name: 
         for offload in (cpu_offload_with_hook, cpu_offload):
             for _ in range(2):
                 offload(denoiser, torch.device("cpu"))
-                assert torch.equal(draw(pipe), guided)
+                # Not equal by a bit: U-Nets compute their encoder anew (see test_family_prefix).
+                assert difference(draw(pipe), guided) < 1e-4
                 remove_hook_from_module(denoiser, recurse=True)
     assert torch.equal(draw(pipe), plain)
 

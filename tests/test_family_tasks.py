@@ -27,6 +27,7 @@ TASKS: dict[str, Any] = {
 }
 
 
+@pytest.mark.supports("method", pipeline="Stable Diffusion")
 @every_method
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
 @pytest.mark.parametrize("task", TASKS)
@@ -40,6 +41,7 @@ def test_tasks_of_stable_diffusion(task: str, guidance_scale: float, method: str
     check(latents, METHODS[method](), pipe)
 
 
+@pytest.mark.supports("method")
 @every_method
 @pytest.mark.parametrize("name", test_transformer_tasks.TASKS)
 def test_tasks_of_transformers(name: str, method: str) -> None:
