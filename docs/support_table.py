@@ -16,6 +16,10 @@ PROPERTIES = {
     "batch": "batch-independent",
     "compile": "compiled",
     "offload": "offloaded",
+    "pag": "PAG",
+    "seg": "SEG",
+    "slg": "SLG",
+    "tpg": "TPG",
 }
 INTRODUCTION = """# What works where
 
@@ -30,6 +34,9 @@ supported diffusers: {oldest} (transformers {old_transformers}) and {newest} (tr
 - **batch-independent**: a picture of a batch is the one drawn alone.
 - **compiled**: with `torch.compile`, in whole graphs, without a compilation after the second run.
 - **offloaded**: every picture is guided while accelerate moves the weights.
+- **PAG**, **SEG**, **SLG**, **TPG**: the [method](guidance-methods.md) leaves no trace and is
+  batch-independent, where the network is. Where there is no task (inpainting, ControlNet, ...) it
+  equals a plain implementation of its paper's equations within 1e-4. The columns before are SAG's.
 
 ✓ works with both, a version number with that one alone, ✗ with neither; empty: no test of its own.
 """

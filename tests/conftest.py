@@ -1,7 +1,8 @@
 """What a test run says about supported pipelines: `pytest --support-report=FILE`.
 
 Tests marked `supports` are about one pipeline: the one that the mark names, that of their
-parameter `name`, or the `task` of one.
+parameter `name`, or the `task` of one. The property "method" is the short name of a guidance, the
+first word of the parameter `method`.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if "task" in parameters:
                 pipeline = f"{pipeline}, {parameters['task']}"
             for name in mark.args:
+                name = parameters["method"].split(",")[0] if name == "method" else name
                 item.user_properties.append(("supports", (pipeline, name)))
 
 

@@ -159,7 +159,7 @@ def test_runs_that_go_on_name_the_setting_that_differs(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["pga"], "'pga' is no guidance; did you mean pag? There are "),
+        (["pagg"], "'pagg' is no guidance; did you mean pag? There are "),
         ([""], "'' is no guidance; There are"),
         (["sag:blur_sgima=1"], "'blur_sgima' is no setting of sag; did you mean blur_sigma?"),
         (["pag:threshold=1"], "'threshold' is no setting of pag; "),

@@ -42,11 +42,15 @@ SETTINGS = {
     "sag": BLUR + ",scale=2.5,branch=cond,threshold=0.9,layer={layer}",
     "blur": BLUR + ",scale=1.5,branch=cond",
     "pag": TIMES + ",scale=2,branch=uncond,layers={layer}",
+    "seg": TIMES + ",scale=2,branch=uncond,layers={layer},blur_sigma=2.5",
+    "slg": TIMES + ",scale=2,branch=uncond,layers={block}",
+    "tpg": TIMES + ",scale=2,branch=uncond,layers=mid,seed=3",
 }
 
 
 def guidance_text(method: str, kind: str) -> str:
-    return f"{method}:{SETTINGS[method].format(layer=LAYER[kind])}"
+    layer = LAYER[kind]
+    return f"{method}:{SETTINGS[method].format(layer=layer, block=layer.removesuffix('.attn1'))}"
 
 
 def test_no_setting_of_any_method_is_left_out_here() -> None:

@@ -163,7 +163,7 @@ def ignore_the_layer(pipe: Any) -> Any:
 
 @pytest.mark.parametrize("ignore", [ignore_the_input, ignore_the_layer])
 def test_guidance_that_does_nothing_is_an_error(pipe: Any, ignore: Callable[[Any], Any]) -> None:
-    told = "step 0: .* had no effect: the weakened network predicted exactly what the network"
+    told = "step 0: .* had no effect: the weakened network predicted what the network"
     with ignore(pipe).attach(pipe), pytest.raises(RuntimeError, match=told):
         draw(pipe, guidance_scale=1.0)
 

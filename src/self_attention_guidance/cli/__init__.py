@@ -23,6 +23,7 @@ from .demo import demo_command
 from .evaluate import evaluate_command
 from .generate import generate_command
 from .info import info_command
+from .layers import layers_command
 from .sample import sample_command
 
 # typer does not export the base class of its errors about the command line itself.
@@ -40,6 +41,7 @@ app.command("compare")(compare_command)
 app.command("sample")(sample_command)
 app.command("batch")(batch_command)
 app.command("convert")(convert_command)
+app.command("layers")(layers_command)
 app.command("evaluate")(evaluate_command)
 app.command("bench")(bench_command)
 app.command("demo")(demo_command)
@@ -70,6 +72,7 @@ def _sag(  # pyright: ignore[reportUnusedFunction]  # typer calls it
       sag batch prompts.jsonl --out pictures --workers 2
       sag sample --model ./my-pixel-model --num-samples 64
       sag evaluate samples.npz ./training-pictures
+      sag layers emoji
       sag bench --networks emoji
       sag demo
     """

@@ -44,8 +44,9 @@ class SamplingOptions:
         list[str] | None,
         typer.Option(
             metavar="METHOD[:NAME=VALUE,...]",
-            help="sag, blur or pag, and its settings, say 'sag:scale=0.5,blur_sigma=2'. What is"
-            " not given is the model's if it recommends this guidance, else its default.",
+            help="sag, blur, pag, seg, slg or tpg, and its settings, say"
+            " 'sag:scale=0.5,blur_sigma=2'. What is not given is the model's if it recommends this"
+            " guidance, else its default.",
         ),
     ] = None
     blur_sigma: Annotated[

@@ -138,7 +138,10 @@ def layout_of(call: Call, caller: Caller | None, given: BatchLayout | None) -> L
     if given is not None:
         return Layout(given, True)
     if call.arguments.get("skip_layers") is not None:
-        raise ValueError("skip-layer guidance is not supported: leave out skip_guidance_layers")
+        raise ValueError(
+            "diffusers' skip-layer guidance is not supported: leave out skip_guidance_layers, and "
+            "attach SkipLayerGuidance"
+        )
     usual = Layout(call.family.cfg_layout, True)
     if usual.has_two_calls or (usual.kind == "single" and caller is not None):
         return usual

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -83,45 +84,66 @@ def _first_grid(ids: Tensor) -> tuple[int, int]:
     return rows, columns
 
 
-def picture_tokens(
-    denoiser: nn.Module, layer: str, call: Call, positions: int, place: PicturePlace
-) -> tuple[slice, tuple[int, int]]:
-    """Which of the positions that a layer attends over are the picture's, and their grid."""
-    family, (height, width) = call.family, call.sample.shape[-2:]
+@dataclass(frozen=True)
+class PictureTokens:
+    """The picture's tokens among those that a layer sees, as far as the call tells before it runs.
+
+    Attributes:
+        layer: Dotted path of the layer, for messages.
+        grids: Rows and columns of the tokens: the first that fits counts, since some kinds of
+            blocks round odd sides up, others down.
+        pictures: Tokens of all pictures of the sequence, `None` if there is only this one.
+        joint: See `Family`.
+    """
+
+    layer: str
+    grids: tuple[tuple[int, int], ...]
+    pictures: int | None
+    joint: Literal["picture_first", "picture_last"] | None
+
+    def at(self, positions: int) -> tuple[slice, tuple[int, int]]:
+        """Which of so many positions are the picture's, and their grid.
+
+        Raises:
+            ValueError: The picture can't be among them.
+        """
+        fitting = [grid for grid in self.grids if grid[0] * grid[1] == positions]
+        grid = (fitting or self.grids[-1:])[0]
+        count = grid[0] * grid[1]
+        start = positions - (self.pictures or count) if self.joint == "picture_last" else 0
+        if start < 0 or (positions < count if self.joint else positions != count):
+            raise ValueError(
+                f"{self.layer!r} attends over {positions} positions, but its picture has {grid[0]} "
+                f"x {grid[1]}: what merges or leaves out tokens (such as tomesd) is not supported"
+            )
+        return slice(start, start + count), grid
+
+
+def tokens_at(denoiser: nn.Module, layer: str, call: Call, place: PicturePlace) -> PictureTokens:
+    """Where the picture's tokens will lie in a layer of a denoiser, or in a block of layers."""
+    family, sample = call.family, call.sample
+    pictures = None
     if place.grid is not None:
-        grid = place.grid
+        grids, pictures = (place.grid,), sample.shape[1]
     elif family.tokens == "levels":
-        grid = _level_grid(uncompiled(denoiser), layer, positions, (height, width))
+        grids = _level_grids(uncompiled(denoiser), layer, (sample.shape[-2], sample.shape[-1]))
     else:
         patch = int(config_of(denoiser).get("patch_size", 1))
-        grid = height // patch, width // patch
-    count = grid[0] * grid[1]
-    pictures = count if place.grid is None else call.sample.shape[1]
-    start = positions - pictures if family.joint == "picture_last" else 0
-    if start < 0 or (positions < count if family.joint else positions != count):
-        raise ValueError(
-            f"{layer!r} attends over {positions} positions, but its picture has {grid[0]} x "
-            f"{grid[1]}: what merges or leaves out tokens (such as tomesd) is not supported"
-        )
-    return slice(start, start + count), grid
+        grids = ((sample.shape[-2] // patch, sample.shape[-1] // patch),)
+    return PictureTokens(layer, grids, pictures, family.joint)
 
 
-def _level_grid(
-    denoiser: nn.Module, layer: str, positions: int, size: tuple[int, int]
-) -> tuple[int, int]:
-    """Rows and columns of a U-Net's layer, which follow from the levels above it.
-
-    Some kinds of blocks round odd sides up, others down.
-    """
+def _level_grids(
+    denoiser: nn.Module, layer: str, size: tuple[int, int]
+) -> tuple[tuple[int, int], ...]:
+    """Rows and columns of a U-Net's layer, which follow from the levels above it, rounded."""
     part, index = layer.split(".")[:2]
     down, up = (list(denoiser.get_submodule(f"{way}_blocks").children()) for way in ("down", "up"))
     down = down[: int(index)] if part == "down_blocks" else down
     up = up[: int(index)] if part == "up_blocks" else []
     levels = sum(getattr(block, "downsamplers", None) is not None for block in down)
     levels -= sum(getattr(block, "upsamplers", None) is not None for block in up)
-    rows, columns = size
-    for rounded in (math.ceil, math.floor):
-        rows, columns = (max(rounded(side / 2**levels), 1) for side in size)
-        if rows * columns == positions:
-            break
-    return rows, columns
+    rows, columns = (side / 2**levels for side in size)
+    return tuple(
+        (max(rounded(rows), 1), max(rounded(columns), 1)) for rounded in (math.ceil, math.floor)
+    )

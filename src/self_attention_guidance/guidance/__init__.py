@@ -6,6 +6,9 @@ from .base import METHODS, Branch, Guidance, Step
 from .handle import GuidanceHandle, attach
 from .pag import PerturbedAttentionGuidance
 from .sag import BlurGuidance, SelfAttentionGuidance
+from .seg import SmoothedEnergyGuidance
+from .slg import SkipLayerGuidance
+from .tpg import TokenPerturbationGuidance
 
 __all__ = [
     "METHODS",
@@ -15,6 +18,9 @@ __all__ = [
     "GuidanceHandle",
     "PerturbedAttentionGuidance",
     "SelfAttentionGuidance",
+    "SkipLayerGuidance",
+    "SmoothedEnergyGuidance",
     "Step",
+    "TokenPerturbationGuidance",
     "attach",
 ]

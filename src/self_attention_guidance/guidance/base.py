@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import KW_ONLY, dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast, get_args
 
 from torch import Tensor, nn
 
 from ..checks import check_count, check_number
-from ..denoiser.attention import Attend, standing_in, why_unseen
+from ..denoiser.attention import why_unseen
 from ..denoiser.families import BatchLayout
 from ..denoiser.noise import Scheduler
+from ..denoiser.picture import PictureTokens
+from ..denoiser.weakening import Change, Weaken, attending_by, changing_block, reordered
 
 if TYPE_CHECKING:
     from .handle import GuidanceHandle
@@ -36,28 +39,86 @@ class Step:
             (pictures, channels, height, width), at least float32.
         attention: What each position received in the layers that the guidance reads, by their
             dotted paths: (pictures, rows, columns) float32, mean 1.
+        index: The step's index among the scheduler's timesteps.
+        tokens_at: Where the picture's tokens lie in a layer or block, by its dotted path.
         noted: What the guidance notes for its handle to show, by name.
     """
 
     denoiser: nn.Module
     x0: Tensor
     attention: dict[str, Tensor]
+    index: int
+    tokens_at: Callable[[str], PictureTokens]
     noted: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     @contextmanager
-    def attending(self, layers: Sequence[str], attend: Attend) -> Generator[None]:
+    def attending(self, layers: Sequence[str], weaken: Weaken) -> Generator[None]:
         """Let layers, by their dotted paths, compute another attention inside the `with` statement.
 
         Raises:
+            ValueError: A layer does not see the whole picture.
             RuntimeError: A layer's attention could not be changed.
         """
         with ExitStack() as stack:
-            begun = [stack.enter_context(standing_in(self.denoiser, n, attend)) for n in layers]
+            begun = [
+                stack.enter_context(attending_by(self.denoiser, n, self.tokens_at(n), weaken))
+                for n in layers
+            ]
             yield
         for layer, stand_in in zip(layers, begun, strict=True):
             if not stand_in.was_called:
                 reason = why_unseen(self.denoiser, layer)
                 raise RuntimeError(f"no attention was weakened at {layer!r}: {reason}")
+
+    @contextmanager
+    def skipping(self, blocks: Sequence[str]) -> Generator[None]:
+        """Leave out blocks, by their dotted paths, inside the `with` statement.
+
+        Such a block returns what it is given, the text beside the picture included.
+
+        Raises:
+            RuntimeError: A block was not reached.
+        """
+        with self._changing(dict.fromkeys(blocks)):
+            yield
+
+    @contextmanager
+    def shuffling(
+        self, blocks: Sequence[str], order: Callable[[str, int], Tensor]
+    ) -> Generator[None]:
+        """Give blocks, by their dotted paths, the picture's tokens in another order.
+
+        Args:
+            blocks: Their paths.
+            order: Of a block and its number of tokens, a permutation of their indices.
+
+        Raises:
+            ValueError: A block does not see the whole picture.
+            RuntimeError: A block was not reached.
+        """
+        changes: dict[str, Change | None] = {}
+        for block in blocks:
+            tokens = self.tokens_at(block)
+            counts = {rows * columns for rows, columns in tokens.grids}
+            orders = {count: order(block, count).to(self.x0.device) for count in counts}
+            changes[block] = functools.partial(reordered, tokens=tokens, orders=orders)
+        with self._changing(changes):
+            yield
+
+    @contextmanager
+    def _changing(self, changes: Mapping[str, Change | None]) -> Generator[None]:
+        with ExitStack() as stack:
+            begun = {
+                block: stack.enter_context(changing_block(self.denoiser, block, change))
+                for block, change in changes.items()
+            }
+            yield
+        for block, stand_in in begun.items():
+            if not stand_in.was_called:
+                raise RuntimeError(
+                    f"no tokens were changed at {block!r}: the block did not run; if the denoiser "
+                    "was compiled and run before guidance was attached, call torch.compiler.reset()"
+                )
 
 
 @dataclass(frozen=True)
@@ -122,6 +183,13 @@ class Guidance:
         """
         return ()
 
+    def weakens(self, denoiser: nn.Module) -> tuple[str, ...] | None:
+        """Dotted paths of all that the method changes in the network, if it changes nothing else.
+
+        What runs before them is then not computed twice. `None` is not known, and computes all.
+        """
+        return None
+
     @contextmanager
     def weaken(self, step: Step) -> Generator[Tensor | None]:
         """Weaken the network inside the `with` statement.
@@ -152,8 +220,7 @@ class Guidance:
     def to_dict(self) -> dict[str, Any]:
         """All settings, with the short name of the method, as JSON can hold them."""
         settings = dataclasses.asdict(self)
-        plain = {n: list(v) if isinstance(v, tuple) else v for n, v in settings.items()}
-        return {"method": self.method, **plain}
+        return {"method": self.method, **{n: _plain(value) for n, value in settings.items()}}
 
     @staticmethod
     def from_dict(settings: dict[str, Any]) -> Guidance:
@@ -196,3 +263,10 @@ class Guidance:
         from .handle import attach
 
         return attach(target, self, scheduler=scheduler, batch_layout=batch_layout)
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON can hold it, which knows no infinity."""
+    if isinstance(value, tuple):
+        return list(cast("tuple[Any, ...]", value))
+    return "inf" if value == math.inf else value

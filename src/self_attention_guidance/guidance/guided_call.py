@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -11,18 +13,33 @@ from ..denoiser.attention import StandIn, received, why_unseen
 from ..denoiser.call import Call, Layout
 from ..denoiser.noise import Prediction
 from ..denoiser.outputs import precise
-from ..denoiser.picture import PicturePlace, picture_tokens, place_of
+from ..denoiser.picture import PicturePlace, place_of, tokens_at
+from ..denoiser.prefix import Prefix, blocks_before
 from ..denoiser.run import Run
 from ..denoiser.safety import not_finite
 from .base import Guidance, Step
+
+_NO_EFFECT = "step {}: {} had no effect: the weakened network predicted what the network itself did"
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """How far outputs may differ, relative to the largest, because batches differ in size.
+
+    In half precision what rounds off can't be told from a small effect.
+    """
+    eps = torch.finfo(dtype).eps
+    return 256 * eps if eps < 1e-6 else 0.0
 
 
 @dataclass(frozen=True)
 class GuidedCall:
     """A call of a denoiser at a guided step.
 
-    `acting` are the guidances that add something, by number, each with the noise that it adds
-    again, or else `None` and the layers that it reads, for a weakened pass.
+    Attributes:
+        acting: The guidances that add something, by number, each with the noise that it adds
+            again, or else `None` and the layers that it reads, for a weakened pass.
+        read: The layers that are read, by their dotted paths.
+        prefix: What the first pass computed that weakened passes need not.
     """
 
     run: Run
@@ -31,6 +48,19 @@ class GuidedCall:
     layout: Layout
     acting: dict[int, tuple[Guidance, Tensor | None, tuple[str, ...]]]
     read: dict[str, StandIn]
+    prefix: Prefix = field(default_factory=Prefix)
+
+    def noting_prefix(self) -> AbstractContextManager[None]:
+        """Note in the first pass what comes before all that weakened passes change."""
+        weak = (guidance for guidance, held, _ in self.acting.values() if held is None)
+        blocks = (block for guidance in weak for block in self._prefix_of(guidance))
+        return self.prefix.noting(dict.fromkeys(blocks))
+
+    def _prefix_of(self, guidance: Guidance) -> list[nn.Module]:
+        weak = guidance.weakens(self.denoiser)
+        # A U-Net adds what a T2I-Adapter gives to the blocks' own outputs, in place.
+        is_adapted = self.call.arguments.get("down_intrablock_additional_residuals") is not None
+        return [] if weak is None or is_adapted else blocks_before(self.denoiser, weak)
 
     def terms(self, whole: Tensor) -> tuple[dict[int, Tensor], list[Step]]:
         """What each guidance adds to the output of its branch, and what weakened passes saw."""
@@ -57,19 +87,23 @@ class GuidedCall:
         x_t, u = precise(place.read(sample)), precise(place.read(output))
         x0 = levels.x0(x_t, u)
         attention = {n: self._attention(n, rows, place) for n in layers}
-        step = Step(self.denoiser, self.run.schedule.limited(x0), attention)
+        limited, index = self.run.schedule.limited(x0), self.run.step
+        where = functools.partial(tokens_at, self.denoiser, call=self.call, place=place)
+        step = Step(self.denoiser, limited, attention, index, where)
         with guidance.weaken(step) as x0_weak:
             sample_weak = sample
             if x0_weak is not None:
                 sample_weak = place.written(sample, levels.renoise(x_t, x0, x0_weak))
-            u_weak = precise(place.read(self._weak_output(rows, sample_weak)))
+            known = self._prefix_of(guidance) if x0_weak is None else []
+            with self.prefix.reused(known, rows):
+                u_weak = precise(place.read(self._weak_output(rows, sample_weak)))
         change = None if x0_weak is None else x0_weak - x0
         term = guidance.scale * levels.term(u, u_weak, change)
-        is_nothing = (term == 0).all()
-        if change is not None:  # where there was nothing to blur, there is nothing to add
-            is_nothing = is_nothing & (sample_weak != sample).any()
-        about = f"step {self.run.step}: {guidance} had no effect: the weakened network predicted"
-        self.run.refuse(is_nothing, RuntimeError, f"{about} exactly what the network itself did")
+        if change is None:
+            is_nothing = (u - u_weak).abs().max() <= _rounding(output.dtype) * u.abs().max()
+        else:  # where there was nothing to blur, there is nothing to add
+            is_nothing = (term == 0).all() & (sample_weak != sample).any()
+        self.run.refuse(is_nothing, RuntimeError, _NO_EFFECT.format(self.run.step, guidance))
         self.run.hold(number, levels.noise(term.detach()), sample.shape)
         return term, step
 
@@ -80,7 +114,7 @@ class GuidedCall:
             reason = why_unseen(self.denoiser, layer)
             raise RuntimeError(f"no attention was recorded at {layer!r}: {reason}")
         positions = noted[0].key.shape[-2]
-        picture, grid = picture_tokens(self.denoiser, layer, self.call, positions, place)
+        picture, grid = tokens_at(self.denoiser, layer, self.call, place).at(positions)
         return received(noted, len(self.call.sample), rows, picture).unflatten(1, grid)
 
     def _weak_output(self, rows: slice, sample: Tensor) -> Tensor:

@@ -240,7 +240,9 @@ class GuidanceHandle:
                 acting[number] = guidance, held, guidance.reads(denoiser) if held is None else ()
         layers = {layer for *_, layers in acting.values() for layer in layers}
         read = {n: self._reading.enter_context(standing_in(denoiser, n)) for n in layers}
-        return GuidedCall(run, denoiser, call, layout, acting, read)
+        guided_call = GuidedCall(run, denoiser, call, layout, acting, read)
+        self._reading.enter_context(guided_call.noting_prefix())
+        return guided_call
 
     @run_uncompiled
     def _after(

@@ -2,75 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
-from ..checks import check_layer
-from ..denoiser.attention import Operands, self_attention, self_attention_layers
-from ..denoiser.families import family_of
-from .base import Branch, Guidance, Step
+from ..denoiser.weakening import PictureOperands
+from .base import Step
+from .weak_layers import WeakLayers
 
 
 @dataclass(frozen=True)
-class PerturbedAttentionGuidance(Guidance, method="pag"):
+class PerturbedAttentionGuidance(WeakLayers, method="pag"):
     """Guidance away from a network whose self-attention is the identity (arXiv 2403.17377, Eq. 12).
 
-    Each position of the perturbed layers sees itself alone. For U-Nets.
+    Each position of the perturbed layers sees itself alone. Where attention is over text, too, it
+    sees itself and the text, and the text sees what it saw, as in diffusers'
+    `StableDiffusion3PAGPipeline`.
 
     Attributes:
         scale: The paper's s, any finite number: 0 is off, 3 is usual, with classifier-free guidance
             of about 4.
         branch: "cond" is the authors'.
-        layers: Dotted paths of the self-attention layers to perturb; `None` is those of the mid
-            block, as in the authors' experiments (Sec. 5).
+        layers: Self-attention layers to perturb (see `WeakLayers`); `None` is the mid block of
+            U-Nets, as in the authors' experiments (Sec. 5), and one block of transformers.
+
+    Raises:
+        ValueError: A setting is out of its range or not of its type; when attaching, a name means
+            no layer.
     """
-
-    scale: float = 3.0
-    _: KW_ONLY
-    branch: Branch = "cond"
-    layers: Sequence[str] | None = None
-
-    def __post_init__(self) -> None:
-        """Check every setting once, here."""
-        super().__post_init__()
-        if self.layers is None:
-            return
-        layers = (self.layers,) if isinstance(self.layers, str) else tuple(self.layers)
-        for layer in layers or (None,):
-            check_layer("layers", layer or "")
-        object.__setattr__(self, "layers", layers)  # the dataclass is frozen
-
-    def reads(self, denoiser: nn.Module) -> tuple[str, ...]:
-        """None; refuses layers that are not there."""
-        for layer in self._layers(denoiser):
-            self_attention(denoiser, layer)
-        return ()
 
     @contextmanager
     def weaken(self, step: Step) -> Generator[Tensor | None]:
         """Let every position of the layers attend to itself alone."""
-        with step.attending(self._layers(step.denoiser), identity):
+        with step.attending(self.chosen(step.denoiser), identity):
             yield None
 
-    def _layers(self, denoiser: nn.Module) -> tuple[str, ...]:
-        if family_of(denoiser).tokens != "levels":
-            name = type(denoiser).__name__
-            raise ValueError(f"PerturbedAttentionGuidance is for U-Nets, and not for {name}")
-        if self.layers is not None:
-            return tuple(self.layers)
-        every = self_attention_layers(denoiser)
-        layers = tuple(layer for layer in every if layer.startswith("mid_block."))
-        if not layers:
-            raise ValueError(
-                "layers=None: there is no self-attention in the mid block; name some of "
-                f"{', '.join(every) or '(there is none)'}"
-            )
-        return layers
 
-
-def identity(operands: Operands, kernel: Callable[[], Tensor]) -> Tensor:
-    """Attention whose map is the identity matrix."""
-    return operands.value
+def identity(operands: PictureOperands, kernel: Callable[[], Tensor]) -> Tensor:
+    """Attention whose map between the picture's positions is the identity matrix."""
+    if operands.has_picture_only:
+        return operands.value
+    query, picture, bias = operands.query, operands.picture, operands.bias
+    positions, count = query.shape[-2], picture.stop - picture.start
+    seen = query.new_ones(positions, positions, dtype=torch.bool)
+    seen[picture, picture] = torch.eye(count, dtype=torch.bool, device=query.device)
+    if bias is None:
+        return operands.attention(query, seen)
+    seen = bias & seen if bias.dtype == torch.bool else bias.masked_fill(~seen, -torch.inf)
+    return operands.attention(query, seen)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..checks import check_count, check_layer, check_number
 from ..denoiser.families import default_layer
+from ..denoiser.layers import resolved
 from ..maths import degrade, gaussian_blur
 from .base import Guidance, Step
 
@@ -72,9 +73,10 @@ class SelfAttentionGuidance(Blurring, method="sag"):
         blur_kernel_size: Taps of the blur, odd, at least 1.
         branch: "uncond" is the paper's, "cond" acts more on the subject.
         threshold: Positions that receive more attention than this are blurred; 1.0 is the mean.
-        layer: Dotted path of the self-attention layer in the denoiser; `None` is the default of
-            the denoiser's family: the mid block of U-Nets, the middle block of DiT (by argument,
-            not by measurement: it is to DiT's blocks what the bottleneck is to a U-Net's).
+        layer: Dotted path of the self-attention layer in the denoiser, or a beginning of it that
+            means no other, "down.0" say; `None` is the default of the denoiser's family: the mid
+            block of U-Nets, the middle block of DiT (by argument, not by measurement: it is to
+            DiT's blocks what the bottleneck is to a U-Net's).
     """
 
     _: KW_ONLY
@@ -89,7 +91,12 @@ class SelfAttentionGuidance(Blurring, method="sag"):
 
     def reads(self, denoiser: nn.Module) -> tuple[str, ...]:
         """The one layer whose attention makes the mask."""
-        return (self.layer or default_layer(denoiser),)
+        if self.layer is None:
+            return (default_layer(denoiser),)
+        found = resolved(denoiser, (self.layer,), has_blocks=False)
+        if len(found) > 1:
+            raise ValueError(f"layer={self.layer!r} means {' and '.join(found)}: name one of them")
+        return found
 
     def mask(self, attention: Tensor) -> Tensor:
         """The positions to blur, bool, of the shape of `attention`, whose mean is 1 (Eq. 14)."""

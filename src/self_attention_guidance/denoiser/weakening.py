@@ -1,0 +1,191 @@
+"""Layers and blocks that do something else during one pass, and are as before after it.
+
+Attention is changed where a layer calls its kernel (see `attention`). A block, which is a layer
+with what belongs to it, is left out, or gets its tokens in another order: its class is replaced by
+one that does this, which compiled networks notice.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import Operands, StandIn, standing_in
+from .families import family_of, uncompiled
+from .picture import PictureTokens
+
+
+@dataclass(frozen=True)
+class PictureOperands(Operands):
+    """Operands of an attention kernel in which the picture is known (see `Operands`).
+
+    Attributes:
+        picture: The queries and positions that are the picture's; others are text, or a picture
+            that is not denoised.
+        grid: Their rows and columns.
+    """
+
+    picture: slice
+    grid: tuple[int, int]
+
+    @property
+    def has_picture_only(self) -> bool:
+        """Whether all positions are the picture's."""
+        return self.grid[0] * self.grid[1] == self.key.shape[-2]
+
+    def attention(self, query: Tensor, bias: Tensor | None) -> Tensor:
+        """softmax(Q K^T * scale + bias) V with another query or bias, both shaped as they were."""
+        return F.scaled_dot_product_attention(
+            query, self.key, self.value, attn_mask=bias, scale=self.scale
+        )
+
+
+Weaken = Callable[[PictureOperands, Callable[[], Tensor]], Tensor]
+"""What stands in for a kernel: given its operands and the kernel's own work, its result."""
+
+
+@contextmanager
+def attending_by(
+    denoiser: nn.Module, layer: str, tokens: PictureTokens, weaken: Weaken
+) -> Generator[StandIn]:
+    """Let `weaken` do the work of a layer's kernels inside the `with` statement.
+
+    Raises:
+        ValueError: In the pass: the layer does not see the whole picture.
+    """
+
+    def attend(operands: Operands, kernel: Callable[[], Tensor]) -> Tensor:
+        positions = operands.key.shape[-2]
+        # Image prompts are attended to in a call of their own.
+        if positions != operands.query.shape[-2]:
+            return kernel()
+        return weaken(PictureOperands(**vars(operands), **_picture(tokens, positions)), kernel)
+
+    with standing_in(denoiser, layer, attend) as stand_in:
+        yield stand_in
+
+
+def _picture(tokens: PictureTokens, positions: int) -> dict[str, Any]:
+    picture, grid = tokens.at(positions)
+    return {"picture": picture, "grid": grid}
+
+
+Change = Callable[[Tensor], Tensor]
+"""What a block is given instead of its tokens."""
+
+
+class RunsForBlock(Protocol):
+    """What can stand in for a block."""
+
+    def run(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the block returns, given its arguments."""
+        ...
+
+
+class BlockStandIn:
+    """What a block does during one pass.
+
+    Attributes:
+        was_called: Whether it ran.
+    """
+
+    def __init__(self, block: nn.Module, change: Change | None, is_joint: bool) -> None:
+        """Give `block` what `change` makes of its tokens, or leave it out if there is none."""
+        self.was_called = False
+        self._change, self._is_joint = change, is_joint
+        self._forward: Any = type(block).forward
+        # What moves weights from and to a device lies in the block itself, before its class.
+        self._own: Any = vars(block).get("forward")
+        self._names = _parameters(type(block))
+        self._thread = threading.get_ident()
+
+    def run(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the block returns, given its arguments."""
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        # Another thread may be in a pass that it began before this one (see `attention`).
+        is_mine = torch.compiler.is_compiling() or threading.get_ident() == self._thread
+        if not is_mine:
+            return self._inner(block, given)
+        self.was_called = True
+        tokens = given[self._names[0]]
+        if self._change is not None:
+            return self._inner(block, {**given, self._names[0]: self._change(tokens)})
+        if self._own is not None:  # it may fetch the weights of the block behind it
+            self._inner(block, given)
+        text = given.get("encoder_hidden_states") if self._is_joint else None
+        return tokens if text is None else (text, tokens)
+
+    def _inner(self, block: nn.Module, given: dict[str, Any]) -> Any:
+        if self._own is not None:
+            return self._own(**given)
+        return self._forward(block, **given)
+
+
+@functools.cache
+def _parameters(block: type[nn.Module]) -> tuple[str, ...]:
+    """Names of the arguments of a block, in order: its tokens first."""
+    return tuple(inspect.signature(block.forward).parameters)[1:]
+
+
+@functools.cache
+def _stand_in_for(block: type[nn.Module]) -> type[nn.Module]:
+    """The class that stands in for one of blocks: one for each, so that it is compiled once."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._stand_in.run(self, args, kwargs)
+
+    return type(f"StandIn{block.__name__}", (block,), {"forward": forward})
+
+
+@contextmanager
+def changing_block(
+    denoiser: nn.Module, path: str, change: Change | None
+) -> Generator[BlockStandIn]:
+    """Give a block changed tokens inside the `with` statement, or leave it out without `change`.
+
+    A block that is left out returns what it was given, text beside the picture included.
+    """
+    block = uncompiled(denoiser).get_submodule(path)
+    stand_in = BlockStandIn(block, change, family_of(denoiser).joint is not None)
+    with replacing_block(block, stand_in):
+        yield stand_in
+
+
+@contextmanager
+def replacing_block(block: Any, stand_in: RunsForBlock) -> Generator[None]:
+    """Let `stand_in` run inside the `with` statement whenever a block is called."""
+    cls, own = type(block), vars(block).get("forward")
+    block._stand_in = stand_in
+    vars(block).pop("forward", None)
+    block.__class__ = _stand_in_for(cls)
+    try:
+        yield
+    finally:
+        block.__class__ = cls
+        if own is not None:
+            block.forward = own
+        del block._stand_in
+
+
+def reordered(states: Tensor, tokens: PictureTokens, orders: dict[int, Tensor]) -> Tensor:
+    """What a block is given, with the picture's tokens in another order.
+
+    Args:
+        states: Shape (batch, tokens, channels), or a map (batch, channels, rows, columns).
+        tokens: Which of them are the picture's.
+        orders: By the number of the picture's tokens, their order: a permutation of their indices.
+    """
+    if states.ndim == 4:
+        return states.flatten(2)[..., orders[states.shape[2] * states.shape[3]]].view_as(states)
+    picture, grid = tokens.at(states.shape[1])
+    shuffled = states[:, picture][:, orders[grid[0] * grid[1]]]
+    return torch.cat([states[:, : picture.start], shuffled, states[:, picture.stop :]], dim=1)

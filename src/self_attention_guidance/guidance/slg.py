@@ -1,0 +1,42 @@
+"""Skip-Layer Guidance: Stability AI, 2024; for video, Hyung et al., CVPR 2025, arXiv 2411.18664."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from .base import Step
+from .weak_layers import WeakLayers
+
+
+@dataclass(frozen=True)
+class SkipLayerGuidance(WeakLayers, method="slg"):
+    """Guidance away from a network without some of its blocks.
+
+    A block that is left out returns what it is given, the text beside the picture included, as with
+    `skip_guidance_layers` of diffusers' `StableDiffusion3Pipeline`. Its recommended window for
+    Stable Diffusion 3.5 Medium is `start=0.01, stop=0.2`. All steps are guided by default: within
+    that window a run of fewer than six steps would have none.
+
+    Attributes:
+        scale: Any finite number: 0 is off, 3 is usual.
+        branch: "cond" is Stability AI's.
+        layers: Blocks to leave out (see `WeakLayers`); `None` is 7 to 9 of 24 in Stable Diffusion
+            3.5, the mid block of U-Nets, and the middle block of other transformers.
+
+    Raises:
+        ValueError: A setting is out of its range or not of its type; when attaching, a name means
+            no block.
+    """
+
+    has_blocks: ClassVar[bool] = True
+
+    @contextmanager
+    def weaken(self, step: Step) -> Generator[Tensor | None]:
+        """Leave out the blocks."""
+        with step.skipping(self.chosen(step.denoiser)):
+            yield None

@@ -1,0 +1,63 @@
+"""Token Perturbation Guidance: Rajabi et al., NeurIPS 2025, arXiv 2506.10036."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..checks import check_count
+from .base import Step
+from .weak_layers import WeakLayers
+
+
+@dataclass(frozen=True)
+class TokenPerturbationGuidance(WeakLayers, method="tpg"):
+    """Guidance away from a network whose tokens are shuffled (arXiv 2506.10036, Algorithm 1).
+
+    Before each of some blocks the picture's tokens are put into a random order, another one at each
+    step and block, and stay in it. The order depends on neither the batch nor the device: all
+    pictures of a step have the same, as in the authors' code.
+
+    Attributes:
+        scale: The paper's gamma, any finite number: 0 is off, 3 is the authors'.
+        branch: "cond" is the authors'.
+        layers: Blocks whose tokens are shuffled (see `WeakLayers`); `None` is the encoder of
+            U-Nets, their down blocks, as in the paper, and the middle block of transformers.
+        seed: Of the orders, at least 0.
+
+    Raises:
+        ValueError: A setting is out of its range or not of its type; when attaching, a name means
+            no block.
+    """
+
+    has_blocks: ClassVar[bool] = True
+
+    _: KW_ONLY
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every setting once, here."""
+        super().__post_init__()
+        check_count("seed", self.seed, least=0)
+
+    @contextmanager
+    def weaken(self, step: Step) -> Generator[Tensor | None]:
+        """Shuffle the picture's tokens before the blocks."""
+
+        def order(block: str, tokens: int) -> Tensor:
+            return token_order(self.seed, step.index, block, tokens)
+
+        with step.shuffling(self.chosen(step.denoiser), order):
+            yield None
+
+
+def token_order(seed: int, step: int, block: str, tokens: int) -> Tensor:
+    """The order of the tokens before a block at a step: (tokens,) int64 indices, on the CPU."""
+    own_seed = random.Random(f"{seed} {step} {block}").getrandbits(63)
+    return torch.randperm(tokens, generator=torch.Generator().manual_seed(own_seed))

@@ -1,0 +1,72 @@
+"""What guidances have in common that weaken some layers or blocks of the network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from ..checks import check_layer
+from ..denoiser.layers import resolved
+from .base import Branch, Guidance
+from .default_layers import default_layers
+
+
+@dataclass(frozen=True)
+class WeakLayers(Guidance):
+    """Settings of guidances that weaken layers, beside those of `Guidance`.
+
+    Attributes:
+        scale: 3 is the authors' of all these methods.
+        branch: "cond" is the authors'.
+        layers: Dotted paths of self-attention layers (of blocks, for methods that change whole
+            ones), or what they begin with: "mid", "down.2", "blocks.7". `None` is the default of
+            the method and the denoiser, which `sag layers` shows.
+
+    Raises:
+        ValueError: A setting is out of its range or not of its type; when attaching, a name means
+            no layer.
+    """
+
+    has_blocks: ClassVar[bool] = False
+
+    scale: float = 3.0
+    _: KW_ONLY
+    branch: Branch = "cond"
+    layers: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        """Check every setting once, here."""
+        super().__post_init__()
+        if self.layers is None:
+            return
+        layers = (self.layers,) if isinstance(self.layers, str) else tuple(self.layers)
+        for layer in layers or (None,):
+            check_layer("layers", layer or "")
+        object.__setattr__(self, "layers", layers)  # the dataclass is frozen
+
+    def reads(self, denoiser: nn.Module) -> tuple[str, ...]:
+        """None; refuses layers that are not there."""
+        self.chosen(denoiser)
+        return ()
+
+    def weakens(self, denoiser: nn.Module) -> tuple[str, ...] | None:
+        """The layers or blocks that are weakened."""
+        return self.chosen(denoiser)
+
+    def chosen(self, denoiser: nn.Module) -> tuple[str, ...]:
+        """Dotted paths of the layers or blocks that are weakened in a denoiser, compiled or not.
+
+        Raises:
+            ValueError: A name means no layer, or the denoiser has none of the default ones.
+        """
+        if self.layers is not None:
+            return resolved(denoiser, self.layers, self.has_blocks)
+        names = default_layers(self.method, denoiser, self.has_blocks)
+        try:
+            return resolved(denoiser, names, self.has_blocks)
+        except ValueError as error:
+            message = f"layers=None: {type(self).__name__} has no default here: {error}"
+            raise ValueError(message) from None
