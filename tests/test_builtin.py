@@ -188,6 +188,27 @@ def test_a_model_that_recommends_pag_draws_with_it(tmp_path: Path) -> None:
     assert loaded.pipeline.guidance == SelfAttentionGuidance.fast()
 
 
+def test_emoji_styles_draws_backgrounds_that_it_is_asked_for() -> None:
+    pipe = builtin_model("emoji-styles")
+    pipe.set_progress_bar_config(disable=True)
+    colours = {"blue": (30, 136, 229), "yellow": (253, 216, 53), "black": (33, 33, 33)}
+    prompts = [f"rocket, flat, on {name}" for name in colours]
+    generators = [torch.Generator().manual_seed(0) for _ in prompts]
+    pictures = pipe(
+        prompts, num_inference_steps=10, guidance_scale=3.0, generator=generators
+    ).images
+    for picture, colour in zip(pictures, colours.values(), strict=True):
+        corner = torch.tensor(picture.convert("RGB").getpixel((2, 2)))
+        assert (corner - torch.tensor(colour)).abs().max() < 40
+
+
+def test_emoji_styles_lists_its_captions() -> None:
+    captions = json.loads((builtin_folder("emoji-styles") / "captions.json").read_text())
+    assert len(captions["things"]) == 977
+    assert not set(captions["things"]) & set(captions["held_out_things"])
+    assert {style for _, style in captions["held_out_pairs"]} == set(captions["styles"])
+
+
 @pytest.mark.parametrize("name", ["emoji", "emoji-adm"])
 def test_the_shipped_files_name_the_method_of_each_preset(name: str) -> None:
     content = json.loads((builtin_folder(name) / "sag_settings.json").read_text())

@@ -19,7 +19,12 @@ from ..denoiser.run import Run
 from ..denoiser.safety import not_finite
 from .base import Guidance, Step
 
-_NO_EFFECT = "step {}: {} had no effect: the weakened network predicted what the network itself did"
+
+def _no_effect(step: int, guidance: Guidance) -> RuntimeError:
+    return RuntimeError(
+        f"step {step}: {guidance} had no effect: the weakened network predicted what the network "
+        "itself did"
+    )
 
 
 def _rounding(dtype: torch.dtype) -> float:
@@ -103,7 +108,7 @@ class GuidedCall:
             is_nothing = (u - u_weak).abs().max() <= _rounding(output.dtype) * u.abs().max()
         else:  # where there was nothing to blur, there is nothing to add
             is_nothing = (term == 0).all() & (sample_weak != sample).any()
-        self.run.refuse(is_nothing, RuntimeError, _NO_EFFECT.format(self.run.step, guidance))
+        self.run.refuse(is_nothing, _no_effect, self.run.step, guidance)
         self.run.hold(number, levels.noise(term.detach()), sample.shape)
         return term, step
 

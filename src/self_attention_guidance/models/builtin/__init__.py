@@ -111,7 +111,7 @@ def builtin_folder(name: str) -> Path:
 
 @overload
 def builtin_model(
-    name: Literal["emoji"] = "emoji", **from_pretrained_arguments: object
+    name: Literal["emoji", "emoji-styles"] = "emoji", **from_pretrained_arguments: object
 ) -> StableDiffusionSAGPipeline: ...
 @overload
 def builtin_model(
@@ -128,7 +128,8 @@ def builtin_model(
 
     Args:
         name: One of `builtin_names()`; "emoji" makes 64x64 pictures of emoji from prompts,
-            "emoji-adm" makes them without, as a pixel-space model.
+            "emoji-styles" from prompts that name a thing, a style and a background, and "emoji-adm"
+            without, as a pixel-space model.
         **from_pretrained_arguments: Passed to the pipeline's `from_pretrained`, for example
             `dtype=torch.bfloat16`, `torch_dtype` before diffusers 0.40 (the default is
             `torch.float32`).
