@@ -79,17 +79,17 @@ def test_failed_rows_are_told_by_the_exit_status(
     [
         ([], "give either PROMPTS or --num-samples"),
         (["missing.jsonl"], "there is none"),
-        (["--num-samples", "0"], "num_samples=0"),
-        (["--num-samples", "1", "--batch-size", "0"], "batch_size=0"),
+        (["--num-samples", "0"], "--num-samples=0"),
+        (["--num-samples", "1", "--batch-size", "0"], "--batch-size=0"),
         (["--num-samples", "1", "--together", "0"], "together=0"),
         (["--num-samples", "1", "--workers", "0"], "workers=0"),
         (["--num-samples", "1", "--threads", "0"], "threads=0"),
-        (["--num-samples", "1", "--shard-size", "0"], "shard_size=0"),
+        (["--num-samples", "1", "--shard-size", "0"], "--shard-size=0"),
         (["--num-samples", "1", "--model", "none"], "model='none'"),
         (["--num-samples", "1", "--scheduler", "none"], "scheduler='none'"),
         (["--num-samples", "1", "--steps", "2000"], "--max-steps"),
         (["--num-samples", "1", "--gpus", "-1"], "gpus=-1"),
-        (["--num-samples", "1", "--threshold", "-1"], "threshold=-1"),
+        (["--num-samples", "1", "--threshold", "-1"], "--threshold"),
     ],
 )
 def test_errors_are_one_line(

@@ -135,7 +135,7 @@ def test_cells_decide_and_defaults_fill_up() -> None:
         ({"prompt": "a", "width": 12}, "width"),
         ({"prompt": "a", "width": 4096}, "max-size"),
         ({"prompt": "a", "steps": 10**9}, "max-steps"),
-        ({"prompt": "a", "steps": 0}, "num_inference_steps"),
+        ({"prompt": "a", "steps": 0}, "steps=0 must"),
         ({"prompt": "a", "guidance_scale": float("nan")}, "guidance_scale"),
         ({"prompt": "a", "guidance_scale": 10**400}, "guidance_scale"),
         ({"prompt": "a", "sag_scale": "much"}, "sag_scale"),

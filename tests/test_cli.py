@@ -76,7 +76,10 @@ def test_generate_writes_named_pictures_and_prints_their_paths(
     names = ["00000-7.png", "00001-8.png", "00002-7.png", "00003-8.png"]
     captured = capsys.readouterr()
     assert captured.out.splitlines() == [str(out / name) for name in names]
-    assert captured.err == ""
+    assert captured.err == (
+        "note: drawn by tiny: 64x64, 2 steps, DDIM, CFG 3, sag:scale=1.5,blur_sigma=2, seeds 7 to"
+        " 8\n"
+    )
     assert sorted(path.name for path in out.iterdir()) == names
     assert size_of(out / names[0]) == (64, 64)
 
@@ -271,18 +274,18 @@ def test_compare_shows_attention_in_columns_of_their_own(tmp_path: Path, model: 
     ("arguments", "told"),
     [
         (["generate"], "PROMPT is missing"),
-        (["generate", "a", "--sag-scale", "nan"], "sag_scale=nan must be a finite number"),
+        (["generate", "a", "--sag-scale", "nan"], "--sag-scale=nan must be a finite number"),
         (["generate", "a", "--sag-scale", "x"], "--sag-scale"),
-        (["generate", "a", "--guidance-scale", "inf"], "guidance_scale=inf must be a finite"),
-        (["generate", "a", "--steps", "0"], "num_inference_steps=0 must be a whole number"),
+        (["generate", "a", "--guidance-scale", "inf"], "--guidance-scale=inf must be a finite"),
+        (["generate", "a", "--steps", "0"], "--steps=0 must be a whole number"),
         (["generate", "a", "--size", "64"], "size='64' must be WIDTHxHEIGHT"),
         (["generate", "a", "--size", "60x64"], "width=60 must be a multiple of 8"),
         (["generate", "a", "--size", "0x64"], "width=0 must be a whole number, at least 1"),
-        (["generate", "a", "--blur-sigma", "-1"], "blur_sigma"),
+        (["generate", "a", "--blur-sigma", "-1"], "--blur-sigma"),
         (["generate", "a", "--branch", "both"], "branch"),
         (["generate", "a", "--scheduler", "eular"], "scheduler='eular' is unknown: the nearest"),
-        (["generate", "a", "--batch-size", "0"], "batch_size=0 must be a whole number"),
-        (["generate", "a", "--num-images", "0"], "num_images=0 must be a whole number"),
+        (["generate", "a", "--batch-size", "0"], "--batch-size=0 must be a whole number"),
+        (["generate", "a", "--num-images", "0"], "--num-images=0 must be a whole number"),
         (["generate", "a", "--seed", "-1"], "seed=-1 must be a whole number, at least 0"),
         (["generate", "a", "--device", "cuda:63"], "device='cuda:63' is not available here"),
         (["generate", "a", "--dtype", "int8"], "dtype='int8' must be one of auto, float32"),
@@ -290,8 +293,11 @@ def test_compare_shows_attention_in_columns_of_their_own(tmp_path: Path, model: 
         (["generate", "a", "--model", "nobody/none"], "could not be loaded from the Hugging Face"),
         (["generate", "a", "--layer", "no.such.layer"], "no.such.layer"),
         (["generate", "a", "--nonsense"], "--nonsense"),
-        (["compare", "a", "--sag-scales", "0;1"], "sag_scales='0;1' must be numbers separated by"),
-        (["compare", "a", "--sag-scales", "0,nan"], "sag_scales=nan must be a finite number"),
+        (
+            ["compare", "a", "--sag-scales", "0;1"],
+            "--sag-scales='0;1' must be numbers separated by",
+        ),
+        (["compare", "a", "--sag-scales", "0,nan"], "--sag-scales=nan must be a finite number"),
         (["paint"], "paint"),
     ],
 )
@@ -341,8 +347,8 @@ def test_help_and_version_need_no_heavy_library() -> None:
     assert "self-attention-guidance" in done.stdout
 
 
-def test_a_process_says_nothing_but_the_path(tmp_path: Path, model: str) -> None:
-    process = in_a_process("generate", "a", "--model", model, "--out", tmp_path)
+def test_a_quiet_process_says_nothing_but_the_path(tmp_path: Path, model: str) -> None:
+    process = in_a_process("generate", "a", "--model", model, "--out", tmp_path, "--quiet")
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0
     assert (out, err) == (f"{tmp_path / '00000-0.png'}\n", "")

@@ -164,6 +164,7 @@ def _model(arguments: list[str]) -> str:
 def _inputs(folder: Path) -> None:
     """What commands read, in the form of noise."""
     listed(folder / "prompts.jsonl", ["cat", "red heart"])
+    (folder / "prompts.txt").write_text("cat\nred heart\n")
     noise = np.random.default_rng(0)
     for name in ("unguided", "guided"):
         np.savez(folder / f"{name}.npz", noise.integers(0, 256, (16, 64, 64, 3), np.uint8))

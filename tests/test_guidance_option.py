@@ -176,7 +176,7 @@ def test_runs_that_go_on_name_the_setting_that_differs(
         (["pag:layers=nowhere"], "nowhere"),
         (["pag:layers="], "layers='' must be a dotted module path"),
         (["pag", "--guidance", "sag"], "guidance was given 2 times: give one"),
-        (["pag", "--threshold", "1"], "'threshold' is not a setting of pag"),
+        (["pag", "--threshold", "1"], "'threshold' is no setting of pag"),
         (["pag:start=0.2", "--start", "0"], "start was given twice: by --guidance and by"),
     ],
 )  # fmt: skip

@@ -88,6 +88,20 @@ def check_number(name: str, value: object, low: float, high: float) -> None:
         raise ValueError(f"{name}={value!r} must be {limits}")
 
 
+def check_scales(sag_scales: Sequence[float]) -> list[float]:
+    """Guidance scales as a list of finite numbers.
+
+    Args:
+        sag_scales: At least one number.
+
+    Raises:
+        ValueError: There is none, or one is not a finite number.
+    """
+    if not sag_scales:
+        raise ValueError("sag_scales=[] must hold at least one number")
+    return [float(check_finite("sag_scales", scale)) for scale in sag_scales]
+
+
 def check_text(name: str, value: object) -> str:
     """Refuses what is not a text.
 

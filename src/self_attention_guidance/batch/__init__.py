@@ -12,13 +12,19 @@ Example:
     ```
 """
 
-from .artists import Artist, Model
-from .job import BatchJob, Summary
-from .lists import PromptList
-from .manifest import Manifest
-from .plan import unused_columns
-from .storage import Storage
-from .tasks import COLUMNS, Defaults, Task
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .artists import Artist, Model
+    from .job import BatchJob, Summary
+    from .lists import PromptList
+    from .manifest import Manifest
+    from .plan import unused_columns
+    from .storage import Storage
+    from .tasks import COLUMNS, Defaults, Task
 
 __all__ = [
     "Artist",
@@ -33,3 +39,28 @@ __all__ = [
     "Task",
     "unused_columns",
 ]
+
+# Importing torch takes seconds; what is wrong with a list is told at once.
+_HOMES = {
+    "Artist": ".artists",
+    "BatchJob": ".job",
+    "COLUMNS": ".tasks",
+    "Defaults": ".tasks",
+    "Manifest": ".manifest",
+    "Model": ".artists",
+    "PromptList": ".lists",
+    "Storage": ".storage",
+    "Summary": ".job",
+    "Task": ".tasks",
+    "unused_columns": ".plan",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -6,29 +6,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from ..generate.arguments import with_defaults
+from ..generate.arguments import check_size, with_defaults
 from ..generate.drawing import GeneratedImage, PromptArtist
+from ..generate.finding import find_prompt_or_pixel_model, is_pixel_model
+from ..generate.labels import choose_labels
 from ..generate.loaded import settings_of
 from ..generate.metadata import Record
 from ..generate.models import (
     LoadedPipeline,
     find_device,
     find_dtype,
-    find_model,
     load_pipeline,
     prompt_class,
 )
 from ..generate.pixel_drawing import draw_samples, to_image
 from ..generate.pixel_models import (
     LoadedPixelModel,
-    find_pixel_model,
-    is_pixel_model,
     load_pixel_model,
 )
 from ..generate.record import describe, describe_samples, fingerprints
-from ..generate.sample_settings import SampleSettings, choose_labels
+from ..generate.sample_settings import SampleSettings
 from ..generate.schedulers import check_scheduler_name
-from ..generate.settings import GenerationSettings, check_size
+from ..generate.settings import GenerationSettings
 from ..guidance import Guidance
 from ..models.builtin import recommended_settings
 from .tasks import Task
@@ -86,9 +85,7 @@ class Model:
         Raises:
             ValueError: There is none.
         """
-        if is_pixel_model(self.name):
-            return find_pixel_model(self.name)
-        return find_model(self.name)[0]
+        return find_prompt_or_pixel_model(self.name)
 
     def settings(self, **given: Any) -> GenerationSettings:
         """Settings of pictures: what is given, else what the model recommends.

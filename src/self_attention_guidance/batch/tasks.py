@@ -178,7 +178,7 @@ def _settings(told: Mapping[str, Any], defaults: Defaults) -> GenerationSettings
         "steps": "num_inference_steps",
     }.items():
         if column in told:
-            changes[name] = _whole(column, told[column])
+            changes[name] = check_count(column, _whole(column, told[column]))
     for column in ("guidance_scale", "sag_scale"):
         if column in told:
             changes[column] = _number(column, told[column])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from .bench import bench_command
 from .compare import compare_command
 from .convert import convert_command
 from .demo import demo_command
+from .errors import as_typed, memory_advice
 from .evaluate import evaluate_command
 from .generate import generate_command
 from .info import info_command
@@ -31,7 +33,7 @@ _UsageError: Any = typer.BadParameter.__base__
 
 app = typer.Typer(
     name="sag",
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -97,7 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Without the program's name; `None` is those of the process.
 
     Returns:
-        The exit status: 0, 2 after a user's error (one line on stderr), 130 after Ctrl-C.
+        The exit status: 0, 2 after a user's error (one line on stderr), 130 after Ctrl-C. With
+        `SAG_DEBUG=1` in the environment, the traceback of an error is before its line.
     """
     command = typer.main.get_command(app)
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
@@ -107,7 +110,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _UsageError as error:
         return _fail(error.format_message(), 2)
     except (ValueError, OSError, FloatingPointError) as error:
-        return _fail(str(error), 2)
+        return _fail(as_typed(str(error), command, given), 2)
+    except (MemoryError, RuntimeError) as error:
+        advice = memory_advice(error, command, given)
+        if advice is None:
+            raise
+        return _fail(advice, 2)
     except (KeyboardInterrupt, typer.Abort):
         status = 130
     if status == 130:
@@ -116,5 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str, status: int) -> int:
+    if os.environ.get("SAG_DEBUG") == "1" and sys.exc_info()[0] is not None:
+        traceback.print_exc()
     typer.echo("error: " + " ".join(message.split()), err=True)
     return status

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .options import OneScaleOptions, with_options
-from .output import hide_loading_bars, print_line
+from .output import hide_loading_bars, note, print_line
 
 if TYPE_CHECKING:
-    from ..batch import BatchJob, Defaults, Model, Summary
+    from ..batch import BatchJob, Defaults, Manifest, Model, PromptList, Summary
+
+
+_TOLD_FAILURES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +58,6 @@ class BatchOptions(OneScaleOptions):
     gpus: Annotated[
         float | None, typer.Option(help="GPUs of a worker. [default: as many as there are, to 1]")
     ] = None
-    max_size: Annotated[int, typer.Option(help="Most pixels of a side.")] = 2048
     max_steps: Annotated[int, typer.Option(help="Most sampling steps.")] = 1000
 
 
@@ -100,9 +103,10 @@ def batch_command(
         threads=options.threads,
         gpus=options.gpus,
     )
-    hide_loading_bars()
-    job = _job(prompts, out, overwrite, retry_failed, options)
-    with _progress() as (report, latest):
+    source = _source(prompts, options)
+    _check_before_loading(options)
+    job = _job(source, out, overwrite, retry_failed, options)
+    with _progress(options.quiet) as (report, latest):
         try:
             summary = job.run(crew, report)
         except KeyboardInterrupt:
@@ -110,22 +114,67 @@ def batch_command(
             raise
     print_line(json.dumps(asdict(summary)) if as_json else _told(summary))
     if summary.failed:
+        _tell_failures(job.manifest)
         raise typer.Exit(3)
 
 
-def _job(
-    prompts: str | None, out: str, overwrite: bool, retry_failed: bool, options: BatchOptions
-) -> BatchJob:
-    from ..batch import BatchJob, PromptList, unused_columns
+def _source(prompts: str | None, options: BatchOptions) -> PromptList | int:
+    from ..batch import PromptList
     from ..checks import check_count
 
     if prompts is None:
-        source = check_count("num_samples", options.num_samples)
-    else:
-        source = PromptList(prompts)
-        unused = unused_columns(source)
-        if unused:
-            typer.echo(f"note: columns that are not used: {', '.join(unused)}"[:200], err=True)
+        return check_count("num_samples", options.num_samples)
+    return PromptList(prompts)
+
+
+def _check_before_loading(options: BatchOptions) -> None:
+    """Refuses what can be refused before anything heavy is imported, which takes seconds."""
+    from ..batch import Defaults
+    from ..checks import check_count
+    from ..generate import GenerationSettings, check_dtype_name, check_scheduler_name
+    from ..generate.finding import find_prompt_or_pixel_model
+
+    given = options.generation_arguments().items()
+    Defaults(
+        settings=GenerationSettings(**{name: value for name, value in given if value is not None}),
+        seed=options.seed,
+        num_images=options.num_images,
+        max_size=options.max_size,
+        max_steps=options.max_steps,
+    )
+    for name in ("batch_size", "together", "shard_size"):
+        if getattr(options, name) is not None:
+            check_count(name, getattr(options, name))
+    if options.scheduler is not None:
+        check_scheduler_name(options.scheduler)
+    options.check_guidance()
+    check_dtype_name(options.dtype)
+    find_prompt_or_pixel_model(options.model)
+
+
+def _tell_failures(manifest: Manifest) -> None:
+    """The first rows that failed, with their errors."""
+    failures = (row for row in manifest.rows() if row["error"] is not None)
+    for row in itertools.islice(failures, _TOLD_FAILURES):
+        typer.echo(f"row {row['row']} (from 0), {row['prompt']!r:.60}: {row['error']}", err=True)
+    more = sum(1 for _ in failures)
+    if more:
+        typer.echo(f"and {more} more: see the column error of manifest.parquet", err=True)
+
+
+def _job(
+    source: PromptList | int,
+    out: str,
+    overwrite: bool,
+    retry_failed: bool,
+    options: BatchOptions,
+) -> BatchJob:
+    from ..batch import BatchJob, unused_columns
+
+    unused = unused_columns(source)
+    if unused:
+        note(f"columns that are not used: {', '.join(unused)}"[:200], options.quiet)
+    hide_loading_bars()
     model, defaults = _model_and_defaults(options)
     return BatchJob(
         source,
@@ -162,7 +211,9 @@ def _model_and_defaults(options: BatchOptions) -> tuple[Model, Defaults]:
 
 
 @contextmanager
-def _progress() -> Generator[tuple[Callable[[Summary], object], Callable[[], Summary]]]:
+def _progress(
+    quiet: bool,
+) -> Generator[tuple[Callable[[Summary], object], Callable[[], Summary]]]:
     """A bar on stderr, if that is a terminal; yields what to tell it, and what it was told last."""
     from tqdm import tqdm
 
@@ -173,7 +224,8 @@ def _progress() -> Generator[tuple[Callable[[Summary], object], Callable[[], Sum
         "{percentage:3.0f}%|{bar}| {n} of {total} pictures{postfix}, {rate_noinv_fmt},"
         " {elapsed}<{remaining}"
     )
-    with tqdm(total=0, unit=" pictures", bar_format=form, smoothing=0.05, disable=None) as bar:
+    shown: dict[str, Any] = {"bar_format": form, "smoothing": 0.05, "disable": quiet or None}
+    with tqdm(total=0, unit=" pictures", **shown) as bar:
 
         def report(summary: Summary) -> None:
             nonlocal latest

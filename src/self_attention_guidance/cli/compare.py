@@ -50,17 +50,24 @@ def compare_command(
       sag compare "red heart" "" --sag-scales 0,0.5,1
       sag compare "grinning face" --show-attention --out face.png
     """
-    from ..generate import check_folder, check_free, check_scales, compare, save_png
+    from ..generate import check_folder, check_free, check_scales
 
     given = options.sag_scales
     given_scales = check_scales(parse_numbers(given)) if given is not None else []
     check_prompting(options, options.num_images)
+    if options.out.suffix.lower() not in (".png", ""):
+        raise ValueError(
+            f"out={str(options.out)!r} must end in .png: the grid's settings are in that format"
+        )
     check_free([options.out], options.overwrite)
     check_folder(options.out.parent)
+
+    from ..generate import compare, save_png
+
     loaded = load_pipeline_of(options)
     prompts = prompts or list(loaded.recommended.compare_prompts) or [""]
     scales = given_scales or _default_scales(loaded, options)
-    with progress(len(prompts) * options.num_images * len(scales)) as advance:
+    with progress(len(prompts) * options.num_images * len(scales), options.quiet) as advance:
         comparison = compare(
             loaded.pipeline,
             prompts,

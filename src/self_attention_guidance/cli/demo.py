@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ..checks import check_count
 from .options import with_options
 
 
@@ -48,6 +49,13 @@ def demo_command(*, options: DemoOptions) -> None:
     if importlib.util.find_spec("gradio") is None:
         raise ValueError("the demo needs gradio: pip install 'self-attention-guidance[demo]'")
     _check_port(options.port)
+
+    from ..generate import check_dtype_name, find_model
+
+    check_dtype_name(options.dtype)
+    find_model(options.model)
+    for name in ("max_steps", "max_size", "max_images", "max_queue"):
+        check_count(name, getattr(options, name))
 
     from ..demo import Limits, build_page
     from ..generate import load_pipeline

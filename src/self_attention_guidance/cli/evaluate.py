@@ -65,6 +65,12 @@ def evaluate_command(
     if len(paths) < 2 and save_statistics is None:
         raise ValueError("SAMPLES and REFERENCE must be given: one path needs --save-statistics")
 
+    for path in paths:
+        if not path.exists():
+            raise ValueError(
+                f"{str(path)!r} does not exist: give a folder of pictures or an .npz file"
+            )
+
     from .. import evaluate
 
     if plot is not None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .like import as_drawn, record_like, settings_like
 from .loading import check_prompting, load_pipeline_of
-from .options import OneScaleOptions, with_options
-from .output import print_line, progress, warn_unread
+from .options import OneScaleOptions, prompts_of, with_options
+from .output import drawn_with, note, print_line, progress, warn_unread
+
+if TYPE_CHECKING:
+    from ..generate import GeneratedImage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +29,10 @@ class GenerateOptions(OneScaleOptions):
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Number from 0 again, and replace existing files.")
     ] = False
+    prompts_file: Annotated[
+        str | None,
+        typer.Option("--prompts", metavar="FILE", help="Prompts, one a line; - is stdin."),
+    ] = None
     like: Annotated[
         Path | None,
         typer.Option(
@@ -48,19 +56,13 @@ def generate_command(
     \b
     Examples:
       sag generate "red heart" "grinning face" --num-images 4
+      sag generate --prompts prompts.txt --quiet
       sag generate --like out/00000-0.png --sag-scale 2
       sag generate "a lighthouse" --model ./my-model --size 512x768 --scheduler "dpm++ 2m karras"
     """
-    from ..generate import (
-        check_folder,
-        check_free,
-        generate,
-        next_index,
-        picture_path,
-        save_png,
-        seeds_of,
-    )
+    from ..generate import check_folder, check_free, next_index, picture_path, seeds_of
 
+    prompts = [*(prompts or []), *prompts_of(options.prompts_file)]
     record = None if options.like is None else record_like(options.like)
     if record is not None:
         options = as_drawn(options, record)
@@ -73,8 +75,20 @@ def generate_command(
     paths = [picture_path(options.out, first + k, seed) for k, seed in enumerate(seeds)]
     check_folder(options.out)
     check_free(paths, options.overwrite)
+    _draw(prompts, paths, options, record)
+
+
+def _draw(
+    prompts: Sequence[str],
+    paths: Sequence[Path],
+    options: GenerateOptions,
+    record: Mapping[str, Any] | None,
+) -> None:
+    from ..generate import generate, save_png
+
     loaded = load_pipeline_of(options, record)
-    with progress(len(paths)) as advance:
+    last: GeneratedImage | None = None
+    with progress(len(paths), options.quiet) as advance:
         pictures = generate(
             loaded.pipeline,
             prompts,
@@ -85,10 +99,13 @@ def generate_command(
             model_name=loaded.name,
             on_progress=advance,
         )
-        for picture, path in zip(pictures, paths, strict=True):
-            save_png(picture.image, path, picture.record, options.overwrite)
+        for last, path in zip(pictures, paths, strict=True):
+            save_png(last.image, path, last.record, options.overwrite)
             print_line(path)
-            if picture.unread:
-                warn_unread(picture)
-            if picture.flagged:
+            if last.unread:
+                warn_unread(last)
+            if last.flagged:
                 typer.echo(f"warning: the model's safety checker blanked {path}", err=True)
+    if last is not None:
+        seeds = range(options.seed, options.seed + options.num_images)
+        note(drawn_with(last.record, seeds), options.quiet)

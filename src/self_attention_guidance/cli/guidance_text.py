@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 _NUMBERS = {float: "a number", int: "a whole number"}
@@ -28,17 +31,69 @@ def guidance_of(
         ValueError: There are several guidances, one is unknown, or a setting is unknown, given
             twice or outside its range.
     """
-    if len(texts) > 1:
-        raise ValueError(f"guidance was given {len(texts)} times: give one")
-    named = parse_guidance(texts[0]) if texts else {}
-    for name in named.keys() & {*options, *(["scale"] if has_scale else [])}:
-        raise ValueError(f"{name} was given twice: by --guidance and by an option of its own")
-    given = {**named, **options}
+    check_guidance(texts, options, has_scale)
+    given = {**(parse_guidance(texts[0]) if texts else {}), **options}
 
     from ..guidance import Guidance
 
     Guidance.from_dict({"method": "sag", **given})
     return given
+
+
+def check_guidance(
+    texts: Sequence[str], options: Mapping[str, Any], has_scale: bool = False
+) -> None:
+    """Refuses what can be refused before the methods are imported, which takes seconds.
+
+    Args:
+        texts: As in `guidance_of`.
+        options: As in `guidance_of`.
+        has_scale: As in `guidance_of`.
+
+    Raises:
+        ValueError: There are several guidances, one is unknown, or a setting is unknown or given
+            twice.
+    """
+    if len(texts) > 1:
+        raise ValueError(f"guidance was given {len(texts)} times: give one")
+    declared = declared_settings()
+    method, named = _split(texts[0], declared) if texts else ("sag", {})
+    for name in named.keys() & {*options, *(["scale"] if has_scale else [])}:
+        raise ValueError(f"{name} was given twice: by --guidance and by an option of its own")
+    for name in options:
+        if name not in declared[method]:
+            raise ValueError(f"{_unknown(name, declared[method], f'setting of {method}')}")
+
+
+@functools.cache
+def declared_settings() -> dict[str, list[str]]:
+    """Names of each method's settings, as the methods' source declares them."""
+    folder = Path(__file__).parent.parent / "guidance"
+    statements = [
+        statement
+        for path in sorted(folder.glob("*.py"))
+        for statement in ast.parse(path.read_text(encoding="utf-8")).body
+    ]
+    classes = {each.name: each for each in statements if isinstance(each, ast.ClassDef)}
+    return {
+        ast.literal_eval(keyword.value): _declared(name, classes)
+        for name, each in classes.items()
+        for keyword in each.keywords
+        if keyword.arg == "method"
+    }
+
+
+def _declared(name: str, classes: Mapping[str, ast.ClassDef]) -> list[str]:
+    """Fields of a dataclass and of those that it is derived from."""
+    if name not in classes:
+        return []
+    bases = [_declared(ast.unparse(base), classes) for base in classes[name].bases]
+    own = [
+        ast.unparse(each.target)
+        for each in classes[name].body
+        if isinstance(each, ast.AnnAssign) and "ClassVar" not in ast.unparse(each.annotation)
+    ]
+    return list(dict.fromkeys(n for names in (*bases, own) for n in names if n != "_"))
 
 
 def parse_guidance(text: str) -> dict[str, Any]:
@@ -57,23 +112,51 @@ def parse_guidance(text: str) -> dict[str, Any]:
     """
     from ..guidance import METHODS
 
+    known = {name: [each.name for each in fields(cls)] for name, cls in METHODS.items()}
+    method, named = _split(text, known)
+    kinds = get_type_hints(METHODS[method])
+    return {"method": method, **{n: _value(n, value, kinds[n]) for n, value in named.items()}}
+
+
+def _split(text: str, known: Mapping[str, Sequence[str]]) -> tuple[str, dict[str, str]]:
+    """The method and the settings of a text, of those that are known."""
     method, colon, rest = text.partition(":")
     method = method.strip().lower()
-    if method not in METHODS:
-        raise ValueError(f"guidance={text!r}: {_unknown(method, METHODS, 'guidance')}")
-    kinds = get_type_hints(METHODS[method])
-    known = [setting.name for setting in fields(METHODS[method])]
-    given: dict[str, Any] = {"method": method}
+    if method not in known:
+        raise ValueError(f"guidance={text!r}: {_unknown(method, known, 'guidance')}")
+    given: dict[str, str] = {}
     for part in rest.split(",") if colon else ():
         name, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals:
             raise ValueError(f"guidance={text!r}: {part!r} must be NAME=VALUE")
-        if name not in known:
-            raise ValueError(f"guidance={text!r}: {_unknown(name, known, f'setting of {method}')}")
+        if name not in known[method]:
+            reason = _unknown(name, known[method], f"setting of {method}")
+            raise ValueError(f"guidance={text!r}: {reason}")
         if name in given:
             raise ValueError(f"guidance={text!r}: {name} was given twice")
-        given[name] = _value(name, value, kinds[name])
-    return given
+        given[name] = value
+    return method, given
+
+
+def guidance_text(settings: Mapping[str, Any]) -> str:
+    """A guidance as `parse_guidance` reads it, without the settings that have their defaults.
+
+    Args:
+        settings: What `Guidance.to_dict` gave.
+    """
+    from ..guidance import METHODS
+
+    method = settings["method"]
+    usual = METHODS[method]().to_dict()
+    changed = [n for n, value in settings.items() if n != "scale" and value != usual[n]]
+    told = [f"{name}={_told(settings[name])}" for name in ("scale", *changed)]
+    return f"{method}:{','.join(told)}"
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "+".join(map(str, value))  # pyright: ignore[reportUnknownArgumentType]
+    return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
 
 
 def _value(name: str, text: str, kind: Any) -> Any:

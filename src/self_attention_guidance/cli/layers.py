@@ -30,6 +30,10 @@ def layers_command(
       sag layers emoji
       sag generate "red heart" --guidance "slg:layers=mid+up.1"
     """
+    from ..generate.finding import find_folder
+
+    find_folder(model, lambda _model, _index, _folder: None)
+
     from ..generate.structure import load_structure
 
     denoiser = load_structure(model)

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .options import PromptOptions, SamplingOptions
-from .output import hide_loading_bars
+from .output import hide_loading_bars, note
 
 if TYPE_CHECKING:
     from ..generate import LoadedPipeline
 
 
 def check_sampling(options: SamplingOptions, num_images: int) -> None:
-    """Refuses what can be refused before a model is loaded, which takes its time.
+    """Refuses what can be refused before anything heavy is imported, which takes seconds.
 
     Args:
         options: Of a command that draws.
@@ -22,14 +22,14 @@ def check_sampling(options: SamplingOptions, num_images: int) -> None:
     Raises:
         ValueError: An option is outside its range.
     """
-    from ..generate import check_count, check_scheduler_name, find_device, find_dtype, seeds_of
+    from ..generate import check_count, check_dtype_name, check_scheduler_name, seeds_of
 
-    options.guidance_arguments()
+    options.check_guidance()
     seeds_of(options.seed, num_images)
     check_count("batch_size", options.batch_size)
     if options.scheduler is not None:
         check_scheduler_name(options.scheduler)
-    find_dtype(options.dtype, find_device(options.device))
+    check_dtype_name(options.dtype)
 
 
 def check_prompting(options: PromptOptions, num_images: int) -> None:
@@ -46,6 +46,11 @@ def check_prompting(options: PromptOptions, num_images: int) -> None:
 
     given: dict[str, Any] = options.generation_arguments()
     GenerationSettings(**{name: value for name, value in given.items() if value is not None})
+    for name in ("width", "height"):
+        if (given[name] or 0) > options.max_size:
+            raise ValueError(
+                f"{name}={given[name]} must be at most {options.max_size} (--max-size)"
+            )
     check_sampling(options, num_images)
     find_model(options.model)
 
@@ -68,5 +73,10 @@ def load_pipeline_of(
     loaded = load_pipeline(options.model, options.device, options.dtype)
     if record is not None:
         loaded.restore(record)
-    loaded.use(scheduler=options.scheduler, fast=options.fast, **options.guidance_arguments())
+    guidance = options.guidance_arguments()
+    if options.fast:
+        fast, usual = (loaded.guidance(is_fast, **guidance) for is_fast in (True, False))
+        if fast == usual or options.generation_arguments().get("sag_scale") == 0:
+            note("--fast changes nothing: the other options say all of guidance", options.quiet)
+    loaded.use(scheduler=options.scheduler, fast=options.fast, **guidance)
     return loaded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast, get_type_hints
 
 import typer
 
-from .guidance_text import guidance_of
+from .guidance_text import check_guidance, guidance_of
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -50,23 +51,28 @@ class SamplingOptions:
         ),
     ] = None
     blur_sigma: Annotated[
-        float | None, typer.Option(help="SAG: width of the blur. [default: the model's, else 1]")
+        float | None,
+        typer.Option(min=0, help="SAG: width of the blur. [default: the model's, else 1]"),
     ] = None
     blur_kernel_size: Annotated[
-        int | None, typer.Option(help="SAG: odd. [default: the model's, else 9]")
+        int | None, typer.Option(min=1, help="SAG: odd. [default: the model's, else 9]")
     ] = None
     threshold: Annotated[
         float | None,
-        typer.Option(help="SAG: attention above this is blurred. [default: the model's, else 1]"),
+        typer.Option(
+            min=0, help="SAG: attention above this is blurred. [default: the model's, else 1]"
+        ),
     ] = None
     layer: Annotated[
         str | None, typer.Option(help="SAG: the attention layer. [default: the model's]")
     ] = None
     start: Annotated[
-        float | None, typer.Option(help="Guidance: first guided part of the steps, 0 to 1.")
+        float | None,
+        typer.Option(min=0, max=1, help="Guidance: first guided part of the steps."),
     ] = None
     stop: Annotated[
-        float | None, typer.Option(help="Guidance: end of the guided part of the steps, 0 to 1.")
+        float | None,
+        typer.Option(min=0, max=1, help="Guidance: end of the guided part of the steps."),
     ] = None
     fast: Annotated[
         bool,
@@ -75,9 +81,12 @@ class SamplingOptions:
     every: Annotated[
         int | None,
         typer.Option(
-            help="Guidance: a second pass at every n-th step. [default: the model's, else 1]"
+            min=1, help="Guidance: a second pass at every n-th step. [default: the model's, else 1]"
         ),
     ] = None
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No bar and no notes; paths and warnings only.")
+    ] = False
 
     def guidance_arguments(self) -> dict[str, Any]:
         """The settings of guidance that were given, for `Guidance.from_dict`.
@@ -85,12 +94,23 @@ class SamplingOptions:
         Raises:
             ValueError: One is unknown, given twice or outside its range.
         """
+        return guidance_of(*self._guidance_given())
+
+    def check_guidance(self) -> None:
+        """Refuses settings of guidance, as far as that needs no heavy import.
+
+        Raises:
+            ValueError: One is unknown or given twice.
+        """
+        check_guidance(*self._guidance_given())
+
+    def _guidance_given(self) -> tuple[list[str], dict[str, Any], bool]:
         given = {name: getattr(self, name, None) for name in _GUIDANCE_OPTIONS}
         scales = (getattr(self, name, None) for name in ("sag_scale", "sag_scales"))
-        return guidance_of(
-            self.guidance or (),
+        return (
+            self.guidance or [],
             {name: value for name, value in given.items() if value is not None},
-            has_scale=any(scale is not None for scale in scales),
+            any(scale is not None for scale in scales),
         )
 
 
@@ -118,6 +138,7 @@ class PromptOptions(SamplingOptions):
         str | None,
         typer.Option(help="Guidance: uncond or cond. [default: the model's, else its own]"),
     ] = None
+    max_size: Annotated[int, typer.Option(min=8, help="Most pixels of a side.")] = 2048
 
     def generation_arguments(self) -> dict[str, Any]:
         """Arguments of `GenerationSettings`; `None` was not given."""
@@ -182,6 +203,30 @@ def with_options(
         return command_with_options
 
     return decorate
+
+
+def prompts_of(file: str | None) -> list[str]:
+    """The prompts of a file, one a line; empty lines are left out.
+
+    Args:
+        file: UTF-8 text; "-" is stdin, and `None` has no prompts.
+
+    Raises:
+        ValueError: It cannot be read, or holds no prompt.
+    """
+    if file is None:
+        return []
+    try:
+        content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        lines = content.decode("utf-8-sig").splitlines()
+    except OSError as error:
+        raise ValueError(f"prompts_file={file!r} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompts_file={file!r} is no text in UTF-8: {error.reason}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"prompts_file={file!r} holds no prompt")
+    return prompts
 
 
 def parse_size(size: str) -> tuple[int, int]:

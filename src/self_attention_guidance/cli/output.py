@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from .guidance_text import guidance_text
 
 if TYPE_CHECKING:
     from ..generate import GeneratedImage
@@ -32,12 +36,45 @@ def warn_unread(picture: GeneratedImage) -> None:
     print(told, file=sys.stderr)
 
 
+def note(text: str, quiet: bool = False) -> None:
+    """Tells on stderr what one need not know.
+
+    Args:
+        text: A line.
+        quiet: Whether it is kept back.
+    """
+    if not quiet:
+        typer.echo(f"note: {text}", err=True)
+
+
+def drawn_with(record: Mapping[str, Any], seeds: Sequence[int]) -> str:
+    """The settings that pictures were drawn with, those of the model included, in a line.
+
+    Args:
+        record: Of one of the pictures.
+        seeds: Of all.
+    """
+    from ..generate.schedulers import label_of
+
+    settings = record["settings"]
+    parts = [
+        "{}x{}".format(*record["size"]),
+        f"{settings['num_inference_steps']} steps",
+        label_of(record["scheduler"], record["scheduler_config"]),
+        f"CFG {settings['guidance_scale']:g}",
+        guidance_text(record["guidance"]) if record["guidance"]["scale"] else "no guidance",
+        f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}",
+    ]
+    return f"drawn by {record['model']}: {', '.join(parts)}"
+
+
 @contextmanager
-def progress(pictures: int) -> Generator[Callable[[float], object]]:
+def progress(pictures: int, quiet: bool = False) -> Generator[Callable[[float], object]]:
     """A bar on stderr, if that is a terminal, that grows with every sampling step.
 
     Args:
         pictures: How many there will be.
+        quiet: Whether there is none at all.
 
     Yields:
         A function that takes how many pictures' work was done since it was last called.
@@ -47,17 +84,20 @@ def progress(pictures: int) -> Generator[Callable[[float], object]]:
     form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
     description = f"{pictures} picture" + ("s" if pictures != 1 else "")
     # disable=None: not where stderr is a file or a pipe.
-    with tqdm(total=pictures, desc=description, bar_format=form, disable=None) as bar:
+    with tqdm(total=pictures, desc=description, bar_format=form, disable=quiet or None) as bar:
         yield bar.update
 
 
 @contextmanager
-def counting_progress(pictures: int, drawn: int) -> Generator[Callable[[float], object]]:
+def counting_progress(
+    pictures: int, drawn: int, quiet: bool = False
+) -> Generator[Callable[[float], object]]:
     """A bar like that of `progress` that also tells how many are drawn, and how fast.
 
     Args:
         pictures: How many there will be.
         drawn: How many were drawn by an earlier run.
+        quiet: Whether there is none at all.
 
     Yields:
         A function that takes how many pictures' work was done since it was last called.
@@ -74,7 +114,7 @@ def counting_progress(pictures: int, drawn: int) -> Generator[Callable[[float], 
         unit=" pictures",
         bar_format=form,
         smoothing=0.05,
-        disable=None,
+        disable=quiet or None,
     ) as bar:
         # Shares of pictures add up to a little more or less than the whole.
         yield lambda share: bar.update(min(share, pictures - bar.n))

@@ -94,11 +94,13 @@ def sample_command(
       sag sample --model ./imagenet128 --num-samples 8 --classes 207,360 --sag-scale 0.1
       sag sample --model ./imagenet256 --num-samples 50000 --batch-size 16 --out in256.npz
     """
-    from ..generate import SampleRun
     from ..generate.workers import Crew
 
     crew = Crew(workers=workers)
     _check_before_loading(options, num_samples, out, overwrite)
+
+    from ..generate import SampleRun
+
     loaded = _load(options)
     run = SampleRun(
         loaded.pipeline,
@@ -109,7 +111,7 @@ def sample_command(
         overwrite=overwrite,
         model_name=loaded.name,
     )
-    with counting_progress(num_samples, run.drawn) as advance:
+    with counting_progress(num_samples, run.drawn, options.quiet) as advance:
         load = functools.partial(_load_pipeline, options)
         finished = run.finish(options.batch_size, advance, crew, load)
     print_line(finished.path)
@@ -150,7 +152,8 @@ def _load(options: SampleOptions) -> LoadedPixelModel:
 
     hide_loading_bars()
     loaded = load_pixel_model(options.model, options.device, options.dtype, options.classifier)
-    loaded.use(scheduler=options.scheduler, fast=options.fast, **options.guidance_arguments())
+    guidance = options.guidance_arguments()
+    loaded.use(scheduler=options.scheduler, fast=options.fast, **guidance)
     if options.blur_guidance:
         loaded.pipeline.guidance = _without_mask(loaded.pipeline.guidance)
     return loaded

@@ -11,56 +11,58 @@ Example:
     ```
 """
 
-from ..checks import check_count, check_prompts, seeds_of
-from .comparison import Comparison, check_scales, compare
-from .drawing import GeneratedImage, PromptArtist
-from .files import (
-    check_folder,
-    check_free,
-    next_index,
-    picture_path,
-    save_png,
-)
-from .grid import draw_grid, draw_tiles, overlay_attended
-from .metadata import (
-    Parameters,
-    Record,
-    format_parameters,
-    method_label,
-    parse_parameters,
-    read_parameters,
-    read_record,
-    read_text,
-)
-from .models import (
-    LoadedPipeline,
-    find_device,
-    find_dtype,
-    find_model,
-    load_pipeline,
-)
-from .pixel_drawing import draw_samples, to_image, to_uint8
-from .pixel_models import (
-    LoadedPixelModel,
-    find_classifier,
-    find_pixel_model,
-    load_pixel_model,
-)
-from .sample_settings import SampleSettings
-from .samples import (
-    FinishedSamples,
-    SampleRun,
-    check_samples_path,
-)
-from .sampling import generate
-from .schedulers import (
-    check_scheduler_name,
-    make_pixel_scheduler,
-    make_scheduler,
-    scheduler_label,
-    scheduler_names,
-)
-from .settings import GenerationSettings, check_size
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..checks import check_count, check_prompts, check_scales, seeds_of
+    from .arguments import check_size
+    from .comparison import Comparison, compare
+    from .drawing import GeneratedImage, PromptArtist
+    from .files import (
+        check_folder,
+        check_free,
+        next_index,
+        picture_path,
+        save_png,
+    )
+    from .finding import check_dtype_name, find_classifier, find_model, find_pixel_model
+    from .grid import draw_grid, draw_tiles, overlay_attended
+    from .metadata import (
+        Parameters,
+        Record,
+        format_parameters,
+        method_label,
+        parse_parameters,
+        read_parameters,
+        read_record,
+        read_text,
+    )
+    from .models import (
+        LoadedPipeline,
+        find_device,
+        find_dtype,
+        load_pipeline,
+    )
+    from .pixel_drawing import draw_samples, to_image, to_uint8
+    from .pixel_models import LoadedPixelModel, load_pixel_model
+    from .sample_settings import SampleSettings
+    from .samples import (
+        FinishedSamples,
+        SampleRun,
+        check_samples_path,
+    )
+    from .sampling import generate
+    from .schedulers import (
+        check_scheduler_name,
+        make_pixel_scheduler,
+        make_scheduler,
+        scheduler_label,
+        scheduler_names,
+    )
+    from .settings import GenerationSettings
 
 __all__ = [
     "Comparison",
@@ -75,6 +77,7 @@ __all__ = [
     "SampleRun",
     "SampleSettings",
     "check_count",
+    "check_dtype_name",
     "check_folder",
     "check_free",
     "check_prompts",
@@ -112,3 +115,66 @@ __all__ = [
     "to_image",
     "to_uint8",
 ]
+
+# Importing torch and diffusers takes seconds; what is wrong with a command line is told at once.
+_HOMES = {
+    "Comparison": ".comparison",
+    "FinishedSamples": ".samples",
+    "GeneratedImage": ".drawing",
+    "GenerationSettings": ".settings",
+    "LoadedPipeline": ".models",
+    "LoadedPixelModel": ".pixel_models",
+    "Parameters": ".metadata",
+    "PromptArtist": ".drawing",
+    "Record": ".metadata",
+    "SampleRun": ".samples",
+    "SampleSettings": ".sample_settings",
+    "check_count": "..checks",
+    "check_dtype_name": ".finding",
+    "check_folder": ".files",
+    "check_free": ".files",
+    "check_prompts": "..checks",
+    "check_samples_path": ".files",
+    "check_scales": "..checks",
+    "check_scheduler_name": ".schedulers",
+    "check_size": ".arguments",
+    "compare": ".comparison",
+    "draw_grid": ".grid",
+    "draw_samples": ".pixel_drawing",
+    "draw_tiles": ".grid",
+    "find_classifier": ".finding",
+    "find_device": ".models",
+    "find_dtype": ".models",
+    "find_model": ".finding",
+    "find_pixel_model": ".finding",
+    "format_parameters": ".metadata",
+    "generate": ".sampling",
+    "load_pipeline": ".models",
+    "load_pixel_model": ".pixel_models",
+    "make_pixel_scheduler": ".schedulers",
+    "make_scheduler": ".schedulers",
+    "method_label": ".metadata",
+    "next_index": ".files",
+    "overlay_attended": ".grid",
+    "parse_parameters": ".metadata",
+    "picture_path": ".files",
+    "read_parameters": ".metadata",
+    "read_record": ".metadata",
+    "read_text": ".metadata",
+    "save_png": ".files",
+    "scheduler_label": ".schedulers",
+    "scheduler_names": ".schedulers",
+    "seeds_of": "..checks",
+    "to_image": ".pixel_drawing",
+    "to_uint8": ".pixel_drawing",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

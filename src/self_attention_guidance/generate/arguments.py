@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
+from ..denoiser.families import config_of, denoiser_of
 from ..models.builtin import RecommendedSettings
 from .settings import GenerationSettings
 
@@ -50,6 +51,30 @@ def refuse_without_effect(pipeline: Any, settings: GenerationSettings) -> None:
             f"negative_prompt={settings.negative_prompt!r} has no effect on this model: "
             f"{type(pipeline).__name__.removeprefix('Guided')} has no classifier-free guidance here"
         )
+
+
+def check_size(pipeline: Any, width: int | None, height: int | None) -> None:
+    """Refuses sizes that a model can't draw: without a position at its coarsest level, or patches.
+
+    Args:
+        pipeline: The model.
+        width: In pixels; `None` is the model's own.
+        height: In pixels; `None` is the model's own.
+
+    Raises:
+        ValueError: The size is too small, or no multiple of what it must be.
+    """
+    config: Any = config_of(cast("Any", denoiser_of(pipeline)))
+    levels = len(config.get("block_out_channels", ())) or 1
+    scale = int(getattr(pipeline, "vae_scale_factor", 1))
+    smallest = max(8, scale * 2 ** (levels - 1))
+    # Transformers see patches of latents, or latents that are packed two by two.
+    multiple = 8 if levels > 1 else max(8, 2 * scale)
+    for name, pixels in {"width": width, "height": height}.items():
+        if pixels is not None and pixels < smallest:
+            raise ValueError(f"{name}={pixels} must be at least {smallest} for this model")
+        if pixels is not None and pixels % multiple:
+            raise ValueError(f"{name}={pixels} must be a multiple of {multiple} for this model")
 
 
 def call_arguments(

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..checks import check_finite, check_prompts
+from ..checks import check_prompts, check_scales
 from ..guidance.sag import Blurring
 from .drawing import GeneratedImage, Progress
 from .grid import EMPTY_PROMPT, draw_grid, overlay_attended
@@ -98,20 +98,6 @@ def compare(
     labels = _row_labels(columns[0], num_images)
     grid = draw_grid(rows, labels, headings, _footer(record))
     return Comparison(grid=grid, columns=columns, record=record)
-
-
-def check_scales(sag_scales: Sequence[float]) -> list[float]:
-    """Guidance scales as a list of finite numbers.
-
-    Args:
-        sag_scales: At least one number.
-
-    Raises:
-        ValueError: There is none, or one is not a finite number.
-    """
-    if not sag_scales:
-        raise ValueError("sag_scales=[] must hold at least one number")
-    return [float(check_finite("sag_scales", scale)) for scale in sag_scales]
 
 
 def _row_labels(pictures: Sequence[GeneratedImage], num_images: int) -> list[str]:

@@ -76,8 +76,49 @@ def check_free(paths: Sequence[Path], overwrite: bool = False) -> None:
         more = f" (and {len(taken) - 1} more)" if len(taken) > 1 else ""
         raise FileExistsError(
             f"out: {str(taken[0])!r} exists{more}: choose another place, or overwrite it"
-            " with --overwrite (overwrite=True)"
+            " with overwrite=True"
         )
+
+
+def check_samples_path(out: str | Path, overwrite: bool = False) -> Path:
+    """Checks where samples will go, and makes the folder that they go to.
+
+    Args:
+        out: The `.npz` file.
+        overwrite: Whether it and the PNG file beside it may be replaced.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: It is no `.npz` file, or nothing can be written there.
+        FileExistsError: It exists, no unfinished run is beside it, and `overwrite` is False.
+    """
+    path = Path(out).expanduser()
+    if path.suffix != ".npz":
+        raise ValueError(f"out={str(out)!r} must end in .npz")
+    check_folder(path.parent)
+    # A run that was killed may have written the files already, just before it was done.
+    check_free([path, grid_path(path)], overwrite or parts_folder(path).is_dir())
+    return path
+
+
+def parts_folder(out: Path) -> Path:
+    """The folder of an unfinished run's batches.
+
+    Args:
+        out: The `.npz` file.
+    """
+    return out.with_name(out.name + ".parts")
+
+
+def grid_path(out: Path) -> Path:
+    """The PNG file that shows the first samples.
+
+    Args:
+        out: The `.npz` file.
+    """
+    return out.with_suffix(".png")
 
 
 def save_png(

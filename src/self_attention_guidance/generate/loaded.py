@@ -46,14 +46,26 @@ class Loaded(Generic[Settings]):
         """
         pipeline: Any = self.pipeline
         pipeline.set_progress_bar_config(disable=True)
-        base: Guidance = self.recommended.make_fast_guidance() if fast else pipeline.guidance
+        pipeline.guidance = self.guidance(fast, **guidance)
+        if scheduler is not None:
+            pipeline.scheduler = self.make_scheduler(scheduler)
+
+    def guidance(self, fast: bool = False, **guidance: Any) -> Guidance:
+        """The guidance that `use` gives the pipeline.
+
+        Args:
+            fast: As in `use`.
+            **guidance: As in `use`.
+
+        Raises:
+            ValueError: A setting is unknown or outside its range.
+        """
+        base: Guidance = self.recommended.make_fast_guidance() if fast else self.pipeline.guidance
         method = guidance.get("method", base.method)
         if method != base.method:
             base = Guidance.from_dict({"method": method})
             base = base.fast() if fast else base
-        pipeline.guidance = Guidance.from_dict({**base.to_dict(), **guidance})
-        if scheduler is not None:
-            pipeline.scheduler = self.make_scheduler(scheduler)
+        return Guidance.from_dict({**base.to_dict(), **guidance})
 
     def restore(self, record: Mapping[str, Any]) -> Settings:
         """Prepares the pipeline to draw pictures again: gives it their guidance and scheduler.

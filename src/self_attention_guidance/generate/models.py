@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,32 +11,15 @@ import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
 
-from ..models.builtin import (
-    RecommendedSettings,
-    builtin_folder,
-    builtin_names,
-    recommended_settings,
-)
+from ..models.builtin import RecommendedSettings, recommended_settings
 from ..models.versions import dtype_argument
 from ..pipelines.stable_diffusion import StableDiffusionSAGPipeline
 from .arguments import with_defaults
-from .kinds import model_index, prompt_pipeline
+from .finding import DTYPES, check_dtype_name, find_model, loading_failed, model_index
+from .kinds import prompt_pipeline
 from .loaded import Loaded
 from .settings import GenerationSettings
 from .weights import refuse_missing_weights, refuse_unloaded_weights
-
-_DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-}
-_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
-
-IndexCheck = Callable[[str, Mapping[str, Any], Path], object]
-"""Called with a model's name, the content of its `model_index.json` and its folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,29 +83,6 @@ def load_pipeline(
     )
 
 
-def find_model(model: str) -> tuple[str, bool]:
-    """Says what a model's name stands for, without loading it.
-
-    Args:
-        model: As in `load_pipeline`.
-
-    Returns:
-        A folder, a file or a hub id; and whether it is a file.
-
-    Raises:
-        ValueError: It is none of these, or nothing that can be loaded.
-    """
-    path = Path(model).expanduser()
-    if model not in builtin_names() and path.is_file():
-        if path.suffix.lower() != ".safetensors":
-            raise ValueError(
-                f"model={model!r}: a single file must be a .safetensors file, because other"
-                " checkpoints can run code when they are loaded; convert it to safetensors"
-            )
-        return str(path.resolve()), True
-    return find_folder(model, prompt_pipeline, "a .safetensors file, "), False
-
-
 def prompt_class(model: str, source: str) -> type[DiffusionPipeline]:
     """The class of pipeline that draws prompts with a model, guided.
 
@@ -144,33 +102,6 @@ def prompt_class(model: str, source: str) -> type[DiffusionPipeline]:
         except Exception as error:  # the library raises every kind for what it cannot reach
             raise ValueError(loading_failed(model, source, error)) from error
     return prompt_pipeline(model, model_index(model, folder), folder)
-
-
-def find_folder(model: str, check_index: IndexCheck, or_else: str = "") -> str:
-    """Says what the name of a model in diffusers format stands for, without loading it.
-
-    Args:
-        model: Name of a builtin model, a folder, or a hub id.
-        check_index: Raises `ValueError` if the model is of another kind.
-        or_else: What else the caller accepts, for the message.
-
-    Returns:
-        A folder or a hub id.
-
-    Raises:
-        ValueError: It is neither, or nothing that can be loaded.
-    """
-    path = builtin_folder(model) if model in builtin_names() else Path(model).expanduser()
-    if path.is_dir():
-        check_index(model, model_index(model, path), path)
-        return str(path.resolve())
-    is_weights = path.suffix in (".safetensors", ".ckpt", ".bin", ".pt")
-    if _HUB_ID.fullmatch(model) and not is_weights:
-        return model
-    raise ValueError(
-        f"model={model!r} does not exist: give a folder in diffusers format, {or_else}"
-        f"a hub id (owner/name), or a builtin model ({_names()})"
-    )
 
 
 def find_device(device: str) -> torch.device:
@@ -213,42 +144,13 @@ def find_dtype(dtype: str, device: torch.device) -> torch.dtype:
     Raises:
         ValueError: Unknown name.
     """
+    check_dtype_name(dtype)
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else torch.float16
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype={dtype!r} must be one of auto, {', '.join(_DTYPES)}")
-    return _DTYPES[dtype]
+    return getattr(torch, DTYPES[dtype])
 
 
 def _devices() -> list[str]:
     devices = ["auto", "cpu"]
     devices += [f"cuda:{number}" for number in range(torch.cuda.device_count())]
     return devices + (["mps"] if torch.backends.mps.is_available() else [])
-
-
-def _names() -> str:
-    return ", ".join(builtin_names()) or "none in this installation"
-
-
-def loading_failed(model: str, source: str, error: Exception) -> str:
-    """Says in one line why a model could not be loaded.
-
-    Args:
-        model: As the user gave it.
-        source: What that stands for, a path or a hub id.
-        error: What the libraries raised.
-    """
-    if Path(source).exists():
-        told = f"{type(error).__name__}: {_one_line(error)}"
-        if isinstance(error, NotImplementedError) and "meta tensor" in told:
-            told = "weights are missing: it is damaged, or of another model"
-        return f"model={model!r} cannot be loaded: {told}"
-    return (
-        f"model={model!r} is no local folder or file and could not be loaded from the Hugging"
-        f" Face hub (is the id right, the network there, HF_HUB_OFFLINE unset?): give a local"
-        f" path or a builtin model ({_names()})"
-    )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

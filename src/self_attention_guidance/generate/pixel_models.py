@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-from ..models.builtin import (
-    RecommendedSettings,
-    builtin_folder,
-    builtin_names,
-    recommended_settings,
-)
+from ..models.builtin import RecommendedSettings, recommended_settings
 from ..models.versions import dtype_argument
 from ..pipelines.adm import ADMPipeline
-from .kinds import PIXEL_CLASSES, is_stable_diffusion
+from .finding import (
+    check_pixel_index,
+    find_classifier,
+    find_pixel_model,
+    loading_failed,
+)
 from .loaded import Loaded
-from .models import find_device, find_dtype, find_folder, loading_failed
+from .models import find_device, find_dtype
 from .sample_settings import SampleSettings
 from .schedulers import make_pixel_scheduler
 from .weights import refuse_missing_weights
@@ -100,60 +98,6 @@ def load_pixel_model(
     )
 
 
-def find_pixel_model(model: str) -> str:
-    """Says what a pixel-space model's name stands for, without loading it.
-
-    Args:
-        model: As in `load_pixel_model`.
-
-    Returns:
-        A folder or a hub id.
-
-    Raises:
-        ValueError: It is neither, or nothing that can be loaded.
-    """
-    if model not in builtin_names() and Path(model).expanduser().is_file():
-        raise ValueError(
-            f"model={model!r} is a file: give a folder; `sag convert` makes one of an original"
-            " checkpoint"
-        )
-    return find_folder(model, _check_index)
-
-
-def is_pixel_model(model: str) -> bool:
-    """Whether a name stands for a folder that is known to hold a pixel-space model.
-
-    Args:
-        model: As in `load_pixel_model`, or in `load_pipeline`. Of hub ids nothing is known.
-    """
-    folder = builtin_folder(model) if model in builtin_names() else Path(model).expanduser()
-    try:
-        index: object = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(index, dict) and cast("Any", index).get("_class_name") in PIXEL_CLASSES
-
-
-def find_classifier(folder: str | Path) -> Path:
-    """Checks the folder of a classifier, without loading it.
-
-    Args:
-        folder: What `save_pretrained` of a `NoisyClassifier` wrote.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ValueError: It is no such folder.
-    """
-    path = Path(folder).expanduser()
-    if not (path / "config.json").is_file():
-        raise ValueError(
-            f"classifier={str(folder)!r} must be a folder that `sag convert classifier` wrote"
-        )
-    return path
-
-
 def _load_pipeline(model: str, source: str) -> Any:
     local = os.path.isdir(source)
     try:
@@ -161,7 +105,7 @@ def _load_pipeline(model: str, source: str) -> Any:
     except Exception as error:  # the libraries raise every kind for what they cannot read
         raise ValueError(loading_failed(model, source, error)) from error
     if not local:  # a folder's index was checked when it was found
-        _check_index(model, index)
+        check_pixel_index(model, index)
     try:
         return ADMPipeline.from_pretrained(
             source, use_safetensors=True, local_files_only=local, **dtype_argument(torch.float32)
@@ -187,17 +131,3 @@ def _load_classifier(folder: str | Path, size: int) -> Any:
             f" the model draws {size}"
         )
     return classifier.eval()
-
-
-def _check_index(model: str, index: Mapping[str, Any], _: Path | None = None) -> None:
-    class_name = index.get("_class_name")
-    if class_name in PIXEL_CLASSES:
-        return
-    if is_stable_diffusion(index):
-        raise ValueError(
-            f"model={model!r} is a Stable Diffusion model: draw from it with `sag generate`"
-        )
-    raise ValueError(
-        f"model={model!r} is of the class {class_name}: it must be one of"
-        f" {', '.join(PIXEL_CLASSES)}"
-    )

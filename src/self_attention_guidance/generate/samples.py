@@ -27,14 +27,15 @@ from ..checks import check_count, seeds_of
 from ..denoiser.noise import check_scheduler
 from ..pipelines.adm import ADMPipeline
 from .drawing import Progress
-from .files import check_folder, check_free, save_png
+from .files import check_free, check_samples_path, grid_path, parts_folder, save_png
 from .grid import draw_tiles
+from .labels import choose_labels
 from .metadata import RECORD_KEY, Record
 from .npz import StreamedArray, write_npz
 from .parts import Parts
 from .pixel_drawing import draw_samples, to_image
 from .record import describe_samples
-from .sample_settings import SampleSettings, choose_labels
+from .sample_settings import SampleSettings
 from .workers import Crew, Lost, distribute
 
 _MOST_TILES = 64
@@ -153,8 +154,7 @@ class SampleRun:
         if difference is not None and not overwrite:
             raise ValueError(
                 f"out: {str(self.parts.folder)!r} holds an unfinished run with {difference}: go on"
-                " with its settings, choose another place, or begin anew with --overwrite"
-                " (overwrite=True)"
+                " with its settings, choose another place, or begin anew with overwrite=True"
             )
         drawn = self.parts.drawn if difference is None else 0
         self.is_written = self.out.exists() and self.parts.is_finished(num_samples)
@@ -256,44 +256,3 @@ class SampleRun:
         height, width, _ = next(self.parts.read(1)).shape[1:]
         told = {"model": self.model_name, "size": [width, height], "num_samples": self.num_samples}
         return {**self.record, **told}
-
-
-def check_samples_path(out: str | Path, overwrite: bool = False) -> Path:
-    """Checks where samples will go, and makes the folder that they go to.
-
-    Args:
-        out: The `.npz` file.
-        overwrite: Whether it and the PNG file beside it may be replaced.
-
-    Returns:
-        The file.
-
-    Raises:
-        ValueError: It is no `.npz` file, or nothing can be written there.
-        FileExistsError: It exists, no unfinished run is beside it, and `overwrite` is False.
-    """
-    path = Path(out).expanduser()
-    if path.suffix != ".npz":
-        raise ValueError(f"out={str(out)!r} must end in .npz")
-    check_folder(path.parent)
-    # A run that was killed may have written the files already, just before it was done.
-    check_free([path, grid_path(path)], overwrite or parts_folder(path).is_dir())
-    return path
-
-
-def parts_folder(out: Path) -> Path:
-    """The folder of an unfinished run's batches.
-
-    Args:
-        out: The `.npz` file.
-    """
-    return out.with_name(out.name + ".parts")
-
-
-def grid_path(out: Path) -> Path:
-    """The PNG file that shows the first samples.
-
-    Args:
-        out: The `.npz` file.
-    """
-    return out.with_suffix(".png")

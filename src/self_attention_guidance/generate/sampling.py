@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..checks import check_count, check_prompts, seeds_of
-from .arguments import refuse_without_effect
+from .arguments import check_size, refuse_without_effect
 from .drawing import GeneratedImage, Progress, PromptArtist
-from .settings import GenerationSettings, check_size
+from .settings import GenerationSettings
 
 
 def generate(

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
 
 from ..checks import check_count, check_finite, check_text
-from ..denoiser.families import config_of, denoiser_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,27 +41,3 @@ class GenerationSettings:
             pixels = getattr(self, name)
             if pixels is not None and (check_count(name, pixels) % 8):
                 raise ValueError(f"{name}={pixels} must be a multiple of 8")
-
-
-def check_size(pipeline: Any, width: int | None, height: int | None) -> None:
-    """Refuses sizes that a model can't draw: without a position at its coarsest level, or patches.
-
-    Args:
-        pipeline: The model.
-        width: In pixels; `None` is the model's own.
-        height: In pixels; `None` is the model's own.
-
-    Raises:
-        ValueError: The size is too small, or no multiple of what it must be.
-    """
-    config: Any = config_of(cast("Any", denoiser_of(pipeline)))
-    levels = len(config.get("block_out_channels", ())) or 1
-    scale = int(getattr(pipeline, "vae_scale_factor", 1))
-    smallest = max(8, scale * 2 ** (levels - 1))
-    # Transformers see patches of latents, or latents that are packed two by two.
-    multiple = 8 if levels > 1 else max(8, 2 * scale)
-    for name, pixels in {"width": width, "height": height}.items():
-        if pixels is not None and pixels < smallest:
-            raise ValueError(f"{name}={pixels} must be at least {smallest} for this model")
-        if pixels is not None and pixels % multiple:
-            raise ValueError(f"{name}={pixels} must be a multiple of {multiple} for this model")

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..denoiser.families import family_of
 from ..models.originals import ADMUNet2DModel, OriginalDiTModel
-from .models import find_folder
+from .finding import find_folder
 
 _OURS: dict[str, type[nn.Module]] = {
     "ADMUNet2DModel": ADMUNet2DModel,

@@ -1,0 +1,70 @@
+"""Errors as a user of the command line reads them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+# Settings whose options have other names.
+_OTHER_NAMES = {"num_inference_steps": "steps", "width": "size", "height": "size"}
+# Where a message has the settings that it is about.
+_SETTING = re.compile(r"(?:^|(?<= below ))([a-z_]+)(?==|: )")
+# torch has a class of its own for the memory of GPUs only.
+_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
+
+
+def as_typed(message: str, command: Any, arguments: Sequence[str]) -> str:
+    """A message of the library, with options in it where it names settings.
+
+    Args:
+        message: "num_inference_steps=0 must be at least 1", say.
+        command: What typer made of the app.
+        arguments: Of the command line.
+
+    Returns:
+        "--steps=0 must be at least 1".
+    """
+    options = _options(command, arguments)
+    typed = {word.partition("=")[0] for word in arguments}
+
+    def replaced(found: re.Match[str]) -> str:
+        name = found[1]
+        option = options.get(_OTHER_NAMES.get(name, name))
+        # A setting that was given in the text of --guidance is not an option.
+        if option is None or (option not in typed and "--guidance" in typed):
+            return name
+        return f"{option}: {name}" if name in ("width", "height") else option
+
+    return _SETTING.sub(replaced, message).replace("overwrite=True", "--overwrite")
+
+
+def memory_advice(error: BaseException, command: Any, arguments: Sequence[str]) -> str | None:
+    """What to do where there is not enough memory; `None` if an error is another.
+
+    Args:
+        error: What was raised.
+        command: What typer made of the app.
+        arguments: Of the command line.
+    """
+    if not isinstance(error, MemoryError) and not _OUT_OF_MEMORY.search(str(error)):
+        return None
+    options = _options(command, arguments)
+    ways = {
+        "size": "smaller pictures (--size)",
+        "batch_size": "fewer at once (--batch-size)",
+        "dtype": "half precision (--dtype bfloat16)",
+    }
+    known = [way for name, way in ways.items() if name in options]
+    return f"out of memory: try {' or '.join(known)}" if known else "out of memory"
+
+
+def _options(command: Any, arguments: Sequence[str]) -> dict[str, str]:
+    """The options of the command that was given, by the names of its parameters."""
+    chosen = command.commands.get(arguments[0]) if arguments else None
+    found: dict[str, str] = {}
+    for parameter in chosen.params if chosen else ():
+        names = [name for name in parameter.opts if name.startswith("--")]
+        if names:
+            found[parameter.name] = names[0]
+    return found

@@ -1,0 +1,288 @@
+"""What names stand for, without loading it: models, classifiers and types. No heavy import."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from ..models.builtin import builtin_folder, builtin_names
+
+PIXEL_CLASSES = ("ADMPipeline", "DDPMPipeline", "DDIMPipeline")
+DTYPES = {
+    "float32": "float32",
+    "float16": "float16",
+    "bfloat16": "bfloat16",
+    "fp32": "float32",
+    "fp16": "float16",
+    "bf16": "bfloat16",
+}
+"""What torch calls the floating-point types, by the names that users know."""
+
+IndexCheck = Callable[[str, Mapping[str, Any], Path], object]
+"""Called with a model's name, the content of its `model_index.json` and its folder."""
+
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+_SD_CHANNELS = {9: "inpainting", 8: "editing pictures by instructions (InstructPix2Pix)"}
+# Of Stable Diffusion 1 and 2: what a `model_index.json` lists.
+_STABLE_DIFFUSION = {
+    *("vae", "text_encoder", "tokenizer", "unet", "scheduler"),
+    *("safety_checker", "requires_safety_checker", "feature_extractor", "image_encoder"),
+}
+
+
+def find_model(model: str) -> tuple[str, bool]:
+    """Says what a model's name stands for, without loading it.
+
+    Args:
+        model: As in `load_pipeline`.
+
+    Returns:
+        A folder, a file or a hub id; and whether it is a file.
+
+    Raises:
+        ValueError: It is none of these, or nothing that can be loaded.
+    """
+    path = Path(model).expanduser()
+    if model not in builtin_names() and path.is_file():
+        if path.suffix.lower() != ".safetensors":
+            raise ValueError(
+                f"model={model!r}: a single file must be a .safetensors file, because other"
+                " checkpoints can run code when they are loaded; convert it to safetensors"
+            )
+        return str(path.resolve()), True
+    return find_folder(model, check_prompt_index, "a .safetensors file, "), False
+
+
+def find_pixel_model(model: str) -> str:
+    """Says what a pixel-space model's name stands for, without loading it.
+
+    Args:
+        model: As in `load_pixel_model`.
+
+    Returns:
+        A folder or a hub id.
+
+    Raises:
+        ValueError: It is neither, or nothing that can be loaded.
+    """
+    if model not in builtin_names() and Path(model).expanduser().is_file():
+        raise ValueError(
+            f"model={model!r} is a file: give a folder; `sag convert` makes one of an original"
+            " checkpoint"
+        )
+    return find_folder(model, check_pixel_index)
+
+
+def find_prompt_or_pixel_model(model: str) -> str:
+    """Says what the name of a model of either kind stands for, without loading it.
+
+    Args:
+        model: As in `load_pixel_model` or in `load_pipeline`.
+
+    Returns:
+        A folder, a file or a hub id.
+
+    Raises:
+        ValueError: It is none of these, or nothing that can be loaded.
+    """
+    return find_pixel_model(model) if is_pixel_model(model) else find_model(model)[0]
+
+
+def find_folder(model: str, check_index: IndexCheck, or_else: str = "") -> str:
+    """Says what the name of a model in diffusers format stands for, without loading it.
+
+    Args:
+        model: Name of a builtin model, a folder, or a hub id.
+        check_index: Raises `ValueError` if the model is of another kind.
+        or_else: What else the caller accepts, for the message.
+
+    Returns:
+        A folder or a hub id.
+
+    Raises:
+        ValueError: It is neither, or nothing that can be loaded.
+    """
+    path = builtin_folder(model) if model in builtin_names() else Path(model).expanduser()
+    if path.is_dir():
+        check_index(model, model_index(model, path), path)
+        return str(path.resolve())
+    is_weights = path.suffix in (".safetensors", ".ckpt", ".bin", ".pt")
+    if _HUB_ID.fullmatch(model) and not is_weights:
+        return model
+    raise ValueError(
+        f"model={model!r} does not exist: give a folder in diffusers format, {or_else}"
+        f"a hub id (owner/name), or a builtin model ({_names()})"
+    )
+
+
+def find_classifier(folder: str | Path) -> Path:
+    """Checks the folder of a classifier, without loading it.
+
+    Args:
+        folder: What `save_pretrained` of a `NoisyClassifier` wrote.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: It is no such folder.
+    """
+    path = Path(folder).expanduser()
+    if not (path / "config.json").is_file():
+        raise ValueError(
+            f"classifier={str(folder)!r} must be a folder that `sag convert classifier` wrote"
+        )
+    return path
+
+
+def is_pixel_model(model: str) -> bool:
+    """Whether a name stands for a folder that is known to hold a pixel-space model.
+
+    Args:
+        model: As in `load_pixel_model`, or in `load_pipeline`. Of hub ids nothing is known.
+    """
+    folder = builtin_folder(model) if model in builtin_names() else Path(model).expanduser()
+    try:
+        index: object = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(index, dict) and cast("Any", index).get("_class_name") in PIXEL_CLASSES
+
+
+def model_index(model: str, folder: Path) -> dict[str, Any]:
+    """The content of a folder's `model_index.json`.
+
+    Args:
+        model: As the user named it, for the message.
+        folder: In diffusers format.
+
+    Raises:
+        ValueError: There is none, or it can't be read.
+    """
+    return _json_object(
+        model, folder / "model_index.json", "give the folder that save_pretrained wrote"
+    )
+
+
+def check_prompt_index(model: str, index: Mapping[str, Any], folder: Path) -> None:
+    """Refuses models that take no prompts, or more than prompts, as far as their folder tells.
+
+    Args:
+        model: As the user named it, for the message.
+        index: The content of its `model_index.json`.
+        folder: Where its other files are, as far as they are here.
+
+    Raises:
+        ValueError: It is such a model.
+    """
+    name = str(index.get("_class_name"))
+    if name in PIXEL_CLASSES:
+        raise ValueError(
+            f"model={model!r} is a pixel-space model ({name}), which takes no prompts: draw from"
+            " it with `sag sample`"
+        )
+    if is_stable_diffusion(index):
+        _refuse_more_channels(model, folder)
+
+
+def check_pixel_index(model: str, index: Mapping[str, Any], _: Path | None = None) -> None:
+    """Refuses models that are not of pixel space.
+
+    Args:
+        model: As the user named it, for the message.
+        index: The content of its `model_index.json`.
+
+    Raises:
+        ValueError: It is of another class.
+    """
+    class_name = index.get("_class_name")
+    if class_name in PIXEL_CLASSES:
+        return
+    if is_stable_diffusion(index):
+        raise ValueError(
+            f"model={model!r} is a Stable Diffusion model: draw from it with `sag generate`"
+        )
+    raise ValueError(
+        f"model={model!r} is of the class {class_name}: it must be one of"
+        f" {', '.join(PIXEL_CLASSES)}"
+    )
+
+
+def is_stable_diffusion(index: Mapping[str, Any]) -> bool:
+    """Whether a `model_index.json` lists components of Stable Diffusion 1 and 2 only.
+
+    Args:
+        index: Its content.
+    """
+    components = {key for key in index if not key.startswith("_")}
+    return "unet" in components and components <= _STABLE_DIFFUSION
+
+
+def check_dtype_name(dtype: str) -> None:
+    """Refuses the name of a type that `find_dtype` does not know.
+
+    Args:
+        dtype: As in `find_dtype`.
+
+    Raises:
+        ValueError: Unknown name.
+    """
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} must be one of auto, {', '.join(DTYPES)}")
+
+
+def loading_failed(model: str, source: str, error: Exception) -> str:
+    """Says in one line why a model could not be loaded.
+
+    Args:
+        model: As the user gave it.
+        source: What that stands for, a path or a hub id.
+        error: What the libraries raised.
+    """
+    if Path(source).exists():
+        told = f"{type(error).__name__}: {_one_line(error)}"
+        if isinstance(error, NotImplementedError) and "meta tensor" in told:
+            told = "weights are missing: it is damaged, or of another model"
+        return f"model={model!r} cannot be loaded: {told}"
+    return (
+        f"model={model!r} is no local folder or file and could not be loaded from the Hugging"
+        f" Face hub (is the id right, the network there, HF_HUB_OFFLINE unset?): give a local"
+        f" path or a builtin model ({_names()})"
+    )
+
+
+def _refuse_more_channels(model: str, folder: Path) -> None:
+    """Refuse U-Nets that see more than the latents."""
+    if not (folder / "unet/config.json").is_file():
+        return
+    config = _json_object(model, folder / "unet/config.json", "it is damaged")
+    channels, drawn = config.get("in_channels", 4), config.get("out_channels", 4)
+    if channels != drawn:
+        purpose = _SD_CHANNELS.get(channels, "more than text to image")
+        raise ValueError(
+            f"model={model!r} is for {purpose}: its U-Net takes {channels} channels, and draws"
+            f" {drawn}; only text to image is supported here"
+        )
+
+
+def _json_object(model: str, file: Path, advice: str) -> dict[str, Any]:
+    try:
+        found: object = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"model={model!r} is a folder without {file.name}: {advice}") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model={model!r}: {file.name} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"model={model!r}: {file.name} must hold a JSON object")
+    return cast("dict[str, Any]", found)
+
+
+def _names() -> str:
+    return ", ".join(builtin_names()) or "none in this installation"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

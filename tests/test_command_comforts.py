@@ -1,0 +1,180 @@
+"""What makes the command line pleasant: quiet runs, prompts from files, errors in plain words."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from command_line import error_of, run
+from self_attention_guidance.cli.guidance_text import declared_settings, parse_guidance
+from self_attention_guidance.generate import read_parameters
+from self_attention_guidance.guidance import METHODS
+from tiny import save_tiny_model
+
+SETTINGS = {
+    "guidance": {"scale": 1.5, "blur_sigma": 2.0},
+    "generation": {"guidance_scale": 3.0, "num_inference_steps": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny_model(tmp_path_factory.mktemp("comforts") / "tiny", SETTINGS))
+
+
+@pytest.mark.parametrize("command", [[], ["generate"], ["info"]])
+def test_h_is_help(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
+    texts: list[str] = []
+    for option in ("-h", "--help"):
+        assert run(*command, option) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert "Usage: sag" in texts[0]
+
+
+def test_shells_complete_options() -> None:
+    code = "import sys; from self_attention_guidance.cli import main; main()"
+    asked = {
+        "_SAG_COMPLETE": "complete_bash",
+        "COMP_WORDS": "sag generate --guid",
+        "COMP_CWORD": "2",
+    }
+    told = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | asked, capture_output=True, text=True
+    )
+    assert told.stdout.split() == ["--guidance", "--guidance-scale"]
+
+
+def test_prompts_come_from_a_file_or_stdin(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    model: str,
+) -> None:
+    text = "\ufeffred heart\r\n\r\n  Füchse \n".encode()
+    (tmp_path / "prompts.txt").write_bytes(text)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+    for number, source in enumerate((tmp_path / "prompts.txt", "-")):
+        out = tmp_path / str(number)
+        assert run("generate", "first", "--prompts", source, "--model", model, "--out", out) == 0
+        drawn = [read_parameters(path).prompt for path in sorted(out.iterdir())]
+        assert drawn == ["first", "red heart", "Füchse"]
+    capsys.readouterr()
+    (tmp_path / "prompts.txt").write_bytes("füchse".encode("utf-16"))
+    told = error_of(capsys, "generate", "--prompts", tmp_path / "prompts.txt", "--model", model)
+    assert "prompts.txt' is no text in UTF-8" in told
+
+
+def test_the_settings_that_were_drawn_with_are_told(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, model: str
+) -> None:
+    shared = ("generate", "a", "--model", model, "--out", tmp_path)
+    for options, told in (
+        ([], "64x64, 2 steps, DDIM, CFG 3, sag:scale=1.5,blur_sigma=2, seed 0"),
+        (["--sag-scale", 0, "--seed", 5], "64x64, 2 steps, DDIM, CFG 3, no guidance, seed 5"),
+        (["--guidance", "pag:layers=mid+up", "--size", "48x40", "--scheduler", "euler-a"],
+         "48x40, 2 steps, Euler a, CFG 3, pag:scale=3,layers=mid+up, seed 0"),
+    ):  # fmt: skip
+        assert run(*shared, *options) == 0
+        assert capsys.readouterr().err == f"note: drawn by tiny: {told}\n"
+    # The guidance is written as the option reads it.
+    assert parse_guidance("pag:scale=3,layers=mid+up")["layers"] == ["mid", "up"]
+    assert run(*shared, "--quiet") == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert captured.out.endswith(".png\n")
+
+
+def test_fast_says_when_it_changes_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, model: str
+) -> None:
+    shared = ("generate", "a", "--model", model, "--out", tmp_path, "--fast")
+    nothing = "note: --fast changes nothing"
+    assert run(*shared) == 0
+    assert nothing not in capsys.readouterr().err
+    all_given = ("--start", 0, "--stop", 1, "--every", 1, "--guidance", "sag:scale=1.5")
+    for options in (all_given, ("--sag-scale", 0)):
+        assert run(*shared, *options) == 0
+        assert nothing in capsys.readouterr().err
+
+
+def test_too_little_memory_is_one_sentence(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    model: str,
+) -> None:
+    from self_attention_guidance.cli import generate
+
+    for error in (
+        MemoryError(),
+        RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+    ):
+
+        def fail(*_: object, error: BaseException = error) -> None:
+            raise error
+
+        monkeypatch.setattr(generate, "load_pipeline_of", fail)
+        told = error_of(capsys, "generate", "a", "--model", model, "--out", tmp_path)
+        assert told.startswith("error: out of memory: try smaller pictures (--size) or fewer")
+
+
+def test_sizes_have_a_limit_that_can_be_raised(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, model: str
+) -> None:
+    shared = ("--model", model, "--size", "64x72", "--out")
+    for command, out in (("generate", tmp_path / "out"), ("compare", tmp_path / "grid.png")):
+        told = error_of(capsys, command, "a", *shared, out, "--max-size", 64)
+        assert "--size: height=72 must be at most 64 (--max-size)" in told
+        assert run(command, "a", *shared, out, "--max-size", 72) == 0
+        capsys.readouterr()
+
+
+def test_the_traceback_is_there_for_those_who_ask(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert error_of(capsys, "generate", "a", "--steps", 0)
+    monkeypatch.setenv("SAG_DEBUG", "1")
+    assert run("generate", "a", "--steps", 0) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("Traceback (most recent call last):")
+    assert told.endswith("error: --steps=0 must be a whole number, at least 1\n")
+
+
+def test_settings_in_the_text_of_guidance_keep_their_names(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, model: str
+) -> None:
+    shared = ("generate", "a", "--model", model, "--out", tmp_path)
+    assert ": start=2.0 must be" in error_of(capsys, *shared, "--guidance", "sag:start=2")
+    told = error_of(capsys, *shared, "--start", 0.5, "--stop", 0.25)
+    assert told == "error: --start=0.5 must be below --stop=0.25\n"
+
+
+def test_the_first_bad_rows_of_a_list_are_told(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, model: str
+) -> None:
+    rows = [json.dumps({"prompt": f"bad {n}", "steps": 0}) for n in range(7)]
+    (tmp_path / "list.jsonl").write_text("\n".join([json.dumps({"prompt": "good"}), *rows]))
+    asked = ("batch", tmp_path / "list.jsonl", "--model", model, "--out", tmp_path / "job")
+    assert run(*asked, "--quiet") == 3
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 6
+    assert told[0].startswith("row 1 (from 0), 'bad 0': steps=0 must be a whole number")
+    assert told[-1] == "and 2 more: see the column error of manifest.parquet"
+
+
+def test_names_of_settings_are_those_of_the_methods() -> None:
+    from dataclasses import fields
+
+    declared = declared_settings()
+    own = [name for name, cls in METHODS.items() if cls.__module__.startswith("self_attention")]
+    assert {name: set(declared[name]) for name in own} == {
+        name: {setting.name for setting in fields(METHODS[name])} for name in own
+    }

@@ -1,0 +1,87 @@
+"""Wrong command lines are answered in one sentence, most of them before torch is imported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# A wrong command line, and what its answer begins with, as a user types options.
+AT_ONCE = {
+    "generate": "PROMPT is missing",
+    "generate a --model ./none": "--model='./none' does not exist: give a folder",
+    "generate a --model empty": "--model='empty' is a folder without model_index.json",
+    "generate a --model plain.txt": "--model='plain.txt': a single file must be a .safetensors",
+    "generate a --model emoji-adm": "--model='emoji-adm' is a pixel-space model",
+    "generate a --scheduler eular": "--scheduler='eular' is unknown: the nearest names are",
+    "generate a --dtype int8": "--dtype='int8' must be one of auto, float32",
+    "generate a --guidance pagg": "--guidance='pagg': 'pagg' is no guidance; did you mean pag?",
+    "generate a --guidance sag:sigma=1": "--guidance='sag:sigma=1': 'sigma' is no setting of sag",
+    "generate a --guidance pag --threshold 1": "'threshold' is no setting of pag",
+    "generate a --steps 0": "--steps=0 must be a whole number, at least 1",
+    "generate a --size 60x64": "--size: width=60 must be a multiple of 8",
+    "generate a --size 64": "--size='64' must be WIDTHxHEIGHT",
+    "generate a --size 100000x100000": "--size: width=100000 must be at most 2048 (--max-size)",
+    "generate a --seed -1": "--seed=-1 must be a whole number, at least 0",
+    "generate a --num-images 0": "--num-images=0 must be a whole number, at least 1",
+    "generate a --batch-size 0": "--batch-size=0 must be a whole number, at least 1",
+    "generate a --sag-scale nan": "--sag-scale=nan must be a finite number",
+    "generate a --blur-sigma -1": "Invalid value for '--blur-sigma'",
+    "generate a --stop 2": "Invalid value for '--stop'",
+    "generate a --out plain.txt": "--out='plain.txt' is or lies below a file",
+    "generate --prompts none.txt": "--prompts='none.txt' cannot be read: No such file",
+    "generate --prompts empty.txt": "--prompts='empty.txt' holds no prompt",
+    "generate --like none.png": "--like='none.png' does not exist",
+    "compare a --out taken.png": "--out: 'taken.png' exists: choose another place, or overwrite",
+    "compare a --out a.jpg": "--out='a.jpg' must end in .png",
+    "compare a --sag-scales 0;1": "--sag-scales='0;1' must be numbers separated by commas",
+    "batch": "give either PROMPTS or --num-samples",
+    "batch none.jsonl": "prompts='none.jsonl' must be a file: there is none",
+    "batch --num-samples 1 --steps 2000": "--steps=2000 must be at most 1000",
+    "batch --num-samples 1 --model ./none": "--model='./none' does not exist",
+    "sample --num-samples 0": "--num-samples=0 must be a whole number",
+    "sample --num-samples 1 --model emoji": "--model='emoji' is a Stable Diffusion model",
+    "sample --num-samples 1 --out a.zip": "--out='a.zip' must end in .npz",
+    "info none.png": "FILE='none.png' does not exist",
+    "layers ./none": "model='./none' does not exist",
+    "demo --model ./none": "--model='./none' does not exist",
+    "demo --max-steps 0": "--max-steps=0 must be a whole number",
+    "convert adm none.pt out": "checkpoint='none.pt' must be a file",
+    "evaluate none.npz none": "'none.npz' does not exist",
+}
+
+_CODE = """
+import os, sys
+from self_attention_guidance.cli import main
+os.chdir(sys.argv[1])
+for line in sys.stdin.read().splitlines():
+    assert main(line.split()) == 2, line
+    heavy = {"torch", "diffusers", "transformers"} & set(sys.modules)
+    assert not heavy, (line, heavy)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "plain.txt").write_text("mine")
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "taken.png").write_bytes(b"mine")
+    return tmp_path
+
+
+def test_they_are_answered_without_torch(folder: Path) -> None:
+    told = subprocess.run(
+        [sys.executable, "-c", _CODE, str(folder)],
+        input="\n".join(AT_ONCE),
+        capture_output=True,
+        text=True,
+    )
+    assert told.returncode == 0, told.stderr
+    answers = told.stderr.splitlines()
+    assert len(answers) == len(AT_ONCE)
+    for (line, begin), answer in zip(AT_ONCE.items(), answers, strict=True):
+        assert answer.startswith(f"error: {begin}"), line
+    assert (folder / "taken.png").read_bytes() == b"mine"
