@@ -25,8 +25,7 @@ class _Guider(ClassifierFreeGuidance):
         self.guidance_handles: tuple[GuidanceHandle, ...] = ()
         self.scheduler: Any = None
         self._present: dict[Branch, GuidanceHandle] = {}
-        # By the numbers of the guidances of a call: who follows continues the run.
-        self._earlier: dict[tuple[int, ...], GuidanceHandle] = {}
+        self._earlier: GuidanceHandle | None = None
 
     @property
     def guidance_handle(self) -> GuidanceHandle | None:
@@ -65,11 +64,10 @@ class _Guider(ClassifierFreeGuidance):
         numbers = tuple(n for n, of in self._branches().items() if of == branch)
         if not numbers:
             return
-        guidances = [self.guidances[number] for number in numbers]
         scheduler = self._scheduler_that_runs()
-        handle = attach(denoiser, *guidances, scheduler=scheduler, batch_layout="single")
-        handle.remove_after_call(self._earlier.get(numbers))
-        self._present[branch] = self._earlier[numbers] = handle
+        handle = attach(denoiser, *self.guidances, scheduler=scheduler, batch_layout="single")
+        handle.remove_after_call(self._earlier, numbers)
+        self._present[branch] = self._earlier = handle
 
     def cleanup_models(self, denoiser: nn.Module) -> None:
         """Leave the denoiser as it was.
