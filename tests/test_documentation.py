@@ -44,7 +44,7 @@ REPLACED = {
 ELSEWHERE = {
     "guidance = SelfAttentionGuidance(0.75)\nwith guidance.attach(base)": "test_together",
     "handle = guidance.attach(transformer": "test_transformer_tasks",
-    "from self_attention_guidance import SelfAttentionGuider": "test_guider",
+    "from self_attention_guidance import GuidanceGuider": "test_guider",
     "from gradio_client import Client": "test_demo",
 }
 FEW = ["--num-samples", "2"]

@@ -71,6 +71,8 @@ def of_library(model: str, guidance: Guidance) -> np.ndarray:
         (["--guidance", "pag", "--start", 0.5], PerturbedAttentionGuidance(start=0.5)),
         (["--guidance", "pag", "--fast"], PerturbedAttentionGuidance.fast()),
         (["--guidance", "blur:blur_sigma=3"], BlurGuidance(blur_sigma=3.0)),
+        (["--guidance", "pag:noise_from=9,noise_to=0.2"],
+         PerturbedAttentionGuidance(noise_from=9.0, noise_to=0.2)),
         # The model's, where it recommends the same method.
         (["--guidance", "sag"], SelfAttentionGuidance(1.5, blur_sigma=2.0)),
         (["--guidance", "SAG:scale=0.5"], SelfAttentionGuidance(0.5, blur_sigma=2.0)),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,17 @@ from diffusers import (
 from diffusers.guiders import ClassifierFreeGuidance
 from torch import Tensor
 
-from self_attention_guidance import SelfAttentionGuidance, SelfAttentionGuider
+from self_attention_guidance import (
+    BlurGuidance,
+    GuidanceGuider,
+    PerturbedAttentionGuidance,
+    SelfAttentionGuidance,
+    SelfAttentionGuider,
+    SkipLayerGuidance,
+    SmoothedEnergyGuidance,
+    TokenPerturbationGuidance,
+    attach,
+)
 from test_stable_diffusion_xl import draw as draw_xl
 from test_stable_diffusion_xl import pipe as pipe
 from tiny import tiny_scheduler
@@ -28,6 +40,19 @@ needs_3 = pytest.mark.skipif(
     reason="this version of diffusers has no modular Stable Diffusion 3",
 )
 SETTINGS: dict[str, Any] = {"blur_sigma": 2.0, "threshold": 1.1}
+METHODS: dict[str, Any] = {
+    "sag": SelfAttentionGuidance(1.5),
+    "blur": BlurGuidance(1.5),
+    "pag": PerturbedAttentionGuidance(1.5),
+    "seg": SmoothedEnergyGuidance(1.5),
+    "slg": SkipLayerGuidance(1.5),
+    "tpg": TokenPerturbationGuidance(0.5, branch="uncond"),
+    "several": (
+        SelfAttentionGuidance(1.0, every=2),
+        PerturbedAttentionGuidance(0.5, stop=0.5),
+        SmoothedEnergyGuidance(0.5, branch="uncond"),
+    ),
+}
 PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae")
 
 
@@ -120,6 +145,86 @@ def test_disabling_switches_off_classifier_free_guidance_alone() -> None:
     assert (draw_3(pipe, guider) - plain).abs().max() < 1e-4 * plain.abs().max()
 
 
+def several(guidances: Any) -> tuple[Any, ...]:
+    return guidances if isinstance(guidances, tuple) else (guidances,)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_xl_with_any_guidances_equals_attach(pipe: Any, guidance_scale: float, method: str) -> None:
+    guidances = METHODS[method]
+    plain = draw_xl(pipe, (3, 4), guidance_scale=guidance_scale)
+    with attach(pipe, *several(guidances)) as handle:
+        expected = draw_xl(pipe, (3, 4), guidance_scale=guidance_scale)
+    guider = GuidanceGuider(guidances, guidance_scale)
+    guided = draw_modular(modular_xl(pipe, guider), (3, 4))
+    assert (expected - plain).abs().max() > 1e-2
+    assert (guided - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert sum(last.steps for last in guider.guidance_handles) in (1, 2)
+    assert handle.steps == (7 if method == "several" else 3)
+    assert torch.equal(draw_xl(pipe, (3, 4), guidance_scale=guidance_scale), plain)
+
+
+@needs_3
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_stable_diffusion_3_with_any_guidances(guidance_scale: float, method: str) -> None:
+    pipe, guidances = stable_diffusion_3(), METHODS[method]
+    with attach(pipe, *several(guidances)):
+        expected = draw("Stable Diffusion 3.5", pipe, (3, 4), guidance_scale)
+    guided = draw_3(pipe, GuidanceGuider(guidances, guidance_scale))
+    assert (guided - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_classifier_free_guidance_may_end_before_the_others(pipe: Any) -> None:
+    """The steps without it have one call, in which all guidances act."""
+    drawn: list[Tensor] = []
+    for stop in (0.0, 0.5, 1.0):
+        guider = GuidanceGuider(METHODS["several"], 5.0, stop=stop)
+        drawn.append(draw_modular(modular_xl(pipe, guider)))
+        assert all(last.steps for last in guider.guidance_handles)
+    with attach(pipe, *METHODS["several"]):
+        alone, both = (draw_xl(pipe, guidance_scale=each) for each in (1.0, 5.0))
+    assert (drawn[0] - alone).abs().max() < 1e-4 * alone.abs().max()
+    assert (drawn[1] - both).abs().max() > 1e-2
+    assert (drawn[2] - both).abs().max() < 1e-4 * both.abs().max()
+
+
+@pytest.mark.parametrize("guidances", [(), None, 3.0, ["pag"]])
+def test_a_guider_without_guidance_is_refused(guidances: Any) -> None:
+    with pytest.raises(ValueError, match=r"^guidances=.* must be a guidance or several"):
+        GuidanceGuider(guidances)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+@pytest.mark.parametrize("call", ["prepare_models", "cleanup_models"])
+def test_a_pipeline_that_does_not_tell_of_its_calls_is_refused(
+    pipe: Any, guidance_scale: float, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guider = GuidanceGuider(PerturbedAttentionGuidance(1.5), guidance_scale)
+    made = modular_xl(pipe, guider)
+    if call == "prepare_models":
+        monkeypatch.setattr(guider, call, lambda _: None)
+        message = "cond prediction was made without guidance: call prepare_models"
+    else:  # another network than the one that was prepared
+        prepare, other = guider.prepare_models, copy.deepcopy(pipe.unet)
+        monkeypatch.setattr(guider, "prepare_models", lambda _: prepare(other))
+        message = "UNet2DConditionModel was prepared for guidance, and not called"
+    with pytest.raises(RuntimeError, match=message):
+        draw_modular(made)
+    assert not pipe.unet._forward_hooks
+
+
+def test_a_method_that_does_nothing_is_refused(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def idle(*_: Any) -> Any:
+        yield None
+
+    monkeypatch.setattr(SkipLayerGuidance, "weaken", idle)
+    with pytest.raises(RuntimeError, match=r"SkipLayerGuidance.* had no effect"):
+        draw_modular(modular_xl(pipe, GuidanceGuider(SkipLayerGuidance())))
+
+
 def test_only_part_of_the_steps_is_guided(pipe: Any) -> None:
     with SelfAttentionGuidance(1.5, stop=0.5).attach(pipe):
         expected = draw_xl(pipe, guidance_scale=5.0)
@@ -184,7 +289,22 @@ def test_settings_are_saved_and_loaded(pipe: Any, tmp_path: Path) -> None:
     assert loaded.guidance == guider.guidance
     assert loaded.guidance_scale == 4.0
     copy = guider.new(sag_scale=0.5)
+    assert copy.guidance_scale == 4.0
     assert copy.scheduler is pipe.scheduler
     assert copy.guidance == SelfAttentionGuidance(0.5, stop=0.5, **SETTINGS)
     with pytest.raises(ValueError, match="blur_kernel_size=4"):
         SelfAttentionGuider(blur_kernel_size=4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_guidances_are_saved_and_loaded(method: str, tmp_path: Path) -> None:
+    guider = GuidanceGuider(METHODS[method], 4.0)
+    guider.save_pretrained(tmp_path)
+    loaded = GuidanceGuider.from_pretrained(tmp_path)
+    assert loaded.guidances == several(METHODS[method])
+    assert loaded.guidance_scale == 4.0
+    other = guider.new(guidances=SelfAttentionGuidance(0.5))
+    assert other.guidances == (SelfAttentionGuidance(0.5),)
+    assert other.guidance_scale == 4.0
+    with pytest.raises(ValueError, match=r"'blurr' is not a setting of sag"):
+        GuidanceGuider({"method": "sag", "blurr": 1})

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .models.originals import ADMUNet2DModel, NoisyClassifier, OriginalDiTModel, load_original
     from .pipelines.adm import ADMPipeline
     from .pipelines.dit import DiTSAGPipeline
-    from .pipelines.modular import SelfAttentionGuider
+    from .pipelines.modular import GuidanceGuider, SelfAttentionGuider
     from .pipelines.stable_diffusion import StableDiffusionSAGPipeline
     from .pipelines.stable_diffusion_xl import StableDiffusionXLSAGPipeline
 
@@ -44,6 +44,7 @@ __all__ = [
     "register_family",
     "register_batch_arguments",
     "SelfAttentionGuider",
+    "GuidanceGuider",
     "StableDiffusionSAGPipeline",
     "StableDiffusionXLSAGPipeline",
     "ADMPipeline",
@@ -64,6 +65,7 @@ _HOMES = {
     "DiTSAGPipeline": "pipelines.dit",
     "Family": "denoiser.families",
     "Guidance": "guidance",
+    "GuidanceGuider": "pipelines.modular",
     "GuidanceHandle": "guidance",
     "NoisyClassifier": "models.originals",
     "OriginalDiTModel": "models.originals",

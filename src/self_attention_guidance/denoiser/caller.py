@@ -98,7 +98,7 @@ def refuse_unknown(pipeline: Any) -> None:
             "PerturbedAttentionGuidance to the pipeline of the same name without PAG"
         )
     if isinstance(pipeline, ModularPipeline):
-        raise ValueError(f"{names[0]} is guided by a guider: see SelfAttentionGuider")
+        raise ValueError(f"{names[0]} is guided by a guider: see GuidanceGuider")
     if not any(_KNOWN.fullmatch(name) for name in names):
         raise ValueError(
             f"{names[0]} is not supported; if its network receives the noisy picture as the "

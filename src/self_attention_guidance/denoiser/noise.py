@@ -13,7 +13,7 @@ import inspect
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -179,6 +179,14 @@ class Schedule:
             weights = (0.0, 1.0, 1.0, -_ratio(alpha, sigma))
         return Prediction(alpha, sigma, *weights)
 
+    def noise(self, step: int) -> float:
+        """Noise over signal at a step, sigma_t / alpha_t, infinite where there is no signal."""
+        if not self.has_sigmas:
+            square = self.tables["alphas_cumprod"][round(self.tables["timesteps"][step])]
+            return math.sqrt(_ratio(1 - square, square))
+        sigma = self._sigma(step)
+        return _ratio(sigma, 1 - sigma) if _is_flow_matching(self.scheduler) else sigma
+
     def limited(self, x0: Tensor) -> Tensor:
         """x0 as the scheduler uses it: thresholding, where it knows both, goes before clipping."""
         if setting(self.scheduler, "thresholding"):
@@ -263,6 +271,10 @@ def _preconditioned(sigma: float, kind: str, sigma_data: float) -> Prediction:
     return Prediction(c_in, sigma * c_in, c_skip / c_in, c_out, correction, noise)
 
 
+@overload
+def _ratio(a: float, b: float) -> float: ...
+@overload
+def _ratio(a: Level, b: Level) -> Level: ...
 def _ratio(a: Level, b: Level) -> Level:
     """a / b, infinite where Python's own numbers would raise."""
     return math.inf if not isinstance(b, Tensor) and b == 0 else a / b

@@ -136,6 +136,14 @@ class Guidance:
         stop: Guidance ends at this fraction, above `start`, at most 1.
         every: A weakened pass runs at every n-th guided timestep, at least 1; those between add
             its term again, at no extra cost.
+        noise_from: Guidance begins where the noise of a step has come down to this, above 0;
+            `None` is no limit. The unit is noise over signal, sigma_t / alpha_t of x_t = alpha_t *
+            x0 + sigma_t * eps: EDM's sigma (arXiv 2206.00364), in which windows are published
+            (arXiv 2404.07724, Sec. 3). It is what `sigmas` of diffusers' schedulers hold, but for
+            flow matching, where it is sigma / (1 - sigma); exp(-logSNR / 2) otherwise. So it means
+            the same for any scheduler, number of steps and strength of image to image.
+        noise_to: Guidance ends where the noise has come down to this, at least 0 and below
+            `noise_from`; `None` is no limit. A step is guided if both windows hold it.
         branch: Whose prediction is compared under classifier-free guidance, "uncond" or "cond".
 
     Raises:
@@ -149,6 +157,8 @@ class Guidance:
     start: float = 0.0
     stop: float = 1.0
     every: int = 1
+    noise_from: float | None = None
+    noise_to: float | None = None
     branch: Branch = "uncond"
 
     def __init_subclass__(cls, *, method: str | None = None) -> None:
@@ -166,13 +176,33 @@ class Guidance:
         check_count("every", self.every)
         if self.start >= self.stop:
             raise ValueError(f"start={self.start} must be below stop={self.stop}")
+        for name in ("noise_from", "noise_to"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), 0, math.inf)
+        lowest = self.noise_to or 0  # no step has noise below 0
+        if self.noise_from is not None and self.noise_from <= lowest:
+            raise ValueError(f"noise_from={self.noise_from} must be above noise_to={lowest}")
         if self.branch not in get_args(Branch):
             raise ValueError(f"branch={self.branch!r} must be 'uncond' or 'cond'")
 
-    def acts_at(self, step: int, steps: int) -> bool:
-        """Whether a step of a run is guided, by its index among the scheduler's timesteps."""
+    @property
+    def has_noise_window(self) -> bool:
+        """Whether the noise of a step decides if it is guided."""
+        return self.noise_from is not None or self.noise_to is not None
+
+    def acts_at(self, step: int, steps: int, noise: float | None = None) -> bool:
+        """Whether a step of a run is guided.
+
+        Args:
+            step: Its index among the scheduler's timesteps.
+            steps: Their number.
+            noise: Its noise over signal; `None` asks for the window of fractions alone.
+        """
         # A fraction such as 1 - 0.7 is not quite the 0.3 at which the step lies.
         is_inside = self.start - 1e-9 <= step / steps < self.stop - 1e-9
+        if noise is not None:  # which schedulers know in float32
+            is_inside &= self.noise_from is None or noise <= self.noise_from * (1 + 1e-5)
+            is_inside &= self.noise_to is None or noise > self.noise_to * (1 + 1e-5)
         return self.scale != 0 and is_inside
 
     def reads(self, denoiser: nn.Module) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Sequence
 from contextlib import ExitStack
 from types import NoneType
 from typing import Any, get_args
@@ -112,6 +113,7 @@ class GuidanceHandle:
     ) -> None:
         """Use `attach`."""
         self.guidances = guidances
+        self._numbers = tuple(range(len(guidances)))
         self.attached = True
         self.steps = 0
         self.x0: Tensor | None = None
@@ -154,10 +156,18 @@ class GuidanceHandle:
         if not self._is_for_one_call:  # else the next handle goes on with the run
             self._run.end()
 
-    def remove_after_call(self, earlier: GuidanceHandle | None = None) -> None:
-        """Guide one call only, even if it fails, and continue the run of an earlier handle."""
+    def remove_after_call(
+        self, earlier: GuidanceHandle | None = None, numbers: Sequence[int] | None = None
+    ) -> None:
+        """Guide one call only, even if it fails.
+
+        Args:
+            earlier: The handle whose run goes on.
+            numbers: Of the guidances that act in this call; `None` is all.
+        """
         self._is_for_one_call = True
         self._run = self._run if earlier is None else earlier._run
+        self._numbers = self._numbers if numbers is None else tuple(numbers)
 
     def __enter__(self) -> GuidanceHandle:
         """The handle; the denoiser is guided already."""
@@ -217,8 +227,9 @@ class GuidanceHandle:
         run.at(call, caller, self._scheduler)
         if run.is_new:
             refuse_caches(module)
-        steps = len(run.schedule)
-        acting = [n for n, each in enumerate(self.guidances) if each.acts_at(run.step, steps)]
+            for guidance in self.guidances:
+                _refuse_empty_window(guidance, run)
+        acting = [n for n in self._numbers if _acts(self.guidances[n], run, run.step)]
         if acting:
             self._guided_call = self._begin(module, call, caller, acting)
         else:
@@ -280,6 +291,26 @@ class GuidanceHandle:
         self.term = total(terms).detach() if terms else self.term
         guided_call.check(whole, guided)
         return guided
+
+
+def _acts(guidance: Guidance, run: Run, step: int) -> bool:
+    """Whether a guidance acts at a step of a run."""
+    noise = run.schedule.noise(step) if guidance.has_noise_window else None
+    return guidance.acts_at(step, len(run.schedule), noise)
+
+
+def _refuse_empty_window(guidance: Guidance, run: Run) -> None:
+    """Refuse a window of noise that holds no step from the run's first one on."""
+    steps = range(run.step, len(run.schedule))
+    if not guidance.has_noise_window or guidance.scale == 0:
+        return
+    if not any(_acts(guidance, run, step) for step in steps):
+        levels = [run.schedule.noise(step) for step in steps]
+        raise ValueError(
+            f"no step is guided by {guidance}: the noise of this run's {len(levels)} steps goes "
+            f"from {max(levels):.4g} down to {min(levels):.4g}; change noise_from and noise_to, or "
+            "start and stop, or take more steps"
+        )
 
 
 def _handles_on(denoiser: nn.Module) -> list[GuidanceHandle]:

@@ -1,18 +1,221 @@
-"""Self-Attention Guidance as the guider of a modular pipeline of diffusers."""
+"""Guidances as guiders of modular pipelines of diffusers."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 from diffusers.configuration_utils import register_to_config
 from diffusers.guiders import ClassifierFreeGuidance
 from torch import Tensor, nn
 
 from ..denoiser.caller import find_caller
-from ..guidance import Branch, GuidanceHandle, SelfAttentionGuidance
+from ..guidance import Branch, Guidance, GuidanceHandle, SelfAttentionGuidance, attach
 
 
-class SelfAttentionGuider(ClassifierFreeGuidance):
+class _Guider(ClassifierFreeGuidance):
+    """Classifier-free guidance with others; a subclass calls `_begin` when it is made.
+
+    A modular pipeline calls its denoiser once for each condition. The guidances of a call's branch
+    are attached for this call alone; what they add is added to the other prediction in `forward`.
+    """
+
+    def _begin(self, guidances: tuple[Guidance, ...]) -> None:
+        self.guidances = guidances
+        self.guidance_handles: tuple[GuidanceHandle, ...] = ()
+        self.scheduler: Any = None
+        self._present: dict[Branch, GuidanceHandle] = {}
+        self._earlier: GuidanceHandle | None = None
+
+    @property
+    def guidance_handle(self) -> GuidanceHandle | None:
+        """The handle of the last guided step; of two, that of the unconditional branch."""
+        return self.guidance_handles[-1] if self.guidance_handles else None
+
+    def new(self, **kwargs: Any) -> Any:
+        """A copy of this guider with the same scheduler and other settings.
+
+        Args:
+            **kwargs: The settings that differ.
+        """
+        config: Any = self.config
+        # diffusers takes what was given by position for what was not given, and would drop it.
+        given = {name: value for name, value in config.items() if name != "_use_default_values"}
+        copy: Any = type(self).from_config(given, **kwargs)
+        copy.scheduler = self.scheduler
+        return copy
+
+    def set_state(self, step: int, num_inference_steps: int, timestep: Any) -> None:
+        """Note where the sampling is; called by the pipeline at every step."""
+        super().set_state(step, num_inference_steps, timestep)
+        self._release()
+        self._present = {}
+
+    def prepare_models(self, denoiser: nn.Module) -> None:
+        """Guide the next call of the denoiser if it predicts a branch that is guided.
+
+        Raises:
+            ValueError: No pipeline runs and `scheduler` was not given, or a guidance does not
+                support the denoiser.
+        """
+        super().prepare_models(denoiser)
+        self._release()
+        branch: Branch = "cond" if self.is_conditional else "uncond"
+        numbers = tuple(n for n, of in self._branches().items() if of == branch)
+        if not numbers:
+            return
+        scheduler = self._scheduler_that_runs()
+        handle = attach(denoiser, *self.guidances, scheduler=scheduler, batch_layout="single")
+        handle.remove_after_call(self._earlier, numbers)
+        self._present[branch] = self._earlier = handle
+
+    def cleanup_models(self, denoiser: nn.Module) -> None:
+        """Leave the denoiser as it was.
+
+        Raises:
+            RuntimeError: It was not called since `prepare_models`, so that guidance did nothing.
+        """
+        super().cleanup_models(denoiser)
+        was_called = not any(handle.attached for handle in self._present.values())
+        self._release()
+        if not was_called:
+            raise RuntimeError(
+                f"{type(denoiser).__name__} was prepared for guidance, and not called: it would "
+                "not be guided; call what prepare_models was given"
+            )
+
+    def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None) -> Any:
+        """Classifier-free guidance of both predictions, each with the terms of all guidances.
+
+        Args:
+            pred_cond: The conditional prediction, of any shape.
+            pred_uncond: The unconditional one, same shape; `None` without classifier-free
+                guidance.
+
+        Returns:
+            diffusers' `GuiderOutput`, with `pred`, `pred_cond` and `pred_uncond`.
+
+        Raises:
+            RuntimeError: The denoiser was called without `prepare_models`, so that guidance did
+                nothing.
+        """
+        if missing := {*self._branches().values()} - self._present.keys():
+            raise RuntimeError(
+                f"the {' and '.join(sorted(missing))} prediction was made without guidance: call "
+                "prepare_models before each call of the denoiser"
+            )
+        guided = {of: handle for of, handle in self._present.items() if handle.term is not None}
+        if guided:
+            self.guidance_handles = tuple(guided[branch] for branch in sorted(guided))
+        # The prediction of a guided branch has its terms already.
+        if pred_uncond is not None:
+            pred_uncond = _with_term(pred_uncond, guided.get("cond"))
+            pred_cond = _with_term(pred_cond, guided.get("uncond"))
+        return super().forward(pred_cond, pred_uncond)
+
+    def _branches(self) -> dict[int, Branch]:
+        """By the guidances' numbers, the call of a step that each is in; those that are off not.
+
+        Without classifier-free guidance there is one call, the conditional one.
+        """
+        config: Any = self.config
+        is_alone = self.num_conditions == 1
+        return {
+            number: "cond" if is_alone else guidance.branch
+            for number, guidance in enumerate(self.guidances)
+            if config.enabled and guidance.scale != 0
+        }
+
+    def _scheduler_that_runs(self) -> Any:
+        caller = find_caller() if self.scheduler is None else None
+        scheduler = self.scheduler if caller is None else caller.pipeline.scheduler
+        if scheduler is None:
+            raise ValueError(
+                "the guider does not know the scheduler: no modular pipeline runs; set "
+                "guider.scheduler to the one that drives your loop"
+            )
+        return scheduler
+
+    def _release(self) -> None:
+        for handle in self._present.values():
+            handle.remove()
+
+
+def _with_term(prediction: Tensor, handle: GuidanceHandle | None) -> Tensor:
+    """A prediction with the term that a handle added to the other one."""
+    if handle is None or handle.term is None:
+        return prediction
+    return (prediction + handle.term).to(prediction.dtype)
+
+
+class GuidanceGuider(_Guider):
+    """Any guidances, one or several, and classifier-free guidance for modular pipelines.
+
+    It predicts what `attach` does on the other pipelines, with classifier-free guidance (Ho and
+    Salimans, arXiv 2207.12598) and without:
+
+        guider = GuidanceGuider(PerturbedAttentionGuidance(3.0), guidance_scale=5.0)
+        pipe.update_components(guider=guider)
+
+    What would do nothing is an error: no guidance, a layer that does not run, a weakened prediction
+    that is the usual one, a pipeline that does not tell the guider of its calls.
+
+    Attributes:
+        scheduler: The scheduler that drives a loop of your own; not saved with the config. `None`
+            is that of the modular pipeline that runs.
+        guidances: The guidances.
+        guidance_handles: The handles of the last guided step, one for each branch that is guided:
+            what the guidances saw and added.
+
+    Args:
+        guidances: One guidance or several, or what their `to_dict` gives.
+        guidance_scale: Weight of classifier-free guidance; 1 is off.
+        guidance_rescale: How much the prediction gets the standard deviation of the conditional
+            one, 0 to 1 (arXiv 2305.08891, Sec. 3.4).
+        use_original_formulation: See diffusers' `ClassifierFreeGuidance`.
+        start: Classifier-free guidance begins at this fraction of the steps; the guidances have a
+            `start` and `stop` of their own.
+        stop: It ends at this fraction.
+        enabled: Whether any guidance is on. `disable`, which modular pipelines call for networks
+            with distilled classifier-free guidance, switches off that one alone.
+
+    Raises:
+        ValueError: There is no guidance, or a setting is out of its range or not of its type.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        guidances: Guidance | Mapping[str, Any] | Sequence[Guidance | Mapping[str, Any]],
+        guidance_scale: float = 7.5,
+        guidance_rescale: float = 0.0,
+        use_original_formulation: bool = False,
+        start: float = 0.0,
+        stop: float = 1.0,
+        enabled: bool = True,
+    ) -> None:
+        """Check every setting."""
+        super().__init__(
+            guidance_scale, guidance_rescale, use_original_formulation, start, stop, enabled
+        )
+        self._begin(_guidances(guidances))
+        # The config is written as JSON.
+        self.register_to_config(guidances=[each.to_dict() for each in self.guidances])
+
+
+def _guidances(given: Any) -> tuple[Guidance, ...]:
+    several = cast("Sequence[Any]", given if isinstance(given, list | tuple) else (given,))
+    made = [
+        Guidance.from_dict(dict(each)) if isinstance(each, Mapping) else each for each in several
+    ]
+    if not made or not all(isinstance(each, Guidance) for each in made):
+        raise ValueError(
+            f"guidances={given!r:.60} must be a guidance or several: SelfAttentionGuidance(0.75)"
+        )
+    return tuple(made)
+
+
+class SelfAttentionGuider(_Guider):
     """Classifier-free and Self-Attention Guidance for diffusers' modular pipelines.
 
     It predicts what `SelfAttentionGuidance.attach` does on the other pipelines (Hong et al., ICCV
@@ -72,7 +275,7 @@ class SelfAttentionGuider(ClassifierFreeGuidance):
         super().__init__(
             guidance_scale, guidance_rescale, use_original_formulation, start, stop, enabled
         )
-        self.guidance = SelfAttentionGuidance(
+        guidance = SelfAttentionGuidance(
             sag_scale,
             blur_sigma=blur_sigma,
             blur_kernel_size=blur_kernel_size,
@@ -83,86 +286,9 @@ class SelfAttentionGuider(ClassifierFreeGuidance):
             threshold=threshold,
             layer=layer,
         )
-        self.scheduler: Any = None
-        self.guidance_handle: GuidanceHandle | None = None
-        self._present: GuidanceHandle | None = None
-        self._earlier: GuidanceHandle | None = None
-
-    def new(self, **kwargs: Any) -> SelfAttentionGuider:
-        """A copy of this guider with the same scheduler and other settings.
-
-        Args:
-            **kwargs: The settings that differ.
-        """
-        copy: Any = super().new(**kwargs)
-        copy.scheduler = self.scheduler
-        return copy
-
-    def set_state(self, step: int, num_inference_steps: int, timestep: Any) -> None:
-        """Note where the sampling is; called by the pipeline at every step."""
-        super().set_state(step, num_inference_steps, timestep)
-        self._release()
-        self._present = None
-
-    def prepare_models(self, denoiser: nn.Module) -> None:
-        """Guide the next call of the denoiser if it predicts the branch that is guided.
-
-        Raises:
-            ValueError: No pipeline runs and `scheduler` was not given.
-        """
-        super().prepare_models(denoiser)
-        self._release()
-        alone = self.num_conditions == 1
-        is_branch = alone or self.is_conditional == (self.guidance.branch == "cond")
-        if self._is_guiding and is_branch:
-            self._present = self.guidance.attach(
-                denoiser, scheduler=self._scheduler_that_runs(), batch_layout="single"
-            )
-            self._present.remove_after_call(self._earlier)
-            self._earlier = self._present
-
-    def cleanup_models(self, denoiser: nn.Module) -> None:
-        """Leave the denoiser as it was."""
-        super().cleanup_models(denoiser)
-        self._release()
-
-    def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None) -> Any:
-        """Classifier-free guidance of both predictions, each with the guidance term.
-
-        Args:
-            pred_cond: The conditional prediction, of any shape.
-            pred_uncond: The unconditional one, same shape; `None` without classifier-free
-                guidance.
-
-        Returns:
-            diffusers' `GuiderOutput`, with `pred`, `pred_cond` and `pred_uncond`.
-        """
-        handle = self._present
-        if handle is None or handle.term is None:
-            return super().forward(pred_cond, pred_uncond)
-        self.guidance_handle = handle
-        # The prediction of the guided branch has the term already.
-        if pred_uncond is not None and self.guidance.branch == "cond":
-            pred_uncond = (pred_uncond + handle.term).to(pred_uncond.dtype)
-        elif pred_uncond is not None:
-            pred_cond = (pred_cond + handle.term).to(pred_cond.dtype)
-        return super().forward(pred_cond, pred_uncond)
-
-    def _scheduler_that_runs(self) -> Any:
-        caller = find_caller() if self.scheduler is None else None
-        scheduler = self.scheduler if caller is None else caller.pipeline.scheduler
-        if scheduler is None:
-            raise ValueError(
-                "the guider does not know the scheduler: no modular pipeline runs; set "
-                "guider.scheduler to the one that drives your loop"
-            )
-        return scheduler
+        self._begin((guidance,))
 
     @property
-    def _is_guiding(self) -> bool:
-        config: Any = self.config
-        return config.enabled and self.guidance.scale != 0
-
-    def _release(self) -> None:
-        if self._present is not None:
-            self._present.remove()
+    def guidance(self) -> Guidance:
+        """The settings of Self-Attention Guidance."""
+        return self.guidances[0]
