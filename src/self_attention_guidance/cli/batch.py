@@ -82,7 +82,7 @@ def batch_command(
     Columns: prompt, and optionally id, negative_prompt, seed, width, height, steps,
     guidance_scale, sag_scale, num_images. What became of each picture is in
     FOLDER/manifest.parquet. The exit status is 0 if all are there and 3 if some failed.
-    It needs pyarrow and Ray: pip install 'self-attention-guidance[batch]'.
+    It needs pyarrow and Ray: pip install pyarrow ray.
 
     \b
     Examples:
@@ -91,7 +91,7 @@ def batch_command(
       sag batch s3://bucket/prompts.parquet --out s3://bucket/pictures --address auto --workers 16
     """
     if importlib.util.find_spec("pyarrow") is None:
-        raise ValueError("batch needs pyarrow: pip install 'self-attention-guidance[batch]'")
+        raise ValueError("batch needs pyarrow: pip install pyarrow")
     if (prompts is None) == (options.num_samples is None):
         raise ValueError("give either PROMPTS or --num-samples")
 

@@ -38,7 +38,7 @@ class DemoOptions:
 def demo_command(*, options: DemoOptions) -> None:
     """Open a web page that draws with and without guidance, and shows what it does at each step.
 
-    It needs gradio: pip install 'self-attention-guidance[demo]'. Nothing leaves the machine.
+    It needs gradio: pip install gradio. Nothing leaves the machine.
 
     \b
     Examples:
@@ -47,7 +47,7 @@ def demo_command(*, options: DemoOptions) -> None:
       sag demo --host 0.0.0.0 --max-steps 30 --max-queue 8
     """
     if importlib.util.find_spec("gradio") is None:
-        raise ValueError("the demo needs gradio: pip install 'self-attention-guidance[demo]'")
+        raise ValueError("the demo needs gradio: pip install gradio")
     _check_port(options.port)
 
     from ..generate import check_dtype_name, find_model

@@ -69,7 +69,7 @@ class Crew:
             raise ValueError(f"gpus={self.gpus} must be at least 0")
         if not self.is_here and importlib.util.find_spec("ray") is None:
             raise ValueError(
-                "more than one worker needs Ray: pip install 'self-attention-guidance[batch]'"
+                "more than one worker needs Ray: pip install ray"
             )
 
     @property
