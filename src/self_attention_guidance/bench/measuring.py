@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from typing import Any
 
 import torch
-from torch import Tensor
 
+from ..generate.counting import counted_rows
 from ..guidance import Guidance
 from .memory import Memory, of_cuda, of_process
 from .networks import NETWORKS, load
@@ -220,25 +218,8 @@ def _compiling(subject: Subject, run: Callable[[], int]) -> int:
 
 def _rows_when_warm(subject: Subject, variant: str) -> int:
     """Rows of a run, after one or two that compile and fill caches."""
-    with _counted_rows(subject.denoiser) as rows:
+    with counted_rows(subject.denoiser) as rows:
         subject.draw(variant)
     if subject.configuration.mode == "compiled":
         subject.draw(variant)  # what can be compiled once only, or again every time, shows here
     return sum(rows)
-
-
-@contextmanager
-def _counted_rows(denoiser: Any) -> Generator[list[int]]:
-    """Rows of every call of a denoiser, by a hook."""
-    rows: list[int] = []
-
-    @torch.compiler.disable
-    def count(module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        sample: Tensor = args[0] if args else kwargs["sample"]
-        rows.append(len(sample))
-
-    hook = denoiser.register_forward_pre_hook(count, with_kwargs=True)
-    try:
-        yield rows
-    finally:
-        hook.remove()

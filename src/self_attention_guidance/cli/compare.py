@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .axes import parse_axis, with_guidance
 from .loading import check_prompting, load_pipeline_of
 from .options import PromptOptions, parse_numbers, with_options
 from .output import print_line, progress, warn_unread
 
 if TYPE_CHECKING:
-    from ..generate import LoadedPipeline
+    from ..generate import Axis, Comparison, LoadedPipeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,22 @@ class CompareOptions(PromptOptions):
     sag_scales: Annotated[
         str | None,
         typer.Option(metavar="S,S,...", help="[default: the model's, else 0 and its own]"),
+    ] = None
+    rows: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME=V,V,...",
+            help="What differs from row to row: prompt, seed, guidance, scale, cfg or steps;"
+            " prompts are separated by |. [default: prompts and seeds]",
+        ),
+    ] = None
+    columns: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME=V,V,...",
+            help="What differs from column to column, likewise. [default: --sag-scales, or with"
+            " --rows the prompts]",
+        ),
     ] = None
     num_images: Annotated[int, typer.Option(help="Rows of each prompt, seed by seed.")] = 1
     show_attention: Annotated[
@@ -43,10 +60,12 @@ def compare_command(
 ) -> None:
     """Draw a grid: one row a prompt and seed, one column a guidance scale.
 
-    Without a prompt, the model's own suggestions are used. The empty prompt is a good one.
+    Without a prompt, the model's own suggestions are used. The empty prompt is a good one. --rows
+    and --columns compare any two settings, and tell below each picture what it took.
 
     \b
     Examples:
+      sag compare "red heart" --columns "guidance=none,sag,pag:scale=2,seg" --rows cfg=1,3,7
       sag compare "red heart" "" --sag-scales 0,0.5,1
       sag compare "grinning face" --show-attention --out face.png
     """
@@ -59,16 +78,90 @@ def compare_command(
         raise ValueError(
             f"out={str(options.out)!r} must end in .png: the grid's settings are in that format"
         )
+    axes = _axes(options, prompts or [])
     check_free([options.out], options.overwrite)
     check_folder(options.out.parent)
 
-    from ..generate import compare, save_png
+    from ..generate import save_png
 
     loaded = load_pipeline_of(options)
     prompts = prompts or list(loaded.recommended.compare_prompts) or [""]
-    scales = given_scales or _default_scales(loaded, options)
+    if axes:
+        comparison = _compare_axes(loaded, axes, prompts, options)
+    else:
+        scales = given_scales or _default_scales(loaded, options)
+        comparison = _compare_scales(loaded, prompts, scales, options)
+    save_png(comparison.grid, options.out, comparison.record, options.overwrite)
+    told = {each.prompt: each for column in comparison.columns for each in column if each.unread}
+    for picture in told.values():
+        warn_unread(picture)
+    print_line(options.out)
+
+
+def _axes(options: CompareOptions, prompts: Sequence[str]) -> dict[str, Axis]:
+    """The axes that were given, by their options.
+
+    Raises:
+        ValueError: They do not go together, or with another option.
+    """
+    given = {"rows": options.rows, "columns": options.columns}
+    axes = {name: parse_axis(name, text) for name, text in given.items() if text is not None}
+    names = [axis.name for axis in axes.values()]
+    if not axes:
+        return axes
+    others = {
+        "--sag-scales": options.sag_scales is not None,
+        "--num-images": options.num_images != 1,
+        "--show-attention": options.show_attention,
+        "--guidance": "guidance" in names and options.guidance,
+    }
+    for option, is_given in others.items():
+        if is_given:
+            raise ValueError(f"{option} must not be given with --rows or --columns that replace it")
+    if len(set(names)) < len(names):
+        raise ValueError(f"--rows and --columns must differ: both are {names[0]}")
+    if len(prompts) > (0 if "prompt" in names else 1) and (len(axes) == 2 or "prompt" in names):
+        raise ValueError(f"{len(prompts)} prompts: give them by --rows 'prompt=...|...', or one")
+    return axes
+
+
+def _compare_axes(
+    loaded: LoadedPipeline,
+    axes: Mapping[str, Axis],
+    prompts: Sequence[str],
+    options: CompareOptions,
+) -> Comparison:
+    from ..generate import Axis, compare_axes
+
+    of_prompts = Axis("prompt", prompts)
+    if len(axes) == 1 and next(iter(axes.values())).name == "prompt":
+        of_prompts = Axis("seed", [options.seed])
+    rows, columns = (
+        with_guidance(axes.get(name, of_prompts), loaded, options) for name in ("rows", "columns")
+    )
+    with progress(len(rows.values) * len(columns.values), options.quiet) as advance:
+        return compare_axes(
+            loaded.pipeline,
+            rows,
+            columns,
+            loaded.settings(**options.generation_arguments()),
+            prompt=prompts[0],
+            seed=options.seed,
+            model_name=loaded.name,
+            on_progress=advance,
+        )
+
+
+def _compare_scales(
+    loaded: LoadedPipeline,
+    prompts: Sequence[str],
+    scales: Sequence[float],
+    options: CompareOptions,
+) -> Comparison:
+    from ..generate import compare
+
     with progress(len(prompts) * options.num_images * len(scales), options.quiet) as advance:
-        comparison = compare(
+        return compare(
             loaded.pipeline,
             prompts,
             scales,
@@ -80,11 +173,6 @@ def compare_command(
             show_attention=options.show_attention,
             on_progress=advance,
         )
-    save_png(comparison.grid, options.out, comparison.record, options.overwrite)
-    for picture in comparison.columns[0]:
-        if picture.unread:
-            warn_unread(picture)
-    print_line(options.out)
 
 
 def _default_scales(loaded: LoadedPipeline, options: CompareOptions) -> Sequence[float]:

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ..checks import check_count, check_prompts, check_scales, seeds_of
     from .arguments import check_size
-    from .comparison import Comparison, compare
+    from .axes import AXES, Axis
+    from .comparison import Comparison, Cost, compare, compare_axes
     from .drawing import GeneratedImage, PromptArtist
     from .files import (
         check_folder,
@@ -65,7 +66,10 @@ if TYPE_CHECKING:
     from .settings import GenerationSettings
 
 __all__ = [
+    "AXES",
+    "Axis",
     "Comparison",
+    "Cost",
     "FinishedSamples",
     "GeneratedImage",
     "GenerationSettings",
@@ -86,6 +90,7 @@ __all__ = [
     "check_scheduler_name",
     "check_size",
     "compare",
+    "compare_axes",
     "draw_grid",
     "draw_samples",
     "draw_tiles",
@@ -118,6 +123,8 @@ __all__ = [
 
 # Importing torch and diffusers takes seconds; what is wrong with a command line is told at once.
 _HOMES = {
+    "AXES": ".axes",
+    "Axis": ".axes",
     "Comparison": ".comparison",
     "FinishedSamples": ".samples",
     "GeneratedImage": ".drawing",
@@ -138,7 +145,9 @@ _HOMES = {
     "check_scales": "..checks",
     "check_scheduler_name": ".schedulers",
     "check_size": ".arguments",
+    "Cost": ".comparison",
     "compare": ".comparison",
+    "compare_axes": ".comparison",
     "draw_grid": ".grid",
     "draw_samples": ".pixel_drawing",
     "draw_tiles": ".grid",

@@ -1,7 +1,8 @@
-"""The same prompts and seeds at several guidance scales, side by side."""
+"""The same prompts and seeds at several guidance scales, or any two settings, side by side."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,13 +10,35 @@ from typing import Any
 from PIL import Image
 
 from ..checks import check_prompts, check_scales
+from ..denoiser.families import denoiser_of
 from ..guidance.sag import Blurring
+from .axes import Axis, Cell, cells_of
+from .counting import counted_rows
 from .drawing import GeneratedImage, Progress
 from .grid import EMPTY_PROMPT, draw_grid, overlay_attended
 from .metadata import method_label, text_of, written
+from .record import describe
 from .sampling import generate
 from .schedulers import label_of
 from .settings import GenerationSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a picture took.
+
+    Attributes:
+        seconds: From prompt to picture.
+        evaluations: Of the network, each row of a batch counted: two a step under classifier-free
+            guidance, one more where it is guided.
+    """
+
+    seconds: float
+    evaluations: int
+
+    def __str__(self) -> str:
+        """As the grid has it below a picture."""
+        return f"{self.seconds:.2g} s, {self.evaluations} evaluations"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,14 +47,17 @@ class Comparison:
 
     Attributes:
         grid: The labelled grid.
-        columns: The pictures, scale by scale, prompt by prompt.
-        record: The settings of the grid, from which it can be drawn again: see `describe`. It has
-            "prompts", "num_images" and "sag_scales".
+        columns: The pictures, column by column.
+        record: The settings of the grid, from which it can be drawn again: see `describe`. Of
+            `compare` it has "prompts", "num_images" and "sag_scales"; of `compare_axes` "prompts",
+            "rows" and "columns".
+        costs: Of `compare_axes`, what each picture took, column by column.
     """
 
     grid: Image.Image
     columns: Sequence[Sequence[GeneratedImage]]
     record: Mapping[str, Any]
+    costs: Sequence[Sequence[Cost]] = ()
 
     @property
     def parameters(self) -> str:
@@ -100,6 +126,76 @@ def compare(
     return Comparison(grid=grid, columns=columns, record=record)
 
 
+def compare_axes(
+    pipeline: Any,
+    rows: Axis,
+    columns: Axis,
+    settings: GenerationSettings | None = None,
+    *,
+    prompt: str = "",
+    seed: int = 0,
+    model_name: str | None = None,
+    on_progress: Progress | None = None,
+) -> Comparison:
+    """Draws a grid of two settings against each other, with what each picture took below it.
+
+    Args:
+        pipeline: Its `guidance` is that of all pictures, where no axis changes it.
+        rows: What differs from row to row.
+        columns: What differs from column to column.
+        settings: What all pictures share, where no axis changes it.
+        prompt: Likewise.
+        seed: Likewise.
+        model_name: For the footer and the metadata; `None` leaves it out.
+        on_progress: As in `generate`.
+
+    Returns:
+        The grid and its pictures.
+
+    Raises:
+        ValueError: An argument is outside its range; raised before any work.
+    """
+    settings = settings or GenerationSettings()
+    own = pipeline.guidance
+    cells = cells_of(Cell(prompt=prompt, seed=seed, settings=settings, guidance=own), rows, columns)
+    try:
+        drawn = [[_draw(pipeline, cell, on_progress) for cell in row] for row in cells]
+    finally:
+        pipeline.guidance = own
+    prompts = [prompt]
+    for axis in (rows, columns):
+        prompts = list(axis.values) if axis.name == "prompt" else prompts
+    first = drawn[0][0][0].record
+    of_all: dict[str, Any] = {name: first[name] for name in ("size", "device")}
+    of_all |= {"model": model_name, "seed": seed, "prompts": prompts}
+    record = describe(pipeline, settings, **of_all, rows=str(rows), columns=str(columns))
+    grid = draw_grid(
+        [[picture.image for picture, _ in row] for row in drawn],
+        rows.headings,
+        columns.headings,
+        _footer(record, (rows.name, columns.name)),
+        [[str(cost) for _, cost in row] for row in drawn],
+    )
+    turned = list(zip(*drawn, strict=True))
+    return Comparison(
+        grid=grid,
+        columns=[[picture for picture, _ in column] for column in turned],
+        record=record,
+        costs=[[cost for _, cost in column] for column in turned],
+    )
+
+
+def _draw(pipeline: Any, cell: Cell, on_progress: Progress | None) -> tuple[GeneratedImage, Cost]:
+    """Alone, because that is what its time is of."""
+    pipeline.guidance = cell.guidance
+    started = time.perf_counter()
+    with counted_rows(denoiser_of(pipeline)) as rows:
+        (picture,) = generate(
+            pipeline, cell.prompt, cell.settings, seed=cell.seed, on_progress=on_progress
+        )
+    return picture, Cost(seconds=time.perf_counter() - started, evaluations=sum(rows))
+
+
 def _row_labels(pictures: Sequence[GeneratedImage], num_images: int) -> list[str]:
     if num_images == 1:
         return [picture.prompt for picture in pictures]
@@ -127,14 +223,16 @@ def _drawn_columns(
     return headings, drawn
 
 
-def _footer(record: Mapping[str, Any]) -> str:
-    settings, guidance = record["settings"], record["guidance"]
+def _footer(record: Mapping[str, Any], varied: Sequence[str] = ()) -> str:
+    """What all pictures have in common."""
+    settings = record["settings"]
+    guidance = {} if "guidance" in varied else record["guidance"]
     shown = {
         "model": record["model"],
         "sampler": label_of(record["scheduler"], record["scheduler_config"]),
-        "steps": settings["num_inference_steps"],
-        "CFG": settings["guidance_scale"],
-        "seed": record["seed"],
+        "steps": None if "steps" in varied else settings["num_inference_steps"],
+        "CFG": None if "cfg" in varied else settings["guidance_scale"],
+        "seed": None if "seed" in varied else record["seed"],
         "blur sigma": guidance.get("blur_sigma"),
         "threshold": guidance.get("threshold"),
     }

@@ -34,6 +34,7 @@ class _Layout:
     cell: tuple[int, int]
     headings: Sequence[str]
     labels: Sequence[str]
+    has_captions: bool = False
 
     @property
     def font_size(self) -> int:
@@ -63,6 +64,14 @@ class _Layout:
         lines = [line for label in self.wrapped_labels for line in label.split("\n")]
         return max(int(self.font.getlength(line)) + 1 for line in lines)
 
+    @cached_property
+    def small_font(self) -> Font:
+        return ImageFont.load_default(max(12, int(self.font_size * 0.8)))
+
+    @property
+    def caption_height(self) -> int:
+        return int(self.font_size * 1.3) if self.has_captions else 0
+
     @property
     def heading_height(self) -> int:
         return int(self.font_size * 1.9)
@@ -74,7 +83,11 @@ class _Layout:
     def corner(self, row: int, column: int) -> tuple[int, int]:
         """Left and top of a cell; row -1 is the headings', column -1 the labels'."""
         left = self.margin + self.label_width + self.gap + column * (self.cell[0] + self.gap)
-        top = self.margin + self.heading_height + row * (self.cell[1] + self.gap)
+        top = (
+            self.margin
+            + self.heading_height
+            + row * (self.cell[1] + self.caption_height + self.gap)
+        )
         return left, top
 
     @property
@@ -88,6 +101,7 @@ def draw_grid(
     labels: Sequence[str],
     headings: Sequence[str],
     footer: str = "",
+    captions: Sequence[Sequence[str]] = (),
 ) -> Image.Image:
     """Draws a labelled grid of equally large pictures.
 
@@ -96,6 +110,7 @@ def draw_grid(
         labels: One text a row, wrapped beside it.
         headings: One text a column.
         footer: One line below the grid, wrapped if it is too long.
+        captions: A short line below each picture, row by row; empty has none.
 
     Returns:
         The grid, RGB.
@@ -110,7 +125,7 @@ def draw_grid(
         )
     factor = _enlargement(rows[0][0].size)
     cell = (rows[0][0].width * factor, rows[0][0].height * factor)
-    layout = _Layout(cell, headings, labels)
+    layout = _Layout(cell, headings, labels, bool(captions))
     grid = Image.new("RGB", layout.size, _PAPER)
     draw = ImageDraw.Draw(grid)
     _draw_headings(draw, layout)
@@ -118,6 +133,9 @@ def draw_grid(
         _draw_label(draw, layout, number)
         for column, picture in enumerate(row):
             _draw_picture(grid, layout, (number, column), picture)
+    for number, row in enumerate(captions):
+        for column, caption in enumerate(row):
+            _draw_caption(draw, layout, (number, column), caption)
     _draw_footer(draw, layout, footer)
     return grid
 
@@ -213,8 +231,17 @@ def _draw_picture(
     ImageDraw.Draw(grid).rectangle(box, outline=_LINE)
 
 
+def _draw_caption(
+    draw: ImageDraw.ImageDraw, layout: _Layout, cell: tuple[int, int], caption: str
+) -> None:
+    left, top = layout.corner(*cell)
+    below = top + layout.cell[1] + layout.caption_height // 2
+    centre = (left + layout.cell[0] // 2, below)
+    draw.text(centre, caption, fill=_FAINT_INK, font=layout.small_font, anchor="mm")
+
+
 def _draw_footer(draw: ImageDraw.ImageDraw, layout: _Layout, footer: str) -> None:
-    font = ImageFont.load_default(max(12, int(layout.font_size * 0.8)))
+    font = layout.small_font
     left = layout.margin
     width = layout.size[0] - 2 * layout.margin
     text = "\n".join(wrap(footer, width, font, most=2))

@@ -109,6 +109,8 @@ def text_of(record: Mapping[str, Any]) -> str:
     others = {
         **{n: v for n, v in settings.items() if n not in ("width", "height") and v != []},
         "classifier": record.get("networks", {}).get("classifier"),
+        "rows": record.get("rows"),
+        "columns": record.get("columns"),
         "dtype": record["dtype"],
         "version": record["version"],
     }

@@ -1,0 +1,191 @@
+"""Grids of any two settings: every cell is the picture that its settings draw alone."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from command_line import error_of, run
+from self_attention_guidance import PerturbedAttentionGuidance, SelfAttentionGuidance
+from self_attention_guidance.cli.axes import parse_axis
+from self_attention_guidance.generate import (
+    AXES,
+    Axis,
+    GenerationSettings,
+    LoadedPipeline,
+    compare_axes,
+    generate,
+    load_pipeline,
+    read_parameters,
+    read_record,
+)
+from tiny import save_tiny_model
+from tiny_pixels import one_thread
+
+SETTINGS = {
+    "guidance": {"scale": 1.5, "blur_sigma": 2.0},
+    "generation": {"guidance_scale": 3.0, "num_inference_steps": 2},
+}
+VALUES: dict[str, list[Any]] = {
+    "prompt": ["red heart", "a, b"],
+    "seed": [0, 9],
+    "guidance": [None, PerturbedAttentionGuidance(2.0)],
+    "scale": [0, 3.0],
+    "cfg": [1.0, 5.0],
+    "steps": [1, 3],
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def on_one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny_model(tmp_path_factory.mktemp("axes") / "tiny", SETTINGS))
+
+
+@pytest.fixture
+def loaded(model: str) -> LoadedPipeline:
+    found = load_pipeline(model, "cpu")
+    found.use()
+    return found
+
+
+def alone(loaded: LoadedPipeline, changes: dict[str, Any]) -> np.ndarray:
+    """The picture that `generate` draws with an axis' value, or several."""
+    usual = loaded.pipeline.guidance
+    scale = changes.get("scale")
+    if "guidance" in changes:
+        loaded.pipeline.guidance = changes["guidance"] or usual
+        scale = 0.0 if changes["guidance"] is None else scale
+    settings = loaded.settings(
+        sag_scale=scale,
+        guidance_scale=changes.get("cfg"),
+        num_inference_steps=changes.get("steps"),
+    )
+    try:
+        (picture,) = generate(
+            loaded.pipeline, changes.get("prompt", ""), settings, seed=changes.get("seed", 4)
+        )
+    finally:
+        loaded.pipeline.guidance = usual
+    return np.asarray(picture.image)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns"), [*itertools.combinations(AXES, 2), ("guidance", "scale")]
+)
+def test_cells_are_what_their_settings_draw(
+    loaded: LoadedPipeline, rows: str, columns: str
+) -> None:
+    usual = loaded.pipeline.guidance
+    found = compare_axes(
+        loaded.pipeline,
+        Axis(rows, VALUES[rows]),
+        Axis(columns, VALUES[columns]),
+        loaded.settings(),
+        seed=4,
+    )
+    for (c, column), (r, row) in itertools.product(
+        enumerate(VALUES[columns]), enumerate(VALUES[rows])
+    ):
+        expected = alone(loaded, {rows: row, columns: column})
+        assert (np.asarray(found.columns[c][r].image) == expected).all(), (row, column)
+    assert loaded.pipeline.guidance == usual
+
+
+def test_costs_count_rows_of_the_network(loaded: LoadedPipeline) -> None:
+    progress: list[float] = []
+    found = compare_axes(
+        loaded.pipeline,
+        Axis("cfg", [1.0, 3.0]),
+        Axis("guidance", [None, SelfAttentionGuidance(), SelfAttentionGuidance(every=2)]),
+        GenerationSettings(num_inference_steps=4),
+        on_progress=progress.append,
+    )
+    counts = [[cost.evaluations for cost in column] for column in found.costs]
+    assert counts == [[4, 8], [8, 12], [6, 10]]
+    assert all(cost.seconds > 0 for column in found.costs for cost in column)
+    assert sum(progress) == pytest.approx(6)
+
+
+def test_the_command_draws_them_and_the_file_tells(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, model: str
+) -> None:
+    out = tmp_path / "grid.png"
+    columns = "guidance=none,sag,pag:scale=2,start=0.2,seg"
+    shared = ("compare", "--model", model, "--out", out, "--overwrite")
+    assert run(*shared, "red heart", "--columns", columns, "--rows", "cfg=1,3") == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    record = read_record(out)
+    assert (record["rows"], record["columns"]) == ("cfg=1,3", columns)
+    assert record["prompts"] == ["red heart"]
+    assert read_parameters(out).settings["Columns"] == columns
+    told = error_of(capsys, "generate", "--like", out, "--model", model)
+    assert "is no single picture of a prompt" in told
+    for options in (
+        ("a", "b", "--columns", "steps=1,2"),
+        ("--rows", "seed=1,2"),
+        ("--rows", "prompt=a|b, c"),
+        ("--rows", "prompt=a|b, c", "--columns", "scale=0,2", "--guidance", "pag"),
+    ):
+        assert run(*shared, *options) == 0
+    assert read_record(out)["prompts"] == ["a", "b, c"]
+    assert read_record(out)["guidance"]["method"] == "pag"
+
+
+def test_axes_are_read_as_they_were_written() -> None:
+    texts = ("guidance=none,sag:scale=1,every=2,pag", "cfg=1,7.5", "seed=3,4", "prompt=a, b|c")
+    assert [str(parse_axis("rows", text)) for text in texts] == list(texts)
+    assert parse_axis("rows", texts[0]).values == [None, "sag:scale=1,every=2", "pag"]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--rows", "cfg"], "--rows='cfg' must be NAME=VALUE,VALUE,... with a name of prompt,"),
+        (["--rows", "size=1"], "--rows='size=1' must be NAME=VALUE"),
+        (["--rows", "cfg=1,x"], "--rows='cfg=1,x': could not convert"),
+        (["--rows", "cfg=nan"], "--rows='cfg=nan': cfg=nan must be a finite number"),
+        (["--rows", "steps=0,2"], "--rows='steps=0,2': steps=0 must be a whole number"),
+        (["--columns", "guidance=pagg"], "'pagg' is no guidance; did you mean pag?"),
+        (["--columns", "guidance=pag:sigma=2"], "'sigma' is no setting of pag"),
+        (["--rows", "cfg=1", "--columns", "cfg=2"], "must differ: both are cfg"),
+        (["--rows", "cfg=1", "--sag-scales", "0,1"], "--sag-scales must not be given with --rows"),
+        (["--rows", "guidance=pag", "--guidance", "sag"], "--guidance must not be given"),
+        (["b", "--rows", "cfg=1", "--columns", "steps=2"], "2 prompts: give them by --rows"),
+    ],
+)
+def test_errors_are_one_line_before_the_model_is_loaded(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    options: list[str],
+    told: str,
+) -> None:
+    from self_attention_guidance.cli import compare
+
+    monkeypatch.delattr(compare, "load_pipeline_of")
+    assert told in error_of(capsys, "compare", "a", "--out", tmp_path / "a.png", *options)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "told"),
+    [
+        ("size", [1], "axis='size' must be one of"),
+        ("cfg", [], "must have values"),
+        ("prompt", [3], "must be a text"),
+        ("seed", [-1], "seed=-1"),
+    ],
+)
+def test_axes_refuse_what_they_cannot_hold(name: str, values: list[Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        Axis(name, values)
