@@ -100,3 +100,16 @@ def degrade(x0: Tensor, mask: Tensor | None, blur_sigma: float, kernel_size: int
         return blurred
     enlarged = F.interpolate(mask[:, None].float(), size=x0.shape[-2:], mode="nearest")
     return torch.where(enlarged.bool(), blurred, x0)
+
+
+def rescaling(prediction: Tensor, guided: Tensor, rescale: float) -> Tensor:
+    """What to multiply each picture's guided prediction with, (pictures, 1, 1, 1).
+
+    At `rescale` 1, it gets the standard deviation of the plain prediction; at 0, it stays (Lin et
+    al., "Common Diffusion Noise Schedules and Sample Steps are Flawed", WACV 2024, arXiv
+    2305.08891, Eq. 15 and 16). Both are (pictures, channels, height, width).
+    """
+    plain, moved = (each.std(dim=(1, 2, 3), keepdim=True) for each in (prediction, guided))
+    # A picture of one value has nothing to rescale.
+    ratio = torch.where(moved > 0, plain / moved, 1.0)
+    return 1 + rescale * (ratio - 1)

@@ -144,6 +144,11 @@ class Guidance:
             the same for any scheduler, number of steps and strength of image to image.
         noise_to: Guidance ends where the noise has come down to this, at least 0 and below
             `noise_from`; `None` is no limit. A step is guided if both windows hold it.
+        rescale: How far the standard deviation of each guided prediction is pulled back to that of
+            the network's own, 0 to 1; 0 is off (arXiv 2305.08891, Sec. 3.4, there for
+            classifier-free guidance). It is measured on the prediction of `branch`, with the terms
+            of all guidances; what it makes of the term is added to both predictions of
+            classifier-free guidance, so it is the same for every weight of that.
         branch: Whose prediction is compared under classifier-free guidance, "uncond" or "cond".
 
     Raises:
@@ -159,6 +164,7 @@ class Guidance:
     every: int = 1
     noise_from: float | None = None
     noise_to: float | None = None
+    rescale: float = 0.0
     branch: Branch = "uncond"
 
     def __init_subclass__(cls, *, method: str | None = None) -> None:
@@ -174,6 +180,7 @@ class Guidance:
         check_number("start", self.start, 0, 1)
         check_number("stop", self.stop, 0, 1)
         check_count("every", self.every)
+        check_number("rescale", self.rescale, 0, 1)
         if self.start >= self.stop:
             raise ValueError(f"start={self.start} must be below stop={self.stop}")
         for name in ("noise_from", "noise_to"):

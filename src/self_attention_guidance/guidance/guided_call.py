@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from ..denoiser.attention import StandIn, received, why_unseen
 from ..denoiser.call import Call, Layout
 from ..denoiser.noise import Prediction
-from ..denoiser.outputs import precise
+from ..denoiser.outputs import precise, total
 from ..denoiser.picture import PicturePlace, place_of, tokens_at
 from ..denoiser.prefix import Prefix, blocks_before
 from ..denoiser.run import Run
 from ..denoiser.safety import not_finite
+from ..maths import rescaling
 from .base import Guidance, Step
 
 
@@ -73,16 +74,45 @@ class GuidedCall:
         prediction = self.run.prediction(self.call)
         terms: dict[int, Tensor] = {}
         steps: list[Step] = []
-        for number, (guidance, held, _) in self.acting.items():
-            rows = self.layout.rows(len(self.call.sample), guidance.branch)
+        for number, (_, held, _) in self.acting.items():
+            rows = self._rows(number)
             levels = prediction.rows(rows)
             if held is not None:
-                term = levels.held(held)
+                terms[number] = levels.held(held)
             else:
-                term, step = self._compare(number, rows, whole[rows], place, levels)
+                terms[number], step = self._compare(number, rows, whole[rows], place, levels)
                 steps.append(step)
-            terms[number] = place.written(torch.zeros_like(whole[rows], dtype=term.dtype), term)
-        return terms, steps
+        terms = self._rescaled(terms, whole, place)
+        return {n: self._written(n, term, whole, place) for n, term in terms.items()}, steps
+
+    def _rows(self, number: int) -> slice:
+        """The rows that a guidance compares."""
+        return self.layout.rows(len(self.call.sample), self.acting[number][0].branch)
+
+    def _written(self, number: int, term: Tensor, whole: Tensor, place: PicturePlace) -> Tensor:
+        """A term as the denoiser lays out its output."""
+        nothing = torch.zeros_like(whole[self._rows(number)], dtype=term.dtype)
+        return place.written(nothing, term)
+
+    def _rescaled(
+        self, terms: dict[int, Tensor], whole: Tensor, place: PicturePlace
+    ) -> dict[int, Tensor]:
+        """Terms with which the guided prediction has the standard deviation that is asked for.
+
+        All guidances have one branch and one `rescale`, or `attach` refuses them: the sum of terms
+        that were rescaled alone could take away more than all of the prediction.
+        """
+        if not terms:
+            return terms
+        first = min(terms)
+        rescale = self.acting[first][0].rescale
+        if rescale == 0:
+            return terms
+        u = precise(place.read(whole[self._rows(first)]))
+        factor = rescaling(u, u + total(terms), rescale)
+        # factor * (u + terms) - u, shared out to the guidances
+        rescaled = {number: factor * term for number, term in terms.items()}
+        return rescaled | {first: rescaled[first] + (factor - 1) * u}
 
     def _compare(
         self, number: int, rows: slice, output: Tensor, place: PicturePlace, levels: Prediction

@@ -50,11 +50,12 @@ def attach(
         is_for_this_thread: Refuse calls of other threads, for a pipeline's own call.
 
     Raises:
-        ValueError: The denoiser, its layers or the scheduler are not supported, or the denoiser is
-            guided already.
+        ValueError: The denoiser, its layers or the scheduler are not supported, the denoiser is
+            guided already, or guidances that are rescaled differ in `rescale` or `branch`.
     """
     if not guidances or not all(isinstance(each, Guidance) for each in guidances):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError("attach needs a guidance behind its target: SelfAttentionGuidance(0.75)")
+    _refuse_mixed_rescale(guidances)
     denoiser = denoiser_of(target)
     if denoiser is None:
         raise ValueError(
@@ -97,7 +98,7 @@ class GuidanceHandle:
         x0: The clean sample that was predicted at the last weakened pass, as the scheduler clips
             or thresholds it: (pictures, channels, height, width), at least float32.
         term: What guidance added at the last guided step to each picture's rows of the denoiser's
-            output, of their shape, times scale; at least float32. `None` before it.
+            output, of their shape, times scale and rescaled; at least float32. `None` before it.
         noted: What the last weakened pass noted, by name: "attention" and "mask" of
             `SelfAttentionGuidance`.
     """
@@ -291,6 +292,16 @@ class GuidanceHandle:
         self.term = total(terms).detach() if terms else self.term
         guided_call.check(whole, guided)
         return guided
+
+
+def _refuse_mixed_rescale(guidances: Sequence[Guidance]) -> None:
+    """The sum of all terms is rescaled, on one branch's prediction."""
+    asked = {(each.rescale, each.branch) for each in guidances if each.scale != 0}
+    if len(asked) > 1 and any(rescale for rescale, _ in asked):
+        found = " and ".join(f"rescale={each}, branch={branch!r}" for each, branch in sorted(asked))
+        raise ValueError(
+            f"guidances are rescaled together: give them one rescale and one branch, not {found}"
+        )
 
 
 def _acts(guidance: Guidance, run: Run, step: int) -> bool:
