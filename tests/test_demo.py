@@ -249,7 +249,7 @@ def test_only_the_newest_pictures_are_kept() -> None:
 def test_the_command_says_what_is_wrong_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "port=0 must be between" in error_of(capsys, "demo", "--port", 0)
     assert "no_such_model" in error_of(capsys, "demo", "--model", "no_such_model")
-    assert "max_steps=0" in error_of(capsys, "demo", "--max-steps", 0)
+    assert "--max-steps=0" in error_of(capsys, "demo", "--max-steps", 0)
 
 
 def test_help_needs_no_heavy_library() -> None:

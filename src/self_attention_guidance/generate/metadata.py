@@ -28,6 +28,8 @@ PARAMETERS_KEY = "parameters"
 RECORD_KEY = "sag_settings"
 
 # What extensions of the web interfaces call these.
+# Without these, there is no limit: a reader need not know of them.
+_NO_LIMIT = ("noise_from", "noise_to")
 _WEB_NAMES = {"SAG Scale": "SAG Guidance Scale", "SAG Threshold": "SAG Mask Threshold"}
 _NEGATIVE = "Negative prompt: "
 _FIELD = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
@@ -233,7 +235,7 @@ def _guidance_fields(guidance: Mapping[str, Any]) -> dict[str, Any]:
     method = guidance["method"]
     fields: dict[str, Any] = {"Guidance Method": method}
     for setting, value in guidance.items():
-        if setting == "method":
+        if setting == "method" or (setting in _NO_LIMIT and value is None):
             continue
         words = setting.removeprefix(f"{method}_").replace("_", " ").title()
         name = f"{method_label(method)} {words}"
