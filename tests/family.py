@@ -55,9 +55,10 @@ class Kind:
 
 
 def draw_prompts(pipe: Any, seeds: tuple[int, ...] = (3,), cfg: float = 3.0, **more: Any) -> Tensor:
-    prompts = ["red", "a blue apple", ""]
+    # By the seed, so that a picture drawn alone has the prompt that it has in a batch.
+    prompts = [("red", "a blue apple", "")[seed % 3] for seed in seeds]
     return test_guidance.draw(
-        pipe, seeds, **{"guidance_scale": cfg, "prompt": prompts[: len(seeds)], "width": 96, **more}
+        pipe, seeds, **{"guidance_scale": cfg, "prompt": prompts, "width": 96, **more}
     )
 
 
