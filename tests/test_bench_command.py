@@ -144,7 +144,7 @@ def test_memory_grows_with_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (("--pairs", 0), "pairs=0 must be a whole number, at least 1"),
         (("--steps", 0), "steps=0 must be a whole number, at least 1"),
         (("--steps", 1001), "steps=1001 must be at most 1000"),
-        (("--batch-size", -1), "batch_size=-1 must be a whole number, at least 1"),
+        (("--batch-size", -1), "--batch-size=-1 must be a whole number, at least 1"),
         (("--size", 128), "size=128 is for sd15, sdxl"),
         (("--networks", "sd15", "--size", 100), "size=100 must be a multiple of 64"),
         (("--networks", "sd15", "--size", 0), "size=0 must be a whole number, at least 1"),

@@ -80,6 +80,16 @@ def test_the_api_gives_the_librarys_pixels_and_settings(
     assert not np.array_equal(pixels(unguided), pixels(guided))
 
 
+@pytest.mark.parametrize("method", ["blur", "pag", "seg", "slg", "tpg"])
+def test_every_method_that_the_model_supports_draws(client: Client, method: str) -> None:
+    asked = {**SETTINGS, "method": method, "blur_sigma": 0.0 if method == "seg" else 3.0}
+    paths = client.predict(**asked, api_name="/generate")
+    record = read_record(paths[1])["guidance"]
+    assert (record["method"], record["scale"]) == (method, 2.0)
+    assert record.get("blur_sigma", 3.0) == ("inf" if method == "seg" else 3.0)
+    assert (pixels(paths[0]) != pixels(paths[1])).any()
+
+
 def test_steps_are_pictures_of_every_second_pass(client: Client) -> None:
     strips = client.predict(**SETTINGS, api_name="/steps")
     assert len(strips) == 4
@@ -156,6 +166,7 @@ def test_what_is_out_of_bounds_is_one_sentence_and_the_app_goes_on(
         ({"scheduler": "../../etc/passwd"}, "scheduler"),
         ({"guidance_scale": float("nan")}, "guidance_scale=nan"),
         ({"sag_scale": 101.0}, "between -100 and 100"),
+        ({"method": "pagg"}, "method='pagg' must be one of "),
     ],
 )
 def test_limits_do_not_rely_on_the_pages_controls(changed: dict[str, Any], told: str) -> None:

@@ -153,6 +153,39 @@ def test_random_seed_changes_the_seed(page: Page) -> None:
     assert 0 <= int(field(page, "Seed").input_value()) < 2**32
 
 
+def test_a_method_is_chosen_with_its_settings(page: Page, address: str) -> None:
+    layers, threshold = field(page, "Layers"), page.get_by_label("number input for Mask threshold")
+    expect(layers).to_be_hidden()
+    expect(threshold).to_be_visible()
+    field(page, "Guidance").click()
+    page.get_by_role("option", name=re.compile("^PAG")).click()
+    expect(layers).to_be_visible()
+    expect(threshold).to_be_hidden()
+    expect(page.get_by_label("number input for PAG scale (0 is off)")).to_have_value("3")
+    layers.fill("mid")
+    page.screenshot(path=SHOTS / "method.png", full_page=True)
+    draw(page)
+    parameters = downloaded_parameters(page)
+    assert "Guidance Method: pag, PAG Scale: 3" in parameters
+    assert "PAG Layers: mid" in parameters
+    page.wait_for_url("**method=pag**")
+    page.reload()
+    expect(field(page, "Layers")).to_have_value("mid")
+    expect(page.get_by_label("number input for PAG scale (0 is off)")).to_have_value("3")
+
+
+def test_an_example_is_a_click_away(page: Page) -> None:
+    example = page.locator(".examples button").first
+    example.click()
+    expect(field(page, "Prompt")).to_have_value(str(example.inner_text()))
+
+
+def test_the_dark_page(page: Page, address: str) -> None:
+    visit(page, address, "?prompt=cat&seed=4&steps=4&__theme=dark")
+    draw(page)
+    page.screenshot(path=SHOTS / "dark.png")
+
+
 def test_the_steps_can_be_watched(page: Page, address: str) -> None:
     visit(page, address, "?prompt=cat&seed=4&steps=6&start=0&stop=1&every=1")
     page.get_by_role("tab", name="Step by step").click()
@@ -198,6 +231,9 @@ def test_bad_input_is_one_plain_sentence(page: Page, address: str) -> None:
 
 def test_a_phone_can_use_it(page: Page) -> None:
     page.set_viewport_size({"width": 390, "height": 844})
+    start = button(page, COMPARE).bounding_box()
+    assert start is not None and start["y"] + start["height"] < 844
+    page.screenshot(path=SHOTS / "phone-first.png")
     draw(page)
     page.screenshot(path=SHOTS / "phone.png", full_page=True)
     width = page.evaluate("document.documentElement.scrollWidth")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import functools
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -56,13 +57,21 @@ def check_guidance(
     """
     if len(texts) > 1:
         raise ValueError(f"guidance was given {len(texts)} times: give one")
-    declared = declared_settings()
+    declared = _known_settings()
     method, named = _split(texts[0], declared) if texts else ("sag", {})
     for name in named.keys() & {*options, *(["scale"] if has_scale else [])}:
         raise ValueError(f"{name} was given twice: by --guidance and by an option of its own")
     for name in options:
         if name not in declared[method]:
             raise ValueError(f"{_unknown(name, declared[method], f'setting of {method}')}")
+
+
+def _known_settings() -> Mapping[str, Sequence[str]]:
+    """Names of each method's settings; those of methods of others, too, if they are there."""
+    imported = sys.modules.get("self_attention_guidance.guidance.base")
+    if imported is None:
+        return declared_settings()
+    return {name: [each.name for each in fields(cls)] for name, cls in imported.METHODS.items()}
 
 
 @functools.cache
@@ -112,8 +121,7 @@ def parse_guidance(text: str) -> dict[str, Any]:
     """
     from ..guidance import METHODS
 
-    known = {name: [each.name for each in fields(cls)] for name, cls in METHODS.items()}
-    method, named = _split(text, known)
+    method, named = _split(text, _known_settings())
     kinds = get_type_hints(METHODS[method])
     return {"method": method, **{n: _value(n, value, kinds[n]) for n, value in named.items()}}
 

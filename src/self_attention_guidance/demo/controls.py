@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
 
-from ..generate import GenerationSettings, LoadedPipeline, method_label, scheduler_names
+from ..generate import GenerationSettings, method_label, scheduler_names
 from ..guidance import Guidance
 from .limits import LARGEST_SEED, MOST_CHARACTERS, Limits
+from .studio import Studio
 from .visits import SETTINGS
 
+_OF_METHOD = ("sag_scale", "blur_sigma", "threshold", "layers", "start", "stop", "every")
+_TITLES = {
+    "sag": "SAG: blur what is attended to",
+    "blur": "Blur: blur everything",
+    "pag": "PAG: attention to itself alone",
+    "seg": "SEG: smoothed attention",
+    "slg": "SLG: skipped blocks",
+    "tpg": "TPG: shuffled tokens",
+}
+_MOST_EXAMPLES = 4
 _RANDOM_SEED = f"() => Math.floor(Math.random() * {LARGEST_SEED + 1})"
 _TO_ADDRESS = f"""(...values) => {{
   const names = {list(SETTINGS)!r};
@@ -23,31 +36,55 @@ _TO_ADDRESS = f"""(...values) => {{
 class Controls:
     """What a visitor can set, in the order of `VisitorSettings`."""
 
-    def __init__(self, model: LoadedPipeline, limits: Limits) -> None:
-        """Draw the controls into the present block.
+    def __init__(self, studio: Studio) -> None:
+        """Draw the prompt, and prompts to click, into the present block.
 
         Args:
-            model: Its recommended settings are what the controls show at first.
-            limits: Ends of the ranges.
+            studio: What its model recommends is what the controls show at first.
         """
-        self.limits = limits
-        with gr.Group():
-            prompt = gr.Textbox(
-                label="Prompt", lines=2, max_length=MOST_CHARACTERS, placeholder=_hint(model)
-            )
-            negative = gr.Textbox(label="Negative prompt", max_length=MOST_CHARACTERS)
+        self.studio = studio
+        self.prompt = gr.Textbox(
+            label="Prompt",
+            lines=2,
+            max_length=MOST_CHARACTERS,
+            placeholder="what to draw; may be empty",
+        )
+        examples = [text for text in studio.model.recommended.compare_prompts if text]
+        with gr.Row(elem_classes="examples", visible=bool(examples)):
+            for text in examples[:_MOST_EXAMPLES]:
+                example = gr.Button(text, size="sm", min_width=90)
+                script = f"() => {json.dumps(text)}"
+                example.click(None, None, self.prompt, js=script, api_visibility="private")
+
+    def draw_settings(self) -> None:
+        """Draw all others into the present block."""
+        model, limits = self.studio.model, self.studio.limits
         with gr.Row():
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED)
-            self.dice = gr.Button("\N{DIE FACE-5} Random seed", min_width=120)
+            dice = gr.Button("\N{DIE FACE-5} Random seed", min_width=120)
         by_name: dict[str, Any] = {
-            "prompt": prompt,
-            "negative_prompt": negative,
+            "prompt": self.prompt,
             "seed": seed,
-            **_of_guidance(model.recommended.make_guidance()),
+            "negative_prompt": gr.Textbox(label="Negative prompt", max_length=MOST_CHARACTERS),
+            **_of_guidance(self.studio.usual(""), self.studio.methods()),
             **_of_sampling(model.settings(), limits),
         }
         self.inputs = [by_name[name] for name in SETTINGS]
-        self.dice.click(None, None, seed, js=_RANDOM_SEED, api_visibility="private")
+        dice.click(None, None, seed, js=_RANDOM_SEED, api_visibility="private")
+        # Not `change`: a method of the address comes with its settings.
+        by_name["method"].input(
+            self._of_method,
+            by_name["method"],
+            [by_name[name] for name in _OF_METHOD],
+            queue=False,
+            show_progress="hidden",
+            api_visibility="private",
+        )
+
+    def _of_method(self, method: str) -> list[Any]:
+        """The controls of a method's settings, with its usual values."""
+        usual = self.studio.usual(method)
+        return [gr.update(**_look(name, usual)) for name in _OF_METHOD]
 
     def write_address(self, after: Any) -> None:
         """Put the settings into the page's address after an event, so that it can be shared."""
@@ -59,31 +96,58 @@ class Controls:
         A text that doesn't fit its control is passed over.
         """
         given = dict(request.query_params)
-        return [
-            _value_for(control, given[name]) if name in given else gr.skip()
-            for name, control in zip(SETTINGS, self.inputs, strict=True)
-        ]
+        method = given.get("method", "")
+        usual = self.studio.usual(method if method in self.studio.methods() else "")
+        updates: list[Any] = []
+        for name, control in zip(SETTINGS, self.inputs, strict=True):
+            update: dict[str, Any] = _look(name, usual) if name in _OF_METHOD else {}
+            if name in given:
+                update |= _value_for(control, given[name])
+            updates.append(gr.update(**update) if update else gr.skip())
+        return updates
 
 
-def _of_guidance(guidance: Guidance) -> dict[str, Any]:
-    """Controls of guidance; those of settings that it does not have are not shown."""
-    own, label = guidance.to_dict(), method_label(guidance.method)
+def _of_guidance(guidance: Guidance, methods: Sequence[str]) -> dict[str, Any]:
+    """Controls of guidance; those of settings that a method does not have are not shown."""
+    choices = [(_TITLES.get(name, method_label(name)), name) for name in methods]
     controls: dict[str, Any] = {
-        "sag_scale": gr.Slider(-2, 10, guidance.scale, step=0.05, label=f"{label} scale (0 is off)")
+        "method": gr.Dropdown(choices, value=guidance.method, label="Guidance"),
+        "sag_scale": gr.Slider(-2, 10, step=0.05, **_look("sag_scale", guidance)),
+        "blur_sigma": gr.Slider(0, 10, step=0.1, **_look("blur_sigma", guidance)),
+        "threshold": gr.Slider(
+            0, 3, step=0.05, label="Mask threshold", **_look("threshold", guidance)
+        ),
+        "layers": gr.Textbox(
+            label="Layers",
+            placeholder="the method's own; or names of `sag layers`, with + between",
+            max_length=MOST_CHARACTERS,
+            **_look("layers", guidance),
+        ),
     }
-    for name, most, step, title in (
-        ("blur_sigma", 10, 0.1, "Blur sigma"),
-        ("threshold", 3, 0.05, "Mask threshold"),
-    ):
-        value, is_shown = own.get(name, 1), name in own
-        controls[name] = gr.Slider(0, most, value, step=step, label=title, visible=is_shown)
     with gr.Row():
         for name, title in (("start", "Guide from"), ("stop", "Guide until")):
-            controls[name] = gr.Slider(0, 1, own[name], step=0.05, label=title, min_width=120)
+            controls[name] = gr.Slider(
+                0, 1, step=0.05, label=title, min_width=120, **_look(name, guidance)
+            )
     controls["every"] = gr.Slider(
-        1, 10, guidance.every, step=1, label="Second pass every n-th step"
+        1, 10, step=1, label="Second pass every n-th step", **_look("every", guidance)
     )
     return controls
+
+
+def _look(name: str, guidance: Guidance) -> dict[str, Any]:
+    """Value, visibility and label of a control for a method's usual settings."""
+    own = guidance.to_dict()
+    if name == "sag_scale":
+        label = f"{method_label(guidance.method)} scale (0 is off)"
+        return {"value": guidance.scale, "label": label}
+    if name == "layers":
+        return {"value": "+".join(own.get(name) or []), "visible": name in own}
+    value = own.get(name, 1)
+    look: dict[str, Any] = {"value": 0 if value == "inf" else value, "visible": name in own}
+    if name == "blur_sigma":
+        look["label"] = "Blur sigma (0 is no end)" if value == "inf" else "Blur sigma"
+    return look
 
 
 def _of_sampling(settings: GenerationSettings, limits: Limits) -> dict[str, Any]:
@@ -99,20 +163,16 @@ def _of_sampling(settings: GenerationSettings, limits: Limits) -> dict[str, Any]
         }
 
 
-def _value_for(control: Any, text: str) -> Any:
+def _value_for(control: Any, text: str) -> dict[str, Any]:
+    """A control's value from a text; nothing where that does not fit."""
     if isinstance(control, gr.Textbox):
-        return text[:MOST_CHARACTERS]
+        return {"value": text[:MOST_CHARACTERS]}
     if isinstance(control, gr.Dropdown):
-        return text if text in (value for _, value in control.choices) else gr.skip()
+        return {"value": text} if text in (value for _, value in control.choices) else {}
     try:
         value = float(text)
     except ValueError:
-        return gr.skip()
+        return {}
     if not control.minimum <= value <= control.maximum:
-        return gr.skip()
-    return int(value) if value.is_integer() else value
-
-
-def _hint(model: LoadedPipeline) -> str:
-    suggested = [prompt for prompt in model.recommended.compare_prompts or () if prompt]
-    return f"for example {', '.join(suggested[:3])}; may be empty" if suggested else "may be empty"
+        return {}
+    return {"value": int(value) if value.is_integer() else value}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 
 from ..checks import check_count, check_finite, check_text
 from ..generate import check_scales, check_scheduler_name
+from ..guidance import METHODS
 
 MOST_CHARACTERS = 2000
 LARGEST_SEED = 2**32 - 1
@@ -56,6 +57,9 @@ class VisitorSettings:
         stop: End of the guided part.
         every: From one second pass to the next, in steps.
         size: Pixels of a side, a multiple of 8; 0 is the model's own.
+        method: Short name of the guidance; an empty text is the model's own.
+        layers: What methods that weaken layers weaken, with plus signs between; empty is the
+            default.
     """
 
     prompt: str
@@ -71,6 +75,8 @@ class VisitorSettings:
     stop: float
     every: int
     size: int
+    method: str = ""
+    layers: str = ""
 
     def check(self, limits: Limits) -> None:
         """Refuse what is outside the limits; the guidance checks its own settings.
@@ -81,7 +87,7 @@ class VisitorSettings:
         Raises:
             ValueError: Names the control, its value and the rule.
         """
-        for name in ("prompt", "negative_prompt"):
+        for name in ("prompt", "negative_prompt", "layers"):
             text = check_text(name, getattr(self, name))
             if len(text) > MOST_CHARACTERS:
                 raise ValueError(f"{name} must have at most {MOST_CHARACTERS} characters")
@@ -93,6 +99,8 @@ class VisitorSettings:
             _check_most("size", check_count("size", self.size), limits.max_size)
         if check_text("scheduler", self.scheduler):
             check_scheduler_name(self.scheduler)
+        if check_text("method", self.method) and self.method not in METHODS:
+            raise ValueError(f"method={self.method!r:.60} must be one of {', '.join(METHODS)}")
 
 
 def check_scale(name: str, scale: float) -> float:

@@ -20,8 +20,8 @@ _CACHE_SECONDS = 3600
 # gradio keeps 80 kB for each session that it knows, of 10,000 if nothing is said.
 _SESSIONS_PER_PLACE = 4
 _INTRODUCTION = """# Self-Attention Guidance
-Each step of sampling is compared with the step it would have been, had the regions that the
-network attends to been blurred. The difference makes the picture clearer. Model: **{model}**"""
+Each step of sampling is compared with that of a weakened network: what it attends to is blurred,
+say. The difference makes the picture clearer. Model: **{model}**"""
 _ABOUT_STEPS = """For every second pass: the picture that the network predicts, how much attention
 each part receives, what is blurred for it, the blurred prediction, and the size of the guidance
 term. Move the slider from noise to picture."""
@@ -31,7 +31,12 @@ footer {display: none !important}
 /* the contrast that WCAG asks for */
 .min_value, .max_value {color: var(--body-text-color) !important}
 button[role=tab].selected {color: #b93c05 !important}
-@media (max-width: 640px) {.gradio-container {padding: 8px !important}}
+.dark button[role=tab].selected {color: #fb923c !important}
+@media (max-width: 640px) {
+  .gradio-container {padding: 8px !important}
+  /* the button that draws is on the first screen, the other controls below the picture */
+  .drawings {order: -1}
+}
 """
 
 
@@ -102,11 +107,12 @@ class _Builder:
         self.starts: list[gr.Button] = []
 
     def draw(self, app: gr.Blocks) -> None:
-        gr.Markdown(_INTRODUCTION.format(model=self.studio.model.name))
+        gr.Markdown(_INTRODUCTION.format(model=self.studio.model.name), elem_classes="about")
+        self.controls = Controls(self.studio)
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                self.controls = Controls(self.studio.model, self.limits)
-            with gr.Column(scale=3, min_width=300), gr.Tabs():
+                self.controls.draw_settings()
+            with gr.Column(scale=3, min_width=300, elem_classes="drawings"), gr.Tabs():
                 with gr.Tab("Compare"):
                     self._draw_compare()
                 with gr.Tab("Step by step"):
@@ -165,7 +171,7 @@ class _Builder:
         own = self.studio.model.recommended
         scales = ", ".join(f"{scale:g}" for scale in own.compare_sag_scales or (0, 0.5, 1))
         with gr.Row():
-            scales_box = gr.Textbox(scales, label="SAG scales", max_length=200)
+            scales_box = gr.Textbox(scales, label="Guidance scales", max_length=200)
             seeds = gr.Slider(1, 8, 2, step=1, label="Seeds of each prompt")
         prompts = gr.Textbox(label="Prompts, one a line (empty: the prompt of the page)", lines=3)
         start, cancel = _buttons("Draw the grid")

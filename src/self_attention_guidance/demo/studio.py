@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..denoiser.families import denoiser_of
 from ..generate import (
     Comparison,
     GeneratedImage,
@@ -21,7 +22,7 @@ from ..generate import (
     generate,
     make_scheduler,
 )
-from ..guidance import Guidance
+from ..guidance import METHODS, Guidance
 from .limits import Limits, VisitorSettings
 from .steps import step_pictures
 
@@ -137,11 +138,37 @@ class Studio:
             on_progress=report,
         )
 
+    def methods(self) -> list[str]:
+        """Short names of the guidances that the model supports, its own first."""
+        denoiser: Any = denoiser_of(self.model.pipeline)
+        own = self.model.recommended.make_guidance().method
+        found: list[str] = []
+        for name, method in METHODS.items():
+            try:
+                method().reads(denoiser)
+            except ValueError:  # it can't weaken this network
+                continue
+            found.append(name)
+        return sorted(found, key=lambda name: name != own)
+
+    def usual(self, method: str) -> Guidance:
+        """A guidance as the model recommends it, else with its defaults.
+
+        Args:
+            method: Its short name; an empty text is the model's own.
+        """
+        own = self.model.recommended.make_guidance()
+        return own if method in ("", own.method) else Guidance.from_dict({"method": method})
+
     def _guidance(self, asked: VisitorSettings) -> Guidance:
-        """The model's own guidance, with what the page has controls for."""
-        own = self.model.recommended.make_guidance().to_dict()
+        """The guidance that was chosen, with what the page has controls for."""
+        own = self.usual(asked.method).to_dict()
         controls = ("blur_sigma", "threshold", "start", "stop", "every")
         chosen = {name: getattr(asked, name) for name in controls if name in own}
+        if own.get("blur_sigma") == "inf" and not asked.blur_sigma:
+            chosen["blur_sigma"] = "inf"  # a slider has no infinity
+        if "layers" in own:
+            chosen["layers"] = asked.layers.split("+") if asked.layers else None
         return Guidance.from_dict({**own, **chosen, "scale": asked.sag_scale})
 
     @contextmanager

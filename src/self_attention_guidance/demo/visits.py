@@ -14,6 +14,7 @@ from .limits import VisitorSettings
 from .studio import Watch
 
 SETTINGS = tuple(VisitorSettings.__dataclass_fields__)
+_TEXTS = ("prompt", "negative_prompt", "scheduler", "method", "layers")
 _WHOLE = ("seed", "steps", "every", "size")
 _log = logging.getLogger(__name__)
 
@@ -114,7 +115,7 @@ def _typed(values: Sequence[Any]) -> dict[str, Any]:
     typed: dict[str, Any] = {}
     for name, value in zip(SETTINGS, values, strict=True):
         if value is None:
-            if name not in ("prompt", "negative_prompt", "scheduler"):
+            if name not in _TEXTS:
                 raise ValueError(f"{name} is empty")
             value = ""
         typed[name] = int(value) if name in _WHOLE and _is_whole(value) else value
