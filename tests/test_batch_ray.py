@@ -160,4 +160,4 @@ def test_a_cluster_that_is_not_there_is_one_line(tmp_path: Path) -> None:
         text=True,
     )
     assert told.returncode == 2
-    assert told.stderr.startswith("error: address=")
+    assert told.stderr.startswith("error: --address=")

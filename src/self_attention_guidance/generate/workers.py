@@ -68,9 +68,7 @@ class Crew:
         if self.gpus is not None and not 0 <= self.gpus < float("inf"):
             raise ValueError(f"gpus={self.gpus} must be at least 0")
         if not self.is_here and importlib.util.find_spec("ray") is None:
-            raise ValueError(
-                "more than one worker needs Ray: pip install ray"
-            )
+            raise ValueError("more than one worker needs Ray: pip install ray")
 
     @property
     def is_here(self) -> bool:
