@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,12 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from self_attention_guidance.bench.random_networks import sd15_unet, sdxl_unet
+from self_attention_guidance.bench.random_networks import (
+    default_dtype,
+    sd15_unet,
+    sdxl_unet,
+    sharpen,
+)
 
 _BETAS: dict[str, Any] = {
     "beta_start": 0.00085,
@@ -44,7 +48,6 @@ _TINY_FLUX: dict[str, Any] = {
     "pooled_projection_dim": 32,
     "axes_dims_rope": (4, 6, 6),
 }
-_SHARPNESS = 4.0
 
 
 @dataclass(frozen=True)
@@ -110,9 +113,9 @@ def make_subject(
     kind = KINDS[name]
     made_in = dtype if kind.is_large else torch.float32
     torch.manual_seed(0)
-    with _default_dtype(made_in), device:
+    with default_dtype(made_in), device:
         denoiser = kind.make(is_tiny)
-    _sharpen(denoiser)
+    sharpen(denoiser)
     pipeline = kind.wrap(denoiser.eval().requires_grad_(False).to(dtype))
     pipeline.set_progress_bar_config(disable=True)
     arguments = {"num_inference_steps": steps, "output_type": "latent"}
@@ -170,26 +173,6 @@ def _flux_pipeline(transformer: nn.Module) -> Any:
     absent = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     parts: dict[str, Any] = {"scheduler": scheduler, **dict.fromkeys(absent)}
     return diffusers.FluxPipeline(**parts, transformer=transformer)
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Generator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@torch.no_grad()
-def _sharpen(denoiser: nn.Module) -> None:
-    """Make attention peaked, as in trained networks: else rounding would decide the mask."""
-    for name, weight in denoiser.named_parameters():
-        if name.endswith(("attn1.to_q.weight", "attn1.to_k.weight")):
-            weight.mul_(_SHARPNESS)
-        elif name.endswith(("attn.norm_q.weight", "attn.norm_k.weight")):
-            weight.mul_(_SHARPNESS**0.5)
 
 
 KINDS: Mapping[str, Kind] = {

@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .lazy import exported
+
 if TYPE_CHECKING:
     from .denoiser.families import Family, register_batch_arguments, register_family
     from .guidance import (
@@ -84,15 +86,14 @@ _HOMES = {
     "builtin_model": "models.builtin",
     "load_original": "models.originals",
 }
+_exported = exported(__name__, {name: f".{home}" for name, home in _HOMES.items()})
 
 
 def __getattr__(name: str) -> Any:
     if name == "ModelMixin":
         # diffusers asks a package for the base class of the models that it loads from it.
         return import_module("diffusers").ModelMixin
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    return _exported(name)
 
 
 def __dir__() -> list[str]:

@@ -14,8 +14,9 @@ Example:
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..lazy import exported
 
 if TYPE_CHECKING:
     from .artists import Artist, Model
@@ -40,7 +41,7 @@ __all__ = [
     "unused_columns",
 ]
 
-# Importing torch takes seconds; what is wrong with a list is told at once.
+# Importing torch takes seconds, and a wrong list is reported before that.
 _HOMES = {
     "Artist": ".artists",
     "BatchJob": ".job",
@@ -56,10 +57,7 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name], __name__), name)
+__getattr__ = exported(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

@@ -86,10 +86,10 @@ def _random_parts(
     make_unet: Callable[[], UNet2DConditionModel], dtype: torch.dtype
 ) -> dict[str, Any]:
     # Weights are made in their type: converting them would be the peak of a process's memory.
-    with torch.random.fork_rng(devices=[]), _default_dtype(dtype):
+    with torch.random.fork_rng(devices=[]), default_dtype(dtype):
         torch.manual_seed(0)
         unet = make_unet().eval()
-        _sharpen(unet)
+        sharpen(unet)
         # Latents are timed, so that the smallest decoder with the right factor of 8 will do.
         blocks: dict[str, Any] = {
             "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -101,7 +101,8 @@ def _random_parts(
 
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Generator[None]:
+def default_dtype(dtype: torch.dtype) -> Generator[None]:
+    """Networks made inside the `with` statement have weights of this type."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -111,7 +112,10 @@ def _default_dtype(dtype: torch.dtype) -> Generator[None]:
 
 
 @torch.no_grad()
-def _sharpen(unet: nn.Module) -> None:
-    for name, weight in unet.named_parameters():
+def sharpen(denoiser: nn.Module) -> None:
+    """Make attention peaked, as in trained networks: else rounding would decide the mask."""
+    for name, weight in denoiser.named_parameters():
         if name.endswith(("attn1.to_q.weight", "attn1.to_k.weight")):
             weight.mul_(_SHARPNESS)
+        elif name.endswith(("attn.norm_q.weight", "attn.norm_k.weight")):
+            weight.mul_(_SHARPNESS**0.5)

@@ -57,7 +57,7 @@ def _methods(has_blocks: bool) -> list[str]:
 
 
 def _names(denoiser: nn.Module, has_blocks: bool) -> tuple[list[str], dict[str, list[str]]]:
-    """Dotted paths of what there is, and the methods that use each by default."""
+    """Dotted paths of the layers or blocks, and the methods that use each by default."""
     from ..denoiser.families import default_layer
     from ..denoiser.layers import attention_names, block_names
     from ..guidance import METHODS

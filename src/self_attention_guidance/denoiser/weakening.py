@@ -84,7 +84,7 @@ Change = Callable[[Tensor], Tensor]
 
 
 class RunsForBlock(Protocol):
-    """What can stand in for a block."""
+    """A class that replaces that of a block for one pass."""
 
     def run(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the block returns, given its arguments."""

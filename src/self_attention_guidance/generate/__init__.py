@@ -13,8 +13,9 @@ Example:
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..lazy import exported
 
 if TYPE_CHECKING:
     from ..checks import check_count, check_prompts, check_scales, seeds_of
@@ -121,7 +122,7 @@ __all__ = [
     "to_uint8",
 ]
 
-# Importing torch and diffusers takes seconds; what is wrong with a command line is told at once.
+# Importing torch and diffusers takes seconds, and wrong command lines are answered before that.
 _HOMES = {
     "AXES": ".axes",
     "Axis": ".axes",
@@ -179,10 +180,7 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name], __name__), name)
+__getattr__ = exported(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:
