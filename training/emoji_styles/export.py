@@ -12,19 +12,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import networks
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor2_0
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
-import denoiser
-
 
 def assemble(work: Path, state: dict[str, Any]) -> StableDiffusionPipeline:
     """The averaged weights of a checkpoint or snapshot, as the pipeline that diffusers loads."""
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
-    model = denoiser.Model.new(tokenizer, state["channels"])
+    model = networks.Model.new(tokenizer, state["channels"])
     model.load_state_dict(state["ema"])
     model.unet.set_attn_processor(AttnProcessor2_0())
     return StableDiffusionPipeline(
@@ -32,7 +31,7 @@ def assemble(work: Path, state: dict[str, Any]) -> StableDiffusionPipeline:
         text_encoder=model.text_encoder.eval(),
         tokenizer=tokenizer,
         unet=model.unet.eval(),
-        scheduler=denoiser.build_scheduler(),
+        scheduler=networks.build_scheduler(),
         safety_checker=None,
         feature_extractor=None,  # type: ignore[arg-type]
         requires_safety_checker=False,

@@ -13,6 +13,7 @@ import argparse
 import shutil
 from pathlib import Path
 
+import networks
 import sources
 import torch
 from checkpoints import save
@@ -91,7 +92,7 @@ def parse_arguments() -> argparse.Namespace:
         "--channels",
         type=int,
         nargs=2,
-        default=denoiser.CHANNELS,
+        default=networks.CHANNELS,
         help="of a new U-Net, at 16x16 and at 8x8 (default: %(default)s)",
     )
     parser.add_argument(
