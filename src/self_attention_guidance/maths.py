@@ -35,22 +35,23 @@ def attention_received(
     """
     batch, heads, queries, channels = query.shape
     positions = key.shape[2]
-    inside = slice(None) if picture is None else picture
     keys = key.float().transpose(-1, -2) * (channels**-0.5 if scale is None else scale)
     if bias is not None:
-        bias = bias.expand(batch, heads, queries, positions)[:, :, inside]
-    query = query[:, :, inside].float()
-    received = keys.new_zeros(batch, positions)[:, inside]
+        bias = bias.expand(batch, heads, queries, positions)
+    first, end = (0, queries) if picture is None else (picture.start, picture.stop)
     rows = max(1, _PROBABILITIES_AT_ONCE // (batch * heads * positions))
+    parts: list[Tensor] = []
     with torch.autocast(query.device.type, enabled=False):
-        for start in range(0, query.shape[2], rows):
-            part = slice(start, start + rows)
-            scores = query[:, :, part] @ keys
+        for start in range(first, end, rows):
+            part = slice(start, min(start + rows, end))
+            scores = query[:, :, part].float() @ keys
             if bias is not None:
                 scores = scores + bias[:, :, part]
-            received += scores.softmax(dim=-1).sum(dim=(1, 2))[:, inside]
+            parts.append(scores.softmax(dim=-1).sum(dim=(1, 2)))
+    received = functools.reduce(torch.add, parts)
     if picture is None:
         return received * (positions / (heads * queries))
+    received = received[:, picture]
     return received / received.mean(dim=1, keepdim=True)
 
 

@@ -55,6 +55,8 @@ class Prediction:
 
     def rows(self, rows: slice) -> Prediction:
         levels = {name: level for name, level in vars(self).items() if isinstance(level, Tensor)}
+        if not levels:
+            return self
         return dataclasses.replace(self, **{name: level[rows] for name, level in levels.items()})
 
     def x0(self, x_t: Tensor, output: Tensor) -> Tensor:

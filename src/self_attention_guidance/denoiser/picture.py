@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,8 @@ class PicturePlace:
     def read(self, tensor: Tensor) -> Tensor:
         """The picture, (batch, channels, height, width), in an input or output of the denoiser."""
         if self.grid is None:
-            return tensor[:, : self.channels]
+            is_whole = tensor.shape[1] == self.channels
+            return tensor if is_whole else tensor[:, : self.channels]
         rows, columns = self.grid
         tokens = tensor[:, : rows * columns, : self.channels]
         return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, self.grid), self.patch)
@@ -126,24 +127,23 @@ def tokens_at(denoiser: nn.Module, layer: str, call: Call, place: PicturePlace) 
     if place.grid is not None:
         grids, pictures = (place.grid,), sample.shape[1]
     elif family.tokens == "levels":
-        grids = _level_grids(uncompiled(denoiser), layer, (sample.shape[-2], sample.shape[-1]))
+        levels = _levels_above(uncompiled(denoiser), layer)
+        rows, columns = (side / 2**levels for side in sample.shape[-2:])
+        # Odd sides are rounded up by some kinds of blocks, down by others.
+        grids = tuple(
+            (max(rounded(rows), 1), max(rounded(columns), 1)) for rounded in (math.ceil, math.floor)
+        )
     else:
         patch = int(config_of(denoiser).get("patch_size", 1))
         grids = ((sample.shape[-2] // patch, sample.shape[-1] // patch),)
     return PictureTokens(layer, grids, pictures, family.joint)
 
 
-def _level_grids(
-    denoiser: nn.Module, layer: str, size: tuple[int, int]
-) -> tuple[tuple[int, int], ...]:
-    """Rows and columns of a U-Net's layer, which follow from the levels above it, rounded."""
+def _levels_above(denoiser: Any, layer: str) -> int:
+    """How often a U-Net halves the picture before a layer sees it."""
     part, index = layer.split(".")[:2]
-    down, up = (list(denoiser.get_submodule(f"{way}_blocks").children()) for way in ("down", "up"))
+    down, up = denoiser.down_blocks, denoiser.up_blocks
     down = down[: int(index)] if part == "down_blocks" else down
-    up = up[: int(index)] if part == "up_blocks" else []
+    up = up[: int(index)] if part == "up_blocks" else ()
     levels = sum(getattr(block, "downsamplers", None) is not None for block in down)
-    levels -= sum(getattr(block, "upsamplers", None) is not None for block in up)
-    rows, columns = (side / 2**levels for side in size)
-    return tuple(
-        (max(rounded(rows), 1), max(rounded(columns), 1)) for rounded in (math.ceil, math.floor)
-    )
+    return levels - sum(getattr(block, "upsamplers", None) is not None for block in up)

@@ -7,7 +7,7 @@ import inspect
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .families import uncompiled
 
@@ -54,8 +54,14 @@ def _replaced_by(cls: type[nn.Module]) -> Any:
     return None if is_of_its_module or is_of_its_name else forward
 
 
-def not_finite(name: str, dtype: torch.dtype, step: int, timestep: Any) -> FloatingPointError:
-    """The error for values that are not finite; the name must fit "... is not finite"."""
+def not_finite(stages: dict[str, Tensor], step: int, timestep: Any) -> FloatingPointError:
+    """The error for the first of some stages whose values are not all finite, or for the last.
+
+    Their names must fit "... is not finite".
+    """
+    found = (name for name, tensor in stages.items() if not tensor.isfinite().all())
+    name = next(found, [*stages][-1])
+    dtype = stages[name].dtype
     cause = "the weights are damaged, or do not fit the model's config or scheduler"
     if dtype == torch.float16:
         cause = "float16 overflows beyond 65504: use bfloat16 or float32"

@@ -22,4 +22,4 @@ def refuse_not_finite(name: str, tensor: Tensor, step: int, timestep: Any) -> No
         FloatingPointError: Names the step and the likely cause.
     """
     if not bool(tensor.isfinite().all()):
-        raise not_finite(name, tensor.dtype, step, timestep)
+        raise not_finite({name: tensor}, step, timestep)

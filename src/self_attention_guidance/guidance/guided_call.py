@@ -91,8 +91,10 @@ class GuidedCall:
 
     def _written(self, number: int, term: Tensor, whole: Tensor, place: PicturePlace) -> Tensor:
         """A term as the denoiser lays out its output."""
-        nothing = torch.zeros_like(whole[self._rows(number)], dtype=term.dtype)
-        return place.written(nothing, term)
+        output = whole[self._rows(number)]
+        if term.shape == output.shape:
+            return term
+        return place.written(torch.zeros_like(output, dtype=term.dtype), term)
 
     def _rescaled(
         self, terms: dict[int, Tensor], whole: Tensor, place: PicturePlace
@@ -139,7 +141,8 @@ class GuidedCall:
         else:  # where there was nothing to blur, there is nothing to add
             is_nothing = (term == 0).all() & (sample_weak != sample).any()
         self.run.refuse(is_nothing, _no_effect, self.run.step, guidance)
-        self.run.hold(number, levels.noise(term.detach()), sample.shape)
+        if guidance.every > 1:
+            self.run.hold(number, levels.noise(term.detach()), sample.shape)
         return term, step
 
     def _attention(self, layer: str, rows: slice, place: PicturePlace) -> Tensor:
@@ -173,8 +176,7 @@ class GuidedCall:
             "the denoiser's prediction": whole,
             "its prediction in the weakened pass": guided,
         }
-        step, timestep = self.run.step, self.call.timestep
-        for name, tensor in stages.items():
-            is_bad = ~tensor.isfinite().all()
-            self.run.refuse(is_bad, not_finite, name, tensor.dtype, step, timestep)
+        # What is not finite at an earlier stage is not finite at the last.
+        is_bad = ~guided.isfinite().all()
+        self.run.refuse(is_bad, not_finite, stages, self.run.step, self.call.timestep)
         self.run.read_checks()

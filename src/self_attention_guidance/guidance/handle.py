@@ -6,6 +6,7 @@ the difference to its own output. Pipelines, samplers and schedulers never learn
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
 from collections.abc import Sequence
@@ -115,6 +116,7 @@ class GuidanceHandle:
         """Use `attach`."""
         self.guidances = guidances
         self._numbers = tuple(range(len(guidances)))
+        self._layers = [each.reads(denoiser) for each in guidances]
         self.attached = True
         self.steps = 0
         self.x0: Tensor | None = None
@@ -197,9 +199,8 @@ class GuidanceHandle:
     # The hooks
 
     def _hooked(self, denoiser: nn.Module) -> list[Any]:
-        for guidance in self.guidances:
-            for layer in guidance.reads(denoiser):
-                self_attention(denoiser, layer)
+        for layer in itertools.chain(*self._layers):
+            self_attention(denoiser, layer)
         with _attaching:
             for handle in _handles_on(denoiser):
                 if handle.attached:
@@ -249,7 +250,7 @@ class GuidanceHandle:
             shape = call.sample[layout.rows(len(call.sample), guidance.branch)].shape
             held = run.held(number, guidance.every, shape, 2 if layout.has_two_calls else 1)
             if held is not None or run.two_calls.needs_term(layout, guidance.branch):
-                acting[number] = guidance, held, guidance.reads(denoiser) if held is None else ()
+                acting[number] = guidance, held, self._layers[number] if held is None else ()
         layers = {layer for *_, layers in acting.values() for layer in layers}
         read = {n: self._reading.enter_context(standing_in(denoiser, n)) for n in layers}
         guided_call = GuidedCall(run, denoiser, call, layout, acting, read)
