@@ -21,6 +21,7 @@ from self_attention_guidance import (
 )
 from self_attention_guidance.cli.guidance_text import parse_guidance
 from self_attention_guidance.generate import generate, load_pipeline, read_parameters, read_record
+from self_attention_guidance.guidance import GuidanceSum, guidance_of
 from test_batch_jobs import rows_of
 from tiny import save_tiny_model
 from tiny_pixels import arrays_of, interrupt, one_thread, save_tiny_pixels, tiny_pipeline
@@ -55,7 +56,7 @@ def drawn(model: str, out: Path, *options: object) -> np.ndarray:
         return np.asarray(image)
 
 
-def of_library(model: str, guidance: Guidance) -> np.ndarray:
+def of_library(model: str, guidance: Guidance | GuidanceSum) -> np.ndarray:
     loaded = load_pipeline(model, "cpu")
     loaded.pipeline.set_progress_bar_config(disable=True)
     loaded.pipeline.guidance = guidance
@@ -87,6 +88,54 @@ def test_it_draws_what_the_library_draws(
 ) -> None:
     assert (drawn(model, tmp_path, *options) == of_library(model, guidance)).all()
     assert read_record(tmp_path / "00000-0.png")["guidance"] == guidance.to_dict()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--guidance", "sag:scale=0.5", "--guidance", "pag:scale=2"],
+        ["--guidance", "sag:scale=0.5 + pag:scale=2"],
+        ["--guidance", "sag:scale=1 + pag:scale=4", "--sag-scale", 0.5],
+    ],
+)
+def test_several_act_together(tmp_path: Path, model: str, options: list[object]) -> None:
+    together = SelfAttentionGuidance(0.5, blur_sigma=2.0) + PerturbedAttentionGuidance(2.0)
+    wanted = of_library(model, together)
+    path = tmp_path / "00000-0.png"
+    assert (drawn(model, tmp_path, *options) == wanted).all()
+    for one in together.parts:
+        assert (of_library(model, one) != wanted).any()
+    told = read_parameters(path).settings
+    assert told["Guidance Method"] == "sag+pag"
+    again = ("generate", "--like", path, "--model", model, "--out", tmp_path / "again")
+    assert run(*again) == 0
+    with Image.open(tmp_path / "again" / "00000-0.png") as image:
+        assert (np.asarray(image) == wanted).all()
+
+
+def test_compare_has_several_as_one_column(tmp_path: Path, model: str) -> None:
+    out = tmp_path / "grid.png"
+    columns = ("--columns", "guidance=none,sag,pag,sag + pag:scale=2", "--out", out)
+    assert run("compare", "a", "--model", model, *columns) == 0
+    assert read_parameters(out).settings["Columns"] == "guidance=none,sag,pag,sag + pag:scale=2"
+    assert run("compare", "a", "--model", model, "--guidance", "sag+pag", "--out", out) == 2
+    command = ("compare", "a", "--model", model, "--guidance", "sag+pag", "--out", out)
+    assert run(*command, "--overwrite") == 0
+    assert read_parameters(out).settings["Guidance Scale"] == "0, 1"
+
+
+@pytest.mark.parametrize("method", ["pag", "seg"])
+def test_metadata_has_what_extensions_of_web_interfaces_read(
+    tmp_path: Path, model: str, method: str
+) -> None:
+    drawn(model, tmp_path, "--guidance", f"{method}:scale=2,start=0.25,stop=0.75", "--steps", 8)
+    told = read_parameters(tmp_path / "00000-0.png").settings
+    name = method.upper()
+    assert told[f"{name} Active"] == "True"
+    assert told[f"{name} Scale"] == "2"
+    assert (told[f"{name} Start Step"], told[f"{name} End Step"]) == ("2", "5")
+    drawn(model, tmp_path, "--guidance", f"{method}:scale=0")
+    assert f"{name} Active" not in read_parameters(tmp_path / "00000-0.png").settings
 
 
 def test_methods_draw_different_pictures(tmp_path: Path, model: str) -> None:
@@ -177,7 +226,9 @@ def test_runs_that_go_on_name_the_setting_that_differs(
         (["pag:branch=both"], "branch='both' must be 'uncond' or 'cond'"),
         (["pag:layers=nowhere"], "nowhere"),
         (["pag:layers="], "layers='' must be a dotted module path"),
-        (["pag", "--guidance", "sag"], "guidance was given 2 times: give one"),
+        (["pag + sagg"], "'sagg' is no guidance; did you mean sag?"),
+        (["pag", "--guidance", "sag:scale=x"], "scale='x' must be a number"),
+        (["pag + sag", "--start", "0"], "start of which guidance? Give it inside of --guidance"),
         (["pag", "--threshold", "1"], "'threshold' is no setting of pag"),
         (["pag:start=0.2", "--start", "0"], "start was given twice: by --guidance and by"),
     ],
@@ -230,7 +281,7 @@ def test_values_have_the_types_of_the_fields() -> None:
 def test_any_text_is_read_or_refused(text: str) -> None:
     try:
         found = parse_guidance(text)
-        assert Guidance.from_dict(found).method == found["method"]
+        assert guidance_of(found).method == found["method"]
     except ValueError as error:
         assert str(error)
 

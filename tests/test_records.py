@@ -277,6 +277,7 @@ def test_web_interfaces_find_the_settings_under_their_names(tmp_path: Path, mode
     told = read_parameters(tmp_path / "00000-0.png").settings
     assert {name: value for name, value in told.items() if "uidance" in name or "SAG" in name} == {
         "Guidance Method": "sag",
+        "SAG Guidance Enabled": "True",
         "SAG Guidance Scale": "2.5",
         "SAG Start": "0.25",
         "SAG Stop": "0.75",

@@ -28,7 +28,7 @@ from ..generate.record import describe, describe_samples, fingerprints
 from ..generate.sample_settings import SampleSettings
 from ..generate.schedulers import check_scheduler_name
 from ..generate.settings import GenerationSettings
-from ..guidance import Guidance
+from ..guidance import guidance_of
 from ..models.builtin import recommended_settings
 from .tasks import Task
 
@@ -73,7 +73,7 @@ class Model:
     def __post_init__(self) -> None:
         """Checks what can be checked before it is loaded."""
         self.find()
-        Guidance.from_dict({"method": "sag", **self.guidance})
+        guidance_of({"method": "sag", **self.guidance})
         if self.scheduler is not None:
             check_scheduler_name(self.scheduler)
         # Workers may have GPUs where this process has none.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 _NUMBERS = {float: "a number", int: "a whole number"}
+_PLUS = " + "
 _TRUTH = {"true": True, "false": False}
 
 
@@ -21,7 +22,7 @@ def guidance_of(
     """The settings of guidance that a command line gives.
 
     Args:
-        texts: Of `--guidance`; at most one.
+        texts: Of `--guidance`; several act together.
         options: Settings that options of their own gave, by their names.
         has_scale: Whether such an option gives the scale, which is no setting of the model.
 
@@ -29,15 +30,15 @@ def guidance_of(
         What `Guidance.from_dict` takes; without "method" where no guidance was named.
 
     Raises:
-        ValueError: There are several guidances, one is unknown, or a setting is unknown, given
-            twice or outside its range.
+        ValueError: A guidance is unknown, or a setting is unknown, given twice or outside its
+            range.
     """
     check_guidance(texts, options, has_scale)
-    given = {**(parse_guidance(texts[0]) if texts else {}), **options}
+    given = {**(parse_guidance(_PLUS.join(texts)) if texts else {}), **options}
 
-    from ..guidance import Guidance
+    from .. import guidance
 
-    Guidance.from_dict({"method": "sag", **given})
+    guidance.guidance_of({"method": "sag", **given})
     return given
 
 
@@ -52,13 +53,15 @@ def check_guidance(
         has_scale: As in `guidance_of`.
 
     Raises:
-        ValueError: There are several guidances, one is unknown, or a setting is unknown or given
-            twice.
+        ValueError: A guidance is unknown, or a setting is unknown or given twice.
     """
-    if len(texts) > 1:
-        raise ValueError(f"guidance was given {len(texts)} times: give one")
     declared = _known_settings()
-    method, named = _split(texts[0], declared) if texts else ("sag", {})
+    parts = [_split(part, declared) for text in texts for part in _parts(text)]
+    if len(parts) > 1:
+        for name in options:
+            raise ValueError(f"{name} of which guidance? Give it inside of --guidance")
+        return
+    method, named = parts[0] if parts else ("sag", {})
     for name in named.keys() & {*options, *(["scale"] if has_scale else [])}:
         raise ValueError(f"{name} was given twice: by --guidance and by an option of its own")
     for name in options:
@@ -106,24 +109,35 @@ def _declared(name: str, classes: Mapping[str, ast.ClassDef]) -> list[str]:
 
 
 def parse_guidance(text: str) -> dict[str, Any]:
-    """Reads a guidance like "pag" or "sag:scale=0.5,blur_sigma=2".
+    """Reads a guidance like "pag" or "sag:scale=0.5,blur_sigma=2 + pag".
 
     "none" stands for `None`, and a plus sign is between layers where a setting takes several.
 
     Args:
-        text: A short name; behind a colon, settings with their values, separated by commas.
+        text: A short name; behind a colon, settings with their values, separated by commas. A plus
+            sign with a space on both sides is between guidances that act together.
 
     Returns:
-        The settings that it gives, and the short name as "method".
+        The settings that it gives, and the short name as "method"; of several, their settings as
+        "guidances".
 
     Raises:
         ValueError: A name is unknown, or a value is not of its type.
     """
     from ..guidance import METHODS
 
+    parts = _parts(text)
+    if len(parts) > 1:
+        several = [parse_guidance(part) for part in parts]
+        return {"method": "+".join(each["method"] for each in several), "guidances": several}
     method, named = _split(text, _known_settings())
     kinds = get_type_hints(METHODS[method])
     return {"method": method, **{n: _value(n, value, kinds[n]) for n, value in named.items()}}
+
+
+def _parts(text: str) -> list[str]:
+    """The guidances of a text: a plus sign without spaces may be between layers."""
+    return text.split(_PLUS if ":" in text else "+")
 
 
 def _split(text: str, known: Mapping[str, Sequence[str]]) -> tuple[str, dict[str, str]]:
@@ -154,6 +168,10 @@ def guidance_text(settings: Mapping[str, Any]) -> str:
     """
     from ..guidance import METHODS
 
+    if "guidances" in settings:
+        factor = settings["scale"]
+        parts = [{**each, "scale": each["scale"] * factor} for each in settings["guidances"]]
+        return _PLUS.join(map(guidance_text, parts))
     method = settings["method"]
     usual = METHODS[method]().to_dict()
     changed = [n for n, value in settings.items() if n != "scale" and value != usual[n]]

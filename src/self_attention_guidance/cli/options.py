@@ -47,7 +47,7 @@ class SamplingOptions:
             metavar="METHOD[:NAME=VALUE,...]",
             help="sag, blur, pag, seg, slg or tpg, and its settings, say"
             " 'sag:scale=0.5,blur_sigma=2'. What is not given is the model's if it recommends this"
-            " guidance, else its default.",
+            " guidance, else its default. Give several, or 'sag + pag', to add them up.",
         ),
     ] = None
     blur_sigma: Annotated[

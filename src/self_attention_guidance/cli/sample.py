@@ -15,7 +15,7 @@ from .output import counting_progress, hide_loading_bars, print_line
 
 if TYPE_CHECKING:
     from ..generate import FinishedSamples, LoadedPixelModel
-    from ..guidance import Guidance
+    from ..guidance import Guidance, GuidanceSum
     from ..pipelines.adm import ADMPipeline
 
 
@@ -163,7 +163,7 @@ def _load_pipeline(options: SampleOptions) -> ADMPipeline:
     return _load(options).pipeline
 
 
-def _without_mask(guidance: Guidance) -> Guidance:
+def _without_mask(guidance: Guidance | GuidanceSum) -> Guidance:
     """Blur guidance with what its settings have in common with those of another guidance."""
     from ..guidance import BlurGuidance, Guidance
 

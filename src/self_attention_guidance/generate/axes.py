@@ -10,7 +10,7 @@ from ..checks import check_count, check_finite, check_text
 from .settings import GenerationSettings
 
 if TYPE_CHECKING:
-    from ..guidance import Guidance
+    from ..guidance import Guidance, GuidanceSum
 
 AXES = ("prompt", "seed", "guidance", "scale", "cfg", "steps")
 _SETTINGS = {"scale": "sag_scale", "cfg": "guidance_scale", "steps": "num_inference_steps"}
@@ -85,7 +85,7 @@ class Cell:
     prompt: str
     seed: int
     settings: GenerationSettings
-    guidance: Guidance
+    guidance: Guidance | GuidanceSum
 
     def at(self, axis: Axis, value: Any) -> Cell:
         """This cell with another value on an axis.
@@ -132,7 +132,7 @@ def cells_of(base: Cell, rows: Axis, columns: Axis) -> list[list[Cell]]:
     return [[cell(row, column) for column in columns.values] for row in rows.values]
 
 
-def _called(guidance: Guidance) -> str:
+def _called(guidance: Guidance | GuidanceSum) -> str:
     from .metadata import method_label  # it imports numpy
 
     return f"{method_label(guidance.method)} {guidance.scale:g}"

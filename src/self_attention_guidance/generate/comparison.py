@@ -103,7 +103,7 @@ def compare(
     prompts = check_prompts(prompts)
     scales = check_scales(sag_scales)
     settings = settings or GenerationSettings()
-    if show_attention and not isinstance(pipeline.guidance, Blurring):
+    if show_attention and not any(isinstance(part, Blurring) for part in pipeline.guidance.parts):
         raise ValueError(
             f"show_attention shows where pictures were blurred: {pipeline.guidance.method} blurs"
             " none"

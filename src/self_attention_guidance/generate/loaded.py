@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
-from ..guidance import Guidance
+from ..guidance import Guidance, GuidanceSum, guidance_of
 from ..models.builtin import RecommendedSettings
 from .schedulers import make_scheduler
 
@@ -50,7 +50,7 @@ class Loaded(Generic[Settings]):
         if scheduler is not None:
             pipeline.scheduler = self.make_scheduler(scheduler)
 
-    def guidance(self, fast: bool = False, **guidance: Any) -> Guidance:
+    def guidance(self, fast: bool = False, **guidance: Any) -> Guidance | GuidanceSum:
         """The guidance that `use` gives the pipeline.
 
         Args:
@@ -60,12 +60,19 @@ class Loaded(Generic[Settings]):
         Raises:
             ValueError: A setting is unknown or outside its range.
         """
-        base: Guidance = self.recommended.make_fast_guidance() if fast else self.pipeline.guidance
-        method = guidance.get("method", base.method)
-        if method != base.method:
+        if "guidances" in guidance:  # several, each as if it were alone
+            several = [self.guidance(fast, **each) for each in guidance["guidances"]]
+            parts = tuple(part for each in several for part in each.parts)
+            return GuidanceSum(parts, guidance.get("scale", 1.0))
+        own: Guidance | GuidanceSum = (
+            self.recommended.make_fast_guidance() if fast else self.pipeline.guidance
+        )
+        settings = own.to_dict()
+        method = guidance.get("method", own.method)
+        if method != own.method:
             base = Guidance.from_dict({"method": method})
-            base = base.fast() if fast else base
-        return Guidance.from_dict({**base.to_dict(), **guidance})
+            settings = (base.fast() if fast else base).to_dict()
+        return guidance_of({**settings, **guidance})
 
     def restore(self, record: Mapping[str, Any]) -> Settings:
         """Prepares the pipeline to draw pictures again: gives it their guidance and scheduler.
@@ -80,7 +87,7 @@ class Loaded(Generic[Settings]):
             ValueError: A setting is unknown or outside its range.
         """
         pipeline: Any = self.pipeline
-        pipeline.guidance = Guidance.from_dict(record["guidance"])
+        pipeline.guidance = guidance_of(record["guidance"])
         pipeline.scheduler = make_scheduler(record["scheduler"], record["scheduler_config"])
         return self.settings_class(**record["settings"])
 

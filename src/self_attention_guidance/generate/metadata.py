@@ -8,6 +8,7 @@ colon or a line break is written as a JSON string. The JSON is a record, see `re
 from __future__ import annotations
 
 import json
+import math
 import re
 import zipfile
 from collections.abc import Mapping
@@ -27,10 +28,13 @@ Record = dict[str, Any]
 PARAMETERS_KEY = "parameters"
 RECORD_KEY = "sag_settings"
 
-# What extensions of the web interfaces call these.
 # Without these, there is no limit: a reader need not know of them.
 _NO_LIMIT = ("noise_from", "noise_to")
+# What extensions of the web interfaces call these, and what switches them on. Those of PAG and SEG
+# count steps instead of fractions.
 _WEB_NAMES = {"SAG Scale": "SAG Guidance Scale", "SAG Threshold": "SAG Mask Threshold"}
+_WEB_SWITCHES = {"sag": "SAG Guidance Enabled", "pag": "PAG Active", "seg": "SEG Active"}
+_COUNT_STEPS = ("pag", "seg")
 _NEGATIVE = "Negative prompt: "
 _FIELD = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 
@@ -99,14 +103,15 @@ def text_of(record: Mapping[str, Any]) -> str:
     if "sag_scales" in record:
         guidance["scale"] = record["sag_scales"]
     negative = settings.pop("negative_prompt", "")
+    steps: int = settings.pop("num_inference_steps")
     named = {
-        "Steps": settings.pop("num_inference_steps"),
+        "Steps": steps,
         "Sampler": label_of(record["scheduler"], record["scheduler_config"]),
         "CFG scale": settings.pop("guidance_scale", None),
         "Seed": record["seed"],
         "Size": "{}x{}".format(*record["size"]),
         "Model": record.get("model"),
-        **_guidance_fields(guidance),
+        **_guidance_fields(guidance, steps),
     }
     others = {
         **{n: v for n, v in settings.items() if n not in ("width", "height") and v != []},
@@ -127,7 +132,8 @@ def method_label(method: str) -> str:
     Args:
         method: Its short name.
     """
-    return method.upper() if len(method) <= 3 else method.capitalize()
+    names = method.split("+")
+    return "+".join(name.upper() if len(name) <= 3 else name.capitalize() for name in names)
 
 
 def png_text(record: Mapping[str, Any] | str) -> PngInfo:
@@ -230,16 +236,29 @@ def version_label() -> str:
     return f"self-attention-guidance {__version__}"
 
 
-def _guidance_fields(guidance: Mapping[str, Any]) -> dict[str, Any]:
+def _guidance_fields(guidance: Mapping[str, Any], steps: int) -> dict[str, Any]:
     """All settings of a guidance, "SAG Blur Sigma" and so on."""
     method = guidance["method"]
     fields: dict[str, Any] = {"Guidance Method": method}
-    for setting, value in guidance.items():
-        if setting == "method" or (setting in _NO_LIMIT and value is None):
+    if "guidances" in guidance:
+        fields["Guidance Scale"] = guidance["scale"]
+    for number, part in enumerate(guidance.get("guidances", [guidance])):
+        own = part["method"]
+        before = [each["method"] for each in guidance.get("guidances", [])[:number]]
+        again = f" {before.count(own) + 1}" if own in before else ""
+        for setting, value in part.items():
+            if setting == "method" or (setting in _NO_LIMIT and value is None):
+                continue
+            words = setting.removeprefix(f"{own}_").replace("_", " ").title()
+            name = f"{method_label(own)}{again} {words}"
+            fields[_WEB_NAMES.get(name, name)] = "default" if value is None else value
+        if again or not part["scale"]:
             continue
-        words = setting.removeprefix(f"{method}_").replace("_", " ").title()
-        name = f"{method_label(method)} {words}"
-        fields[_WEB_NAMES.get(name, name)] = "default" if value is None else value
+        if own in _WEB_SWITCHES:
+            fields[_WEB_SWITCHES[own]] = True
+        if own in _COUNT_STEPS:
+            begin, end = (math.ceil(part[name] * steps - 1e-9) for name in ("start", "stop"))
+            fields |= {f"{own.upper()} Start Step": begin, f"{own.upper()} End Step": end - 1}
     return fields
 
 

@@ -22,7 +22,7 @@ from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
 from ..denoiser.families import denoiser_of
-from ..guidance import Guidance
+from ..guidance import Guidance, GuidanceSum
 from ..pipelines.adm import ADMPipeline
 from .metadata import Record, version_label
 from .sample_settings import SampleSettings
@@ -134,7 +134,7 @@ def fingerprint(module: nn.Module) -> str:
     return f"{type(module).__name__} {digest.hexdigest()[:16]}"
 
 
-def _guidance(guidance: Guidance, scale: float | None) -> dict[str, Any]:
+def _guidance(guidance: Guidance | GuidanceSum, scale: float | None) -> dict[str, Any]:
     if scale is not None:
         guidance = dataclasses.replace(guidance, scale=float(scale))
     if guidance.scale == 0:  # then nothing else of it has an effect

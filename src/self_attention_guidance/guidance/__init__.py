@@ -7,6 +7,7 @@ from .handle import GuidanceHandle, attach
 from .pag import PerturbedAttentionGuidance
 from .sag import BlurGuidance, SelfAttentionGuidance
 from .seg import SmoothedEnergyGuidance
+from .several import GuidanceSum, guidance_of
 from .slg import SkipLayerGuidance
 from .tpg import TokenPerturbationGuidance
 
@@ -16,6 +17,7 @@ __all__ = [
     "Branch",
     "Guidance",
     "GuidanceHandle",
+    "GuidanceSum",
     "PerturbedAttentionGuidance",
     "SelfAttentionGuidance",
     "SkipLayerGuidance",
@@ -23,4 +25,5 @@ __all__ = [
     "Step",
     "TokenPerturbationGuidance",
     "attach",
+    "guidance_of",
 ]

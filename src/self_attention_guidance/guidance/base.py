@@ -21,6 +21,7 @@ from ..denoiser.weakening import Change, Weaken, attending_by, changing_block, r
 
 if TYPE_CHECKING:
     from .handle import GuidanceHandle
+    from .several import GuidanceSum
 
 Branch = Literal["uncond", "cond"]
 Self = TypeVar("Self", bound="Guidance")
@@ -193,6 +194,17 @@ class Guidance:
             raise ValueError(f"branch={self.branch!r} must be 'uncond' or 'cond'")
 
     @property
+    def parts(self) -> tuple[Guidance, ...]:
+        """Itself: what `attach` takes, as for the sum of several."""
+        return (self,)
+
+    def __add__(self, other: Guidance | GuidanceSum) -> GuidanceSum:
+        """Both guidances together: their terms add up."""
+        from .several import GuidanceSum
+
+        return GuidanceSum((*self.parts, *other.parts))
+
+    @property
     def has_noise_window(self) -> bool:
         """Whether the noise of a step decides if it is guided."""
         return self.noise_from is not None or self.noise_to is not None
@@ -260,8 +272,10 @@ class Guidance:
         return {"method": self.method, **{n: _plain(value) for n, value in settings.items()}}
 
     @staticmethod
-    def from_dict(settings: dict[str, Any]) -> Guidance:
+    def from_dict(settings: Mapping[str, Any]) -> Guidance:
         """The guidance that `to_dict` gave; settings that are missing have their defaults.
+
+        That of a sum of guidances is read by `guidance_of`.
 
         Raises:
             ValueError: The method or a setting is not known, or has a value out of its range.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import warnings
 import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -230,7 +231,7 @@ class GuidanceHandle:
         if run.is_new:
             refuse_caches(module)
             for guidance in self.guidances:
-                _refuse_empty_window(guidance, run)
+                _check_window(guidance, run)
         acting = [n for n in self._numbers if _acts(self.guidances[n], run, run.step)]
         if acting:
             self._guided_call = self._begin(module, call, caller, acting)
@@ -311,18 +312,27 @@ def _acts(guidance: Guidance, run: Run, step: int) -> bool:
     return guidance.acts_at(step, len(run.schedule), noise)
 
 
-def _refuse_empty_window(guidance: Guidance, run: Run) -> None:
-    """Refuse a window of noise that holds no step from the run's first one on."""
+def _check_window(guidance: Guidance, run: Run) -> None:
+    """Refuse a window of noise that holds no step from the run's first one on.
+
+    One of fractions is warned of: a run may be divided between pipelines, of which one is guided.
+    """
     steps = range(run.step, len(run.schedule))
-    if not guidance.has_noise_window or guidance.scale == 0:
+    if guidance.scale == 0 or any(_acts(guidance, run, step) for step in steps):
         return
-    if not any(_acts(guidance, run, step) for step in steps):
+    if guidance.has_noise_window:
         levels = [run.schedule.noise(step) for step in steps]
         raise ValueError(
             f"no step is guided by {guidance}: the noise of this run's {len(levels)} steps goes "
             f"from {max(levels):.4g} down to {min(levels):.4g}; change noise_from and noise_to, or "
             "start and stop, or take more steps"
         )
+    first = run.step / len(run.schedule)
+    warnings.warn(
+        f"no step is guided by {guidance}: this run has the {len(steps)} steps from {first:.3g} of "
+        "the way on; change start and stop, or take more steps",
+        stacklevel=2,
+    )
 
 
 def _handles_on(denoiser: nn.Module) -> list[GuidanceHandle]:

@@ -20,7 +20,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from ..checks import check_count, check_finite
-from ..guidance import Guidance, SelfAttentionGuidance
+from ..guidance import Guidance, GuidanceSum, SelfAttentionGuidance
 from .classifier_guidance import classifier_guided_step, log_probability_gradient
 from .guided import GuidedPipelineMixin, show_to_loaders
 from .sharp_levels import sharp_noise_levels
@@ -44,7 +44,9 @@ class ADMPipeline(GuidedPipelineMixin, DiffusionPipeline):
     model_cpu_offload_seq = "classifier->unet"
     _optional_components = ["classifier"]  # noqa: RUF012  # diffusers reads it from the class
 
-    guidance: Guidance = SelfAttentionGuidance(0.5, blur_sigma=9.0, blur_kernel_size=31)
+    guidance: Guidance | GuidanceSum = SelfAttentionGuidance(
+        0.5, blur_sigma=9.0, blur_kernel_size=31
+    )
 
     def __init__(
         self,

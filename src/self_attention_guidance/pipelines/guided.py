@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 import diffusers
 from diffusers import DiffusionPipeline
 
-from ..guidance import Guidance, GuidanceHandle, SelfAttentionGuidance, attach
+from ..guidance import Guidance, GuidanceHandle, GuidanceSum, SelfAttentionGuidance, attach
 
 Call = TypeVar("Call", bound=Callable[..., Any])
 
@@ -24,12 +24,12 @@ class GuidedPipelineMixin:
     """Settings of guidance on a diffusers pipeline, which its calls attach and remove.
 
     Attributes:
-        guidance: The settings; assign a `SelfAttentionGuidance` or another guidance to change
-            them. Its `scale` is replaced by the call's `sag_scale`.
+        guidance: The settings; assign a `SelfAttentionGuidance`, another guidance, or the sum of
+            several to change them. Its `scale` is replaced by the call's `sag_scale`.
         guidance_handle: The handle of the running or last guided call: its mask and attention.
     """
 
-    guidance: Guidance = SelfAttentionGuidance()
+    guidance: Guidance | GuidanceSum = SelfAttentionGuidance()
     guidance_handle: GuidanceHandle | None = None
 
     @contextmanager
@@ -52,7 +52,7 @@ class GuidedPipelineMixin:
         if guidance.scale == 0:
             yield
             return
-        with attach(self, guidance, is_for_this_thread=True) as self.guidance_handle:
+        with attach(self, *guidance.parts, is_for_this_thread=True) as self.guidance_handle:
             yield
 
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:

@@ -1,0 +1,94 @@
+"""Several guidances as one setting."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..checks import check_number
+from .base import Guidance
+
+if TYPE_CHECKING:
+    from ..denoiser.families import BatchLayout
+    from ..denoiser.noise import Scheduler
+    from .handle import GuidanceHandle
+
+
+@dataclass(frozen=True)
+class GuidanceSum:
+    """Several guidances whose terms add up: `SelfAttentionGuidance(0.5) + BlurGuidance(0.2)`.
+
+    Attributes:
+        guidances: At least two. Each has settings and a weakened pass of its own.
+        scale: Factor of all of their scales, any finite number; 0 is off.
+
+    Raises:
+        ValueError: There are fewer guidances, or the scale is not finite.
+    """
+
+    guidances: tuple[Guidance, ...]
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check both."""
+        check_number("scale", self.scale, -math.inf, math.inf)
+        if len(self.guidances) < 2:
+            raise ValueError(f"guidances={self.guidances!r} must be at least two")
+
+    @property
+    def method(self) -> str:
+        """The short names, "sag+pag" say."""
+        return "+".join(each.method for each in self.guidances)
+
+    @property
+    def parts(self) -> tuple[Guidance, ...]:
+        """The guidances with the scales that they act with, for `attach`."""
+        return tuple(
+            dataclasses.replace(each, scale=each.scale * self.scale) for each in self.guidances
+        )
+
+    def __add__(self, other: Guidance | GuidanceSum) -> GuidanceSum:
+        """Both together."""
+        return GuidanceSum(self.parts + other.parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings, as JSON can hold them; `guidance_of` reads them."""
+        parts = [each.to_dict() for each in self.guidances]
+        return {"method": self.method, "scale": self.scale, "guidances": parts}
+
+    def attach(
+        self,
+        target: Any,
+        *,
+        scheduler: Scheduler | None = None,
+        batch_layout: BatchLayout | None = None,
+    ) -> GuidanceHandle:
+        """Guide every call of a denoiser until the handle is removed (see `Guidance.attach`)."""
+        from .handle import attach
+
+        return attach(target, *self.parts, scheduler=scheduler, batch_layout=batch_layout)
+
+
+def guidance_of(settings: Mapping[str, Any]) -> Guidance | GuidanceSum:
+    """What `to_dict` gave, of one guidance or of several; missing settings have their defaults.
+
+    Args:
+        settings: With the short name as "method", or several, "sag+pag", and their settings as
+            "guidances".
+
+    Raises:
+        ValueError: A method or a setting is not known, or has a value out of its range.
+    """
+    named = [{"method": name} for name in str(settings.get("method")).split("+")]
+    if len(named) == 1:
+        return Guidance.from_dict(settings)
+    for unknown in settings.keys() - {"method", "scale", "guidances"}:
+        raise ValueError(f"{unknown!r} is not a setting of several guidances together")
+    parts = tuple(Guidance.from_dict(each) for each in settings.get("guidances", named))
+    found = GuidanceSum(parts, settings.get("scale", 1.0))
+    if found.method != settings["method"]:
+        raise ValueError(f"method={settings['method']!r} must be {found.method!r}")
+    return found
