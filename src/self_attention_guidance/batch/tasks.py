@@ -27,7 +27,7 @@ _MOST_IMAGES = 100_000
 _LARGEST_EXACT = 2**53
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # a list may ask for millions
 class Task:
     """One picture that is to be drawn. Nothing else decides how it looks, beside the model.
 
@@ -182,7 +182,7 @@ def _settings(told: Mapping[str, Any], defaults: Defaults) -> GenerationSettings
     for column in ("guidance_scale", "sag_scale"):
         if column in told:
             changes[column] = _number(column, told[column])
-    settings = replace(defaults.settings, **changes)
+    settings = replace(defaults.settings, **changes) if changes else defaults.settings
     _check_limits(settings, defaults)
     return settings
 
