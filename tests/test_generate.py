@@ -6,6 +6,7 @@ import dataclasses
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest

@@ -15,6 +15,7 @@ from ..generate.workers import Crew, Lost, distribute
 from .artists import Artist
 from .drawing import (
     IMAGES,
+    JOB,
     Row,
     Unit,
     UnitResult,
@@ -28,7 +29,6 @@ from .plan import Plan, Source, after_death
 from .storage import Storage
 from .tasks import Defaults
 
-JOB = "job.json"
 # A part of the manifest is written after as many rows or seconds: what `kill -9` can cost.
 _ROWS_IN_PART = 1000
 _SECONDS_OF_PART = 5.0

@@ -15,8 +15,8 @@ from filelock import FileLock, Timeout
 
 from ..generate.files import whole_file
 
-_UNFINISHED = ".unfinished"
-_LOCK = ".lock"
+UNFINISHED = ".unfinished"
+LOCK = ".lock"
 # In an object store, a run shows that it is alive by writing its lock again.
 _LOCK_SECONDS = 60.0
 
@@ -86,7 +86,7 @@ class Storage:
             OSError: It cannot be written, for example because the disk is full.
         """
         if self.is_local:  # fsspec's own transactions go by way of another file system
-            with whole_file(self._path(name), folder=self._path(_UNFINISHED)) as file:
+            with whole_file(self._path(name), folder=self._path(UNFINISHED)) as file:
                 yield file
             return
         # A connection of its own: the lock is written meanwhile, and is no part of it.
@@ -152,11 +152,11 @@ class Storage:
         """
         self.make()
         with self._local_lock() if self.is_local else self._lease():
-            self.remove(_UNFINISHED)  # what a run that was killed left
+            self.remove(UNFINISHED)  # what a run that was killed left
             try:
                 yield
             finally:
-                self.remove(_UNFINISHED)
+                self.remove(UNFINISHED)
 
     def _open(self, **options: bool) -> tuple[Any, str]:
         try:
@@ -170,13 +170,13 @@ class Storage:
     def _local_lock(self) -> Any:
         """Ends with the process, however that ends."""
         try:
-            return FileLock(self._path(_LOCK)).acquire(timeout=0)
+            return FileLock(self._path(LOCK)).acquire(timeout=0)
         except Timeout:
             raise self._in_use() from None
 
     @contextmanager
     def _lease(self) -> Generator[None]:
-        there = self.read(_LOCK)
+        there = self.read(LOCK)
         age = time.time() - json.loads(there)["time"] if there else _LOCK_SECONDS
         if age < _LOCK_SECONDS:
             raise self._in_use()
@@ -195,10 +195,10 @@ class Storage:
         finally:
             ended.set()
             keeper.join()
-            self.remove(_LOCK)
+            self.remove(LOCK)
 
     def _write_lock(self) -> None:
-        self.write(_LOCK, json.dumps({"time": time.time()}).encode())
+        self.write(LOCK, json.dumps({"time": time.time()}).encode())
 
     def _in_use(self) -> ValueError:
         return ValueError(f"out={self.url!r} is in use by another run: wait for it, or end it")

@@ -8,6 +8,7 @@ from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 from ..checks import check_count, check_finite, check_text, seeds_of
+from ..generate.sample_settings import SampleSettings
 from ..generate.settings import GenerationSettings
 
 COLUMNS = (
@@ -37,7 +38,8 @@ class Task:
         id: What the row is called; its number if it has no name.
         prompt: Its prompt, may be empty.
         seed: Its seed.
-        settings: All others.
+        settings: All others, without classes.
+        label: Its class; `None` leaves it to the model.
     """
 
     row: int
@@ -45,7 +47,8 @@ class Task:
     id: str
     prompt: str
     seed: int
-    settings: GenerationSettings
+    settings: GenerationSettings | SampleSettings
+    label: int | None = None
 
     @property
     def name(self) -> str:
