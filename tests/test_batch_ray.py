@@ -18,8 +18,8 @@ from ray.cluster_utils import Cluster
 
 from self_attention_guidance import builtin_model
 from self_attention_guidance.batch import BatchJob, Defaults, Model, SampleJob
+from self_attention_guidance.batch.workers import Crew, distribute
 from self_attention_guidance.generate import SampleSettings
-from self_attention_guidance.generate.workers import Crew, distribute
 from stand_in import StandIn
 from test_batch_jobs import counts, job, listed, rows_of
 

@@ -3,7 +3,7 @@
 Example:
     ```python
     from self_attention_guidance.batch import BatchJob, Defaults, Model, PromptList
-    from self_attention_guidance.generate.workers import Crew
+    from self_attention_guidance.batch.workers import Crew
 
     model = Model(name="emoji")
     defaults = Defaults(settings=model.settings())

@@ -9,7 +9,6 @@ from typing import Any, Protocol, cast
 from ..generate.arguments import check_size, with_defaults
 from ..generate.drawing import GeneratedImage, Progress, PromptArtist
 from ..generate.finding import find_prompt_or_pixel_model, is_pixel_model
-from ..generate.labels import choose_labels
 from ..generate.loaded import settings_of
 from ..generate.metadata import Record
 from ..generate.models import (
@@ -30,6 +29,7 @@ from ..generate.schedulers import check_scheduler_name
 from ..generate.settings import GenerationSettings
 from ..guidance import Guidance
 from ..models.builtin import recommended_settings
+from .labels import choose_labels
 from .tasks import Task
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from ..checks import check_count
-from ..generate.workers import Crew, Lost, distribute
 from .artists import Artist
 from .drawing import (
     IMAGES,
@@ -28,6 +27,7 @@ from .manifest import MANIFEST, PARTS, Manifest
 from .plan import Plan, Source, after_death
 from .storage import Storage
 from .tasks import Defaults
+from .workers import Crew, Lost, distribute
 
 # A part of the manifest is written after as many rows or seconds: what `kill -9` can cost.
 _ROWS_IN_PART = 1000

@@ -7,11 +7,11 @@ import itertools
 from collections.abc import Iterable, Iterator
 
 from ..generate.record import difference
-from ..generate.workers import TRIES
 from .drawing import Unit, row_of_task
 from .lists import PromptList
 from .manifest import Finished, Manifest
 from .tasks import COLUMNS, BadRow, Defaults, Task, bad_row, tasks_of, unconditional_tasks
+from .workers import TRIES
 
 Item = Task | BadRow
 Source = PromptList | int
@@ -91,7 +91,7 @@ class Plan:
     def _add(self, item: Item, finished: Finished) -> None:
         self.total += 1
         is_task = isinstance(item, Task)
-        digest, is_bad = finished.find(item.row, item.image if is_task else 0) or (None, True)
+        digest, is_bad = finished.get((item.row, item.image if is_task else 0), (None, True))
         if digest != item.digest and not is_bad:  # else it's not there, or was mended since
             raise ValueError(
                 f"prompts: row {item.row} (from 0) was drawn with {self._difference(item)}: give"

@@ -30,18 +30,18 @@ from ..denoiser.noise import check_scheduler
 from ..generate.drawing import Progress
 from ..generate.files import check_free, check_samples_path, grid_path, parts_folder, save_png
 from ..generate.grid import draw_tiles
-from ..generate.labels import choose_labels
 from ..generate.metadata import RECORD_KEY, read_record
-from ..generate.npz import StreamedArray, write_npz
 from ..generate.pixel_drawing import to_image
 from ..generate.record import describe_samples, difference
 from ..generate.sample_settings import SampleSettings
-from ..generate.workers import Crew, Lost, distribute
 from ..pipelines.adm import ADMPipeline
 from .artists import PixelArtist
 from .drawing import IMAGES, JOB, Unit, UnitWorker, picture_file
+from .labels import choose_labels
+from .npz import StreamedArray, write_npz
 from .storage import LOCK, UNFINISHED, Storage
 from .tasks import Task
+from .workers import Crew, Lost, distribute
 
 _MOST_TILES = 64
 
@@ -165,15 +165,15 @@ class SampleJob:
         if not crew.is_here and load is None:
             raise ValueError("load must be given for more than one worker")
         started, seconds, count = time.monotonic(), 0.0, len(self.tasks)
-        try:
-            with self.storage.locked():
+        with self.storage.locked():
+            try:
                 if not self.is_written:
                     self._draw(batch_size, crew, self._artist(crew, load, on_progress), on_progress)
                     seconds = time.monotonic() - started
                     self._write_files()
                 self.storage.remove(JOB, IMAGES)
-        finally:
-            self._remove_if_empty()
+            finally:
+                self._remove_if_empty()
         drawn, self.drawn = count - self.drawn, count
         return FinishedSamples(
             path=self.out, grid=grid_path(self.out), count=count, drawn=drawn, seconds=seconds
@@ -264,12 +264,12 @@ class SampleJob:
 
     def _remove_if_empty(self) -> None:
         """The folder, unless pictures or files of others are in it."""
-        folder = parts_folder(self.out)
-        if not any(map(self.storage.names, self.storage.names(IMAGES))):
-            self.storage.remove(JOB, IMAGES)
-            (folder / LOCK).unlink(missing_ok=True)
-            with suppress(OSError):
-                folder.rmdir()
+        if any(map(self.storage.names, self.storage.names(IMAGES))):
+            return
+        self.storage.remove(JOB, IMAGES, UNFINISHED)
+        with suppress(OSError):
+            (parts_folder(self.out) / LOCK).unlink()
+            parts_folder(self.out).rmdir()
 
 
 def _loaded_artist(

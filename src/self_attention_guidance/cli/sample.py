@@ -95,7 +95,7 @@ def sample_command(
       sag sample --model ./imagenet128 --num-samples 8 --classes 207,360 --sag-scale 0.1
       sag sample --model ./imagenet256 --num-samples 50000 --batch-size 16 --out in256.npz
     """
-    from ..generate.workers import Crew
+    from ..batch.workers import Crew
 
     crew = Crew(workers=workers)
     _check_before_loading(options, num_samples, out, overwrite)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .files import whole_file
+from ..generate.files import whole_file
 
 
 class StreamedArray(NamedTuple):
