@@ -17,9 +17,9 @@ import ray
 from ray.cluster_utils import Cluster
 
 from self_attention_guidance import builtin_model
-from self_attention_guidance.batch import BatchJob, Defaults, Model
-from self_attention_guidance.generate import SampleRun, SampleSettings
-from self_attention_guidance.generate.workers import Crew, distribute
+from self_attention_guidance.batch import BatchJob, Defaults, Model, SampleJob
+from self_attention_guidance.batch.workers import Crew, distribute
+from self_attention_guidance.generate import SampleSettings
 from stand_in import StandIn
 from test_batch_jobs import counts, job, listed, rows_of
 
@@ -64,8 +64,8 @@ def test_two_workers_draw_what_one_draws(cluster: Cluster, tmp_path: Path) -> No
 def test_samples_of_two_workers_are_those_of_one(cluster: Cluster, tmp_path: Path) -> None:
     settings = SampleSettings(num_inference_steps=3)
     for name, crew in {"one": Crew(), "two": Crew(workers=2)}.items():
-        run = SampleRun(builtin_model("emoji-adm"), tmp_path / f"{name}.npz", 7, settings)
-        run.finish(2, crew=crew, load=functools.partial(builtin_model, "emoji-adm"))
+        sampled = SampleJob(builtin_model("emoji-adm"), tmp_path / f"{name}.npz", 7, settings)
+        sampled.run(2, crew=crew, load=functools.partial(builtin_model, "emoji-adm"))
     assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
 
 

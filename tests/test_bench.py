@@ -14,41 +14,18 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
 
+from known_networks import NETWORKS, Network, embedding_inputs, exact_guidance, fast_guidance, load
+from measuring import Result, VariantResult, bench, measure, work
+from memory import Memory, of_process
+from plan import Configuration, plan
+from random_networks import sd15_unet, sdxl_unet, stable_diffusion, stable_diffusion_xl
 from self_attention_guidance import StableDiffusionSAGPipeline
-from self_attention_guidance.bench import (
-    NETWORKS,
-    VARIANTS,
-    Configuration,
-    Network,
-    Report,
-    Result,
-    Subject,
-    VariantResult,
-    as_json,
-    bench,
-    exact_guidance,
-    fast_guidance,
-    format_table,
-    load,
-    measure,
-    order,
-    plan,
-    ratios,
-    spread,
-    time_rounds,
-    work,
-)
-from self_attention_guidance.bench.memory import Memory, of_process
-from self_attention_guidance.bench.networks import embedding_inputs
-from self_attention_guidance.bench.random_networks import (
-    sd15_unet,
-    sdxl_unet,
-    stable_diffusion,
-    stable_diffusion_xl,
-)
+from table import Report, as_json, format_table
+from timing import order, ratios, spread, time_rounds
 from tiny import TEXT_WIDTH, tiny_pipeline, tiny_unet
 from tiny_pixels import one_thread
 from tiny_xl import xl_unet
+from variants import VARIANTS, Subject
 
 STEPS = 4
 TOLERANCE = 1e-4

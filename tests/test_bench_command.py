@@ -1,9 +1,10 @@
-"""The command `bench`, run as a user runs it."""
+"""The benchmark of cost, run as a developer runs it."""
 
 from __future__ import annotations
 
 import io
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -15,10 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from command_line import error_of, help_without_torch, run
-from self_attention_guidance.bench import VARIANTS, plan
-from self_attention_guidance.bench.memory import Memory, of_process
+import measuring
+from bench import main
+from memory import Memory, of_process
+from plan import plan
 from tiny_pixels import one_thread
+from variants import VARIANTS
 
 QUICK = ("--pairs", 1, "--steps", 2, "--no-memory")
 
@@ -27,6 +30,19 @@ QUICK = ("--pairs", 1, "--steps", 2, "--no-memory")
 def on_one_thread() -> Iterator[None]:
     with one_thread():
         yield
+
+
+def run(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    assert run(*arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
 
 
 @dataclass(frozen=True)
@@ -43,7 +59,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
     folder, told = tmp_path_factory.mktemp("bench"), io.StringIO()
     files = ("--json", folder / "a.json", "--plot", folder / "a.png")
     with redirect_stdout(told):
-        assert run("bench", "--pairs", 2, "--steps", 3, "--no-memory", *files) == 0
+        assert run("--pairs", 2, "--steps", 3, "--no-memory", *files) == 0
     content = json.loads((folder / "a.json").read_text(encoding="utf-8"))
     return Measured(folder, told.getvalue(), content)
 
@@ -111,20 +127,21 @@ def test_plot_is_a_picture(measured: Measured) -> None:
 
 
 def test_memory_grows_with_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(VARIANTS, "fast")  # every process takes seconds to start
+    few = {name: VARIANTS[name] for name in ("none", "exact", "diffusers")}
+    monkeypatch.setattr(measuring, "VARIANTS", few)  # every process takes seconds to start
     out = tmp_path / "a.json"
     sizes = ("--steps", 1, "--batch-size", 8)
     networks = ("--networks", "emoji-adm", "--cfg", "off")
-    assert run("bench", *networks, *sizes, "--pairs", 1, "--json", out) == 0
+    assert run(*networks, *sizes, "--pairs", 1, "--json", out) == 0
     (result,) = json.loads(out.read_text(encoding="utf-8"))["results"]
     variants = named(result)
     (single,) = plan(["emoji-adm"], device="cpu", steps=1)
-    few = of_process(single, "none")
-    assert isinstance(few, Memory)
+    of_one = of_process(single, "none")
+    assert isinstance(of_one, Memory)
     for name in ("none", "exact"):
         memory = variants[name]["memory"]
         assert 0 < memory["before"] < memory["peak"]
-        assert memory["peak"] > few.peak + 10
+        assert memory["peak"] > of_one.peak + 10
     assert variants["diffusers"]["memory"] is None
 
 
@@ -144,7 +161,7 @@ def test_memory_grows_with_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (("--pairs", 0), "pairs=0 must be a whole number, at least 1"),
         (("--steps", 0), "steps=0 must be a whole number, at least 1"),
         (("--steps", 1001), "steps=1001 must be at most 1000"),
-        (("--batch-size", -1), "--batch-size=-1 must be a whole number, at least 1"),
+        (("--batch-size", -1), "batch_size=-1 must be a whole number, at least 1"),
         (("--size", 128), "size=128 is for sd15, sdxl"),
         (("--networks", "sd15", "--size", 100), "size=100 must be a multiple of 64"),
         (("--networks", "sd15", "--size", 0), "size=0 must be a whole number, at least 1"),
@@ -152,13 +169,12 @@ def test_memory_grows_with_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (("--json", "a.txt"), "json='a.txt' must end in .json"),
         (("--plot", "a.jpg"), "plot='a.jpg' must end in .png"),
         (("--plot", "missing/a.png"), "there is no folder 'missing'"),
-        (("--pairs", "many"), "--pairs"),
     ],
 )
 def test_nonsense_is_refused(
     arguments: tuple[object, ...], told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert told in error_of(capsys, "bench", *arguments)
+    assert told in error_of(capsys, *arguments)
 
 
 def test_files_are_replaced_when_asked_only(
@@ -166,7 +182,7 @@ def test_files_are_replaced_when_asked_only(
 ) -> None:
     out = tmp_path / "a.json"
     out.write_text("mine")
-    arguments = ("bench", "--networks", "emoji-adm", *QUICK, "--json", out)
+    arguments = ("--networks", "emoji-adm", *QUICK, "--json", out)
     assert "exists: replace it with --overwrite" in error_of(capsys, *arguments)
     assert out.read_text() == "mine"
     assert run(*arguments, "--overwrite") == 0
@@ -178,9 +194,22 @@ def test_plots_need_matplotlib(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    told = error_of(capsys, "bench", "--plot", tmp_path / "a.png")
+    told = error_of(capsys, "--plot", tmp_path / "a.png")
     assert "plot needs matplotlib" in told
 
 
-def test_help_answers_without_torch() -> None:
-    assert "sag bench --networks emoji" in help_without_torch("bench")
+@pytest.mark.parametrize("arguments", [("--pairs", "many"), ("--rows", 1), ("emoji",)])
+def test_options_are_checked(
+    arguments: tuple[object, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(*arguments)
+    assert ended.value.code == 2
+    assert ": error: " in capsys.readouterr().err
+
+
+def test_it_is_a_program_with_a_help() -> None:
+    script = Path(__file__).parents[1] / "benchmarks" / "cost" / "bench.py"
+    told = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    assert "bench.py --networks emoji --modes eager,compiled" in told.stdout

@@ -55,10 +55,6 @@ LITTLE = {
     "sample": ["--steps", "2", "--overwrite", *FEW],
     "batch": ["--steps", "2", "--workers", "1"],
     "evaluate": ["--overwrite"],
-    "bench": [
-        *("--networks", "emoji", "--modes", "eager", "--dtypes", "float32", "--cfg", "off"),
-        *("--steps", "1", "--pairs", "1", "--no-memory", "--overwrite"),
-    ],
 }
 # Programs of others.
 FOREIGN = ("ray", "pip", "python evaluator.py")

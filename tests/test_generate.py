@@ -6,6 +6,7 @@ import dataclasses
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -410,8 +411,8 @@ def test_files_are_not_overwritten_unless_asked(tmp_path: Path) -> None:
 class InterruptedImage(Image.Image):
     """Writes half a file, then is interrupted."""
 
-    def save(self, fp: Path, **_: object) -> None:  # type: ignore[override]
-        Path(fp).write_bytes(b"\x89PNG half")
+    def save(self, fp: IO[bytes], **_: object) -> None:  # type: ignore[override]
+        fp.write(b"\x89PNG half")
         raise KeyboardInterrupt
 
 

@@ -358,12 +358,12 @@ def test_damaged_manifests(places: Sequence[tuple[int, int]], cut: int | None) -
             assert "damaged" in str(error)
 
 
-COMMANDS = ["generate", "compare", "sample", "batch", "evaluate", "convert", "bench", "demo", ""]
+COMMANDS = ["generate", "compare", "sample", "batch", "evaluate", "convert", "demo", ""]
 OPTIONS = [
     *("--steps", "--seed", "--batch-size", "--size", "--scheduler", "--sag-scale", "--blur-sigma"),
     *("--out", "--num-images", "--num-samples", "--classes", "--sag-scales", "--threshold"),
     *("--start", "--stop", "--every", "--branch", "--dtype", "--device", "--json", "--port"),
-    *("--workers", "--shard-size", "--fast", "--overwrite", "--networks", "--preset", "--layer"),
+    *("--workers", "--shard-size", "--fast", "--overwrite", "--preset", "--layer"),
     "--guidance",
 ]
 
@@ -386,7 +386,6 @@ def test_command_lines(command: str, arguments: list[str]) -> None:
             "sample": ["--model", missing],
             "batch": ["--model", missing],
             "demo": ["--model", missing],
-            "bench": ["--networks", missing],
             "evaluate": [missing],
         }.get(command, [])
         before = os.getcwd()

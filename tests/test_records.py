@@ -16,9 +16,9 @@ from PIL import Image
 
 from command_line import run
 from self_attention_guidance import BlurGuidance, Guidance, NoisyClassifier
+from self_attention_guidance.batch import SampleJob
 from self_attention_guidance.evaluate.sources import NpzSource
 from self_attention_guidance.generate import (
-    SampleRun,
     compare,
     generate,
     load_pipeline,
@@ -199,8 +199,8 @@ def test_samples(tmp_path: Path, pixel_model: str, classifier: Path, method: str
     def again(record: dict[str, Any], batch_size: int = 2) -> np.ndarray:
         settings, count = loaded.restore(record), record["num_samples"]
         made = {"seed": record["seed"], "model_name": record["model"], "overwrite": True}
-        run = SampleRun(loaded.pipeline, tmp_path / "again.npz", count, settings, **made)
-        return arrays_of(run.finish(batch_size).path)["arr_0"]
+        job = SampleJob(loaded.pipeline, tmp_path / "again.npz", count, settings, **made)
+        return arrays_of(job.run(batch_size).path)["arr_0"]
 
     drawn = arrays_of(path)["arr_0"]
     assert (again(record) == drawn).all()
@@ -258,9 +258,9 @@ def test_samples_of_batch(tmp_path: Path, pixel_model: str, method: str) -> None
         loaded = load_pixel_model(pixel_model, "cpu", record["dtype"])
         loaded.pipeline.set_progress_bar_config(disable=True)
         settings = loaded.restore(record)
-        again = SampleRun(
+        again = SampleJob(
             loaded.pipeline, tmp_path / f"{row['row']}.npz", 1, settings, seed=record["seed"]
-        ).finish(batch_size=1)
+        ).run(batch_size=1)
         assert (arrays_of(again.path)["arr_0"][0] == pixels(out / row["file"])).all()
         assert arrays_of(again.path)["arr_1"].tolist() == record["settings"]["classes"]
         assert read_parameters(out / row["file"]).settings["Classes"] == str(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from self_attention_guidance import (
     SelfAttentionGuidance,
     builtin_model,
 )
+from self_attention_guidance.batch import Storage
 from self_attention_guidance.generate import (
     find_model,
     load_pixel_model,
@@ -146,6 +149,27 @@ def test_user_errors_are_one_line(
         arguments = [*arguments, "--model", model]
     assert told in error_of(capsys, "sample", *arguments)
     assert not list(tmp_path.iterdir())
+
+
+def test_it_needs_neither_pyarrow_nor_ray(tmp_path: Path, model: str) -> None:
+    code = (
+        "import sys; sys.modules.update(pyarrow=None, ray=None);"
+        "from self_attention_guidance.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    arguments = ["sample", "--model", model, "--num-samples", "1", "--out", tmp_path / "a.npz"]
+    told = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert (told.returncode, told.stderr) == (0, "")
+    assert len(pictures_of(tmp_path / "a.npz")) == 1
+
+
+def test_two_runs_of_one_file_are_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, model: str
+) -> None:
+    out = tmp_path / "a.npz"
+    with Storage(f"{out}.parts").locked():
+        for _ in range(2):
+            told = error_of(capsys, "sample", "--model", model, "--num-samples", 1, "--out", out)
+            assert "is in use by another run" in told
 
 
 def test_number_of_samples_must_be_given(capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,7 @@ from self_attention_guidance import (
     BlurGuidance,
     SelfAttentionGuidance,
 )
+from self_attention_guidance.batch.npz import StreamedArray, write_npz
 from self_attention_guidance.generate import (
     SampleSettings,
     draw_tiles,
@@ -29,7 +30,6 @@ from self_attention_guidance.generate import (
     read_parameters,
     to_uint8,
 )
-from self_attention_guidance.generate.npz import StreamedArray, write_npz
 from tiny_pixels import (
     FEW,
     arrays_of,

@@ -18,11 +18,8 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
 from command_line import run
-from self_attention_guidance.generate import (
-    SampleRun,
-    SampleSettings,
-)
-from self_attention_guidance.generate.parts import Parts
+from self_attention_guidance.batch import SampleJob, Storage
+from self_attention_guidance.generate import SampleSettings
 from tiny_pixels import (
     FEW,
     SAG,
@@ -77,18 +74,19 @@ def test_killed_run_goes_on_without_loss_or_repetition(
     )
     parts = tmp_path / "killed.npz.parts"
     deadline = time.monotonic() + 60
-    while len(list(parts.glob("*.npy"))) < 2 and time.monotonic() < deadline:
+    while len(list(parts.rglob("*.png"))) < 4 and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (-signal.SIGKILL, "")
     assert not killed.exists()
-    drawn = 2 * len(list(parts.glob("*.npy")))
+    drawn = len(list(parts.rglob("*.png")))
     assert 0 < drawn < count
     with monkeypatch.context() as patch:
         calls = Calls(patch)
         assert run(*arguments, "--out", killed) == 0
-        assert calls.pictures == (count - drawn) * steps
+        batches = -(-(count - drawn) // 2)  # a batch of which half was written is filled up
+        assert calls.pictures == 2 * batches * steps
     assert not parts.exists()
     assert run(*arguments, "--out", whole) == 0
     assert killed.read_bytes() == whole.read_bytes()
@@ -102,9 +100,9 @@ def test_other_batch_size_device_and_count_go_on(
     settings = replace(FEW, sag_scale=0)
     interrupt(pipe, out, 3, settings)
     calls = Calls(monkeypatch)
-    going_on = SampleRun(pipe, out, 9, settings)
+    going_on = SampleJob(pipe, out, 9, settings)
     assert going_on.drawn == 3
-    assert going_on.finish(4).drawn == 6
+    assert going_on.run(4).drawn == 6
     assert calls.pictures == 8 * 2  # the last batch is filled up
     whole = pictures_of(finish(pipe, tmp_path / "b.npz", 9, settings).path)
     assert np.abs(pictures_of(out) - whole).max() <= 1
@@ -149,8 +147,8 @@ def test_other_settings_are_refused(
     out = tmp_path / "a.npz"
     interrupt(tiny_pipeline(), out, 1)
     with pytest.raises(ValueError, match=told):
-        SampleRun(make(), out, 5, settings, seed=seed)
-    assert SampleRun(tiny_pipeline(), out, 5, FEW).drawn == 1
+        SampleJob(make(), out, 5, settings, seed=seed)
+    assert SampleJob(tiny_pipeline(), out, 5, FEW).drawn == 1
 
 
 def test_other_settings_begin_anew_when_asked(tmp_path: Path) -> None:
@@ -164,24 +162,24 @@ def test_other_settings_begin_anew_when_asked(tmp_path: Path) -> None:
 
 def test_damaged_settings_are_refused(tmp_path: Path) -> None:
     interrupt(tiny_pipeline(), tmp_path / "a.npz", 1)
-    (tmp_path / "a.npz.parts" / "settings.json").write_text("[")
-    with pytest.raises(ValueError, match=r"settings\.json is missing or damaged"):
-        SampleRun(tiny_pipeline(), tmp_path / "a.npz", 5, FEW)
+    (tmp_path / "a.npz.parts" / "job.json").write_text("[")
+    with pytest.raises(ValueError, match=r"an unfinished run with a damaged job\.json"):
+        SampleJob(tiny_pipeline(), tmp_path / "a.npz", 5, FEW)
 
 
 def test_settings_without_batches_do_not_count(tmp_path: Path) -> None:
     out = tmp_path / "a.npz"
     interrupt(tiny_pipeline(), out, 1)
-    next((tmp_path / "a.npz.parts").glob("*.npy")).unlink()
+    next((tmp_path / "a.npz.parts").rglob("*.png")).unlink()
     interrupt(tiny_pipeline(), out, 1, replace(FEW, eta=0.5))
-    assert SampleRun(tiny_pipeline(), out, 5, replace(FEW, eta=0.5)).drawn == 1
+    assert SampleJob(tiny_pipeline(), out, 5, replace(FEW, eta=0.5)).drawn == 1
 
 
 def test_a_lost_batch_is_drawn_again(tmp_path: Path) -> None:
     out = tmp_path / "a.npz"
     interrupt(tiny_pipeline(), out, 4)
-    (tmp_path / "a.npz.parts" / "00000001-1.npy").unlink()
-    assert finish(tiny_pipeline(), out, batch_size=1).drawn == 4
+    (tmp_path / "a.npz.parts" / "images" / "000000" / "000000001-000.png").unlink()
+    assert finish(tiny_pipeline(), out, batch_size=1).drawn == 2
     finish(tiny_pipeline(), tmp_path / "b.npz", batch_size=1)
     assert out.read_bytes() == (tmp_path / "b.npz").read_bytes()
 
@@ -191,7 +189,7 @@ def test_run_that_was_killed_when_it_was_done(
 ) -> None:
     out = tmp_path / "a.npz"
     with monkeypatch.context() as patch:
-        patch.setattr(Parts, "remove", lambda self: None)
+        patch.setattr(Storage, "remove", lambda self, *names: None)
         finish(tiny_pipeline(), out)
     before = out.read_bytes()
     assert finish(tiny_pipeline(), out).drawn == 0
@@ -203,23 +201,23 @@ def test_run_that_was_killed_when_it_deleted_its_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "a.npz"
-    unlink, left = Path.unlink, iter(range(2))
+    remove, left = os.unlink, iter(range(2))
 
-    def unlink_two(path: Path, missing_ok: bool = False) -> None:
-        if path.suffix == ".npy" and next(left, None) is None:
+    def unlink_two(path: Any, **how: Any) -> None:
+        if str(path).endswith(".png") and next(left, None) is None:
             raise KeyboardInterrupt
-        unlink(path, missing_ok)
+        remove(path, **how)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "unlink", unlink_two)
+        patch.setattr(os, "unlink", unlink_two)
         with pytest.raises(KeyboardInterrupt):
             finish(tiny_pipeline(), out, batch_size=1)
     before = out.read_bytes()
-    assert len(list((tmp_path / "a.npz.parts").glob("*.npy"))) == 3
+    assert len(list((tmp_path / "a.npz.parts").rglob("*.png"))) == 3
     with pytest.raises(FileExistsError):
-        SampleRun(tiny_pipeline(), out, 6, FEW)
+        SampleJob(tiny_pipeline(), out, 6, FEW)
     with pytest.raises(FileExistsError):
-        SampleRun(tiny_pipeline(), out, 5, FEW, seed=1)
+        SampleJob(tiny_pipeline(), out, 5, FEW, seed=1)
     assert finish(tiny_pipeline(), out).drawn == 0
     assert out.read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "a.png"]
@@ -229,11 +227,11 @@ def test_finished_file_is_kept_unless_asked(tmp_path: Path) -> None:
     out = tmp_path / "a.npz"
     out.write_bytes(b"mine")
     with pytest.raises(FileExistsError, match=r"a\.npz' exists"):
-        SampleRun(tiny_pipeline(), out, 5, FEW)
+        SampleJob(tiny_pipeline(), out, 5, FEW)
     with pytest.raises(KeyboardInterrupt):
-        SampleRun(tiny_pipeline(), out, 5, FEW, overwrite=True).finish(1, stop_at_the_third_step())
+        SampleJob(tiny_pipeline(), out, 5, FEW, overwrite=True).run(1, stop_at_the_third_step())
     with pytest.raises(FileExistsError, match=r"a\.npz' exists"):
-        SampleRun(tiny_pipeline(), out, 5, FEW)
+        SampleJob(tiny_pipeline(), out, 5, FEW)
     assert out.read_bytes() == b"mine"
     assert finish(tiny_pipeline(), out, overwrite=True).drawn == 4
     assert len(pictures_of(out)) == 5
@@ -259,6 +257,6 @@ def test_foreign_files_are_not_deleted(tmp_path: Path) -> None:
 def test_progress_adds_up_to_the_missing_samples(tmp_path: Path) -> None:
     interrupt(tiny_pipeline(), tmp_path / "a.npz", 2)
     shares: list[float] = []
-    SampleRun(tiny_pipeline(), tmp_path / "a.npz", 5, FEW).finish(2, shares.append)
+    SampleJob(tiny_pipeline(), tmp_path / "a.npz", 5, FEW).run(2, shares.append)
     assert sum(shares) == pytest.approx(3)
     assert len(shares) == 4

@@ -18,11 +18,8 @@ from self_attention_guidance import (
     ADMPipeline,
     SelfAttentionGuidance,
 )
-from self_attention_guidance.generate import (
-    FinishedSamples,
-    SampleRun,
-    SampleSettings,
-)
+from self_attention_guidance.batch import FinishedSamples, SampleJob
+from self_attention_guidance.generate import SampleSettings
 from tiny import seeded
 
 FEW = SampleSettings(num_inference_steps=2)
@@ -89,7 +86,7 @@ def finish(
     pipe: Any, out: Path, count: int = 5, settings: SampleSettings = FEW, **arguments: Any
 ) -> FinishedSamples:
     batch_size = arguments.pop("batch_size", 2)
-    return SampleRun(pipe, out, count, settings, **arguments).finish(batch_size)
+    return SampleJob(pipe, out, count, settings, **arguments).run(batch_size)
 
 
 def interrupt(pipe: Any, out: Path, batches: int, settings: SampleSettings = FEW) -> None:
@@ -101,4 +98,4 @@ def interrupt(pipe: Any, out: Path, batches: int, settings: SampleSettings = FEW
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        SampleRun(pipe, out, 5, settings).finish(1, until_the_last)
+        SampleJob(pipe, out, 5, settings).run(1, until_the_last)

@@ -18,7 +18,7 @@ from torch._dynamo.utils import counters
 
 import self_attention_guidance
 from self_attention_guidance import SelfAttentionGuidance
-from self_attention_guidance.bench.timing import ratios, spread, time_rounds
+from shared import ratios, spread, time_rounds
 from subjects import Subject
 
 Record = dict[str, Any]

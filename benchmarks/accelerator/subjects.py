@@ -10,7 +10,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from self_attention_guidance.bench.random_networks import (
+from shared import (
     default_dtype,
     sd15_unet,
     sdxl_unet,

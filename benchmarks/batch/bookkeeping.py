@@ -18,8 +18,8 @@ from pathlib import Path
 from PIL import Image
 
 from self_attention_guidance.batch import BatchJob, Defaults, PromptList, Task
+from self_attention_guidance.batch.workers import Crew
 from self_attention_guidance.generate import GeneratedImage, GenerationSettings
-from self_attention_guidance.generate.workers import Crew
 
 RECORD = {
     "version": "",

@@ -25,7 +25,7 @@ import results
 from drawing import FIRST_SEED, Drawn, draw, matched
 from points import MODELS, Point, points
 from report import write_report
-from self_attention_guidance.generate.workers import Crew, Lost, distribute
+from self_attention_guidance.batch.workers import Crew, Lost, distribute
 
 HERE = Path(__file__).parent
 CHUNK = 50

@@ -3,7 +3,7 @@
 Example:
     ```python
     from self_attention_guidance.batch import BatchJob, Defaults, Model, PromptList
-    from self_attention_guidance.generate.workers import Crew
+    from self_attention_guidance.batch.workers import Crew
 
     model = Model(name="emoji")
     defaults = Defaults(settings=model.settings())
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .lists import PromptList
     from .manifest import Manifest
     from .plan import unused_columns
+    from .samples import FinishedSamples, SampleJob
     from .storage import Storage
     from .tasks import COLUMNS, Defaults, Task
 
@@ -32,9 +33,11 @@ __all__ = [
     "BatchJob",
     "COLUMNS",
     "Defaults",
+    "FinishedSamples",
     "Manifest",
     "Model",
     "PromptList",
+    "SampleJob",
     "Storage",
     "Summary",
     "Task",
@@ -47,9 +50,11 @@ _HOMES = {
     "BatchJob": ".job",
     "COLUMNS": ".tasks",
     "Defaults": ".tasks",
+    "FinishedSamples": ".samples",
     "Manifest": ".manifest",
     "Model": ".artists",
     "PromptList": ".lists",
+    "SampleJob": ".samples",
     "Storage": ".storage",
     "Summary": ".job",
     "Task": ".tasks",

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from ..generate.arguments import check_size, with_defaults
-from ..generate.drawing import GeneratedImage, PromptArtist
+from ..generate.drawing import GeneratedImage, Progress, PromptArtist
 from ..generate.finding import find_prompt_or_pixel_model, is_pixel_model
-from ..generate.labels import choose_labels
 from ..generate.loaded import settings_of
 from ..generate.metadata import Record
 from ..generate.models import (
@@ -30,6 +29,7 @@ from ..generate.schedulers import check_scheduler_name
 from ..generate.settings import GenerationSettings
 from ..guidance import guidance_of
 from ..models.builtin import recommended_settings
+from .labels import choose_labels
 from .tasks import Task
 
 
@@ -112,7 +112,7 @@ class Model:
         loaded = load(self.name, self.device, self.dtype)
         loaded.use(scheduler=self.scheduler, fast=self.fast, **self.guidance)
         if isinstance(loaded, LoadedPixelModel):
-            return _PixelTasks(loaded)
+            return PixelArtist(loaded.pipeline, loaded.name)
         return _PromptTasks(loaded)
 
 
@@ -127,42 +127,59 @@ class _PromptTasks:
         self.identity = _identity(record, self.pipeline)
 
     def draw(self, tasks: Sequence[Task]) -> list[GeneratedImage]:
-        settings = tasks[0].settings
+        settings = cast("GenerationSettings", tasks[0].settings)
         check_size(self.pipeline, settings.width, settings.height)
         artist = PromptArtist(self.pipeline, settings, self.name)
         return list(artist.draw([task.prompt for task in tasks], [task.seed for task in tasks]))
 
 
-class _PixelTasks:
-    """An `Artist` of pixel-space models, which take no prompt; classes are drawn with the seed."""
+class PixelArtist:
+    """An `Artist` of pixel-space models, which take no prompt."""
 
-    def __init__(self, loaded: LoadedPixelModel) -> None:
-        self.pipeline: Any = loaded.pipeline
-        self.name = loaded.name
-        self.networks = fingerprints(self.pipeline)
-        record = describe_samples(self.pipeline, SampleSettings(), self.networks)
-        self.identity = _identity(record, self.pipeline)
+    def __init__(
+        self,
+        pipeline: Any,
+        name: str | None,
+        networks: Mapping[str, str] | None = None,
+        on_progress: Progress | None = None,
+    ) -> None:
+        """Draws nothing yet.
+
+        Args:
+            pipeline: An `ADMPipeline`.
+            name: Of the model, for the metadata; `None` leaves it out.
+            networks: What `fingerprints` says of the pipeline, if it was asked before.
+            on_progress: As in `draw_samples`; a batch that was filled up counts as what it holds.
+        """
+        self.pipeline = pipeline
+        self.name = name
+        self.networks = networks or fingerprints(pipeline)
+        self.on_progress = on_progress
+        record = describe_samples(pipeline, SampleSettings(), self.networks)
+        self.identity = _identity(record, pipeline)
 
     def draw(self, tasks: Sequence[Task]) -> list[GeneratedImage]:
-        settings = tasks[0].settings
-        for name in ("width", "height"):
-            if getattr(settings, name) is not None:
-                raise ValueError(f"{name} must not be given: {self.name} draws one size")
-        if any(task.prompt for task in tasks):
-            raise ValueError(f"prompt must be empty: {self.name} takes none")
+        """Draws tasks of equal settings in one batch; without classes, they are as the seeds say.
+
+        Args:
+            tasks: Without prompts.
+
+        Raises:
+            ValueError: The model cannot follow a setting.
+            FloatingPointError: A prediction is NaN or infinite.
+        """
+        given = self._settings(tasks)
         seeds = [task.seed for task in tasks]
-        given = SampleSettings(
-            num_inference_steps=settings.num_inference_steps, sag_scale=settings.sag_scale
-        )
-        labels = choose_labels(self.pipeline, given, seeds)
-        pictures = map(to_image, draw_samples(self.pipeline, given, seeds, labels))
+        labels = [task.label for task in tasks if task.label is not None]
+        chosen = labels or choose_labels(self.pipeline, given, seeds)
+        pixels = draw_samples(self.pipeline, given, seeds, chosen, self._progress(tasks))
         return [
             GeneratedImage(
                 image=picture,
                 index=number,
                 record=describe_samples(
                     self.pipeline,
-                    replace(given, classes=labels[number : number + 1] if labels else ()),
+                    replace(given, classes=chosen[number : number + 1] if chosen else ()),
                     self.networks,
                     model=self.name,
                     prompt="",
@@ -172,8 +189,25 @@ class _PixelTasks:
                     together=len(seeds),
                 ),
             )
-            for number, picture in enumerate(pictures)
+            for number, picture in enumerate(map(to_image, pixels))
         ]
+
+    def _settings(self, tasks: Sequence[Task]) -> SampleSettings:
+        settings = tasks[0].settings
+        if isinstance(settings, SampleSettings):
+            return settings
+        for name in ("width", "height"):
+            if getattr(settings, name) is not None:
+                raise ValueError(f"{name} must not be given: {self.name} draws one size")
+        if any(task.prompt for task in tasks):
+            raise ValueError(f"prompt must be empty: {self.name} takes none")
+        return SampleSettings(
+            num_inference_steps=settings.num_inference_steps, sag_scale=settings.sag_scale
+        )
+
+    def _progress(self, tasks: Sequence[Task]) -> Progress | None:
+        report, share = self.on_progress, len({task.row for task in tasks}) / len(tasks)
+        return None if report is None else lambda done: report(done * share)
 
 
 def _identity(record: Record, pipeline: Any) -> dict[str, Any]:

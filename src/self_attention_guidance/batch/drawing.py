@@ -19,11 +19,11 @@ from ..generate.drawing import GeneratedImage
 from ..generate.metadata import png_text
 from ..generate.record import difference
 from ..generate.schedulers import label_of
-from ..generate.settings import GenerationSettings
 from .artists import Artist
 from .storage import Storage
 from .tasks import BadRow, Task
 
+JOB = "job.json"
 IMAGES = "images"
 _ROWS_IN_FOLDER = 1000
 
@@ -67,6 +67,7 @@ class UnitWorker:
         storage: Storage,
         together: int,
         expected: Mapping[str, Any] | None = None,
+        stops_at_errors: bool = False,
     ) -> None:
         """Loads the model.
 
@@ -76,6 +77,8 @@ class UnitWorker:
             together: Tasks in one pass of the network. Short batches are filled up, so that all
                 have this size: what a network computes depends on it in the last bits.
             expected: Identity of the artist that drew what is there; `None` takes any.
+            stops_at_errors: Whether a task that cannot be drawn ends the work, instead of costing
+                only itself.
 
         Raises:
             ValueError: The model is another one than expected.
@@ -83,6 +86,7 @@ class UnitWorker:
         self.artist = make_artist()
         self.storage = storage
         self.together = together
+        self.stops_at_errors = stops_at_errors
         self.identity = dict(self.artist.identity) | {
             "together": together,
             "threads": torch.get_num_threads(),
@@ -115,6 +119,8 @@ class UnitWorker:
                 if _is_out_of_memory(error) and self.together > 1:
                     self.together //= 2
                     continue
+                if self.stops_at_errors:
+                    raise
                 _refuse_broken_device(error)
                 yield from self._draw_alone(batch, error)
             else:
@@ -142,7 +148,7 @@ class UnitWorker:
     def _save(self, task: Task, drawing: GeneratedImage | None, row: Row) -> Row:
         if drawing is None:
             return row
-        name = f"{IMAGES}/{task.row // _ROWS_IN_FOLDER:06d}/{task.name}.png"
+        name = picture_file(task)
         content = _png(drawing)
         self.storage.write(name, content)
         return row | _facts(drawing, content) | {"file": name}
@@ -170,25 +176,34 @@ class UnitWorker:
         return rows
 
 
+def picture_file(task: Task) -> str:
+    """Name of the file that a task's picture goes to.
+
+    Args:
+        task: The task.
+    """
+    return f"{IMAGES}/{task.row // _ROWS_IN_FOLDER:06d}/{task.name}.png"
+
+
 def row_of_task(task: Task) -> Row:
     """What the manifest tells of a task before it is drawn.
 
     Args:
         task: The task.
     """
-    settings = task.settings
+    settings = vars(task.settings)
     return {
         "row": task.row,
         "image": task.image,
         "id": task.id,
         "prompt": task.prompt,
-        "negative_prompt": settings.negative_prompt,
+        "negative_prompt": settings.get("negative_prompt"),
         "seed": task.seed,
-        "width": settings.width,
-        "height": settings.height,
-        "steps": settings.num_inference_steps,
-        "guidance_scale": settings.guidance_scale,
-        "sag_scale": settings.sag_scale,
+        "width": settings.get("width"),
+        "height": settings.get("height"),
+        "steps": settings["num_inference_steps"],
+        "guidance_scale": settings.get("guidance_scale"),
+        "sag_scale": settings["sag_scale"],
         "digest": task.digest,
         "finished": datetime.now(timezone.utc),
     }
@@ -224,7 +239,7 @@ def check_identity(found: Mapping[str, Any], expected: Mapping[str, Any] | None)
 
 def _groups(tasks: Sequence[Task]) -> list[list[Task]]:
     """Tasks that can share a batch."""
-    groups: dict[GenerationSettings, list[Task]] = {}
+    groups: dict[object, list[Task]] = {}
     for task in tasks:
         groups.setdefault(task.settings, []).append(task)
     return list(groups.values())

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from ..checks import check_count
-from ..generate.workers import Crew, Lost, distribute
 from .artists import Artist
 from .drawing import (
     IMAGES,
+    JOB,
     Row,
     Unit,
     UnitResult,
@@ -27,8 +27,8 @@ from .manifest import MANIFEST, PARTS, Manifest
 from .plan import Plan, Source, after_death
 from .storage import Storage
 from .tasks import Defaults
+from .workers import Crew, Lost, distribute
 
-JOB = "job.json"
 # A part of the manifest is written after as many rows or seconds: what `kill -9` can cost.
 _ROWS_IN_PART = 1000
 _SECONDS_OF_PART = 5.0
@@ -103,6 +103,7 @@ class BatchJob:
         self.overwrite = overwrite
         self.retry_failed = retry_failed
         self.storage = Storage(out)
+        self.storage.make()
         self.manifest = Manifest(self.storage)
 
     def run(self, crew: Crew | None = None, on_progress: Progress | None = None) -> Summary:
@@ -120,10 +121,7 @@ class BatchJob:
         with self.storage.locked():
             if self.overwrite:
                 self.storage.remove(JOB, MANIFEST, PARTS, IMAGES)
-            finished = self.manifest.finished()
-            plan = Plan(
-                self.source, self.defaults, finished, self.retry_failed, self.manifest.row_of
-            )
+            plan = Plan(self.source, self.defaults, self.manifest, self.retry_failed)
             run = _Run(self, plan, crew or Crew(), on_progress)
             try:
                 run.draw()
@@ -153,13 +151,11 @@ class _Run:
     def draw(self) -> None:
         job = self.job
         self._report()
+        if self.plan.bad:
+            self._add([row_of_bad_row(bad) for bad in self.plan.bad])
         # Alone, a worker is asked for as little at a time as it can, so that as little is lost.
         size = job.together if self.crew.is_here else max(job.batch_size, job.together)
-        units = self.plan.units(
-            job.shard_size or size,
-            job.shard_size is not None,
-            lambda bad: self._add([row_of_bad_row(bad)]),
-        )
+        units = self.plan.units(job.shard_size or size, job.shard_size is not None)
         make_worker = functools.partial(
             UnitWorker, job.make_artist, job.storage, job.together, self.identity
         )

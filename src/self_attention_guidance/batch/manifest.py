@@ -48,50 +48,12 @@ SCHEMA = pa.schema(
     ]
 )
 
+# By row and image: the digest of the task, and whether there is an error instead of a picture.
+Finished = dict[tuple[int, int], tuple[int, bool]]
+
 _ROWS_IN_MEMORY = 10_000
 # What damaged files make of pyarrow.
 _DAMAGE = (pa.ArrowException, OSError, ValueError, LookupError, MemoryError, ArithmeticError)
-
-
-class Finished:
-    """Which pictures the manifest holds: 17 bytes for each."""
-
-    def __init__(
-        self, keys: NDArray[np.uint64], digests: NDArray[np.uint64], bad: NDArray[np.bool_]
-    ) -> None:
-        """From columns of equal length; of equal keys the last holds.
-
-        Args:
-            keys: As `key_of` makes them.
-            digests: Of the tasks.
-            bad: Whether there is an error instead of a picture.
-        """
-        self.keys, first = np.unique(keys[::-1], return_index=True)
-        self.digests = digests[::-1][first]
-        self.bad = bad[::-1][first]
-
-    def find(self, row: int, image: int) -> tuple[int, bool] | None:
-        """The digest of a picture's task and whether there is an error; `None` if it is missing.
-
-        Args:
-            row: Number of the row in the list.
-            image: Number of the picture in the row.
-        """
-        key = key_of(row, image)
-        place = int(np.searchsorted(self.keys, key))
-        if place == len(self.keys) or self.keys[place] != key:
-            return None
-        return int(self.digests[place]), bool(self.bad[place])
-
-
-def key_of(row: int, image: int) -> np.uint64:
-    """Row and image as one number, in the order of the list.
-
-    Args:
-        row: Number of the row in the list, below 2**44.
-        image: Number of the picture in the row, below 2**20.
-    """
-    return np.uint64(row << 20 | image)
 
 
 class Manifest:
@@ -107,21 +69,14 @@ class Manifest:
         self._parts = 0
 
     def finished(self) -> Finished:
-        """Which pictures it holds."""
-        columns = [
-            (
-                _keys(batch),
-                batch.column("digest").to_numpy(),
-                batch.column("error").is_valid().to_numpy(zero_copy_only=False),
-            )
-            for batch in self._batches(["row", "image", "digest", "error"])
-        ]
-        keys, digests, bad = zip(*columns, strict=True) if columns else ((), (), ())
-        return Finished(
-            np.concatenate([np.empty(0, np.uint64), *keys]),
-            np.concatenate([np.empty(0, np.uint64), *digests]),
-            np.concatenate([np.empty(0, np.bool_), *bad]),
-        )
+        """Which pictures it holds; of several rows of one, the newest counts."""
+        found: Finished = {}
+        for batch in self._batches(["row", "image", "digest", "error"]):
+            known = [batch.column(name).to_pylist() for name in ("row", "image", "digest")]
+            failed = batch.column("error").is_valid().to_pylist()
+            for row, image, digest, is_bad in zip(*known, failed, strict=True):
+                found[row, image] = digest, is_bad
+        return found
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Adds rows as a part.
@@ -169,7 +124,7 @@ class Manifest:
         """
         found: dict[str, Any] = {}
         for batch in self._batches():
-            for place in np.flatnonzero(_keys(batch) == key_of(row, image)):
+            for place in np.flatnonzero(_keys(batch) == (row << 20 | image)):
                 found = batch.slice(int(place), 1).to_pylist()[0]
         return found
 
@@ -193,5 +148,6 @@ class Manifest:
 
 
 def _keys(batch: Any) -> NDArray[np.uint64]:
+    """Row, below 2**44, and image, below 2**20, as one number, in the order of the list."""
     row, image = (batch.column(name).to_numpy().astype(np.uint64) for name in ("row", "image"))
     return row << np.uint64(20) | image

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 
 from ..generate.record import difference
-from ..generate.workers import TRIES
-from .drawing import Row, Unit, row_of_task
+from .drawing import Unit, row_of_task
 from .lists import PromptList
-from .manifest import Finished
+from .manifest import Finished, Manifest
 from .tasks import COLUMNS, BadRow, Defaults, Task, bad_row, tasks_of, unconditional_tasks
+from .workers import TRIES
 
 Item = Task | BadRow
 Source = PromptList | int
@@ -50,98 +49,85 @@ def unused_columns(source: Source) -> list[str]:
     return [] if isinstance(first, ValueError) else [n for n in first if n not in COLUMNS]
 
 
-@dataclass
 class Plan:
-    """What is there of a list, and what is not.
+    """What is there of a list, and what is not; the list is read once, as a whole.
+
+    Its end is known to be there before work begins, and what it holds when work ends is the same.
 
     Attributes:
-        source: A list, or a number of pictures without a prompt.
-        defaults: What holds where a row says nothing.
-        finished: What the manifest holds.
-        retry_failed: Whether what failed is missing.
-        row_of: The manifest's row of a picture, by the numbers of its row and in it.
+        missing: Tasks that are to be drawn, in the order of the list, each with its number in it.
+        bad: Rows that no picture can be drawn of, and that the manifest does not hold.
         total: Pictures that the list asks for; a row that cannot be read counts as one.
         done: How many of them are there.
         failed: How many of them failed, and are not missing.
     """
 
-    source: Source
-    defaults: Defaults
-    finished: Finished
-    retry_failed: bool
-    row_of: Callable[[int, int], Row]
-    total: int = 0
-    done: int = 0
-    failed: int = 0
+    def __init__(
+        self, source: Source, defaults: Defaults, manifest: Manifest, retry_failed: bool
+    ) -> None:
+        """Compares a list with a manifest.
 
-    def __post_init__(self) -> None:
-        """Reads the whole list, so that its end is known to be there before work begins.
+        Args:
+            source: A list, or a number of pictures without a prompt.
+            defaults: What holds where a row says nothing.
+            manifest: What is there.
+            retry_failed: Whether what failed is missing.
 
         Raises:
             ValueError: The list cannot be read, or is empty, or a picture that is there was of
                 other settings.
         """
-        for item in items_of(self.source, self.defaults):
-            self.total += 1
-            if not self._is_missing(item):
-                is_bad = self._found(item)[1]
-                self.done += not is_bad
-                self.failed += is_bad
+        self.manifest = manifest
+        self.retry_failed = retry_failed
+        self.missing: list[tuple[int, Task]] = []
+        self.bad: list[BadRow] = []
+        self.tasks = self.total = self.done = self.failed = 0
+        finished = manifest.finished()
+        for item in items_of(source, defaults):
+            self._add(item, finished)
         if not self.total:
             raise ValueError("prompts: the list must hold at least one row")
 
-    def units(
-        self, size: int, is_sharded: bool, on_bad_row: Callable[[BadRow], object]
-    ) -> Iterator[Unit]:
+    def _add(self, item: Item, finished: Finished) -> None:
+        self.total += 1
+        is_task = isinstance(item, Task)
+        digest, is_bad = finished.get((item.row, item.image if is_task else 0), (None, True))
+        if digest != item.digest and not is_bad:  # else it's not there, or was mended since
+            raise ValueError(
+                f"prompts: row {item.row} (from 0) was drawn with {self._difference(item)}: give"
+                " what was given, with rows added at the end at most, choose another place, or"
+                " begin anew with --overwrite"
+            )
+        if digest == item.digest and not (is_bad and self.retry_failed):
+            self.done += not is_bad
+            self.failed += is_bad
+        elif is_task:
+            self.missing.append((self.tasks, item))
+        else:
+            self.bad.append(item)
+        self.tasks += is_task
+
+    def units(self, size: int, is_sharded: bool) -> Iterator[Unit]:
         """What is missing, in the order of the list.
 
         Args:
             size: Most tasks of a unit.
             is_sharded: Whether each unit has a tar file for itself.
-            on_bad_row: Called with each row that no picture can be drawn of.
         """
-        tasks = self._tasks(on_bad_row)
         if not is_sharded:
-            missing = (task for task in tasks if self._is_missing(task))
-            while unit := tuple(itertools.islice(missing, size)):
-                yield Unit(unit)
+            for first in range(0, len(self.missing), size):
+                yield Unit(tuple(task for _, task in self.missing[first : first + size]))
             return
-        for number in itertools.count():
-            window = list(itertools.islice(tasks, size))
-            if not window:
-                return
-            missing = tuple(task for task in window if self._is_missing(task))
-            if missing:
-                yield Unit(missing, _shard_name(number, missing, len(missing) == len(window)))
-
-    def _tasks(self, on_bad_row: Callable[[BadRow], object]) -> Iterator[Task]:
-        for item in items_of(self.source, self.defaults):
-            if isinstance(item, Task):
-                yield item
-            elif self._is_missing(item):
-                on_bad_row(item)
-
-    def _found(self, item: Item) -> tuple[int, bool]:
-        found = self.finished.find(item.row, item.image if isinstance(item, Task) else 0)
-        return found or (-1, True)
-
-    def _is_missing(self, item: Item) -> bool:
-        digest, is_bad = self._found(item)
-        if digest == item.digest:
-            return is_bad and self.retry_failed
-        if is_bad:  # it is not there, or the row was mended since
-            return True
-        raise ValueError(
-            f"prompts: row {item.row} (from 0) was drawn with {self._difference(item)}: give what"
-            " was given, with rows added at the end at most, choose another place, or begin anew"
-            " with --overwrite"
-        )
+        for number, numbered in itertools.groupby(self.missing, lambda each: each[0] // size):
+            tasks = tuple(task for _, task in numbered)
+            whole = min(size, self.tasks - number * size)
+            yield Unit(tasks, _shard_name(number, tasks, len(tasks) == whole))
 
     def _difference(self, item: Item) -> str:
         """How the picture that is there was drawn, where it is not what the list now asks for."""
         if isinstance(item, BadRow):
             return f"other cells, and {item.error}"
-        before, row = self.row_of(item.row, item.image), row_of_task(item)
+        before, row = self.manifest.row_of(item.row, item.image), row_of_task(item)
         left_open = [name for name in _TOLD if row[name] is None]  # the manifest has the model's
         given = [name for name in _TOLD if name not in left_open]
         told = difference({n: before.get(n) for n in given}, {n: row[n] for n in given})

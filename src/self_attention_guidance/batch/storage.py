@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from typing import IO, Any, cast
 
 import fsspec.core
+from filelock import FileLock, Timeout
 
-_UNFINISHED = ".unfinished"
-_LOCK = ".lock"
-# Where the system locks no files, a run shows that it is alive by writing its lock again.
+from ..generate.files import whole_file
+
+UNFINISHED = ".unfinished"
+LOCK = ".lock"
+# In an object store, a run shows that it is alive by writing its lock again.
 _LOCK_SECONDS = 60.0
 
 
@@ -29,21 +29,16 @@ class Storage:
     """
 
     def __init__(self, url: str) -> None:
-        """Makes the folder.
+        """Makes nothing yet.
 
         Args:
             url: The folder.
 
         Raises:
-            ValueError: It cannot be made, or is a file.
+            ValueError: It is of no kind that fsspec knows.
         """
         self.url = url
         self._files, self._root = self._open()
-        try:
-            if self.is_local:
-                os.makedirs(self._root, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"out={url!r} cannot be made: {error.strerror}") from error
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Connections do not go to another process; it makes its own."""
@@ -55,6 +50,18 @@ class Storage:
         protocols: Any = self._files.protocol
         return "file" in ((protocols,) if isinstance(protocols, str) else protocols)
 
+    def make(self) -> None:
+        """Makes the folder if there is none.
+
+        Raises:
+            ValueError: It cannot be made, or is a file.
+        """
+        try:
+            if self.is_local:
+                os.makedirs(self._root, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"out={self.url!r} cannot be made: {error.strerror}") from error
+
     def write(self, name: str, content: bytes) -> None:
         """Writes a file; one of that name is replaced.
 
@@ -65,9 +72,6 @@ class Storage:
         Raises:
             OSError: It cannot be written, for example because the disk is full.
         """
-        if not self.is_local:  # object stores take a file as a whole
-            self._files.pipe_file(self._path(name), content)
-            return
         with self.writing(name) as file:
             file.write(content)
 
@@ -81,20 +85,14 @@ class Storage:
         Raises:
             OSError: It cannot be written, for example because the disk is full.
         """
-        folder = self._path(_UNFINISHED) if self.is_local else tempfile.mkdtemp()
-        temporary = os.path.join(folder, uuid.uuid4().hex)
-        try:
-            with _opened(temporary) as file:
+        if self.is_local:  # fsspec's own transactions go by way of another file system
+            with whole_file(self._path(name), folder=self._path(UNFINISHED)) as file:
                 yield file
-                file.flush()
-                # Else a file could have its name and no content after a power failure.
-                os.fsync(file.fileno())
-            self._publish(temporary, name)
-        finally:
-            with suppress(FileNotFoundError):
-                os.unlink(temporary)
-            if not self.is_local:
-                shutil.rmtree(folder)
+            return
+        # A connection of its own: the lock is written meanwhile, and is no part of it.
+        files, _ = self._open(skip_instance_cache=True)
+        with files.transaction, files.open(self._path(name), "wb") as file:
+            yield file
 
     def read(self, name: str) -> bytes | None:
         """A file's content; `None` if there is none.
@@ -152,49 +150,33 @@ class Storage:
         Raises:
             ValueError: Another run is in it.
         """
-        can_lock = self.is_local and os.name != "nt"
-        with self._local_lock() if can_lock else self._lease():
-            self.remove(_UNFINISHED)  # what a run that was killed left
+        self.make()
+        with self._local_lock() if self.is_local else self._lease():
+            self.remove(UNFINISHED)  # what a run that was killed left
             try:
                 yield
             finally:
-                self.remove(_UNFINISHED)
+                self.remove(UNFINISHED)
 
-    def _open(self) -> tuple[Any, str]:
+    def _open(self, **options: bool) -> tuple[Any, str]:
         try:
-            return cast("tuple[Any, str]", fsspec.core.url_to_fs(self.url))
+            return cast("tuple[Any, str]", fsspec.core.url_to_fs(self.url, **options))
         except (ValueError, ImportError) as error:
             raise ValueError(f"out={self.url!r} cannot be used: {error}") from error
 
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"
 
-    def _publish(self, temporary: str, name: str) -> None:
-        path = self._path(name)
-        if not self.is_local:
-            self._files.put_file(temporary, path)
-            return
+    def _local_lock(self) -> Any:
+        """Ends with the process, however that ends."""
         try:
-            os.replace(temporary, path)
-        except FileNotFoundError:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            os.replace(temporary, path)
-
-    @contextmanager
-    def _local_lock(self) -> Generator[None]:
-        import fcntl
-
-        with open(self._path(_LOCK), "w", encoding="utf-8") as file:
-            try:
-                # Ends with the process, however that ends.
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise self._in_use() from None
-            yield
+            return FileLock(self._path(LOCK)).acquire(timeout=0)
+        except Timeout:
+            raise self._in_use() from None
 
     @contextmanager
     def _lease(self) -> Generator[None]:
-        there = self.read(_LOCK)
+        there = self.read(LOCK)
         age = time.time() - json.loads(there)["time"] if there else _LOCK_SECONDS
         if age < _LOCK_SECONDS:
             raise self._in_use()
@@ -213,18 +195,10 @@ class Storage:
         finally:
             ended.set()
             keeper.join()
-            self.remove(_LOCK)
+            self.remove(LOCK)
 
     def _write_lock(self) -> None:
-        self.write(_LOCK, json.dumps({"time": time.time()}).encode())
+        self.write(LOCK, json.dumps({"time": time.time()}).encode())
 
     def _in_use(self) -> ValueError:
         return ValueError(f"out={self.url!r} is in use by another run: wait for it, or end it")
-
-
-def _opened(path: str) -> IO[bytes]:
-    try:
-        return open(path, "wb")
-    except FileNotFoundError:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        return open(path, "wb")

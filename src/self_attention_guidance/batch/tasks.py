@@ -8,6 +8,7 @@ from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 from ..checks import check_count, check_finite, check_text, seeds_of
+from ..generate.sample_settings import SampleSettings
 from ..generate.settings import GenerationSettings
 
 COLUMNS = (
@@ -27,7 +28,7 @@ _MOST_IMAGES = 100_000
 _LARGEST_EXACT = 2**53
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # a list may ask for millions
 class Task:
     """One picture that is to be drawn. Nothing else decides how it looks, beside the model.
 
@@ -37,7 +38,8 @@ class Task:
         id: What the row is called; its number if it has no name.
         prompt: Its prompt, may be empty.
         seed: Its seed.
-        settings: All others.
+        settings: All others, without classes.
+        label: Its class; `None` leaves it to the model.
     """
 
     row: int
@@ -45,7 +47,8 @@ class Task:
     id: str
     prompt: str
     seed: int
-    settings: GenerationSettings
+    settings: GenerationSettings | SampleSettings
+    label: int | None = None
 
     @property
     def name(self) -> str:
@@ -182,7 +185,7 @@ def _settings(told: Mapping[str, Any], defaults: Defaults) -> GenerationSettings
     for column in ("guidance_scale", "sag_scale"):
         if column in told:
             changes[column] = _number(column, told[column])
-    settings = replace(defaults.settings, **changes)
+    settings = replace(defaults.settings, **changes) if changes else defaults.settings
     _check_limits(settings, defaults)
     return settings
 

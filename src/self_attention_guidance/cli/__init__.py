@@ -17,7 +17,6 @@ import typer
 
 from .. import __version__
 from .batch import batch_command
-from .bench import bench_command
 from .compare import compare_command
 from .convert import convert_command
 from .demo import demo_command
@@ -45,7 +44,6 @@ app.command("batch")(batch_command)
 app.command("convert")(convert_command)
 app.command("layers")(layers_command)
 app.command("evaluate")(evaluate_command)
-app.command("bench")(bench_command)
 app.command("demo")(demo_command)
 
 
@@ -75,7 +73,6 @@ def _sag(  # pyright: ignore[reportUnusedFunction]  # typer calls it
       sag sample --model ./my-pixel-model --num-samples 64
       sag evaluate samples.npz ./training-pictures
       sag layers emoji
-      sag bench --networks emoji
       sag demo
     """
 

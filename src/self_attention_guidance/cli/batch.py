@@ -95,7 +95,7 @@ def batch_command(
     if (prompts is None) == (options.num_samples is None):
         raise ValueError("give either PROMPTS or --num-samples")
 
-    from ..generate.workers import Crew
+    from ..batch.workers import Crew
 
     crew = Crew(
         workers=options.workers,

@@ -281,15 +281,6 @@ def parse_classes(text: str) -> tuple[int, ...]:
         ) from None
 
 
-def parse_names(text: str) -> list[str]:
-    """Reads names like "emoji,sd15".
-
-    Args:
-        text: Names, separated by commas; spaces around them do not count.
-    """
-    return [name.strip() for name in text.split(",")]
-
-
 def check_outputs(outputs: dict[str, Path | None], overwrite: bool) -> None:
     """Refuses files that can't be written, before any work.
 

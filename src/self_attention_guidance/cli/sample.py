@@ -14,7 +14,8 @@ from .options import SamplingOptions, parse_classes, with_options
 from .output import counting_progress, hide_loading_bars, print_line
 
 if TYPE_CHECKING:
-    from ..generate import FinishedSamples, LoadedPixelModel
+    from ..batch import FinishedSamples
+    from ..generate import LoadedPixelModel
     from ..guidance import Guidance, GuidanceSum
     from ..pipelines.adm import ADMPipeline
 
@@ -94,15 +95,15 @@ def sample_command(
       sag sample --model ./imagenet128 --num-samples 8 --classes 207,360 --sag-scale 0.1
       sag sample --model ./imagenet256 --num-samples 50000 --batch-size 16 --out in256.npz
     """
-    from ..generate.workers import Crew
+    from ..batch.workers import Crew
 
     crew = Crew(workers=workers)
     _check_before_loading(options, num_samples, out, overwrite)
 
-    from ..generate import SampleRun
+    from ..batch import SampleJob
 
     loaded = _load(options)
-    run = SampleRun(
+    job = SampleJob(
         loaded.pipeline,
         out,
         num_samples,
@@ -111,9 +112,9 @@ def sample_command(
         overwrite=overwrite,
         model_name=loaded.name,
     )
-    with counting_progress(num_samples, run.drawn, options.quiet) as advance:
+    with counting_progress(num_samples, job.drawn, options.quiet) as advance:
         load = functools.partial(_load_pipeline, options)
-        finished = run.finish(options.batch_size, advance, crew, load)
+        finished = job.run(options.batch_size, advance, crew, load)
     print_line(finished.path)
     print_line(finished.grid)
     print_line(_summary(finished))

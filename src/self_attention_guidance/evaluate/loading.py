@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..generate.files import whole_file
 from .features import Encoder, FeatureSet, extract
 from .pairs import PairReference
 from .sources import PICTURES_KEY, FolderSource, NpzSource, PictureSource, npz_keys
@@ -218,10 +218,8 @@ def write_statistics(path: Path, loaded: LoadedSet) -> None:
     for name in _OPTIONAL:
         values = getattr(features, name)
         arrays |= {} if values is None else {name: values.numpy()}
-    partial = path.with_name(f"{path.name}.partial")
-    with open(partial, "wb") as file:
+    with whole_file(path) as file:
         np.savez(file, **arrays)
-    os.replace(partial, path)
 
 
 def _named(mean: str, covariance: str, moments: Moments) -> dict[str, NDArray[Any]]:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .files import (
         check_folder,
         check_free,
+        check_samples_path,
         next_index,
         picture_path,
         save_png,
@@ -51,11 +52,6 @@ if TYPE_CHECKING:
     from .pixel_drawing import draw_samples, to_image, to_uint8
     from .pixel_models import LoadedPixelModel, load_pixel_model
     from .sample_settings import SampleSettings
-    from .samples import (
-        FinishedSamples,
-        SampleRun,
-        check_samples_path,
-    )
     from .sampling import generate
     from .schedulers import (
         check_scheduler_name,
@@ -71,7 +67,6 @@ __all__ = [
     "Axis",
     "Comparison",
     "Cost",
-    "FinishedSamples",
     "GeneratedImage",
     "GenerationSettings",
     "LoadedPipeline",
@@ -79,7 +74,6 @@ __all__ = [
     "Parameters",
     "PromptArtist",
     "Record",
-    "SampleRun",
     "SampleSettings",
     "check_count",
     "check_dtype_name",
@@ -127,7 +121,6 @@ _HOMES = {
     "AXES": ".axes",
     "Axis": ".axes",
     "Comparison": ".comparison",
-    "FinishedSamples": ".samples",
     "GeneratedImage": ".drawing",
     "GenerationSettings": ".settings",
     "LoadedPipeline": ".models",
@@ -135,7 +128,6 @@ _HOMES = {
     "Parameters": ".metadata",
     "PromptArtist": ".drawing",
     "Record": ".metadata",
-    "SampleRun": ".samples",
     "SampleSettings": ".sample_settings",
     "check_count": "..checks",
     "check_dtype_name": ".finding",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from PIL import Image
 
@@ -139,11 +141,35 @@ def save_png(
     Raises:
         FileExistsError: The file exists and `overwrite` is False.
     """
+    with whole_file(path, overwrite=overwrite) as file:
+        image.save(file, format="PNG", pnginfo=png_text(record))
+
+
+@contextmanager
+def whole_file(
+    path: str | Path, *, folder: str | Path | None = None, overwrite: bool = True
+) -> Generator[IO[bytes]]:
+    """A file to write; it appears under its name, whole, when the block ends well, else never.
+
+    Args:
+        path: The file; its folder is made if there is none.
+        folder: Where it is until it is whole, in the same file system; `None` is beside its place.
+        overwrite: Whether an existing file may be replaced.
+
+    Raises:
+        FileExistsError: The file exists and `overwrite` is False.
+        OSError: It cannot be written, for example because the disk is full.
+    """
     path = Path(path)
-    # In the same folder, because a file can be moved in one go only within a file system.
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = Path(folder or path.parent) / f".{path.name}.{uuid.uuid4().hex}.part"
+    for each in {part.parent, path.parent}:
+        each.mkdir(parents=True, exist_ok=True)
     try:
-        image.save(part, format="PNG", pnginfo=png_text(record))
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            # Else a file could have its name and no content after a power failure.
+            os.fsync(file.fileno())
         if overwrite:
             os.replace(part, path)
         else:

@@ -81,7 +81,7 @@ class Loaded(Generic[Settings]):
             record: What `read_record` read. The model was loaded with its "dtype".
 
         Returns:
-            Their settings, for `generate`, `compare` or `SampleRun`.
+            Their settings, for `generate`, `compare` or `SampleJob`.
 
         Raises:
             ValueError: A setting is unknown or outside its range.

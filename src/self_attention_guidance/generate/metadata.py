@@ -188,7 +188,7 @@ def read_record(path: str | Path) -> Record:
     """Reads the record of a picture or of a file of samples: it can be drawn again from it.
 
     Args:
-        path: A PNG file, or a `.npz` file that `SampleRun` wrote.
+        path: A PNG file, or a `.npz` file that `SampleJob` wrote.
 
     Raises:
         ValueError: The file has no record.

@@ -31,7 +31,7 @@ def draw_samples(
         settings: Of the samples.
         seeds: One for each sample.
         labels: Their classes; `None` draws without.
-        on_progress: As in `SampleRun.finish`.
+        on_progress: As in `SampleJob.run`.
 
     Returns:
         (samples, height, width, channels).
@@ -74,9 +74,14 @@ def to_uint8(samples: Tensor) -> NDArray[np.uint8]:
 
 
 def to_image(pixels: NDArray[np.uint8]) -> Image.Image:
-    """A picture; of what is not RGB, the first channel.
+    """A picture, without loss.
 
     Args:
-        pixels: (height, width, channels).
+        pixels: (height, width, channels); one to four channels.
+
+    Raises:
+        ValueError: There are more.
     """
-    return Image.fromarray(pixels if pixels.shape[-1] == 3 else pixels[..., 0])
+    if pixels.shape[-1] > 4:
+        raise ValueError(f"pictures have at most 4 channels: the model draws {pixels.shape[-1]}")
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)

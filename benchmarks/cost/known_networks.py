@@ -9,13 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..guidance import Guidance, SelfAttentionGuidance
-from ..models.builtin import builtin_folder, builtin_model, recommended_settings
-from ..models.versions import dtype_argument
-from .random_networks import sd15_unet, sdxl_unet, stable_diffusion, stable_diffusion_xl
+from random_networks import sd15_unet, sdxl_unet, stable_diffusion, stable_diffusion_xl
+from self_attention_guidance.guidance import Guidance, SelfAttentionGuidance
+from self_attention_guidance.models.builtin import (
+    builtin_folder,
+    builtin_model,
+    recommended_settings,
+)
+from self_attention_guidance.models.versions import dtype_argument
 
 if TYPE_CHECKING:
-    from .plan import Configuration
+    from plan import Configuration
 
 _PROMPT = "red heart"
 _TOKENS = 77

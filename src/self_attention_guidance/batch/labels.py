@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from ..generate.sample_settings import SampleSettings
 from ..pipelines.adm import ADMPipeline
-from .sample_settings import SampleSettings
 
 
 def choose_labels(

@@ -2,7 +2,7 @@
 
 Example:
     ```python
-    from self_attention_guidance.generate.workers import Crew, distribute
+    from self_attention_guidance.batch.workers import Crew, distribute
 
     for unit, result in distribute(range(100), make_worker, Crew(workers=4)):
         ...

@@ -10,12 +10,12 @@ from typing import Any
 import diffusers
 import torch
 
-from .. import __version__
-from .measuring import Result, VariantResult
-from .memory import Memory
-from .plan import Configuration
-from .timing import Spread
-from .variants import VARIANTS
+from measuring import Result, VariantResult
+from memory import Memory
+from plan import Configuration
+from self_attention_guidance import __version__
+from timing import Spread
+from variants import VARIANTS
 
 _TITLES = (
     "variant",

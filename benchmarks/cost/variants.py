@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..denoiser.families import uncompiled
-from ..guidance import Guidance, SelfAttentionGuidance
-from .networks import Network, exact_guidance, fast_guidance
-from .plan import Configuration
+from known_networks import Network, exact_guidance, fast_guidance
+from plan import Configuration
+from self_attention_guidance.denoiser.families import uncompiled
+from self_attention_guidance.guidance import Guidance, SelfAttentionGuidance
 
 VARIANTS = {
     "none": "no SAG",

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from ..checks import check_count
-from .networks import NETWORKS, Network
+from known_networks import NETWORKS, Network
+from self_attention_guidance.checks import check_count
 
 MODES = ("eager", "compiled")
 DTYPES = ("float32", "bfloat16", "float16")

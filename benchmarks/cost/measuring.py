@@ -10,13 +10,13 @@ from itertools import groupby
 
 import torch
 
-from ..generate.counting import counted_rows
-from ..guidance import Guidance
-from .memory import Memory, of_cuda, of_process
-from .networks import NETWORKS, load
-from .plan import Configuration
-from .timing import Advance, Spread, ratios, spread, time_rounds
-from .variants import VARIANTS, Subject, Unsuitable, difference_to_diffusers
+from known_networks import NETWORKS, load
+from memory import Memory, of_cuda, of_process
+from plan import Configuration
+from self_attention_guidance.generate.counting import counted_rows
+from self_attention_guidance.guidance import Guidance
+from timing import Advance, Spread, ratios, spread, time_rounds
+from variants import VARIANTS, Subject, Unsuitable, difference_to_diffusers
 
 
 @dataclass(frozen=True, kw_only=True)

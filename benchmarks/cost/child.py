@@ -7,10 +7,10 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from .memory import Memory, peak_of_this_process
-from .networks import NETWORKS, load
-from .plan import Configuration
-from .variants import Subject
+from known_networks import NETWORKS, load
+from memory import Memory, peak_of_this_process
+from plan import Configuration
+from variants import Subject
 
 
 def main(task: str) -> None:

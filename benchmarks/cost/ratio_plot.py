@@ -6,10 +6,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ..evaluate.plot import check_plotting
-from .measuring import Result
-from .report import Report, title
-from .variants import VARIANTS
+from measuring import Result
+from self_attention_guidance.evaluate.plot import check_plotting
+from table import Report, title
+from variants import VARIANTS
 
 __all__ = ["check_plotting", "write_plot"]
 

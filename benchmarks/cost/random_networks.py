@@ -15,8 +15,8 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
 from torch import nn
 
-from ..pipelines.stable_diffusion import StableDiffusionSAGPipeline
-from ..pipelines.stable_diffusion_xl import StableDiffusionXLSAGPipeline
+from self_attention_guidance.pipelines.stable_diffusion import StableDiffusionSAGPipeline
+from self_attention_guidance.pipelines.stable_diffusion_xl import StableDiffusionXLSAGPipeline
 
 _SHARPNESS = 4.0
 _BETAS: dict[str, Any] = {

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 
-from .plan import Configuration
+from plan import Configuration
 
 _MIB = 2**20
 _STATUS = Path("/proc/self/status")
+_CHILD = Path(__file__).with_name("child.py")
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,10 @@ def of_process(configuration: Configuration, variant: str) -> Memory | str:
     Returns:
         The figures, or why there are none.
     """
-    module = f"{__package__}.child"
     task = json.dumps({"configuration": asdict(configuration), "variant": variant})
     quiet = {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", module, task],
+        [sys.executable, "-W", "ignore", _CHILD, task],
         capture_output=True,
         text=True,
         env=os.environ | quiet,

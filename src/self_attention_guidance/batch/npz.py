@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ..generate.files import whole_file
 
 
 class StreamedArray(NamedTuple):
@@ -26,7 +27,9 @@ class StreamedArray(NamedTuple):
     pieces: Iterable[NDArray[Any]]
 
 
-def write_npz(path: str | Path, arrays: Mapping[str, StreamedArray]) -> None:
+def write_npz(
+    path: str | Path, arrays: Mapping[str, StreamedArray], folder: Path | None = None
+) -> None:
     """Writes arrays as `numpy.savez` does, with one piece at a time in memory.
 
     The same arrays make the same file, byte by byte.
@@ -34,16 +37,17 @@ def write_npz(path: str | Path, arrays: Mapping[str, StreamedArray]) -> None:
     Args:
         path: The file.
         arrays: By their names, for example "arr_0".
+        folder: As in `whole_file`.
 
     Raises:
         ValueError: The pieces of an array do not add up to its shape.
     """
-    with open(path, "wb") as file:
-        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-            for name, array in arrays.items():
-                _write_array(archive, name, array)
-        file.flush()
-        os.fsync(file.fileno())
+    with (
+        whole_file(path, folder=folder) as file,
+        zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
+    ):
+        for name, array in arrays.items():
+            _write_array(archive, name, array)
 
 
 def _write_array(archive: zipfile.ZipFile, name: str, array: StreamedArray) -> None:

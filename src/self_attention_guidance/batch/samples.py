@@ -1,0 +1,278 @@
+"""Many samples of a pixel-space model to one file that evaluators read.
+
+Example:
+    ```python
+    from self_attention_guidance.batch import SampleJob
+    from self_attention_guidance.generate import load_pixel_model
+
+    loaded = load_pixel_model("./imagenet128")
+    job = SampleJob(loaded.pipeline, "samples.npz", 50_000, loaded.settings(sag_scale=0.1))
+    job.run(batch_size=16)  # goes on where an earlier, killed run ended
+    ```
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ..checks import check_count, seeds_of
+from ..denoiser.noise import check_scheduler
+from ..generate.drawing import Progress
+from ..generate.files import check_free, check_samples_path, grid_path, parts_folder, save_png
+from ..generate.grid import draw_tiles
+from ..generate.metadata import RECORD_KEY, read_record
+from ..generate.pixel_drawing import to_image
+from ..generate.record import describe_samples, difference
+from ..generate.sample_settings import SampleSettings
+from ..pipelines.adm import ADMPipeline
+from .artists import PixelArtist
+from .drawing import IMAGES, JOB, Unit, UnitWorker, picture_file
+from .labels import choose_labels
+from .npz import StreamedArray, write_npz
+from .storage import LOCK, UNFINISHED, Storage
+from .tasks import Task
+from .workers import Crew, Lost, distribute
+
+_MOST_TILES = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishedSamples:
+    """What a finished job wrote.
+
+    Attributes:
+        path: The `.npz` file.
+        grid: The PNG file that shows the first samples.
+        count: Samples in the file.
+        drawn: Samples that the last run drew; the others were there.
+        seconds: How long the last run drew.
+    """
+
+    path: Path
+    grid: Path
+    count: int
+    drawn: int
+    seconds: float
+
+
+class SampleJob:
+    """Draws samples into a file; killed at any moment, the same job goes on where it was.
+
+    Sample i has the seed `seed + i` and its own generator of random numbers on the CPU, so it
+    depends neither on the batch size nor on the other samples, up to the rounding of the kernels.
+    They wait in the folder `OUT.parts`, as pictures, until all are there.
+
+    Attributes:
+        drawn: How many of the samples an earlier run left.
+        record: What decides how the samples look: see `describe_samples`.
+    """
+
+    def __init__(
+        self,
+        pipeline: ADMPipeline,
+        out: str | Path,
+        num_samples: int,
+        settings: SampleSettings | None = None,
+        *,
+        seed: int = 0,
+        overwrite: bool = False,
+        model_name: str | None = None,
+    ) -> None:
+        """Looks at earlier files, and refuses what cannot be done; draws nothing.
+
+        Args:
+            pipeline: Its `guidance` and `scheduler` are part of the settings.
+            out: A `.npz` file: `arr_0`, the samples, uint8, (samples, height, width, channels),
+                and `arr_1`, their classes, int64, (samples,), if they have any; `read_record`
+                reads its settings. A PNG file beside it shows the first 64.
+            num_samples: How many.
+            settings: What all samples share; `None` is the defaults.
+            seed: Of the first sample.
+            overwrite: Whether `out`, and what a run with other settings left, may be replaced.
+            model_name: For the metadata; `None` leaves it out.
+
+        Raises:
+            ValueError: An argument is outside its range or does not fit the model, or an
+                unfinished run with other settings is in the way.
+            FileExistsError: `out` exists and `overwrite` is False.
+        """
+        self.pipeline = pipeline
+        self.out = check_samples_path(out, overwrite)
+        self.model_name = model_name
+        settings = settings or SampleSettings()
+        check_count("num_samples", num_samples)
+        check_scheduler(pipeline.scheduler)
+        seeds = seeds_of(seed, num_samples)
+        self.labels = choose_labels(pipeline, settings, seeds)
+        self.record = describe_samples(pipeline, settings, seed=seed)
+        shared = replace(settings, classes=())
+        labels = self.labels or [None] * num_samples
+        self.tasks = [
+            Task(number, 0, str(number), "", of, shared, label)
+            for number, (of, label) in enumerate(zip(seeds, labels, strict=True))
+        ]
+        self.storage = Storage(str(parts_folder(self.out)))
+        other = self._difference()
+        if other is not None and not overwrite:
+            raise ValueError(
+                f"out: {self.storage.url!r} holds an unfinished run with {other}: go on with its"
+                " settings, choose another place, or begin anew with overwrite=True"
+            )
+        self.is_written = self._is_written()
+        missing = () if self.is_written else self.tasks if other else self._missing()
+        self.drawn = num_samples - len(missing)
+        if missing:
+            check_free([self.out], overwrite)
+
+    def run(
+        self,
+        batch_size: int = 8,
+        on_progress: Progress | None = None,
+        crew: Crew | None = None,
+        load: Callable[[], ADMPipeline] | None = None,
+    ) -> FinishedSamples:
+        """Draws what is missing and writes the files. Call it once.
+
+        Args:
+            batch_size: Samples drawn at once; it does not have to be that of the earlier run.
+            on_progress: Called with the share of one sample's work that was done, summed over the
+                batch, after each step, or with several workers after each batch: its arguments
+                add up to the samples that were missing.
+            crew: Who draws; `None` is this process.
+            load: Makes the pipeline in the process of each of several workers; picklable.
+
+        Returns:
+            What was written.
+
+        Raises:
+            ValueError: An argument is outside its range or does not fit the model, or another run
+                draws the same.
+            FloatingPointError: A prediction is NaN or infinite.
+            RuntimeError: A batch ended three workers.
+        """
+        check_count("batch_size", batch_size)
+        crew = crew or Crew()
+        if not crew.is_here and load is None:
+            raise ValueError("load must be given for more than one worker")
+        started, seconds, count = time.monotonic(), 0.0, len(self.tasks)
+        with self.storage.locked():
+            try:
+                if not self.is_written:
+                    self._draw(batch_size, crew, self._artist(crew, load, on_progress), on_progress)
+                    seconds = time.monotonic() - started
+                    self._write_files()
+                self.storage.remove(JOB, IMAGES)
+            finally:
+                self._remove_if_empty()
+        drawn, self.drawn = count - self.drawn, count
+        return FinishedSamples(
+            path=self.out, grid=grid_path(self.out), count=count, drawn=drawn, seconds=seconds
+        )
+
+    def _artist(
+        self, crew: Crew, load: Callable[[], ADMPipeline] | None, on_progress: Progress | None
+    ) -> Callable[[], PixelArtist]:
+        networks = self.record["networks"]
+        if crew.is_here or load is None:
+            return lambda: PixelArtist(self.pipeline, self.model_name, networks, on_progress)
+        return functools.partial(_loaded_artist, load, self.model_name, networks)
+
+    def _draw(
+        self,
+        batch_size: int,
+        crew: Crew,
+        artist: Callable[[], PixelArtist],
+        on_progress: Progress | None,
+    ) -> None:
+        if self.drawn == 0:
+            self.storage.remove(JOB, IMAGES)  # what a run with other settings left
+            self.storage.write(JOB, json.dumps(self.record, indent=2).encode())
+        missing = self._missing()
+        batches = (
+            Unit(tuple(missing[first : first + batch_size]))
+            for first in range(0, len(missing), batch_size)
+        )
+        worker = functools.partial(
+            UnitWorker, artist, self.storage, batch_size, stops_at_errors=True
+        )
+        for unit, result in distribute(batches, worker, crew):
+            if isinstance(result, Lost):
+                first, last = unit.tasks[0].row, unit.tasks[-1].row
+                raise RuntimeError(f"samples {first} to {last}: {result.reason}")
+            if on_progress is not None and not crew.is_here:
+                on_progress(len(unit.tasks))
+
+    def _missing(self) -> Sequence[Task]:
+        """What no run with these settings has drawn; without a record, files tell nothing."""
+        if not self.storage.exists(JOB):
+            return self.tasks
+        folders = {picture_file(task).rpartition("/")[0] for task in self.tasks}
+        there = {name for folder in folders for name in self.storage.names(folder)}
+        return [task for task in self.tasks if picture_file(task) not in there]
+
+    def _difference(self) -> str | None:
+        """What the settings of the pictures in the folder are, where they are not this job's."""
+        there = self.storage.read(JOB)
+        if there is None or not any(map(self.storage.names, self.storage.names(IMAGES))):
+            return None
+        try:
+            return difference(json.loads(there), self.record)
+        except (ValueError, TypeError, AttributeError):
+            return f"a damaged {JOB}"
+
+    def _is_written(self) -> bool:
+        """Whether a run was killed behind its last step, when only its pictures had to go."""
+        if not (self.out.exists() and parts_folder(self.out).is_dir()):
+            return False
+        with suppress(ValueError):
+            there = read_record(self.out)
+            return {**there, **self.record, "num_samples": len(self.tasks)} == there
+        return False
+
+    def _write_files(self) -> None:
+        first = np.concatenate(list(self._pictures(self.tasks[:_MOST_TILES])))
+        height, width, channels = first.shape[1:]
+        told = {"model": self.model_name, "size": [width, height], "num_samples": len(self.tasks)}
+        record = {**self.record, **told}
+        tiles = draw_tiles([to_image(pixels) for pixels in first])
+        save_png(tiles, grid_path(self.out), record, overwrite=True)
+        shape = (len(self.tasks), height, width, channels)
+        arrays = {"arr_0": StreamedArray(shape, "uint8", self._pictures(self.tasks))}
+        if self.labels is not None:
+            labels = np.array(self.labels, dtype=np.int64)
+            arrays["arr_1"] = StreamedArray(labels.shape, "int64", [labels])
+        text = np.array([json.dumps(record)])
+        arrays[RECORD_KEY] = StreamedArray(text.shape, text.dtype.str, [text])
+        write_npz(self.out, arrays, parts_folder(self.out) / UNFINISHED)
+
+    def _pictures(self, tasks: Sequence[Task]) -> Iterator[NDArray[np.uint8]]:
+        """Each as (1, height, width, channels)."""
+        for task in tasks:
+            with self.storage.open(picture_file(task)) as file, Image.open(file) as image:
+                pixels: NDArray[np.uint8] = np.asarray(image)
+            yield pixels.reshape(1, *pixels.shape[:2], -1)
+
+    def _remove_if_empty(self) -> None:
+        """The folder, unless pictures or files of others are in it."""
+        if any(map(self.storage.names, self.storage.names(IMAGES))):
+            return
+        self.storage.remove(JOB, IMAGES, UNFINISHED)
+        with suppress(OSError):
+            (parts_folder(self.out) / LOCK).unlink()
+            parts_folder(self.out).rmdir()
+
+
+def _loaded_artist(
+    load: Callable[[], ADMPipeline], name: str | None, networks: Mapping[str, str]
+) -> PixelArtist:
+    return PixelArtist(load(), name, networks)
