@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..denoiser.attention import StandIn, received, why_unseen
 from ..denoiser.call import Call, Layout
 from ..denoiser.noise import Prediction
-from ..denoiser.outputs import precise, total
+from ..denoiser.outputs import precise, stacked, total
 from ..denoiser.picture import PicturePlace, place_of, tokens_at
 from ..denoiser.prefix import Prefix, blocks_before
 from ..denoiser.run import Run
@@ -125,7 +125,7 @@ class GuidedCall:
         x0 = levels.x0(x_t, u)
         attention = {n: self._attention(n, rows, place) for n in layers}
         limited, index = self.run.schedule.limited(x0), self.run.step
-        where = functools.partial(tokens_at, self.denoiser, call=self.call, place=place)
+        where = functools.partial(tokens_at, self.denoiser, call=self.call, place=place, rows=rows)
         step = Step(self.denoiser, limited, attention, index, where)
         with guidance.weaken(step) as x0_weak:
             sample_weak = sample
@@ -151,15 +151,19 @@ class GuidedCall:
         if not noted:
             reason = why_unseen(self.denoiser, layer)
             raise RuntimeError(f"no attention was recorded at {layer!r}: {reason}")
-        positions = noted[0].key.shape[-2]
-        picture, grid = tokens_at(self.denoiser, layer, self.call, place).at(positions)
-        return received(noted, len(self.call.sample), rows, picture).unflatten(1, grid)
+        positions, batch = noted[0].key.shape[-2], range(len(self.call.sample))
+        found: list[Tensor] = []
+        for own, tokens in tokens_at(self.denoiser, layer, self.call, place, rows).groups():
+            (picture, grid), own_rows = tokens.at(positions), batch[rows][own]
+            own = slice(own_rows.start, own_rows.stop)
+            found.append(received(noted, len(batch), own, picture).unflatten(1, grid))
+        return torch.cat(found)
 
     def _weak_output(self, rows: slice, sample: Tensor) -> Tensor:
         args, kwargs = self.call.rows(rows, sample)
         self.run.is_weak = True
         try:
-            output: Tensor = self.denoiser(*args, **kwargs)[0]
+            output = stacked(self.denoiser(*args, **kwargs)[0])
         finally:
             self.run.is_weak = False
         if len(output) != len(sample):
