@@ -71,7 +71,7 @@ def xl_pipeline(cls: type[DiffusionPipeline], **components: Any) -> Any:
 
 
 def kolors_pipeline() -> Any:
-    """Return Kolors without text encoder: XL's network behind a projection of ChatGLM's channels."""
+    """Return Kolors without text encoder: XL's network behind a projection of another text."""
     pytest.importorskip("sentencepiece")  # diffusers' class is not there without it
     unet = xl_unet(encoder_hid_dim=TEXT_WIDTH, encoder_hid_dim_type="text_proj")
     parts = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
@@ -80,9 +80,7 @@ def kolors_pipeline() -> Any:
     return pipe
 
 
-def draw_kolors(
-    pipe: Any, seeds: tuple[int, ...] = (3,), cfg: float = 3.0, **more: Any
-) -> Tensor:
+def draw_kolors(pipe: Any, seeds: tuple[int, ...] = (3,), cfg: float = 3.0, **more: Any) -> Tensor:
     """Final latents of a prompt and a seed each, not square."""
     made = [torch.Generator().manual_seed(seed) for seed in seeds]
     texts = {

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from .call import Layout
 
 
-
 def stacked(pictures: Any) -> Tensor:
     """Pictures as one tensor, (batch, channels, height, width); lists hold them with one frame.
 
