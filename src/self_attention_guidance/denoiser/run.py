@@ -145,7 +145,7 @@ class Run:
     def _step_of(self, call: Call, schedule: Schedule) -> tuple[int, bool]:
         """The step that a call is at, and whether its timestep is surely that."""
         # Pipelines take the timestep out of the scheduler's own tensor.
-        is_own = call.given(1.0) == 1
+        is_own = call.given(1.0) == 1  # else it was computed from it
         place = schedule.place_of(call.timestep) if is_own else None
         step = schedule.own_step()
         if step is None and place is not None:

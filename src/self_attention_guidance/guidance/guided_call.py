@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -67,7 +67,7 @@ class GuidedCall:
         # A U-Net adds what a T2I-Adapter gives to the blocks' own outputs, in place.
         is_adapted = self.call.arguments.get("down_intrablock_additional_residuals") is not None
         blocks = blocks_before(self.denoiser) if weak and not is_adapted else []
-        return self.prefix.noting(blocks, weak if blocks else ())
+        return self.prefix.noting(blocks, weak) if blocks else nullcontext()
 
     def terms(self, whole: Tensor) -> tuple[dict[int, Tensor], list[Step]]:
         """What each guidance adds to the output of its branch, and what weakened passes saw."""
@@ -157,13 +157,14 @@ class GuidedCall:
             (picture, grid), own_rows = tokens.at(positions), batch[rows][own]
             own = slice(own_rows.start, own_rows.stop)
             found.append(received(noted, len(batch), own, picture).unflatten(1, grid))
-        return torch.cat(found)
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def _weak_output(self, rows: slice, sample: Tensor, weak: tuple[str, ...]) -> Tensor:
         """What the network returns, weakened in these layers alone if there are any."""
         self.run.is_weak = True
         try:
-            with self.prefix.reused(weak, len(self.call.sample), rows):
+            batch = len(self.call.sample)
+            with self.prefix.reused(weak, batch, rows) if weak else nullcontext():
                 args, kwargs = self.call.rows(rows, sample)
                 output = stacked(self.denoiser(*args, **kwargs)[0])
         except ShapesDiffer:  # where these rows' texts are shorter than the longest
