@@ -30,7 +30,7 @@ from self_attention_guidance.models.originals import dit_scheduler
 from test_dit_pipeline import with_1001_labels
 from tiny import tiny_pipeline, tiny_vae
 from tiny_transformers import TRANSFORMERS
-from tiny_xl import xl_pipeline
+from tiny_xl import draw_kolors, kolors_pipeline, xl_pipeline
 
 METHODS: dict[str, Any] = {
     "pag": PerturbedAttentionGuidance,
@@ -96,6 +96,7 @@ def dit_pipeline() -> Any:
 KINDS: dict[str, Kind] = {
     "Stable Diffusion": Kind(lambda: tiny_pipeline(StableDiffusionPipeline), draw_prompts),
     "Stable Diffusion XL": Kind(lambda: xl_pipeline(StableDiffusionXLPipeline), draw_prompts),
+    "Kolors": Kind(kolors_pipeline, draw_kolors),
     "ADM and IDDPM": Kind(pixel_pipeline, draw_pixels),
     "DiT": Kind(dit_pipeline, draw_dit),
     **{

@@ -176,7 +176,7 @@ def test_the_command_reads_configs_alone(
     assert set(users) == set(METHODS)
     names = [line[0] for line in lines if line and line[1:] and line[1] in ("sag", *METHODS)]
     for listed in names:  # each is a name that the methods take
-        has_blocks = "attn" not in listed
+        has_blocks = "att" not in listed.rpartition(".")[2]
         (SkipLayerGuidance if has_blocks else PerturbedAttentionGuidance)(layers=listed).chosen(
             denoiser
         )

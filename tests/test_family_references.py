@@ -30,13 +30,16 @@ from torch import Tensor, nn
 
 from family import KINDS, METHODS, denoiser_of, difference
 from self_attention_guidance import PerturbedAttentionGuidance, SkipLayerGuidance
-from test_transformers import rotated, side
+from test_transformers import SIDES, rotated, side, starts
 from tiny import BETAS, seeded, tiny_scheduler
 from tiny_transformers import lively
 from tiny_xl import xl_pipeline
 
 GRIDS = {24: (4, 6), 96: (8, 12), 64: (8, 8)}
 """Rows and columns of a layer's tokens, by their number, in the tests' pictures."""
+
+TWO_CALLS = ("Flux", "Chroma", "Qwen-Image", "Lumina 2", "CogView 4")
+"""Whose pipelines have two calls a step under classifier-free guidance."""
 
 MASKS_TEXT = hasattr(transformer_qwenimage, "compute_text_seq_len_from_mask")
 """Whether Qwen-Image masks short texts in a batch; older versions of diffusers do not."""
@@ -136,15 +139,56 @@ class Plain:
         return picture_result, words_result if add_out is None else add_out(words_result)
 
 
+class PlainOfJoint:
+    """The same for those of `SIDES`, whose layers see one sequence of text and picture."""
+
+    def __init__(self, name: str, call: dict[str, Any], attend: Explicit) -> None:
+        self.name, self.call, self.attend = name, call, attend
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+        encoder_hidden_states: Tensor | None = None,
+        hidden_states_masks: Tensor | None = None,
+        freqs_cis: Tensor | None = None,
+    ) -> Any:
+        given = {
+            "hidden_states": hidden_states,
+            "encoder_hidden_states": encoder_hidden_states,
+            "hidden_states_masks": hidden_states_masks,
+            "image_rotary_emb": image_rotary_emb if freqs_cis is None else freqs_cis,
+        }
+        sides = [each.transpose(1, 2) for each in SIDES[self.name](attn, given)]
+        rows = []
+        for row, start in enumerate(starts(self.name, self.call, sides[0].shape[2])):
+            own = [each[row : row + 1] for each in sides]
+            mask = None if attention_mask is None else attention_mask[row].bool()
+            rows.append(self.attend(*own, slice(start, start + 24), mask))
+        result = torch.cat(rows).transpose(1, 2).flatten(2).to(hidden_states.dtype)
+        if self.name == "FLUX.2":
+            mlp = attn.to_qkv_mlp_proj(hidden_states)[..., 3 * attn.inner_dim :]
+            return attn.to_out(torch.cat([result, attn.mlp_act_fn(mlp)], dim=-1))
+        if self.name == "HiDream":
+            return attn.to_out(result)
+        result = attn.to_out[0](result)
+        return (result[:, -24:], result[:, :-24]) if self.name == "CogView 4" else result
+
+
 @contextmanager
-def plainly(name: str, denoiser: Any, layers: Any, attend: Explicit) -> Generator[None]:
+def plainly(
+    name: str, call: dict[str, Any], denoiser: Any, layers: Any, attend: Explicit
+) -> Generator[None]:
     """Let layers compute attention by a plain implementation."""
     kept = {layer: denoiser.get_submodule(layer).processor for layer in layers}
     for layer in layers:
         tokens = 24  # of the picture, where there is text, too
-        denoiser.get_submodule(layer).set_processor(
-            Plain(attend, tokens, name == "Stable Diffusion 3.5")
-        )
+        plain: Any = Plain(attend, tokens, name == "Stable Diffusion 3.5")
+        if name in SIDES:
+            plain = PlainOfJoint(name, call, attend)
+        denoiser.get_submodule(layer).set_processor(plain)
     yield
     for layer, processor in kept.items():
         denoiser.get_submodule(layer).set_processor(processor)
@@ -164,14 +208,18 @@ def left_out(_: str, block: nn.Module) -> Generator[None]:
 
     def hook(_: Any, args: Any, kwargs: Any, output: Any) -> Any:
         tokens = args[0] if args else kwargs["hidden_states"]
-        return (kwargs["encoder_hidden_states"], tokens) if isinstance(output, tuple) else tokens
+        if not isinstance(output, tuple):
+            return tokens
+        return args[:2] if args else (kwargs["encoder_hidden_states"], tokens)
 
     handle = block.register_forward_hook(hook, with_kwargs=True)
     yield
     handle.remove()
 
 
-def shuffled(seed: int, step: int) -> Callable[[str, nn.Module], Any]:
+def shuffled(
+    name: str, seed: int, step: int, call: dict[str, Any]
+) -> Callable[[str, nn.Module], Any]:
     """TPG, Algorithm 1: H <- S H before the block, S a permutation of the picture's tokens."""
 
     @contextmanager
@@ -181,11 +229,16 @@ def shuffled(seed: int, step: int) -> Callable[[str, nn.Module], Any]:
         def hook(_: Any, args: Any, kwargs: Any) -> Any:
             given = args[0] if args else kwargs["hidden_states"]
             tokens = given.flatten(2).transpose(1, 2) if given.ndim == 4 else given
-            count = tokens.shape[1] if tokens.shape[1] in GRIDS else 24
+            is_grid = tokens.shape[1] in GRIDS and name not in SIDES
+            count = tokens.shape[1] if is_grid else 24
             generator = torch.Generator().manual_seed(own_seed)
             matrix = torch.eye(count)[torch.randperm(count, generator=generator)]
             tokens = tokens.clone()
-            tokens[:, -count:] = matrix @ tokens[:, -count:]
+            has_text = tokens.shape[1] > count and name in SIDES
+            first = starts(name, call, tokens.shape[1]) if has_text else []
+            for row, start in enumerate(first or [tokens.shape[1] - count] * len(tokens)):
+                own = slice(start, start + count)
+                tokens[row, own] = matrix @ tokens[row, own]
             if given.ndim == 4:
                 tokens = tokens.transpose(1, 2).reshape(given.shape)
             if args:
@@ -205,7 +258,7 @@ class Pass:
 
     args: Any
     kwargs: Any
-    output: Tensor
+    output: Any
 
 
 @contextmanager
@@ -233,9 +286,15 @@ def watched(denoiser: Any) -> Generator[list[Pass]]:
 
 def conditional(name: str, cfg: float, batch: int) -> slice:
     """The rows of a call that are conditional."""
-    if cfg == 1 or name in ("ADM and IDDPM", "Flux", "Chroma", "Qwen-Image"):
+    if cfg == 1 or name in ("ADM and IDDPM", "FLUX.2", *TWO_CALLS):
         return slice(0, batch)
-    return slice(0, batch // 2) if name == "DiT" else slice(batch // 2, batch)
+    return slice(0, batch // 2) if name in ("DiT", "Z-Image") else slice(batch // 2, batch)
+
+
+def predicted(denoiser: Any, found: Pass) -> Tensor:
+    """What a network returns, with pictures in a list as one tensor."""
+    output = denoiser(*found.args, **found.kwargs)[0]
+    return (torch.stack(output).squeeze(2) if isinstance(output, list) else output).double()
 
 
 REFERENCES: dict[str, tuple[Any, Callable[..., Any]]] = {
@@ -245,10 +304,10 @@ REFERENCES: dict[str, tuple[Any, Callable[..., Any]]] = {
         lambda scale: METHODS["seg"](scale, blur_sigma=0.7),
         lambda name, step, *rest: plainly(name, *rest, smoothed(0.7)),
     ),
-    "slg": (METHODS["slg"], lambda name, step, *rest: hooked(*rest, left_out)),
+    "slg": (METHODS["slg"], lambda name, step, call, *rest: hooked(*rest, left_out)),
     "tpg": (
         lambda scale: METHODS["tpg"](scale, seed=5),
-        lambda name, step, *rest: hooked(*rest, shuffled(5, step)),
+        lambda name, step, call, *rest: hooked(*rest, shuffled(name, 5, step, call)),
     ),
 }
 
@@ -266,21 +325,24 @@ def test_guided_predictions_are_those_of_a_plain_implementation(
     with guidance.attach(pipe), watched(denoiser) as passes:
         KINDS[name].draw(pipe, (3, 4) if name != "Qwen-Image" or MASKS_TEXT else (3, 7), cfg)
     layers = guidance.chosen(denoiser)
-    has_two_calls = cfg > 1 and name in ("Flux", "Chroma", "Qwen-Image")
+    has_two_calls = cfg > 1 and name in TWO_CALLS
     assert len(passes) == 3 * (1 + has_two_calls)
     worst, term = 0.0, torch.empty(0)
     for number, found in enumerate(passes):
         step = number // (1 + has_two_calls)
-        u = denoiser(*found.args, **found.kwargs)[0].double()
+        u = predicted(denoiser, found)
         if number % (1 + has_two_calls) == 0:
-            with plain(name, step, denoiser, layers):
-                weak = denoiser(*found.args, **found.kwargs)[0].double()
+            call = {"hidden_states": found.args[0] if found.args else None, **found.kwargs}
+            with plain(name, step, call, denoiser, layers):
+                weak = predicted(denoiser, found)
             term = 2.0 * (u - weak)[conditional(name, cfg, len(u))]
             if u.ndim == 4:
                 term[:, 4:] = 0  # a variance that is learned is not guided
         expected = u + torch.cat([term] * (len(u) // len(term)))
         assert term.abs().max() > 1e-3 * u.abs().max()
-        worst = max(worst, difference(found.output.double(), expected))
+        output: Any = found.output
+        guided = torch.stack(output).squeeze(2) if isinstance(output, list) else output
+        worst = max(worst, difference(guided.double(), expected))
     print(f"{method} on {name}, cfg {cfg}: {worst:.1e}")
     assert worst < 1e-4
 

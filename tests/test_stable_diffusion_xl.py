@@ -12,7 +12,7 @@ from torch import Tensor
 from self_attention_guidance import SelfAttentionGuidance, StableDiffusionXLSAGPipeline
 from self_attention_guidance.maths import degrade
 from tiny import TEXT_WIDTH, tiny_scheduler
-from tiny_xl import xl_pipeline, xl_unet
+from tiny_xl import draw_kolors, kolors_pipeline, xl_pipeline, xl_unet
 
 
 @pytest.fixture
@@ -61,15 +61,39 @@ def test_a_batch_of_three_equals_three_pictures(pipe: StableDiffusionXLPipeline)
             assert (alone - together[row : row + 1]).abs().max() < 1e-4 * together.abs().max()
 
 
-@pytest.mark.supports("formula", pipeline="Stable Diffusion XL")
+@pytest.mark.supports("runs", "batch", pipeline="Kolors")
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_kolors_is_guided_leaves_no_trace_and_keeps_rows_apart(cfg: float) -> None:
+    pipe = kolors_pipeline()
+    plain = draw_kolors(pipe, (3, 4), cfg)
+    with SelfAttentionGuidance(0).attach(pipe):
+        assert torch.equal(draw_kolors(pipe, (3, 4), cfg), plain)
+    with SelfAttentionGuidance(1.0).attach(pipe):
+        guided = draw_kolors(pipe, (3, 4), cfg)
+        assert (guided - plain).abs().max() > 1e-2 * plain.abs().max()
+        alone = draw_kolors(pipe, (4,), cfg)
+        assert (alone - guided[1:]).abs().max() < 1e-4 * guided.abs().max()
+    assert torch.equal(draw_kolors(pipe, (3, 4), cfg), plain)
+
+
+NETWORKS = [
+    pytest.param(network, width, marks=pytest.mark.supports("formula", pipeline=name))
+    for name, network, width in (
+        ("Stable Diffusion XL", xl_unet, 2 * TEXT_WIDTH),
+        ("Kolors", lambda: kolors_pipeline().unet, TEXT_WIDTH),
+    )
+]
+
+
+@pytest.mark.parametrize(("network", "width"), NETWORKS)
 @pytest.mark.parametrize("branch", ["uncond", "cond"])
 @torch.no_grad()
-def test_a_guided_output_is_the_formula(branch: Any) -> None:
-    unet, scheduler = xl_unet(), tiny_scheduler()
+def test_a_guided_output_is_the_formula(network: Any, width: int, branch: Any) -> None:
+    unet, scheduler = network(), tiny_scheduler()
     scheduler.set_timesteps(4)
     half, timestep = torch.randn(2, 4, 8, 10), 501
     x = torch.cat([half, half])
-    texts = torch.randn(4, 7, 2 * TEXT_WIDTH)
+    texts = torch.randn(4, 7, width)
     added = {"text_embeds": torch.randn(4, TEXT_WIDTH), "time_ids": torch.rand(4, 6) * 100}
     rows = slice(0, 2) if branch == "uncond" else slice(2, 4)
 

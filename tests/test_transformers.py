@@ -31,7 +31,14 @@ LAYERS = {
     "Flux": "single_transformer_blocks.1.attn",
     "Chroma": "single_transformer_blocks.1.attn",
     "Qwen-Image": "transformer_blocks.1.attn",
+    "Z-Image": "layers.1.attention",
+    "Lumina 2": "layers.1.attn",
+    "CogView 4": "transformer_blocks.1.attn1",
+    "FLUX.2": "single_transformer_blocks.1.attn",
+    "HiDream": "single_stream_blocks.1.block.attn1",
 }
+NEGATED = ("Z-Image", "Lumina 2", "HiDream")
+"""Their pipelines give the negative of the prediction to the scheduler."""
 
 
 @dataclass
@@ -52,8 +59,12 @@ def recorded(pipe: Any) -> Iterator[list[Step]]:
     original = scheduler.step
 
     def see_call(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        names = ("hidden_states", "timestep")
-        calls.append({**dict(zip(names, args, strict=False)), **kwargs})
+        is_list = args and isinstance(args[0], list)
+        names = ("x", "t", "cap_feats") if is_list else ("hidden_states", "timestep")
+        call = {**dict(zip(names, args, strict=False)), **kwargs}
+        if is_list:
+            call["hidden_states"] = torch.cat(call["x"], dim=1).transpose(0, 1)
+        calls.append(call)
 
     def see_step(output: Tensor, t: Tensor, latents: Tensor, *args: Any, **kwargs: Any) -> Any:
         kind, level = level_of(scheduler, t, len(steps))
@@ -84,11 +95,13 @@ def first_passes(step: Step) -> list[dict[str, Any]]:
 
 
 def rows_of(call: dict[str, Any], rows: slice, batch: int) -> dict[str, Any]:
-    """Cut the tensors of a call, one level deep."""
+    """Cut the tensors and lists of a call, one level deep."""
     cut = {}
     for name, value in call.items():
-        is_batch = isinstance(value, Tensor) and value.ndim > 0 and len(value) == batch
-        cut[name] = value[rows] if is_batch else value
+        is_batch = isinstance(value, list) or (isinstance(value, Tensor) and value.ndim > 0)
+        cut[name] = value[rows] if is_batch and len(value) == batch else value
+        if name == "encoder_hidden_states_llama3":  # behind an axis of layers
+            cut[name] = value[:, rows]
     return cut
 
 
@@ -116,8 +129,100 @@ def side(layer: Any, states: Tensor, text: Tensor | None, which: str) -> tuple[T
     return own, project(f"add_{which}_proj", f"norm_added_{which}", text)
 
 
-def picture_attention(name: str, layer: Any, seen: dict[str, Any], mask: Any) -> Tensor:
+def turned(x: Tensor, rotary: Any) -> Tensor:
+    """Rotate by what each row has of its own, complex, or the halves of channels by (cos, sin)."""
+    if isinstance(rotary, tuple):
+        cos, sin = (side[None, :, None].double() for side in rotary)
+        first, second = x.chunk(2, dim=-1)
+        return x * cos + torch.cat([-second, first], dim=-1) * sin
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * rotary[:, :, None].to(pairs.dtype)).flatten(-2)
+
+
+def z_image_sides(layer: Any, seen: dict[str, Any]) -> list[Tensor]:
+    """Queries, keys and values, (batch, tokens, heads, channels), of Z-Image and Lumina 2."""
+    found = []
+    for which in "qkv":
+        heads = getattr(layer, f"to_{which}")(seen["hidden_states"]).unflatten(-1, (-1, 16))
+        norm = getattr(layer, f"norm_{which}", None)
+        heads = (heads if norm is None else norm(heads)).double()
+        rotary = seen["freqs_cis"] if "freqs_cis" in seen else seen["image_rotary_emb"]
+        heads = heads if which == "v" else turned(heads, rotary)
+        found.append(heads.repeat_interleave(layer.heads // heads.shape[2], dim=2))
+    return found
+
+
+def cogview_4_sides(layer: Any, seen: dict[str, Any]) -> list[Tensor]:
+    found = []
+    words = seen["encoder_hidden_states"].shape[1]
+    states = torch.cat([seen["encoder_hidden_states"], seen["hidden_states"]], dim=1)
+    for which in "qkv":
+        heads = getattr(layer, f"to_{which}")(states).unflatten(-1, (layer.heads, -1))
+        norm = getattr(layer, f"norm_{which}", None)
+        heads = (heads if norm is None else norm(heads)).double()
+        picture = heads[:, words:]
+        picture = picture if which == "v" else turned(picture, seen["image_rotary_emb"])
+        found.append(torch.cat([heads[:, :words], picture], dim=1))
+    return found
+
+
+def flux_2_sides(layer: Any, seen: dict[str, Any]) -> list[Tensor]:
+    projected = layer.to_qkv_mlp_proj(seen["hidden_states"])[..., : 3 * layer.inner_dim]
+    q, k, v = (each.unflatten(-1, (layer.heads, -1)) for each in projected.chunk(3, dim=-1))
+    q, k = (norm(x).double() for norm, x in ((layer.norm_q, q), (layer.norm_k, k)))
+    return [*(rotated(x, seen["image_rotary_emb"]) for x in (q, k)), v.double()]
+
+
+def hidream_sides(layer: Any, seen: dict[str, Any]) -> list[Tensor]:
+    states, matrices = seen["hidden_states"], seen["image_rotary_emb"].double()
+    found = []
+    for which, norm in (("q", layer.q_rms_norm), ("k", layer.k_rms_norm), ("v", None)):
+        projected = getattr(layer, f"to_{which}")(states)
+        heads = (projected if norm is None else norm(projected)).unflatten(-1, (layer.heads, -1))
+        heads = heads.double()
+        if which == "k":  # the tokens that fill a picture up to a square have no key
+            heads = heads * seen["hidden_states_masks"][:, :, None, None]
+        if norm is not None:
+            pairs = heads.unflatten(-1, (-1, 2, 1))
+            heads = (matrices @ pairs).flatten(-3)
+        found.append(heads)
+    return found
+
+
+SIDES = {
+    "Z-Image": z_image_sides,
+    "Lumina 2": z_image_sides,
+    "CogView 4": cogview_4_sides,
+    "FLUX.2": flux_2_sides,
+    "HiDream": hidream_sides,
+}
+
+
+def starts(name: str, call: dict[str, Any], tokens: int) -> list[int]:
+    """Where the picture begins in each row of so many tokens of text and picture."""
+    count, batch = GRID[0] * GRID[1], len(call["hidden_states"])
+    if name == "Lumina 2":
+        return call["encoder_attention_mask"].sum(1).tolist()
+    is_first = name in ("Stable Diffusion 3.5", "Z-Image", "HiDream")
+    return [0 if is_first else tokens - count] * batch
+
+
+def picture_attention(name: str, layer: Any, seen: dict[str, Any], call: dict[str, Any]) -> Tensor:
     """What each of the picture's tokens receives from the others, mean 1, (batch, tokens)."""
+    sides = SIDES[name](layer, seen)[:2] if name in SIDES else both_sides(name, layer, seen)
+    scores = torch.einsum("bqhd,bkhd->bhqk", *sides) / sides[0].shape[-1] ** 0.5
+    mask = attention_bias(name, call, seen)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    weights = scores.softmax(-1).nan_to_num().mean(1)
+    tokens = GRID[0] * GRID[1]
+    rows = zip(weights, starts(name, call, scores.shape[-1]), strict=True)
+    received = torch.stack([row[a : a + tokens, a : a + tokens].sum(0) for row, a in rows])
+    return received / received.mean(1, keepdim=True)
+
+
+def both_sides(name: str, layer: Any, seen: dict[str, Any]) -> list[Tensor]:
+    """Queries and keys, (batch, tokens, heads, channels)."""
     text, rotary = seen.get("encoder_hidden_states"), seen.get("image_rotary_emb")
     sides = []
     for which in "qk":
@@ -130,19 +235,14 @@ def picture_attention(name: str, layer: Any, seen: dict[str, Any], mask: Any) ->
         elif rotary is not None:
             picture = rotated(picture, rotary)
         sides.append(picture)
-    scores = torch.einsum("bqhd,bkhd->bhqk", *sides) / sides[0].shape[-1] ** 0.5
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    weights = scores.softmax(-1).nan_to_num()
-    tokens, total = GRID[0] * GRID[1], scores.shape[-1]
-    first = 0 if name == "Stable Diffusion 3.5" else total - tokens
-    inside = slice(first, first + tokens)
-    received = weights[:, :, inside, inside].mean(1).sum(1)
-    return received / received.mean(1, keepdim=True)
+    return sides
 
 
-def attention_bias(name: str, call: dict[str, Any]) -> Tensor | None:
+def attention_bias(name: str, call: dict[str, Any], seen: dict[str, Any]) -> Tensor | None:
     """Where attention may look, (batch, 1, 1 or queries, keys), for those that mask text."""
+    if name in ("Z-Image", "Lumina 2"):
+        mask = seen["attention_mask"]
+        return None if mask is None else mask[:, None, None].bool()
     if name == "Qwen-Image":
         words = call["encoder_hidden_states_mask"].bool()
         picture = torch.ones(len(words), GRID[0] * GRID[1], dtype=torch.bool)
@@ -196,13 +296,18 @@ class Reference:
         self.layer.register_forward_pre_hook(self._see, with_kwargs=True)
 
     def _see(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        names = ("hidden_states", "encoder_hidden_states")
+        second = "hidden_states_masks" if self.name == "HiDream" else "encoder_hidden_states"
+        names = ("hidden_states", second)
         self.seen = {**dict(zip(names, args, strict=False)), **kwargs}
 
     def output(self, call: dict[str, Any], x: Tensor) -> Tensor:
         """Predict from latents, both as the call holds them; without a learned variance."""
-        whole = self.transformer(**{**call, "hidden_states": x.float()})[0]
-        return whole[:, : x.shape[1]]
+        if "x" in call:
+            listed = {key: value for key, value in call.items() if key != "hidden_states"}
+            whole = self.transformer(**{**listed, "x": list(x.float()[:, :, None])})[0]
+            return -torch.cat(whole, dim=1).transpose(0, 1)
+        whole = self.transformer(**{**call, "hidden_states": x.float()})[0][:, : x.shape[1]]
+        return -whole if self.name in NEGATED else whole
 
     def term(self, step: Step, call: dict[str, Any], scale: float, sigma: float) -> Tensor:
         """The guidance term, in the units and form of the output."""
@@ -210,8 +315,7 @@ class Reference:
         x, level = unpacked(tokens).double(), step.level
         assert level is not None
         x0 = clean(step, x, unpacked(self.output(call, tokens)).double())
-        mask = attention_bias(self.name, call)
-        received = picture_attention(self.name, self.layer, self.seen, mask)
+        received = picture_attention(self.name, self.layer, self.seen, call)
         masked = reference.nearest((received > 1).unflatten(1, GRID), *LATENTS)[:, None].double()
         degraded_x0 = masked * reference.blur(x0, sigma=sigma) + (1 - masked) * x0
         degraded = (x + level.alpha * (degraded_x0 - x0)).float()
@@ -220,12 +324,13 @@ class Reference:
         return packed(scale * change_of_output(step, degraded_x0 - second_x0), tokens)
 
 
-def branches(step: Step) -> tuple[dict[str, Any], dict[str, Any]]:
+def branches(name: str, step: Step) -> tuple[dict[str, Any], dict[str, Any]]:
     """The unconditional and the conditional call, or the only one twice."""
     calls, rows = first_passes(step), len(step.latents)
     batch = len(calls[0]["hidden_states"])
     if batch == 2 * rows:
-        return tuple(rows_of(calls[0], half, batch) for half in (slice(rows), slice(rows, batch)))
+        first, second = (rows_of(calls[0], slice(n, n + rows), batch) for n in (0, rows))
+        return (second, first) if name == "Z-Image" else (first, second)
     return calls[-1], calls[0]
 
 
@@ -242,13 +347,16 @@ def test_guided_predictions_are_the_formula(name: str, cfg: float, branch: Any) 
     assert 0.1 < handle.mask.double().mean() < 0.9
     plain = Reference(name, pipe.transformer)
     assert len(steps) == 3
-    for step in steps:
-        uncond, cond = branches(step)
+    # Older versions of diffusers end Z-Image without noise, where x0 tells nothing of the output.
+    noisy = [step for step in steps if step.level is not None and step.level.sigma > 0]
+    assert len(noisy) >= 2
+    for step in noisy:
+        uncond, cond = branches(name, step)
         u = plain.output(uncond, uncond["hidden_states"]).double()
         c = plain.output(cond, cond["hidden_states"]).double()
         term = plain.term(step, uncond if branch == "uncond" else cond, 1.5, 2.0)
         expected = u + cfg * (c - u) + term
-        if name == "Qwen-Image" and cfg > 1:  # it keeps the length of the conditional prediction
+        if name in ("Qwen-Image", "Lumina 2") and cfg > 1:  # it keeps the conditional one's length
             length = (c + term).norm(dim=-1, keepdim=True)
             expected = expected * length / expected.norm(dim=-1, keepdim=True)
         assert term.abs().max() > 1e-2 * expected.abs().max()

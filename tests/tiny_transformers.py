@@ -15,19 +15,29 @@ from diffusers import (
     AuraFlowTransformer2DModel,
     ChromaPipeline,
     ChromaTransformer2DModel,
+    CogView4Pipeline,
+    CogView4Transformer2DModel,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    HiDreamImagePipeline,
+    HiDreamImageTransformer2DModel,
     HunyuanDiT2DModel,
     HunyuanDiTPipeline,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from torch import Tensor
 
@@ -223,6 +233,106 @@ def qwen_image() -> Any:
     )
 
 
+def z_image() -> Any:
+    """Z-Image."""
+    return build(
+        ZImagePipeline,
+        ZImageTransformer2DModel,
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        "vae text_encoder tokenizer",
+        in_channels=4,
+        dim=WIDTH,
+        n_layers=3,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=WIDTH,
+        axes_dims=[4, 6, 6],
+        axes_lens=[80, 16, 16],
+    )
+
+
+def lumina_2() -> Any:
+    """Lumina 2."""
+    return build(
+        Lumina2Pipeline,
+        Lumina2Transformer2DModel,
+        FlowMatchEulerDiscreteScheduler(shift=6.0),
+        "vae text_encoder tokenizer",
+        sample_size=8,
+        in_channels=4,
+        hidden_size=WIDTH,
+        num_layers=3,
+        num_refiner_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=8,
+        axes_dim_rope=(4, 6, 6),
+        axes_lens=(32, 16, 16),
+        cap_feat_dim=WIDTH,
+    )
+
+
+def cogview_4() -> Any:
+    """CogView 4."""
+    return build(
+        CogView4Pipeline,
+        CogView4Transformer2DModel,
+        FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        "vae text_encoder tokenizer",
+        **HEADS,
+        num_layers=3,
+        in_channels=4,
+        out_channels=4,
+        sample_size=8,
+        text_embed_dim=WIDTH,
+        time_embed_dim=16,
+        condition_dim=8,
+        rope_axes_dim=(16, 16),
+    )
+
+
+def flux_2() -> Any:
+    """FLUX.2."""
+    return build(
+        Flux2Pipeline,
+        Flux2Transformer2DModel,
+        FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        "vae text_encoder tokenizer",
+        **HEADS,
+        num_layers=1,
+        num_single_layers=3,
+        in_channels=16,
+        joint_attention_dim=WIDTH,
+        axes_dims_rope=(4, 4, 4, 4),
+        timestep_guidance_channels=16,
+    )
+
+
+def hidream() -> Any:
+    """HiDream."""
+    pipe = build(
+        HiDreamImagePipeline,
+        HiDreamImageTransformer2DModel,
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        "vae text_encoder tokenizer text_encoder_2 tokenizer_2 text_encoder_3 tokenizer_3 "
+        "text_encoder_4 tokenizer_4",
+        **HEADS,
+        num_layers=1,
+        num_single_layers=3,
+        patch_size=2,
+        in_channels=4,
+        caption_channels=[WIDTH, WIDTH],
+        text_emb_dim=WIDTH,
+        axes_dims_rope=(4, 6, 6),
+        max_resolution=(16, 16),
+        llama_layers=[0, 1, 1, 1],
+    )
+    # It draws pictures of one area only: that of `SIZE`.
+    pipe.default_sample_size = (SIZE["height"] * SIZE["width"]) ** 0.5 / 8 + 0.01
+    return pipe
+
+
 def plain_embeddings(seeds: list[int], prefix: str) -> dict[str, Any]:
     return {f"{prefix}prompt_embeds": texts(seeds)}
 
@@ -259,6 +369,21 @@ def qwen_embeddings(seeds: list[int], prefix: str) -> dict[str, Any]:
     }
 
 
+def listed_embeddings(seeds: list[int], prefix: str) -> dict[str, Any]:
+    lengths = masks(seeds).sum(1).tolist()
+    cut = [text[:length] for text, length in zip(texts(seeds), lengths, strict=True)]
+    return {f"{prefix}prompt_embeds": cut}
+
+
+def hidream_embeddings(seeds: list[int], prefix: str) -> dict[str, Any]:
+    layers = [texts([seed + 100 * layer for seed in seeds]) for layer in (1, 2)]
+    return {
+        f"{prefix}prompt_embeds_t5": texts(seeds),
+        f"{prefix}prompt_embeds_llama3": torch.stack(layers),
+        f"{prefix}pooled_prompt_embeds": texts(seeds, 1)[:, 0],
+    }
+
+
 TRANSFORMERS = {
     "PixArt-Sigma": Transformer(pixart, masked_embeddings),
     "Stable Diffusion 3.5": Transformer(stable_diffusion_3, pooled_embeddings),
@@ -267,6 +392,11 @@ TRANSFORMERS = {
     "Flux": Transformer(flux, pooled_embeddings, "true_cfg_scale"),
     "Chroma": Transformer(chroma, chroma_embeddings),
     "Qwen-Image": Transformer(qwen_image, qwen_embeddings, "true_cfg_scale"),
+    "Z-Image": Transformer(z_image, listed_embeddings),
+    "Lumina 2": Transformer(lumina_2, masked_embeddings),
+    "CogView 4": Transformer(cogview_4, plain_embeddings),
+    "FLUX.2": Transformer(flux_2, plain_embeddings),
+    "HiDream": Transformer(hidream, hidream_embeddings),
 }
 
 
@@ -295,8 +425,10 @@ def draw(
         usual["use_resolution_binning"] = False
     if name == "PixArt-Sigma":
         usual["negative_prompt"] = None  # its default does not go with embeddings
+    if name == "Z-Image" and cfg is not None:
+        usual["guidance_scale"] = cfg - 1  # it counts from the conditional prediction
     usual |= transformer.embeddings(list(seeds), "")
-    if cfg is not None and cfg > 1:
+    if cfg is not None and cfg > 1 and name != "FLUX.2":  # which has no negative prompt
         usual |= transformer.embeddings([50 + seed for seed in seeds], "negative_")
     for key, value in usual.items():
         if isinstance(value, Tensor) and value.is_floating_point():

@@ -5,7 +5,15 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from diffusers import DiffusionPipeline, EulerDiscreteScheduler, UNet2DConditionModel
+import pytest
+import torch
+from diffusers import (
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    KolorsPipeline,
+    UNet2DConditionModel,
+)
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from tiny import (
@@ -60,3 +68,28 @@ def xl_pipeline(cls: type[DiffusionPipeline], **components: Any) -> Any:
     pipe = cls(**{**parts, **components})
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def kolors_pipeline() -> Any:
+    """Return Kolors without text encoder: XL's network behind a projection of another text."""
+    pytest.importorskip("sentencepiece")  # diffusers' class is not there without it
+    unet = xl_unet(encoder_hid_dim=TEXT_WIDTH, encoder_hid_dim_type="text_proj")
+    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
+    pipe = KolorsPipeline(unet=unet, scheduler=tiny_scheduler(EulerDiscreteScheduler), **parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw_kolors(pipe: Any, seeds: tuple[int, ...] = (3,), cfg: float = 3.0, **more: Any) -> Tensor:
+    """Final latents of a prompt and a seed each, not square."""
+    made = [torch.Generator().manual_seed(seed) for seed in seeds]
+    texts = {
+        f"{prefix}{name}": torch.cat([torch.randn(shape, generator=each) for each in made])
+        for prefix in ("", "negative_")
+        for name, shape in {
+            "prompt_embeds": (1, 5, TEXT_WIDTH),
+            "pooled_prompt_embeds": (1, TEXT_WIDTH),
+        }.items()
+    }
+    settings = {"num_inference_steps": 3, "height": 64, "width": 96, "output_type": "latent"}
+    return pipe(**{**texts, **settings, "guidance_scale": cfg, "generator": made, **more}).images

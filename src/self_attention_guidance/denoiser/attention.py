@@ -10,7 +10,7 @@ import functools
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,14 @@ class Operands:
     value: Tensor  # (..., positions, channels)
     scale: float | None  # factor of the scores; `None` is 1 / sqrt(channels)
     bias: Tensor | None  # added to the scores; if bool, true where they count
+
+    def rows(self, rows: slice) -> Operands:
+        """Those of some rows, where rows and heads are two axes."""
+        is_whole = self.bias is None or self.bias.ndim < 4 or len(self.bias) == 1
+        bias = self.bias if self.bias is None or is_whole else self.bias[rows]
+        return replace(
+            self, query=self.query[rows], key=self.key[rows], value=self.value[rows], bias=bias
+        )
 
 
 Attend = Callable[[Operands, Callable[[], Tensor]], Tensor]

@@ -11,10 +11,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_leaves
 
 from .caller import Caller
 from .families import BatchLayout, Family, config_of, family_of, uncompiled
+from .outputs import as_given, stacked
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,10 @@ class Call:
     family: Family
     arguments: dict[str, Any]  # by name; containers are copies, as diffusers' U-Net empties a list
     positional: tuple[str, ...]  # names of those that were given by position
-    sample: Tensor  # x_t of the whole batch
+    sample: Tensor  # x_t of the whole batch, also where the argument is a list of pictures
     condition: Tensor | None  # what differs between the halves of classifier-free guidance
     timestep: Any  # a number, or a tensor of any shape
-    timestep_scale: float  # what the network is given over what the scheduler counts
+    timestep_scale: float  # what the network is given, less an offset, over what schedulers count
 
     @property
     def has_one_timestep(self) -> bool:
@@ -40,7 +42,15 @@ class Call:
         values = torch.as_tensor(self.timestep).flatten()
         numbers = (values[:1] if self.has_one_timestep else values).cpu().tolist()
         numbers = numbers[:1] if len(set(numbers)) == 1 else numbers
-        return [number / self.timestep_scale for number in numbers]
+        return [self.counted(number) for number in numbers]
+
+    def given(self, timestep: float) -> float:
+        """What the network is given at a timestep of the scheduler."""
+        return self.family.timestep_offset + timestep * self.timestep_scale
+
+    def counted(self, given: float) -> float:
+        """The scheduler's timestep, of what the network is given."""
+        return (given - self.family.timestep_offset) / self.timestep_scale
 
     def rows(self, rows: slice, sample: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments of a call for part of the batch, whose x_t is given."""
@@ -48,7 +58,8 @@ class Call:
         batch = len(self.sample)
         if len(range(batch)[rows]) < batch:
             arguments = {name: self._cut(each, name, rows) for name, each in arguments.items()}
-        arguments[self.family.sample_argument] = sample
+        name = self.family.sample_argument
+        arguments[name] = as_given(sample, self.arguments[name])
         return tuple(arguments.pop(name) for name in self.positional), arguments
 
     def _cut(self, argument: Any, name: str, rows: slice) -> Any:
@@ -56,10 +67,15 @@ class Call:
         if isinstance(argument, Mapping):
             entries = cast("Mapping[str, Any]", argument)
             return {key: self._cut(each, f"{name}.{key}", rows) for key, each in entries.items()}
-        batch, batched = len(self.sample), ("timestep", *self.family.batched)
+        family, batch = self.family, len(self.sample)
+        batched = (family.timestep_argument, *family.batched)
         above = itertools.accumulate(name.split("."), "{}.{}".format)
         if not any(each in batched for each in above):
             return argument
+        if name in family.batched_second:
+            return argument[:, rows]
+        if isinstance(argument, list) and isinstance(self.arguments[family.sample_argument], list):
+            return cast("list[Any]", argument)[rows]
         if isinstance(argument, list | tuple):
             items = cast("list[Any] | tuple[Any, ...]", argument)
             if any(isinstance(leaf, Tensor) for leaf in tree_leaves(items)):
@@ -78,16 +94,20 @@ def call_of(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     names = _parameters(type(network), family.sample_argument)
     by_position = dict(zip(names, args, strict=False))
     arguments = _copied({**by_position, **kwargs})
-    sample, timestep = arguments.get(family.sample_argument), arguments.get("timestep")
+    sample = arguments.get(family.sample_argument)
+    timestep = arguments.get(family.timestep_argument)
     if sample is None or timestep is None:
-        missing = family.sample_argument if sample is None else "timestep"
+        missing = family.sample_argument if sample is None else family.timestep_argument
         raise ValueError(f"{type(network).__name__} was called without {missing}: give it by name")
     condition = arguments.get(family.condition)
+    if isinstance(condition, list):
+        condition = pad_sequence(cast("list[Tensor]", condition), batch_first=True)
     condition = condition if isinstance(condition, Tensor) else None
     # Networks that were trained with rescaled timesteps say so in their config; for others, the
     # table says what their pipelines do.
     scale = float(config_of(denoiser).get("timestep_scale", family.timestep_scale))
-    return Call(family, arguments, tuple(by_position), sample, condition, timestep, scale)
+    positional = tuple(by_position)
+    return Call(family, arguments, positional, stacked(sample), condition, timestep, scale)
 
 
 @functools.cache

@@ -19,6 +19,7 @@ from diffusers import DiffusionPipeline, ModularPipeline, SchedulerMixin
 from torch import nn
 
 _CFG = "do_classifier_free_guidance"
+_CFG_AT_STEP = "apply_cfg"  # where diffusers' own may stop before the last step
 
 # Pipelines whose denoiser sees x_t = alpha_t * x0 + sigma_t * eps as its scheduler counts, in its
 # first channels or tokens, with one or two conditions. Their subclasses are known, too.
@@ -37,6 +38,7 @@ _KNOWN = re.compile(
     | Flux (Control | ControlNet)? (Img2Img | Inpaint)? | FluxFill | FluxKontext (Inpaint)?
     | Chroma (Img2Img | Inpaint)?
     | QwenImage (Img2Img | Inpaint | ControlNet (Inpaint)? | Edit (Inpaint | Plus)?)?
+    | ZImage | Lumina2 | CogView4 | Flux2 (Klein)? | Kolors | HiDreamImage
     )Pipeline""",
     re.VERBOSE,
 )
@@ -53,8 +55,8 @@ class Caller:
     def cfg(self) -> bool | None:
         """Whether classifier-free guidance is on, as its own call has it; `None` if unknown."""
         where = _where_cfg_is_kept(type(self.pipeline))
-        if where == "variable":
-            return self.frame.f_locals.get(_CFG)
+        if where in (_CFG, _CFG_AT_STEP):
+            return self.frame.f_locals.get(where)
         return bool(getattr(self.pipeline, _CFG)) if where == "property" else None
 
     @property
@@ -116,16 +118,19 @@ def _candidates(code: CodeType) -> tuple[str, ...]:
 
 @functools.cache
 def _where_cfg_is_kept(pipeline: type) -> str:
-    """Whether a pipeline's call keeps a variable, or asks a property that may say otherwise."""
+    """The variable of a pipeline's call, or "property", which may say otherwise; or "unknown"."""
     for base in pipeline.__mro__:
         call = vars(base).get("__call__")
         code = getattr(inspect.unwrap(call), "__code__", None) if call is not None else None
         if code is None:
             continue
-        if _CFG in (*code.co_varnames, *code.co_cellvars):
-            return "variable"
+        variables = (*code.co_varnames, *code.co_cellvars)
         # Others may use the property in part, and decide by something else.
         is_known = base.__module__.startswith("diffusers.")
+        if is_known and _CFG_AT_STEP in variables:
+            return _CFG_AT_STEP
+        if _CFG in variables:
+            return _CFG
         if _CFG in code.co_names and is_known:
             return "property"
         if not is_known and "super" not in code.co_names:

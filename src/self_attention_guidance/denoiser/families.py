@@ -14,6 +14,9 @@ BatchLayout = Literal[
 """What a call holds under classifier-free guidance: a picture a row ("single"), two halves of a
 batch in either order, or the first of two calls of a step, in either order."""
 
+Joint = Literal["picture_first", "picture_last", "behind_own_text"]
+"""Where the picture's tokens lie in attention over text, too (see `Family`)."""
+
 # What holds a row for each picture, in every class of diffusers' denoisers that has it.
 _BATCHED = tuple(
     """
@@ -26,7 +29,8 @@ _BATCHED = tuple(
     joint_attention_kwargs.ip_adapter_image_embeds joint_attention_kwargs.ip_hidden_states
     down_block_additional_residuals mid_block_additional_residual
     down_intrablock_additional_residuals block_controlnet_hidden_states controlnet_block_samples
-    controlnet_single_block_samples
+    controlnet_single_block_samples original_size target_size crop_coords cap_feats
+    encoder_hidden_states_llama3 pooled_embeds
     """.split()  # noqa: SIM905  # one name a line would fill a screen
 )
 
@@ -54,28 +58,41 @@ class Family:
         sample_argument: Name of the forward argument that holds x_t.
         batched: Names of the forward arguments that hold a row for each picture: tensors, or
             lists of tensors or of other things, or dictionaries of these. "a.b" is the entry b of
-            the dictionary a. All others, but x_t and "timestep", reach the weakened pass whole.
+            the dictionary a. All others, but x_t and the timestep, reach the weakened pass whole.
             By default, all such names of diffusers' classes.
+        batched_second: Those of them whose second axis holds the pictures.
         condition: Name of the one that differs between the halves of classifier-free guidance.
         cfg_layout: What diffusers' pipelines do under classifier-free guidance, else "single".
         null_label: Entry of the denoiser's config that holds the label of "no class", by which
             the halves are told apart where the pipeline does not tell; `None` if there is none.
-        timestep_scale: The timestep that pipelines give to the network, over the scheduler's.
+        timestep_argument: Name of the forward argument that holds the timestep.
+        timestep_scale: The timestep t' that pipelines give to the network is `timestep_offset` plus
+            this times the scheduler's.
+        timestep_offset: See there; 1 where the network counts from noise, 0, to pictures, 1.
+        is_negated: Whether pipelines negate what the network predicts.
         tokens: How attention sees the picture: "levels" of a U-Net, each half as fine as the one
             before, or square "patches" of the size that the config holds as `patch_size`.
         joint: Where the picture's tokens lie in attention over text, too; `None` if it is not.
+            "behind_own_text" is behind the words that `encoder_attention_mask` counts, whose number
+            differs from row to row.
+        returned: What comes first where a block returns the picture and the text.
         packing: How the latents are packed; `None` if they are (batch, channels, height, width).
     """
 
     layer: str
     sample_argument: str = "hidden_states"
     batched: tuple[str, ...] = _BATCHED
+    batched_second: tuple[str, ...] = ()
     condition: str = "encoder_hidden_states"
     cfg_layout: BatchLayout = "uncond_first"
     null_label: str | None = None
+    timestep_argument: str = "timestep"
     timestep_scale: float = 1.0
+    timestep_offset: float = 0.0
+    is_negated: bool = False
     tokens: Literal["levels", "patches"] = "patches"
-    joint: Literal["picture_first", "picture_last"] | None = None
+    joint: Joint | None = None
+    returned: Literal["text_first", "picture_first"] = "text_first"
     packing: Packing | None = None
 
 
@@ -87,6 +104,9 @@ _FLUX = Family(
     joint="picture_last",
     packing=Packing("img_ids"),
 )
+
+# Networks that count the time from noise, 0, to pictures, 1, and predict x0 - eps.
+_REVERSED: dict[str, Any] = {"timestep_scale": -1e-3, "timestep_offset": 1.0, "is_negated": True}
 
 # The middle block of transformers, by argument: all blocks see the same grid of tokens, the
 # first ones attend to neighbours and the last ones serve the pixels, so that the middle is what
@@ -111,6 +131,35 @@ FAMILIES = {
     "ChromaTransformer2DModel": _FLUX,
     "QwenImageTransformer2DModel": replace(
         _FLUX, layer="transformer_blocks.middle.attn", packing=Packing("img_shapes")
+    ),
+    "ZImageTransformer2DModel": Family(
+        "layers.middle.attention",
+        sample_argument="x",
+        condition="cap_feats",
+        cfg_layout="cond_first",
+        timestep_argument="t",
+        joint="picture_first",
+        **_REVERSED,
+    ),
+    "Lumina2Transformer2DModel": Family(
+        "layers.middle.attn", cfg_layout="cond_call_first", joint="behind_own_text", **_REVERSED
+    ),
+    "CogView4Transformer2DModel": Family(
+        "transformer_blocks.middle.attn1",
+        cfg_layout="cond_call_first",
+        joint="picture_last",
+        returned="picture_first",
+    ),
+    # Its tokens hold 2 x 2 latent pixels, too, though its pipeline speaks of 128 channels.
+    "Flux2Transformer2DModel": _FLUX,
+    "HiDreamImageTransformer2DModel": Family(
+        "single_stream_blocks.middle.block.attn1",
+        batched_second=("encoder_hidden_states_llama3",),
+        condition="pooled_embeds",
+        timestep_argument="timesteps",
+        is_negated=True,
+        joint="picture_first",
+        returned="picture_first",
     ),
 }
 

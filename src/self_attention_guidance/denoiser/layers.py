@@ -21,15 +21,19 @@ _SHORT = {
     "joint_transformer_blocks": "joint",
 }
 
+_WITHOUT_PICTURE = ("fuser", "context_refiner", "siglip_refiner")
+
 _found: WeakKeyDictionary[nn.Module, dict[tuple[str, ...], tuple[str, ...]]] = WeakKeyDictionary()
 
 
 def attention_names(denoiser: nn.Module) -> list[str]:
     """Dotted paths of the self-attention layers that see the picture, compiled or not.
 
-    Layers that ground objects in the picture (GLIGEN) see more and are left out.
+    Layers that ground objects in the picture (GLIGEN) see more, and those that refine the text
+    see nothing of it: they are left out.
     """
-    return [name for name in self_attention_layers(denoiser) if ".fuser." not in name]
+    layers = self_attention_layers(denoiser)
+    return [name for name in layers if not {*_WITHOUT_PICTURE} & {*name.split(".")}]
 
 
 def block_names(denoiser: nn.Module) -> list[str]:

@@ -59,6 +59,11 @@ class Prediction:
             return self
         return dataclasses.replace(self, **{name: level[rows] for name, level in levels.items()})
 
+    def negated(self) -> Prediction:
+        """The relations of a network that returns -u instead of u."""
+        by_output = ("from_output", "correction", "noise_from_output")
+        return dataclasses.replace(self, **{name: -getattr(self, name) for name in by_output})
+
     def x0(self, x_t: Tensor, output: Tensor) -> Tensor:
         """The predicted clean sample, not limited; shapes (batch, channels, height, width)."""
         return self.from_input * x_t + self.from_output * output

@@ -5,12 +5,34 @@ from __future__ import annotations
 import dataclasses
 import functools
 import weakref
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from .call import Layout
+if TYPE_CHECKING:
+    from .call import Layout
+
+
+def stacked(pictures: Any) -> Tensor:
+    """Pictures as one tensor, (batch, channels, height, width); lists hold them with one frame.
+
+    Raises:
+        ValueError: They differ in size, or hold several frames or pictures each.
+    """
+    if isinstance(pictures, Tensor):
+        return pictures
+    found = cast("list[Tensor]", pictures)
+    shapes = {tuple(each.shape) if isinstance(each, Tensor) else () for each in found}  # pyright: ignore[reportUnnecessaryIsInstance]
+    shape = min(shapes)
+    if len(shapes) > 1 or len(shape) != 4 or shape[1] != 1:
+        raise ValueError("pictures of several sizes, frames or parts in one call are not supported")
+    return torch.stack(found).squeeze(2)
+
+
+def as_given(pictures: Tensor, given: Any) -> Tensor | list[Tensor]:
+    """Pictures in one tensor as a list, if `given` is one: the reverse of `stacked`."""
+    return pictures if isinstance(given, Tensor) else list(pictures.unsqueeze(2).unbind())
 
 
 def precise(tensor: Tensor) -> Tensor:
@@ -31,8 +53,9 @@ def added(output: Tensor, terms: dict[int, Tensor]) -> Tensor:
     return (precise(output) + everywhere).to(output.dtype)
 
 
-def with_first(output: Any, first: Tensor) -> Any:
-    """A tuple or model output with its first entry replaced."""
+def with_first(output: Any, pictures: Tensor) -> Any:
+    """A tuple or model output with other pictures in its first entry."""
+    first = as_given(pictures, output[0])
     if isinstance(output, tuple):
         return (first, *cast("tuple[Any, ...]", output)[1:])
     return dataclasses.replace(output, **{next(iter(output.keys())): first})

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .call import Call
-from .families import config_of, uncompiled
+from .families import Joint, config_of, uncompiled
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class PicturePlace:
     channels: int  # of the picture, or of its tokens
     grid: tuple[int, int] | None = None  # rows and columns of tokens, if latents are packed
     patch: int = 1  # side of the square of latent pixels that makes a token
+    words: tuple[int, ...] | None = None  # in front of each picture's tokens, if that differs
 
     def read(self, tensor: Tensor) -> Tensor:
         """The picture, (batch, channels, height, width), in an input or output of the denoiser."""
@@ -56,7 +57,11 @@ def place_of(call: Call, output: Tensor, on_cpu: Callable[[Tensor], Tensor]) -> 
         if sample.shape[-2:] != output.shape[-2:]:
             sides = " x ".join(str(side) for side in sample.shape[-2:])
             raise ValueError(f"latents of {sides} do not fit the patches of the denoiser")
-        return PicturePlace(min(sample.shape[1], output.shape[1]))
+        words = None
+        if call.family.joint == "behind_own_text":
+            counts = on_cpu(call.arguments["encoder_attention_mask"]).sum(dim=1)
+            words = tuple(int(count) for count in counts)
+        return PicturePlace(min(sample.shape[1], output.shape[1]), words=words)
     # Editing pipelines append pictures that are not denoised. In-context examples (for a network
     # that sees conditions beside its latents) and layers (with a condition) are denoised, too.
     ids = call.arguments[packing.ids]
@@ -95,15 +100,24 @@ class PictureTokens:
             blocks round odd sides up, others down.
         pictures: Tokens of all pictures of the sequence, `None` if there is only this one.
         joint: See `Family`.
+        words: How many lie in front of the picture's in each row; `None` if `joint` tells.
     """
 
     layer: str
     grids: tuple[tuple[int, int], ...]
     pictures: int | None
-    joint: Literal["picture_first", "picture_last"] | None
+    joint: Joint | None
+    words: tuple[int, ...] | None = None
+
+    def groups(self) -> list[tuple[slice, PictureTokens]]:
+        """Rows in which the picture lies at one place: all of them, or each by itself."""
+        if self.words is None or len(set(self.words)) == 1:
+            return [(slice(None), self)]
+        rows = enumerate(self.words)
+        return [(slice(n, n + 1), replace(self, words=(count,))) for n, count in rows]
 
     def at(self, positions: int) -> tuple[slice, tuple[int, int]]:
-        """Which of so many positions are the picture's, and their grid.
+        """Which of so many positions are the picture's in a group of rows, and their grid.
 
         Raises:
             ValueError: The picture can't be among them.
@@ -112,7 +126,9 @@ class PictureTokens:
         grid = (fitting or self.grids[-1:])[0]
         count = grid[0] * grid[1]
         start = positions - (self.pictures or count) if self.joint == "picture_last" else 0
-        if start < 0 or (positions < count if self.joint else positions != count):
+        if self.words is not None and positions != count:  # some blocks see the picture alone
+            start = self.words[0]
+        if start < 0 or (positions < start + count if self.joint else positions != count):
             raise ValueError(
                 f"{self.layer!r} attends over {positions} positions, but its picture has {grid[0]} "
                 f"x {grid[1]}: what merges or leaves out tokens (such as tomesd) is not supported"
@@ -120,23 +136,27 @@ class PictureTokens:
         return slice(start, start + count), grid
 
 
-def tokens_at(denoiser: nn.Module, layer: str, call: Call, place: PicturePlace) -> PictureTokens:
-    """Where the picture's tokens will lie in a layer of a denoiser, or in a block of layers."""
+def tokens_at(
+    denoiser: nn.Module, layer: str, call: Call, place: PicturePlace, rows: slice
+) -> PictureTokens:
+    """Where some rows' pictures will lie in a layer of a denoiser, or in a block of layers."""
     family, sample = call.family, call.sample
     pictures = None
     if place.grid is not None:
         grids, pictures = (place.grid,), sample.shape[1]
     elif family.tokens == "levels":
         levels = _levels_above(uncompiled(denoiser), layer)
-        rows, columns = (side / 2**levels for side in sample.shape[-2:])
+        height, width = (side / 2**levels for side in sample.shape[-2:])
         # Odd sides are rounded up by some kinds of blocks, down by others.
         grids = tuple(
-            (max(rounded(rows), 1), max(rounded(columns), 1)) for rounded in (math.ceil, math.floor)
+            (max(rounded(height), 1), max(rounded(width), 1)) for rounded in (math.ceil, math.floor)
         )
     else:
-        patch = int(config_of(denoiser).get("patch_size", 1))
+        config = config_of(denoiser)
+        patch = int(config.get("patch_size") or config.get("all_patch_size", [1])[0])
         grids = ((sample.shape[-2] // patch, sample.shape[-1] // patch),)
-    return PictureTokens(layer, grids, pictures, family.joint)
+    words = None if place.words is None else place.words[rows]
+    return PictureTokens(layer, grids, pictures, family.joint, words)
 
 
 def _levels_above(denoiser: Any, layer: str) -> int:

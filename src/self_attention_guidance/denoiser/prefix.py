@@ -1,92 +1,219 @@
-"""What a U-Net computes before its first weakened block, which is the same in both passes.
+"""What a network computes before its first weakened block, which is the same in both passes.
 
-The weakened pass sees the same x_t and condition as the first one, so that the down blocks before
-its first weakened layer would compute again what they did. It takes their outputs from the first
-pass instead: for the mid block, that is the encoder. Where the batch of the first pass has more
-rows, these round differently, and nothing else does.
+The weakened pass sees the same x_t and condition as the first one, so that the blocks before its
+first weakened layer would compute again what they did. It takes their outputs from the first pass
+instead: for the mid block of a U-Net that is the encoder, for block k of a transformer it is k
+blocks. Where the batch of the first pass has more rows, these round differently, and nothing else
+does.
+
+Of a transformer's blocks few outputs are kept: what a block returned is needed if the network
+itself still held it when the first weakened block began (skip connections), or if it was the last
+of its stack of blocks. A U-Net needs all.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import threading
+import weakref
+from collections import Counter
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .families import family_of, uncompiled
-from .weakening import replacing_block
+from .layers import block_names
+from .weakening import block_arguments, replacing_block
+
+# Whose networks pass nothing from block to block but what is tested here.
+_KNOWN = ("diffusers", "self_attention_guidance")
 
 
-def blocks_before(denoiser: nn.Module, weak: Sequence[str]) -> list[nn.Module]:
-    """The blocks of a denoiser that run before the first of some layers, and may be left out.
+class ShapesDiffer(Exception):
+    """A block is given tokens of another number than in the first pass: compute all."""
 
-    None in other networks than U-Nets, in compiled ones, and where something moves the weights or
-    has replaced the forward of a module: what it does is not known here.
+
+def blocks_before(denoiser: nn.Module) -> list[nn.Module]:
+    """The blocks of a denoiser that may be left out where they run before what is weakened.
+
+    None in networks that are compiled, of forwards that are not known here, or with gradient
+    checkpoints, and where something moves the weights, has replaced the forward of a module, or
+    has hooks on a block: what these do is not known here.
     """
     network: Any = uncompiled(denoiser)
-    down: list[nn.Module] = list(getattr(network, "down_blocks", ()))
     is_compiled = network is not denoiser or network._compiled_call_impl is not None
-    if is_compiled or family_of(denoiser).tokens != "levels":
+    is_known = type(network).forward.__module__.partition(".")[0] in _KNOWN
+    if is_compiled or not is_known or getattr(network, "is_gradient_checkpointing", False):
         return []
-    numbers = [int(path.split(".")[1]) for path in weak if path.startswith("down_blocks.")]
-    before = down[: min(numbers, default=len(down))]
-    return before if all(map(_is_plain, before)) else []
+    stacks = ["down_blocks"]
+    if family_of(denoiser).tokens != "levels":
+        stacks = list(dict.fromkeys(path.partition(".")[0] for path in block_names(network)))
+    found = [getattr(network, stack, None) for stack in stacks]
+    blocks = [block for stack in found if isinstance(stack, nn.ModuleList) for block in stack]
+    return blocks if all(map(_is_plain, blocks)) else []
 
 
 def _is_plain(block: nn.Module) -> bool:
-    return not any(
+    has_hooks = bool(block._forward_hooks or block._forward_pre_hooks)
+    return not has_hooks and not any(
         "forward" in vars(module) or module._compiled_call_impl is not None
         for module in block.modules()
     )
 
 
+def _part(network: nn.Module, path: str) -> nn.Module:
+    """The block, or the part that is no list of blocks, which holds the layer at a path."""
+    first, _, rest = path.partition(".")
+    part = network.get_submodule(first)
+    return part[int(rest.partition(".")[0])] if isinstance(part, nn.ModuleList) else part
+
+
+class _Output:
+    """A tensor that a block returned; no tensor of its own once it is not needed."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.shape, self._dtype, self._device = tensor.shape, tensor.dtype, tensor.device
+        self._version = None if tensor.is_inference() else tensor._version
+        self._weak = weakref.ref(tensor)
+        self._kept: Tensor | None = tensor
+        self._is_needed = False
+
+    def release(self) -> None:
+        """Another block of the stack has run."""
+        self._kept = self._kept if self._is_needed else None
+
+    def take(self) -> None:
+        """What is weakened begins: keep the tensor if the network does."""
+        self._kept = self._weak() if self._kept is None else self._kept
+        self._is_needed = self._kept is not None
+
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether nobody wrote into the tensor, as far as torch knows."""
+        kept = self._kept
+        return kept is None or self._version is None or kept._version == self._version
+
+    def rows(self, rows: slice) -> Tensor:
+        """Some rows; not numbers where nobody needs them, which would show if anyone did."""
+        if self._kept is not None:
+            return self._kept[rows]
+        shape = (len(range(self.shape[0])[rows]), *self.shape[1:])
+        return torch.full(shape, math.nan, dtype=self._dtype, device=self._device)
+
+
+def _noted(part: Any) -> Any:
+    return _Output(part) if isinstance(part, Tensor) else part
+
+
+def _replayed(part: Any, rows: slice) -> Any:
+    return part.rows(rows) if isinstance(part, _Output) else part
+
+
+class _Noted:
+    """A block with what it was given and what it returned."""
+
+    def __init__(self, block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self.block, self._class = block, type(block)
+        self._shapes = self._shapes_of(args, kwargs)
+        self._output = tree_map(_noted, output)
+        leaves: list[Any] = tree_leaves(self._output)
+        self.outputs = [leaf for leaf in leaves if isinstance(leaf, _Output)]
+
+    def replayed(self, rows: slice) -> Any:
+        return tree_map(functools.partial(_replayed, rows=rows), self._output)
+
+    def fits(self, args: Any, kwargs: Any) -> bool:
+        """Whether what the block is given has the shapes of what it was given, but for its rows."""
+        shapes = self._shapes_of(args, kwargs)
+        return all(self._shapes.get(name, shape) == shape for name, shape in shapes.items())
+
+    def _shapes_of(self, args: Any, kwargs: Any) -> dict[str, torch.Size]:
+        given = block_arguments(self._class, args, kwargs)
+        return {name: each.shape[1:] for name, each in given.items() if isinstance(each, Tensor)}
+
+
 class Prefix:
     """The outputs of blocks in the first pass of a call, for weakened passes of the same call."""
 
-    def __init__(self) -> None:
+    def __init__(self, network: nn.Module) -> None:
         """Nothing is known yet."""
-        self._outputs: dict[nn.Module, Any] = {}
+        self._network = network
+        self._noted: list[_Noted] = []
+        self._before: dict[tuple[str, ...], list[_Noted]] = {}
         self._thread = threading.get_ident()
 
     @contextmanager
-    def noting(self, blocks: Iterable[nn.Module]) -> Generator[None]:
-        """Note what blocks return inside the `with` statement."""
+    def noting(
+        self, blocks: Sequence[nn.Module], weak: Iterable[tuple[str, ...]]
+    ) -> Generator[None]:
+        """Note inside the `with` statement what blocks return before each of some sets of layers.
 
-        def note(block: nn.Module, _args: Any, output: Any) -> None:
-            if threading.get_ident() == self._thread:
-                self._outputs[block] = output
+        Args:
+            blocks: From `blocks_before`.
+            weak: The dotted paths of what each guidance weakens.
+        """
+        is_lean = family_of(self._network).tokens != "levels"
+        stacks = {child: stack for stack in self._network.children() for child in stack.children()}
+        latest: dict[nn.Module, _Noted] = {}
 
-        hooks = [block.register_forward_hook(note) for block in blocks]
-        try:
+        def note(block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if threading.get_ident() != self._thread:
+                return
+            stack = stacks[block]
+            for part in latest[stack].outputs if is_lean and stack in latest else ():
+                part.release()
+            latest[stack] = _Noted(block, args, kwargs, output)
+            self._noted.append(latest[stack])
+
+        def begins(layers: tuple[str, ...], *_: Any) -> None:
+            if threading.get_ident() != self._thread or layers in self._before:
+                return
+            self._before[layers] = list(self._noted)
+            for noted in self._noted:
+                for part in noted.outputs:
+                    part.take()
+
+        with ExitStack() as undo:
+            for block in blocks:
+                hook = block.register_forward_hook(note, with_kwargs=True)
+                undo.callback(hook.remove)
+            for layers in weak:
+                for part in {_part(self._network, path) for path in layers}:
+                    hook = part.register_forward_pre_hook(functools.partial(begins, layers))
+                    undo.callback(hook.remove)
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     @contextmanager
-    def reused(self, blocks: Sequence[nn.Module], rows: slice) -> Generator[None]:
-        """Let blocks return what they did, for some rows, inside the `with` statement."""
-        known = all(block in self._outputs for block in blocks)
+    def reused(self, weak: tuple[str, ...], batch: int, rows: slice) -> Generator[None]:
+        """Let blocks before some layers return what they did, for some rows of the batch.
+
+        Raises:
+            ShapesDiffer: In the pass, before any of the layers: it must be whole.
+        """
+        before = self._before.get(weak, [])
+        calls = Counter(noted.block for noted in self._noted)
+        outputs = [output for noted in before for output in noted.outputs]
+        is_known = all(calls[noted.block] == 1 for noted in before) and all(
+            output.is_unchanged and output.shape[:1] == (batch,) for output in outputs
+        )
         with ExitStack() as stack:
-            for block in blocks if known else ():
-                output = tree_map(functools.partial(_cut, rows=rows), self._outputs[block])
-                stack.enter_context(replacing_block(block, _Known(output)))
+            for noted in before if is_known else ():
+                stack.enter_context(replacing_block(noted.block, _Known(noted, rows)))
             yield
-
-
-def _cut(part: Any, rows: slice) -> Any:
-    return part[rows] if isinstance(part, Tensor) else part
 
 
 class _Known:
     """A block whose output is known."""
 
-    def __init__(self, output: Any) -> None:
-        self._output = output
+    def __init__(self, noted: _Noted, rows: slice) -> None:
+        self._noted, self._rows = noted, rows
 
     def run(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self._output
+        if not self._noted.fits(args, kwargs):
+            raise ShapesDiffer
+        return self._noted.replayed(self._rows)

@@ -130,7 +130,7 @@ class Run:
             is_set = getattr(scheduler, "num_inference_steps", None) is not None
             if is_set and self._schedule_of(scheduler).is_at(call.timesteps[0]):
                 return self._schedule_of(scheduler)
-        raise _not_at(schedulers[0], call.timestep, call.timestep_scale)
+        raise _not_at(schedulers[0], call, call.timestep)
 
     def _schedule_of(self, scheduler: Scheduler) -> Schedule:
         """What is known of a scheduler since its timesteps were set: every run has others."""
@@ -145,7 +145,8 @@ class Run:
     def _step_of(self, call: Call, schedule: Schedule) -> tuple[int, bool]:
         """The step that a call is at, and whether its timestep is surely that."""
         # Pipelines take the timestep out of the scheduler's own tensor.
-        place = schedule.place_of(call.timestep) if call.timestep_scale == 1 else None
+        is_own = call.given(1.0) == 1  # else it was computed from it
+        place = schedule.place_of(call.timestep) if is_own else None
         step = schedule.own_step()
         if step is None and place is not None:
             # PNDM evaluates a timestep twice, and does not tell which time it is.
@@ -154,14 +155,14 @@ class Run:
             self._note_wait(call.timestep)
             step = schedule.step_at(call.timesteps[0])
         if not 0 <= step < len(schedule):
-            raise _not_at(schedule.scheduler, call.timestep, call.timestep_scale)
+            raise _not_at(schedule.scheduler, call, call.timestep)
         return step, step == place
 
     def _check_timestep(self, call: Call) -> None:
         """Refuse a scheduler that is elsewhere, and several timesteps where it has one level."""
         scheduler, given = self.schedule.scheduler, torch.as_tensor(call.timestep)
         values = given.flatten()
-        expected = self.schedule.tables["timesteps"][self.step] * call.timestep_scale
+        expected = call.given(self.schedule.tables["timesteps"][self.step])
         if self.schedule.has_sigmas:
             name = type(scheduler).__name__
             several = f"the pictures of the batch have several timesteps, but {name} has one noise"
@@ -169,18 +170,20 @@ class Run:
             self.refuse((values != values[0]).any(), ValueError, message)
         # What networks receive may be rounded.
         if given.is_floating_point():
-            allowed = 2 * torch.finfo(given.dtype).eps * abs(expected) + 1e-6
+            largest = max(abs(expected), call.family.timestep_offset)
+            allowed = 2 * torch.finfo(given.dtype).eps * largest + 1e-6
         else:
             allowed = 0.0 if expected == round(expected) else 1.0
-        about = scheduler, values[0], call.timestep_scale
-        self.refuse((values[0] - expected).abs() > allowed, _not_at, *about)
+        is_elsewhere = (values[0] - expected).abs() > allowed
+        self.refuse(is_elsewhere, _not_at, scheduler, call, values[0])
 
     def prediction(self, call: Call) -> Prediction:
         timesteps = self.schedule.tables["timesteps"][self.step : self.step + 1]
         if not self.schedule.has_sigmas and not call.has_one_timestep:
             self._note_wait(call.timestep)
             timesteps = call.timesteps if len(call.timesteps) > 1 else timesteps
-        return self.schedule.prediction(self.step, timesteps, call.sample)
+        prediction = self.schedule.prediction(self.step, timesteps, call.sample)
+        return prediction.negated() if call.family.is_negated else prediction
 
     # What lies on the device
 
@@ -268,8 +271,8 @@ class Run:
         return held.noise
 
 
-def _not_at(scheduler: Scheduler, timestep: Any, timestep_scale: float) -> ValueError:
-    at = float(torch.as_tensor(timestep).flatten()[0]) / timestep_scale
+def _not_at(scheduler: Scheduler, call: Call, timestep: Any) -> ValueError:
+    at = call.counted(float(torch.as_tensor(timestep).flatten()[0]))
     return ValueError(
         f"{type(scheduler).__name__} is not at timestep {at:g}, with which the denoiser is called: "
         "attach guidance to the pipeline that runs, or to the denoiser with its scheduler="

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import Operands, StandIn, standing_in
-from .families import family_of, uncompiled
+from .families import Family, family_of, uncompiled
 from .picture import PictureTokens
 
 
@@ -68,15 +68,23 @@ def attending_by(
         # Image prompts are attended to in a call of their own.
         if positions != operands.query.shape[-2]:
             return kernel()
-        return weaken(PictureOperands(**vars(operands), **_picture(tokens, positions)), kernel)
+        groups = tokens.groups()
+        if len(groups) == 1:
+            return weaken(_in_picture(operands, tokens), kernel)
+        return torch.cat([_weakened(weaken, operands.rows(rows), own) for rows, own in groups])
 
     with standing_in(denoiser, layer, attend) as stand_in:
         yield stand_in
 
 
-def _picture(tokens: PictureTokens, positions: int) -> dict[str, Any]:
-    picture, grid = tokens.at(positions)
-    return {"picture": picture, "grid": grid}
+def _in_picture(operands: Operands, tokens: PictureTokens) -> PictureOperands:
+    picture, grid = tokens.at(operands.key.shape[-2])
+    return PictureOperands(**vars(operands), picture=picture, grid=grid)
+
+
+def _weakened(weaken: Weaken, operands: Operands, tokens: PictureTokens) -> Tensor:
+    own = _in_picture(operands, tokens)
+    return weaken(own, lambda: own.attention(own.query, own.bias))
 
 
 Change = Callable[[Tensor], Tensor]
@@ -98,36 +106,45 @@ class BlockStandIn:
         was_called: Whether it ran.
     """
 
-    def __init__(self, block: nn.Module, change: Change | None, is_joint: bool) -> None:
+    def __init__(self, block: nn.Module, change: Change | None, family: Family) -> None:
         """Give `block` what `change` makes of its tokens, or leave it out if there is none."""
         self.was_called = False
-        self._change, self._is_joint = change, is_joint
+        self._change, self._family = change, family
         self._forward: Any = type(block).forward
         # What moves weights from and to a device lies in the block itself, before its class.
         self._own: Any = vars(block).get("forward")
-        self._names = _parameters(type(block))
+        self._class, self._tokens = type(block), _parameters(type(block))[0]
         self._thread = threading.get_ident()
 
     def run(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the block returns, given its arguments."""
-        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        given = block_arguments(self._class, args, kwargs)
         # Another thread may be in a pass that it began before this one (see `attention`).
         is_mine = torch.compiler.is_compiling() or threading.get_ident() == self._thread
         if not is_mine:
             return self._inner(block, given)
         self.was_called = True
-        tokens = given[self._names[0]]
+        tokens = given[self._tokens]
         if self._change is not None:
-            return self._inner(block, {**given, self._names[0]: self._change(tokens)})
+            return self._inner(block, {**given, self._tokens: self._change(tokens)})
         if self._own is not None:  # it may fetch the weights of the block behind it
             self._inner(block, given)
-        text = given.get("encoder_hidden_states") if self._is_joint else None
-        return tokens if text is None else (text, tokens)
+        text = given.get("encoder_hidden_states") if self._family.joint is not None else None
+        if text is None:
+            return tokens
+        return (text, tokens) if self._family.returned == "text_first" else (tokens, text)
 
     def _inner(self, block: nn.Module, given: dict[str, Any]) -> Any:
         if self._own is not None:
             return self._own(**given)
         return self._forward(block, **given)
+
+
+def block_arguments(
+    block: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a call of a block of some class, by name."""
+    return {**dict(zip(_parameters(block), args, strict=False)), **kwargs}
 
 
 @functools.cache
@@ -155,7 +172,7 @@ def changing_block(
     A block that is left out returns what it was given, text beside the picture included.
     """
     block = uncompiled(denoiser).get_submodule(path)
-    stand_in = BlockStandIn(block, change, family_of(denoiser).joint is not None)
+    stand_in = BlockStandIn(block, change, family_of(denoiser))
     with replacing_block(block, stand_in):
         yield stand_in
 
@@ -186,6 +203,10 @@ def reordered(states: Tensor, tokens: PictureTokens, orders: dict[int, Tensor]) 
     """
     if states.ndim == 4:
         return states.flatten(2)[..., orders[states.shape[2] * states.shape[3]]].view_as(states)
-    picture, grid = tokens.at(states.shape[1])
-    shuffled = states[:, picture][:, orders[grid[0] * grid[1]]]
-    return torch.cat([states[:, : picture.start], shuffled, states[:, picture.stop :]], dim=1)
+    found: list[Tensor] = []
+    for rows, own in tokens.groups():
+        (picture, grid), given = own.at(states.shape[1]), states[rows]
+        shuffled = given[:, picture][:, orders[grid[0] * grid[1]]]
+        parts = [given[:, : picture.start], shuffled, given[:, picture.stop :]]
+        found.append(torch.cat(parts, dim=1))
+    return torch.cat(found) if len(found) > 1 else found[0]

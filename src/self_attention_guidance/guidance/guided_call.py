@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import functools
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..denoiser.attention import StandIn, received, why_unseen
 from ..denoiser.call import Call, Layout
+from ..denoiser.families import uncompiled
 from ..denoiser.noise import Prediction
-from ..denoiser.outputs import precise, total
+from ..denoiser.outputs import precise, stacked, total
 from ..denoiser.picture import PicturePlace, place_of, tokens_at
-from ..denoiser.prefix import Prefix, blocks_before
+from ..denoiser.prefix import Prefix, ShapesDiffer, blocks_before
 from ..denoiser.run import Run
 from ..denoiser.safety import not_finite
 from ..maths import rescaling
@@ -45,7 +46,6 @@ class GuidedCall:
         acting: The guidances that add something, by number, each with the noise that it adds
             again, or else `None` and the layers that it reads, for a weakened pass.
         read: The layers that are read, by their dotted paths.
-        prefix: What the first pass computed that weakened passes need not.
     """
 
     run: Run
@@ -54,19 +54,20 @@ class GuidedCall:
     layout: Layout
     acting: dict[int, tuple[Guidance, Tensor | None, tuple[str, ...]]]
     read: dict[str, StandIn]
-    prefix: Prefix = field(default_factory=Prefix)
+
+    @functools.cached_property
+    def prefix(self) -> Prefix:
+        """What the first pass computed that weakened passes need not."""
+        return Prefix(uncompiled(self.denoiser))
 
     def noting_prefix(self) -> AbstractContextManager[None]:
         """Note in the first pass what comes before all that weakened passes change."""
-        weak = (guidance for guidance, held, _ in self.acting.values() if held is None)
-        blocks = (block for guidance in weak for block in self._prefix_of(guidance))
-        return self.prefix.noting(dict.fromkeys(blocks))
-
-    def _prefix_of(self, guidance: Guidance) -> list[nn.Module]:
-        weak = guidance.weakens(self.denoiser)
+        sets = [g.weakens(self.denoiser) for g, held, _ in self.acting.values() if held is None]
+        weak = {layers for layers in sets if layers is not None}
         # A U-Net adds what a T2I-Adapter gives to the blocks' own outputs, in place.
         is_adapted = self.call.arguments.get("down_intrablock_additional_residuals") is not None
-        return [] if weak is None or is_adapted else blocks_before(self.denoiser, weak)
+        blocks = blocks_before(self.denoiser) if weak and not is_adapted else []
+        return self.prefix.noting(blocks, weak) if blocks else nullcontext()
 
     def terms(self, whole: Tensor) -> tuple[dict[int, Tensor], list[Step]]:
         """What each guidance adds to the output of its branch, and what weakened passes saw."""
@@ -125,15 +126,14 @@ class GuidedCall:
         x0 = levels.x0(x_t, u)
         attention = {n: self._attention(n, rows, place) for n in layers}
         limited, index = self.run.schedule.limited(x0), self.run.step
-        where = functools.partial(tokens_at, self.denoiser, call=self.call, place=place)
+        where = functools.partial(tokens_at, self.denoiser, call=self.call, place=place, rows=rows)
         step = Step(self.denoiser, limited, attention, index, where)
         with guidance.weaken(step) as x0_weak:
             sample_weak = sample
             if x0_weak is not None:
                 sample_weak = place.written(sample, levels.renoise(x_t, x0, x0_weak))
-            known = self._prefix_of(guidance) if x0_weak is None else []
-            with self.prefix.reused(known, rows):
-                u_weak = precise(place.read(self._weak_output(rows, sample_weak)))
+            known = guidance.weakens(self.denoiser) if x0_weak is None else None
+            u_weak = precise(place.read(self._weak_output(rows, sample_weak, known or ())))
         change = None if x0_weak is None else x0_weak - x0
         term = guidance.scale * levels.term(u, u_weak, change)
         if change is None:
@@ -151,15 +151,24 @@ class GuidedCall:
         if not noted:
             reason = why_unseen(self.denoiser, layer)
             raise RuntimeError(f"no attention was recorded at {layer!r}: {reason}")
-        positions = noted[0].key.shape[-2]
-        picture, grid = tokens_at(self.denoiser, layer, self.call, place).at(positions)
-        return received(noted, len(self.call.sample), rows, picture).unflatten(1, grid)
+        positions, batch = noted[0].key.shape[-2], range(len(self.call.sample))
+        found: list[Tensor] = []
+        for own, tokens in tokens_at(self.denoiser, layer, self.call, place, rows).groups():
+            (picture, grid), own_rows = tokens.at(positions), batch[rows][own]
+            own = slice(own_rows.start, own_rows.stop)
+            found.append(received(noted, len(batch), own, picture).unflatten(1, grid))
+        return found[0] if len(found) == 1 else torch.cat(found)
 
-    def _weak_output(self, rows: slice, sample: Tensor) -> Tensor:
-        args, kwargs = self.call.rows(rows, sample)
+    def _weak_output(self, rows: slice, sample: Tensor, weak: tuple[str, ...]) -> Tensor:
+        """What the network returns, weakened in these layers alone if there are any."""
         self.run.is_weak = True
         try:
-            output: Tensor = self.denoiser(*args, **kwargs)[0]
+            batch = len(self.call.sample)
+            with self.prefix.reused(weak, batch, rows) if weak else nullcontext():
+                args, kwargs = self.call.rows(rows, sample)
+                output = stacked(self.denoiser(*args, **kwargs)[0])
+        except ShapesDiffer:  # where these rows' texts are shorter than the longest
+            return self._weak_output(rows, sample, ())
         finally:
             self.run.is_weak = False
         if len(output) != len(sample):

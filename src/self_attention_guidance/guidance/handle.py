@@ -22,7 +22,7 @@ from ..denoiser.call import Call, call_of, layout_of
 from ..denoiser.caller import Caller, find_caller, refuse_unknown
 from ..denoiser.families import FAMILIES, BatchLayout, denoiser_of, family_of, uncompiled
 from ..denoiser.noise import Scheduler, check_scheduler
-from ..denoiser.outputs import added, total, with_first
+from ..denoiser.outputs import added, stacked, total, with_first
 from ..denoiser.run import Run
 from ..denoiser.safety import refuse_caches, refuse_compiled_in_place, run_uncompiled
 from .base import Guidance
@@ -269,7 +269,7 @@ class GuidanceHandle:
             guided_call = self._stop_reading()
             if guided_call is None or output is None:  # the pass failed, its error is under way
                 return None
-            return with_first(output, self._guided(guided_call, output[0]))
+            return with_first(output, self._guided(guided_call, stacked(output[0])))
         finally:
             run.leave()
             if self._is_for_one_call:
