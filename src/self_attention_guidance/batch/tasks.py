@@ -22,6 +22,9 @@ COLUMNS = (
     "guidance_scale",
     "sag_scale",
     "num_images",
+    "image",
+    "mask",
+    "strength",
 )
 _MOST_IMAGES = 100_000
 # Floats hold all whole numbers below this one.
@@ -182,7 +185,10 @@ def _settings(told: Mapping[str, Any], defaults: Defaults) -> GenerationSettings
     }.items():
         if column in told:
             changes[name] = check_count(column, _whole(column, told[column]))
-    for column in ("guidance_scale", "sag_scale"):
+    for column in ("image", "mask"):
+        if column in told:
+            changes[column] = check_text(column, told[column])
+    for column in ("guidance_scale", "sag_scale", "strength"):
         if column in told:
             changes[column] = _number(column, told[column])
     settings = replace(defaults.settings, **changes) if changes else defaults.settings

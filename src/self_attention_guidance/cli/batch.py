@@ -80,7 +80,7 @@ def batch_command(
     """Draw a list of prompts of any length; killed at any moment, the same command goes on.
 
     Columns: prompt, and optionally id, negative_prompt, seed, width, height, steps,
-    guidance_scale, sag_scale, num_images. What became of each picture is in
+    guidance_scale, sag_scale, num_images, image, mask, strength. What became of each picture is in
     FOLDER/manifest.parquet. The exit status is 0 if all are there and 3 if some failed.
     It needs pyarrow and Ray: pip install pyarrow ray.
 
@@ -131,12 +131,14 @@ def _check_before_loading(options: BatchOptions) -> None:
     """Refuses what can be refused before anything heavy is imported, which takes seconds."""
     from ..batch import Defaults
     from ..checks import check_count
-    from ..generate import GenerationSettings, check_dtype_name, check_scheduler_name
+    from ..generate import GenerationSettings, check_dtype_name, check_scheduler_name, check_start
     from ..generate.finding import find_prompt_or_pixel_model
 
     given = options.generation_arguments().items()
+    settings = GenerationSettings(**{name: value for name, value in given if value is not None})
+    check_start(settings)
     Defaults(
-        settings=GenerationSettings(**{name: value for name, value in given if value is not None}),
+        settings=settings,
         seed=options.seed,
         num_images=options.num_images,
         max_size=options.max_size,

@@ -73,5 +73,11 @@ def settings_like(
     """
     if record is None:
         return loaded.settings(**given)
+    from ..generate import digests
+
     chosen = {name: value for name, value in given.items() if value not in (None, "")}
-    return loaded.settings(**{**record["settings"], **chosen})
+    settings = loaded.settings(**{**record["settings"], **chosen})
+    for name, digest in record.get("start", {}).items():
+        if name not in chosen and digests(settings)[name] != digest:
+            raise ValueError(f"{name}={getattr(settings, name)!r} is another picture than it was")
+    return settings

@@ -42,10 +42,11 @@ def check_prompting(options: PromptOptions, num_images: int) -> None:
     Raises:
         ValueError: An option is outside its range, or there is no such model.
     """
-    from ..generate import GenerationSettings, find_model
+    from ..generate import GenerationSettings, check_start, find_model
 
     given: dict[str, Any] = options.generation_arguments()
-    GenerationSettings(**{name: value for name, value in given.items() if value is not None})
+    told = {name: value for name, value in given.items() if value is not None}
+    check_start(GenerationSettings(**told), options.max_size)
     for name in ("width", "height"):
         if (given[name] or 0) > options.max_size:
             raise ValueError(

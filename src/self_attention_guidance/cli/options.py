@@ -139,6 +139,18 @@ class PromptOptions(SamplingOptions):
         typer.Option(help="Guidance: uncond or cond. [default: the model's, else its own]"),
     ] = None
     max_size: Annotated[int, typer.Option(min=8, help="Most pixels of a side.")] = 2048
+    image: Annotated[
+        str | None,
+        typer.Option(metavar="PICTURE", help="Begin with this picture: image to image."),
+    ] = None
+    mask: Annotated[
+        str | None,
+        typer.Option(metavar="PICTURE", help="White where --image is drawn anew: inpainting."),
+    ] = None
+    strength: Annotated[
+        float | None,
+        typer.Option(help="How much of --image changes, 0 to 1. [default: the model's]"),
+    ] = None
 
     def generation_arguments(self) -> dict[str, Any]:
         """Arguments of `GenerationSettings`; `None` was not given."""
@@ -149,6 +161,9 @@ class PromptOptions(SamplingOptions):
             "num_inference_steps": self.steps,
             "width": width,
             "height": height,
+            "image": self.image,
+            "mask": self.mask,
+            "strength": self.strength,
         }
 
 

@@ -63,9 +63,21 @@ def drawn_with(record: Mapping[str, Any], seeds: Sequence[int]) -> str:
         label_of(record["scheduler"], record["scheduler_config"]),
         f"CFG {settings['guidance_scale']:g}",
         guidance_text(record["guidance"]) if record["guidance"]["scale"] else "no guidance",
+        *_start_of(settings),
         f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}",
     ]
     return f"drawn by {record['model']}: {', '.join(parts)}"
+
+
+def _start_of(settings: Mapping[str, Any]) -> list[str]:
+    """What the picture began with, if it was not noise."""
+    if settings["image"] is None:
+        return []
+    strength = settings["strength"]
+    masked = " with its mask" if settings["mask"] is not None else ""
+    return [f"from {settings['image']}{masked}"] + (
+        [f"strength {strength:g}"] if strength is not None else []
+    )
 
 
 @contextmanager

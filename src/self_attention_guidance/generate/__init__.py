@@ -61,6 +61,7 @@ if TYPE_CHECKING:
         scheduler_names,
     )
     from .settings import GenerationSettings
+    from .start_picture import check_start, digests
 
 __all__ = [
     "AXES",
@@ -84,8 +85,10 @@ __all__ = [
     "check_scales",
     "check_scheduler_name",
     "check_size",
+    "check_start",
     "compare",
     "compare_axes",
+    "digests",
     "draw_grid",
     "draw_samples",
     "draw_tiles",
@@ -138,9 +141,11 @@ _HOMES = {
     "check_scales": "..checks",
     "check_scheduler_name": ".schedulers",
     "check_size": ".arguments",
+    "check_start": ".start_picture",
     "Cost": ".comparison",
     "compare": ".comparison",
     "compare_axes": ".comparison",
+    "digests": ".start_picture",
     "draw_grid": ".grid",
     "draw_samples": ".pixel_drawing",
     "draw_tiles": ".grid",

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..denoiser.families import config_of, denoiser_of
 from ..models.builtin import RecommendedSettings
 from .settings import GenerationSettings
+from .start_picture import start_arguments
 
 StepEnd = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
 """As diffusers calls it after a step: (pipeline, step, timestep, tensors)."""
@@ -64,17 +65,22 @@ def check_size(pipeline: Any, width: int | None, height: int | None) -> None:
     Raises:
         ValueError: The size is too small, or no multiple of what it must be.
     """
-    config: Any = config_of(cast("Any", denoiser_of(pipeline)))
-    levels = len(config.get("block_out_channels", ())) or 1
-    scale = int(getattr(pipeline, "vae_scale_factor", 1))
-    smallest = max(8, scale * 2 ** (levels - 1))
-    # Transformers see patches of latents, or latents that are packed two by two.
-    multiple = 8 if levels > 1 else max(8, 2 * scale)
+    smallest, multiple = _size_limits(pipeline)
     for name, pixels in {"width": width, "height": height}.items():
         if pixels is not None and pixels < smallest:
             raise ValueError(f"{name}={pixels} must be at least {smallest} for this model")
         if pixels is not None and pixels % multiple:
             raise ValueError(f"{name}={pixels} must be a multiple of {multiple} for this model")
+
+
+def _size_limits(pipeline: Any) -> tuple[int, int]:
+    """The smallest side that a model draws, and what all sides are multiples of, in pixels."""
+    config: Any = config_of(cast("Any", denoiser_of(pipeline)))
+    levels = len(config.get("block_out_channels", ())) or 1
+    scale = int(getattr(pipeline, "vae_scale_factor", 1))
+    # Transformers see patches of latents, or latents that are packed two by two.
+    multiple = 8 if levels > 1 else max(8, 2 * scale)
+    return max(8, scale * 2 ** (levels - 1)), multiple
 
 
 def call_arguments(
@@ -103,6 +109,7 @@ def call_arguments(
         "num_inference_steps": settings.num_inference_steps,
         cfg: settings.guidance_scale,
         "output_type": "np",
+        **start_arguments(settings, _size_limits(pipeline)[1], len(prompts)),
     }
     if "callback_on_step_end" in parameters:
         wanted["callback_on_step_end"] = on_step_end

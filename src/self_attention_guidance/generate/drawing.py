@@ -14,10 +14,12 @@ from PIL import Image
 from ..guidance import GuidanceHandle
 from .arguments import call_arguments
 from .finite import refuse_not_finite
+from .kinds import pipeline_for
 from .metadata import Record, text_of
 from .prompts import unread_part
 from .record import describe
 from .settings import GenerationSettings
+from .start_picture import digests
 
 Progress = Callable[[float], object]
 
@@ -84,7 +86,7 @@ class PromptArtist:
             record_attention: Whether to record where the pictures were blurred.
             on_progress: As in `generate`.
         """
-        self.pipeline = pipeline
+        self.pipeline = pipeline_for(pipeline, settings)
         self.settings = settings
         self.model_name = model_name
         scale = settings.sag_scale
@@ -139,6 +141,7 @@ class PromptArtist:
             size=size,
             device=self.pipeline.device.type,
             together=together,
+            **({"start": digests(self.settings)} if self.settings.image is not None else {}),
         )
 
 
@@ -175,7 +178,9 @@ class _StepCallback:
             self._add(pipe.guidance_handle)
         refuse_not_finite("the sample", kwargs["latents"], step, timestep)
         if self.on_progress is not None:
-            self.on_progress(self.count / len(pipe.scheduler.timesteps))
+            # Image to image leaves out the first of the scheduler's timesteps.
+            steps = getattr(pipe, "num_timesteps", len(pipe.scheduler.timesteps))
+            self.on_progress(self.count / steps)
         return kwargs
 
     def _add(self, handle: GuidanceHandle) -> None:

@@ -1,4 +1,4 @@
-"""What the folder of a model is for, from its `model_index.json`, before any weight is read."""
+"""Which class of pipeline draws what with a model; asked before any weight is read."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import Any
 
 import diffusers
 from diffusers import DiffusionPipeline
+from diffusers.pipelines import auto_pipeline
 
 from ..denoiser.families import FAMILIES
 from ..pipelines.guided import guided_class
 from ..pipelines.stable_diffusion import StableDiffusionSAGPipeline
 from .finding import check_prompt_index, is_stable_diffusion
+from .settings import GenerationSettings
 
 
 def prompt_pipeline(model: str, index: Mapping[str, Any], folder: Path) -> type[DiffusionPipeline]:
@@ -57,3 +59,42 @@ def prompt_pipeline(model: str, index: Mapping[str, Any], folder: Path) -> type[
             f"{', '.join(FAMILIES)}"
         )
     return guided_class(parent)
+
+
+def pipeline_for(pipeline: Any, settings: GenerationSettings) -> Any:
+    """The pipeline that draws with some settings: another one if drawing begins with a picture.
+
+    Args:
+        pipeline: A guided one that draws prompts.
+        settings: Of the pictures.
+
+    Returns:
+        The pipeline itself, or a guided one of the same networks and scheduler.
+
+    Raises:
+        ValueError: diffusers has none for this model.
+    """
+    if settings.image is None:
+        return pipeline
+    kind: Any = guided_class(_class_for(type(pipeline), has_mask=settings.mask is not None))
+    parts = {**pipeline.config, **pipeline.components}
+    expected = inspect.signature(kind.__init__).parameters
+    other = kind(**{name: part for name, part in parts.items() if name in expected})
+    other.guidance = pipeline.guidance
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+def _class_for(pipeline: type, has_mask: bool) -> type[DiffusionPipeline]:
+    """diffusers' pipeline of image to image, or of inpainting, for the model of a pipeline."""
+    task: Any = auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING
+    if has_mask:
+        task = auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING
+    for model, kind in auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING.items():
+        found = task.get(model) if kind in pipeline.__mro__ else None
+        # Some edit by what they see of a picture, instead of beginning with it.
+        if found is not None and "strength" in inspect.signature(found.__call__).parameters:
+            return found
+    name = pipeline.__name__.removeprefix("Guided")
+    option, does = ("mask", "inpainting") if has_mask else ("image", "image to image")
+    raise ValueError(f"{option} must not be given: diffusers has no {does} for {name}")

@@ -9,6 +9,7 @@ from ..checks import check_count, check_prompts, seeds_of
 from .arguments import check_size, refuse_without_effect
 from .drawing import GeneratedImage, Progress, PromptArtist
 from .settings import GenerationSettings
+from .start_picture import check_start
 
 
 def generate(
@@ -52,6 +53,7 @@ def generate(
     prompts, seeds = check_prompts(prompts), seeds_of(seed, num_images)
     check_count("batch_size", batch_size)
     settings = settings or GenerationSettings()
+    check_start(settings)
     check_size(pipeline, settings.width, settings.height)
     refuse_without_effect(pipeline, settings)
     artist = PromptArtist(pipeline, settings, model_name, record_attention, on_progress)

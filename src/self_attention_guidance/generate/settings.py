@@ -18,6 +18,10 @@ class GenerationSettings:
         num_inference_steps: Sampling steps, at least 1.
         width: In pixels, a multiple of 8; `None` is the model's own.
         height: In pixels, a multiple of 8; `None` is the model's own.
+        image: Path of the picture that drawing begins with; `None` begins with noise.
+        mask: Path of a picture that is white where `image` is drawn anew; `None` draws all of it.
+        strength: How much of `image` is changed: this part of the steps is drawn, above 0, at
+            most 1; `None` is the pipeline's own.
 
     Raises:
         ValueError: A setting is outside its range.
@@ -29,6 +33,9 @@ class GenerationSettings:
     num_inference_steps: int = 50
     width: int | None = None
     height: int | None = None
+    image: str | None = None
+    mask: str | None = None
+    strength: float | None = None
 
     def __post_init__(self) -> None:
         """Checks every setting."""
@@ -41,3 +48,8 @@ class GenerationSettings:
             pixels = getattr(self, name)
             if pixels is not None and (check_count(name, pixels) % 8):
                 raise ValueError(f"{name}={pixels} must be a multiple of 8")
+        for name in ("mask", "strength"):
+            if getattr(self, name) is not None and self.image is None:
+                raise ValueError(f"{name}={getattr(self, name)!r} needs an image")
+        if self.strength is not None and not 0 < check_finite("strength", self.strength) <= 1:
+            raise ValueError(f"strength={self.strength} must be above 0 and at most 1")

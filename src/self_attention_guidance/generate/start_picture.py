@@ -1,0 +1,81 @@
+"""Image to image and inpainting: the picture that drawing begins with. No heavy import."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .settings import GenerationSettings
+
+
+def check_start(settings: GenerationSettings, max_size: int | None = None) -> None:
+    """Refuses a start picture or a mask that can't be read; needs no model.
+
+    Args:
+        settings: Of the pictures.
+        max_size: Most pixels of a side; `None` is no limit.
+
+    Raises:
+        ValueError: A file is missing or no picture, or the start picture is too large to be drawn
+            in its own size.
+    """
+    for name in ("image", "mask"):
+        path = getattr(settings, name)
+        if path is None:
+            continue
+        width, height = _read(name, path).size
+        is_own_size = name == "image" and settings.width is None and settings.height is None
+        if is_own_size and max_size is not None and max(width, height) > max_size:
+            raise ValueError(
+                f"image={path!r} has {width}x{height} pixels, and a side must have at most"
+                f" {max_size}: give another --size, or --max-size"
+            )
+
+
+def start_arguments(settings: GenerationSettings, multiple: int, count: int) -> dict[str, Any]:
+    """Arguments of a call that begins with a picture, without those of one that does not.
+
+    Args:
+        settings: Of the pictures.
+        multiple: Sides of pictures are multiples of this.
+        count: Pictures in the batch; all begin with the same.
+
+    Returns:
+        The picture and its mask in the size that is drawn, cut to its shape: that of the settings,
+        else the picture's own, rounded down.
+    """
+    if settings.image is None:
+        return {}
+    picture = _read("image", settings.image).convert("RGB")
+    own = [max(multiple, side // multiple * multiple) for side in picture.size]
+    size = settings.width or own[0], settings.height or own[1]
+    found: dict[str, Any] = {"width": size[0], "height": size[1], "strength": settings.strength}
+    found["image"] = [ImageOps.fit(picture, size)] * count
+    if settings.mask is not None:
+        mask = _read("mask", settings.mask).convert("L")
+        found["mask_image"] = [ImageOps.fit(mask, size)] * count
+    return found
+
+
+def digests(settings: GenerationSettings) -> dict[str, str]:
+    """What tells a start picture and a mask from others of their names, by "image" and "mask"."""
+    paths = {"image": settings.image, "mask": settings.mask}
+    return {
+        name: hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        for name, path in paths.items()
+        if path is not None
+    }
+
+
+def _read(name: str, path: str) -> Image.Image:
+    """A picture as viewers show it."""
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image)
+    except FileNotFoundError:
+        raise ValueError(f"{name}={path!r} does not exist") from None
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"{name}={path!r} is no picture that can be read") from error

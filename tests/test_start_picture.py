@@ -1,0 +1,168 @@
+"""`--image`, `--mask` and `--strength`: drawing that begins with a picture."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
+from PIL import Image
+
+from command_line import error_of, run
+from self_attention_guidance import BlurGuidance
+from self_attention_guidance.generate import generate, load_pipeline, read_record
+from test_any_model import pixels, saved  # noqa: F401  # a fixture
+from test_batch_jobs import rows_of
+from tiny_models import MODELS
+
+Saved = Callable[[str], Path]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Path:
+    """A picture of 72 x 64 pixels, every one another."""
+    values = np.random.default_rng(0).integers(0, 256, (64, 72, 3), dtype=np.uint8)
+    Image.fromarray(values).save(tmp_path / "start.png")
+    return tmp_path / "start.png"
+
+
+@pytest.fixture
+def mask(tmp_path: Path) -> Path:
+    """White in the left half."""
+    white = np.zeros((64, 72), np.uint8)
+    white[:, :36] = 255
+    Image.fromarray(white).save(tmp_path / "mask.png")
+    return tmp_path / "mask.png"
+
+
+TASKS = [
+    (name, is_masked)
+    for name in MODELS
+    for is_masked in (False, True)
+    # diffusers has none for PixArt, and inpaints with networks of 16 channels of SD 3 only.
+    if name != "pixart" and (name, is_masked) != ("stable_diffusion_3", True)
+]
+
+
+@pytest.mark.parametrize(("name", "is_masked"), TASKS)
+def test_it_is_what_diffusers_draws(
+    saved: Saved,  # noqa: F811
+    start: Path,
+    mask: Path,
+    name: str,
+    is_masked: bool,
+) -> None:
+    kind: Any = AutoPipelineForInpainting if is_masked else AutoPipelineForImage2Image
+    theirs = kind.from_pretrained(saved(name))
+    theirs.set_progress_bar_config(disable=True)
+    loaded = load_pipeline(str(saved(name)))
+    masks = {"mask": str(mask)} if is_masked else {}
+    given: dict[str, Any] = {"num_inference_steps": 4, "strength": 0.75, "guidance_scale": 3.0}
+    if "width" in inspect.signature(theirs.__call__).parameters:
+        given |= {"width": 64, "height": 64}
+    size = {"width": 64, "height": 64}
+    settings = loaded.settings(**given | size, image=str(start), **masks, sag_scale=1.0)
+    loaded.pipeline.guidance = BlurGuidance()
+    (ours,) = generate(loaded.pipeline, "red heart", settings, seed=5)
+    cut = Image.open(start).crop((4, 0, 68, 64))  # the middle, of the shape that is drawn
+    asked = {**given, "image": cut}
+    if is_masked:
+        asked["mask_image"] = Image.open(mask).crop((4, 0, 68, 64))
+    drawn = []
+    for scale in (0.0, 1.0):
+        with BlurGuidance(scale).attach(theirs):
+            generator = torch.Generator().manual_seed(5)
+            drawn.append(theirs("red heart", **asked, generator=generator).images[0])
+    plain, guided = (np.asarray(picture).astype(int) for picture in drawn)
+    assert (np.asarray(ours.image) == guided).all()
+    assert (plain != guided).any()
+
+
+def test_sides_are_those_of_the_picture(tmp_path: Path, saved: Saved, start: Path) -> None:  # noqa: F811
+    asked = ["generate", "red heart", "--model", saved("stable_diffusion"), "--steps", 4]
+    assert run(*asked, "--image", start, "--out", tmp_path / "out") == 0
+    assert pixels(tmp_path / "out" / "00000-0.png").shape == (64, 72, 3)
+
+
+def test_strength_says_how_much_of_it_is_kept(tmp_path: Path, start: Path) -> None:
+    before = pixels(start)
+    far: list[float] = []
+    for strength in (0.2, 0.9):
+        out = tmp_path / str(strength)
+        asked = ["--image", start, "--strength", strength, "--steps", 10, "--sag-scale", 0]
+        assert run("generate", "red heart", *asked, "--out", out) == 0
+        far.append(np.abs(pixels(out / "00000-0.png") - before).mean())
+    assert far[0] < far[1]
+
+
+def test_what_is_masked_out_stays(tmp_path: Path, start: Path, mask: Path) -> None:
+    assert run("generate", "red heart", "--steps", 10, "--out", tmp_path / "heart") == 0
+    heart = tmp_path / "heart" / "00000-0.png"
+    asked = ["--image", heart, "--mask", mask, "--strength", 1, "--steps", 10]
+    assert run("generate", "grinning face", *asked, "--out", tmp_path / "face") == 0
+    change = np.abs(pixels(tmp_path / "face" / "00000-0.png") - pixels(heart)).mean(axis=(0, 2))
+    assert change[40:].max() < 12 < change[:24].mean()
+
+
+def test_it_is_drawn_again_from_its_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], start: Path, mask: Path
+) -> None:
+    asked = ["--image", start, "--mask", mask, "--strength", 0.6, "--steps", 6, "--seed", 4]
+    assert run("generate", "red heart", *asked, "--out", tmp_path / "a") == 0
+    assert f"from {start} with its mask, strength 0.6" in capsys.readouterr().err
+    path = tmp_path / "a" / "00000-4.png"
+    assert run("generate", "--like", path, "--out", tmp_path / "b") == 0
+    assert (pixels(tmp_path / "b" / "00000-4.png") == pixels(path)).all()
+    assert read_record(path)["settings"]["strength"] == 0.6
+    Image.new("RGB", (64, 64)).save(start)
+    capsys.readouterr()
+    told = error_of(capsys, "generate", "--like", path, "--out", tmp_path / "c")
+    assert "is another picture than it was" in told
+    assert run("generate", "--like", path, "--image", start, "--out", tmp_path / "c") == 0
+
+
+def test_rows_of_a_list_begin_with_pictures(tmp_path: Path, start: Path) -> None:
+    rows = f"prompt,image,strength\nred heart,,\nred heart,{start},0.5\nred heart,none.png,\n"
+    (tmp_path / "list.csv").write_text(rows)
+    assert run("batch", tmp_path / "list.csv", "--steps", 4, "--out", tmp_path / "job") == 3
+    found = rows_of(tmp_path / "job")
+    assert [row["error"] for row in found] == [None, None, "image='none.png' does not exist"]
+    assert (found[0]["width"], found[1]["width"]) == (64, 72)
+    asked = ["--image", start, "--strength", 0.5, "--steps", 4]
+    assert run("generate", "red heart", *asked, "--out", tmp_path / "one") == 0
+    in_list, alone = tmp_path / "job" / found[1]["file"], tmp_path / "one" / "00000-0.png"
+    assert np.abs(pixels(in_list) - pixels(alone)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--image", "none.png"], "--image='none.png' does not exist"),
+        (["--image", __file__], "is no picture that can be read"),
+        (["--mask", "START"], "needs an image"),
+        (["--strength", 0.5], "--strength=0.5 needs an image"),
+        (["--image", "START", "--strength", 0], "--strength=0.0 must be above 0 and at most 1"),
+        (["--image", "START", "--strength", 1.5], "--strength=1.5 must be above 0 and at most 1"),
+        (["--image", "START", "--max-size", 64], "has 72x64 pixels, and a side must have at most"),
+    ],
+)
+def test_mistakes_are_one_line(
+    capsys: pytest.CaptureFixture[str], start: Path, options: list[object], told: str
+) -> None:
+    given = [start if option == "START" else option for option in options]
+    assert told in error_of(capsys, "generate", "red heart", *given, "--out", start.parent / "out")
+
+
+def test_a_model_without_image_to_image_is_refused(
+    capsys: pytest.CaptureFixture[str],
+    saved: Saved,  # noqa: F811
+    start: Path,
+) -> None:
+    asked = ("generate", "a", "--model", saved("pixart"), "--image", start, "--steps", 1)
+    told = error_of(capsys, *asked, "--out", start.parent / "out")
+    assert "image must not be given: diffusers has no image to image for PixArtSigmaP" in told
