@@ -17,6 +17,7 @@ from .output import hide_loading_bars, note, print_line
 
 if TYPE_CHECKING:
     from ..batch import BatchJob, Defaults, Manifest, Model, PromptList, Summary
+    from ..generate import GenerationSettings
 
 
 _TOLD_FAILURES = 5
@@ -83,6 +84,20 @@ class BatchCommand(OneScaleOptions):
     ] = None
     max_steps: Annotated[int, typer.Option(help="Most sampling steps.")] = 1000
 
+    def defaults(self, settings: GenerationSettings) -> Defaults:
+        """What holds where a row says nothing.
+
+        Args:
+            settings: Of the pictures.
+
+        Raises:
+            ValueError: A setting is outside its range.
+        """
+        from ..batch import Defaults
+
+        names = ("seed", "num_images", "max_size", "max_steps")
+        return Defaults(settings=settings, **{name: getattr(self, name) for name in names})
+
     def run(self) -> None:
         """Draw what is missing, and tell what became of the list."""
         if importlib.util.find_spec("pyarrow") is None:
@@ -124,19 +139,12 @@ def _source(options: BatchCommand) -> PromptList | int:
 
 def _check_before_loading(options: BatchCommand) -> None:
     """Refuses what can be refused before anything heavy is imported, which takes seconds."""
-    from ..batch import Defaults
     from ..checks import check_count
     from ..generate import GenerationSettings, check_dtype_name, check_scheduler_name
     from ..generate.finding import find_prompt_or_pixel_model
 
     given = options.generation_arguments().items()
-    Defaults(
-        settings=GenerationSettings(**{name: value for name, value in given if value is not None}),
-        seed=options.seed,
-        num_images=options.num_images,
-        max_size=options.max_size,
-        max_steps=options.max_steps,
-    )
+    options.defaults(GenerationSettings(**{n: value for n, value in given if value is not None}))
     for name in ("batch_size", "together", "shard_size"):
         if getattr(options, name) is not None:
             check_count(name, getattr(options, name))
@@ -179,7 +187,7 @@ def _job(source: PromptList | int, options: BatchCommand) -> BatchJob:
 
 
 def _model_and_defaults(options: BatchCommand) -> tuple[Model, Defaults]:
-    from ..batch import Defaults, Model
+    from ..batch import Model
 
     model = Model(
         name=options.model,
@@ -189,14 +197,7 @@ def _model_and_defaults(options: BatchCommand) -> tuple[Model, Defaults]:
         fast=options.fast,
         guidance=options.guidance_arguments(),
     )
-    defaults = Defaults(
-        settings=model.settings(**options.generation_arguments()),
-        seed=options.seed,
-        num_images=options.num_images,
-        max_size=options.max_size,
-        max_steps=options.max_steps,
-    )
-    return model, defaults
+    return model, options.defaults(model.settings(**options.generation_arguments()))
 
 
 @contextmanager

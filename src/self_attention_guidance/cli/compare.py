@@ -136,7 +136,7 @@ def _compare_axes(
     rows, columns = (
         with_guidance(axes.get(name, of_prompts), loaded, options) for name in ("rows", "columns")
     )
-    with progress(len(rows.values) * len(columns.values), options.quiet) as advance:
+    with progress(len(rows.values) * len(columns.values), quiet=options.quiet) as advance:
         return compare_axes(
             loaded.pipeline,
             rows,
@@ -157,7 +157,7 @@ def _compare_scales(
 ) -> Comparison:
     from ..generate import compare
 
-    with progress(len(prompts) * options.num_images * len(scales), options.quiet) as advance:
+    with progress(len(prompts) * options.num_images * len(scales), quiet=options.quiet) as advance:
         return compare(
             loaded.pipeline,
             prompts,

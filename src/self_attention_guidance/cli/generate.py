@@ -84,7 +84,7 @@ def _draw(
 
     loaded = load_pipeline_of(options, record)
     last: GeneratedImage | None = None
-    with progress(len(paths), options.quiet) as advance:
+    with progress(len(paths), quiet=options.quiet) as advance:
         pictures = generate(
             loaded.pipeline,
             prompts,
