@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,6 +29,7 @@ from self_attention_guidance.generate import (
     load_pixel_model,
     make_pixel_scheduler,
     read_parameters,
+    to_image,
     to_uint8,
 )
 from tiny_pixels import (
@@ -108,6 +110,20 @@ def test_samples_without_classes_have_no_labels(tmp_path: Path) -> None:
 def test_samples_of_one_channel(tmp_path: Path) -> None:
     done = finish(tiny_pipeline(in_channels=1, out_channels=1), tmp_path / "a.npz")
     assert pictures_of(done.path).shape == (5, 16, 16, 1)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_pictures_hold_all_channels(channels: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, channels), dtype=np.uint8)
+    kept = io.BytesIO()
+    to_image(pixels).save(kept, "PNG")
+    with Image.open(kept) as image:
+        assert (np.asarray(image).reshape(pixels.shape) == pixels).all()
+
+
+def test_pictures_of_more_channels_are_refused() -> None:
+    with pytest.raises(ValueError, match="at most 4 channels: the model draws 5"):
+        to_image(np.zeros((5, 7, 5), dtype=np.uint8))
 
 
 def test_bytes_are_the_originals() -> None:

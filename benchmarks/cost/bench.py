@@ -22,7 +22,7 @@ from plan import plan
 from ratio_plot import check_plotting, write_plot
 from self_attention_guidance.checks import check_count
 from self_attention_guidance.cli.options import check_outputs
-from self_attention_guidance.cli.output import hide_loading_bars, work_progress
+from self_attention_guidance.cli.output import hide_loading_bars, progress
 from self_attention_guidance.generate import find_device
 from table import Report, as_json, format_table
 
@@ -70,7 +70,7 @@ def measure(options: argparse.Namespace) -> None:
     )
     hide_loading_bars()
     total = work(configurations, options.pairs, options.memory)
-    with work_progress("measuring", total) as advance:
+    with progress(total, "measuring") as advance:
         results = bench(configurations, options.pairs, options.memory, advance)
     report = Report(options.pairs, results)
     if options.json is not None:

@@ -11,40 +11,57 @@ import traceback
 import warnings
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import typer
 
 from .. import __version__
-from .batch import batch_command
-from .compare import compare_command
+from .batch import BatchCommand
+from .compare import CompareCommand
 from .convert import convert_command
-from .demo import demo_command
+from .demo import DemoCommand
 from .errors import as_typed, memory_advice
 from .evaluate import evaluate_command
-from .generate import generate_command
+from .generate import GenerateCommand
 from .info import info_command
 from .layers import layers_command
-from .sample import sample_command
+from .sample import SampleCommand
+
+
+class Command(Protocol):
+    """A command that is a dataclass of its options."""
+
+    def run(self) -> None:
+        """Do what it says."""
+        ...
+
 
 # typer does not export the base class of its errors about the command line itself.
 _UsageError: Any = typer.BadParameter.__base__
 
+
+def _run(command: Command | None, **_: object) -> None:
+    """Runs what typer made of a command line; a command that is a function has run by then."""
+    if command is not None:
+        command.run()
+
+
 app = typer.Typer(
     name="sag",
+    result_callback=_run,
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-app.command("generate")(generate_command)
+app.command("generate")(GenerateCommand)
 app.command("info")(info_command)
-app.command("compare")(compare_command)
-app.command("sample")(sample_command)
-app.command("batch")(batch_command)
+app.command("compare")(CompareCommand)
+app.command("sample")(SampleCommand)
+app.command("batch")(BatchCommand)
 app.command("convert")(convert_command)
 app.command("layers")(layers_command)
 app.command("evaluate")(evaluate_command)
-app.command("demo")(demo_command)
+app.command("demo")(DemoCommand)
 
 
 def _show_version(wanted: bool) -> None:

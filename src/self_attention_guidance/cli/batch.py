@@ -12,20 +12,44 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import OneScaleOptions, with_options
+from .options import OneScaleOptions
 from .output import hide_loading_bars, note, print_line
 
 if TYPE_CHECKING:
     from ..batch import BatchJob, Defaults, Manifest, Model, PromptList, Summary
+    from ..generate import GenerationSettings
 
 
 _TOLD_FAILURES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchOptions(OneScaleOptions):
-    """The options of `batch`; `None` was not given."""
+class BatchCommand(OneScaleOptions):
+    """Draw a list of prompts of any length; killed at any moment, the same command goes on.
 
+    Columns: prompt, and optionally id, negative_prompt, seed, width, height, steps,
+    guidance_scale, sag_scale, num_images, image, mask, strength. What became of each picture is in
+    FOLDER/manifest.parquet. The exit status is 0 if all are there and 3 if some failed.
+    It needs pyarrow and Ray: pip install pyarrow ray.
+
+    \b
+    Examples:
+      sag batch prompts.jsonl --out pictures --workers 2
+      sag batch --num-samples 50000 --model emoji-adm --out samples --shard-size 1000
+      sag batch s3://bucket/prompts.parquet --out s3://bucket/pictures --address auto --workers 16
+    """
+
+    prompts: Annotated[
+        str | None, typer.Argument(metavar="PROMPTS", help="A .jsonl, .csv or .parquet file.")
+    ] = None
+    out: Annotated[str, typer.Option(metavar="FOLDER|URL", help="Where the pictures go.")] = "out"
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete what an earlier run left there.")
+    ] = False
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try again what failed in an earlier run.")
+    ] = False
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False
     seed: Annotated[
         int, typer.Option(help="Of each row's first picture; with --num-samples, of sample 0.")
     ] = 0
@@ -60,76 +84,61 @@ class BatchOptions(OneScaleOptions):
     ] = None
     max_steps: Annotated[int, typer.Option(help="Most sampling steps.")] = 1000
 
+    def defaults(self, settings: GenerationSettings) -> Defaults:
+        """What holds where a row says nothing.
 
-@with_options(BatchOptions)
-def batch_command(
-    prompts: Annotated[
-        str | None, typer.Argument(metavar="PROMPTS", help="A .jsonl, .csv or .parquet file.")
-    ] = None,
-    out: Annotated[str, typer.Option(metavar="FOLDER|URL", help="Where the pictures go.")] = "out",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Delete what an earlier run left there.")
-    ] = False,
-    retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Try again what failed in an earlier run.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
-    *,
-    options: BatchOptions,
-) -> None:
-    """Draw a list of prompts of any length; killed at any moment, the same command goes on.
+        Args:
+            settings: Of the pictures.
 
-    Columns: prompt, and optionally id, negative_prompt, seed, width, height, steps,
-    guidance_scale, sag_scale, num_images, image, mask, strength. What became of each picture is in
-    FOLDER/manifest.parquet. The exit status is 0 if all are there and 3 if some failed.
-    It needs pyarrow and Ray: pip install pyarrow ray.
+        Raises:
+            ValueError: A setting is outside its range.
+        """
+        from ..batch import Defaults
 
-    \b
-    Examples:
-      sag batch prompts.jsonl --out pictures --workers 2
-      sag batch --num-samples 50000 --model emoji-adm --out samples --shard-size 1000
-      sag batch s3://bucket/prompts.parquet --out s3://bucket/pictures --address auto --workers 16
-    """
-    if importlib.util.find_spec("pyarrow") is None:
-        raise ValueError("batch needs pyarrow: pip install pyarrow")
-    if (prompts is None) == (options.num_samples is None):
-        raise ValueError("give either PROMPTS or --num-samples")
+        names = ("seed", "num_images", "max_size", "max_steps")
+        return Defaults(settings=settings, **{name: getattr(self, name) for name in names})
 
-    from ..batch.workers import Crew
+    def run(self) -> None:
+        """Draw what is missing, and tell what became of the list."""
+        if importlib.util.find_spec("pyarrow") is None:
+            raise ValueError("batch needs pyarrow: pip install pyarrow")
+        if (self.prompts is None) == (self.num_samples is None):
+            raise ValueError("give either PROMPTS or --num-samples")
 
-    crew = Crew(
-        workers=options.workers,
-        address=options.address,
-        threads=options.threads,
-        gpus=options.gpus,
-    )
-    source = _source(prompts, options)
-    _check_before_loading(options)
-    job = _job(source, out, overwrite, retry_failed, options)
-    with _progress(options.quiet) as (report, latest):
-        try:
-            summary = job.run(crew, report)
-        except KeyboardInterrupt:
-            typer.echo(f"{_told(latest())}; the same command goes on", err=True)
-            raise
-    print_line(json.dumps(asdict(summary)) if as_json else _told(summary))
-    if summary.failed:
-        _tell_failures(job.manifest)
-        raise typer.Exit(3)
+        from ..batch.workers import Crew
+
+        crew = Crew(
+            workers=self.workers,
+            address=self.address,
+            threads=self.threads,
+            gpus=self.gpus,
+        )
+        source = _source(self)
+        _check_before_loading(self)
+        job = _job(source, self)
+        with _progress(self.quiet) as (report, latest):
+            try:
+                summary = job.run(crew, report)
+            except KeyboardInterrupt:
+                typer.echo(f"{_told(latest())}; the same command goes on", err=True)
+                raise
+        print_line(json.dumps(asdict(summary)) if self.as_json else _told(summary))
+        if summary.failed:
+            _tell_failures(job.manifest)
+            raise typer.Exit(3)
 
 
-def _source(prompts: str | None, options: BatchOptions) -> PromptList | int:
+def _source(options: BatchCommand) -> PromptList | int:
     from ..batch import PromptList
     from ..checks import check_count
 
-    if prompts is None:
+    if options.prompts is None:
         return check_count("num_samples", options.num_samples)
-    return PromptList(prompts)
+    return PromptList(options.prompts)
 
 
-def _check_before_loading(options: BatchOptions) -> None:
+def _check_before_loading(options: BatchCommand) -> None:
     """Refuses what can be refused before anything heavy is imported, which takes seconds."""
-    from ..batch import Defaults
     from ..checks import check_count
     from ..generate import GenerationSettings, check_dtype_name, check_scheduler_name, check_start
     from ..generate.finding import find_prompt_or_pixel_model
@@ -137,13 +146,7 @@ def _check_before_loading(options: BatchOptions) -> None:
     given = options.generation_arguments().items()
     settings = GenerationSettings(**{name: value for name, value in given if value is not None})
     check_start(settings)
-    Defaults(
-        settings=settings,
-        seed=options.seed,
-        num_images=options.num_images,
-        max_size=options.max_size,
-        max_steps=options.max_steps,
-    )
+    options.defaults(settings)
     for name in ("batch_size", "together", "shard_size"):
         if getattr(options, name) is not None:
             check_count(name, getattr(options, name))
@@ -164,13 +167,7 @@ def _tell_failures(manifest: Manifest) -> None:
         typer.echo(f"and {more} more: see the column error of manifest.parquet", err=True)
 
 
-def _job(
-    source: PromptList | int,
-    out: str,
-    overwrite: bool,
-    retry_failed: bool,
-    options: BatchOptions,
-) -> BatchJob:
+def _job(source: PromptList | int, options: BatchCommand) -> BatchJob:
     from ..batch import BatchJob, unused_columns
 
     unused = unused_columns(source)
@@ -180,19 +177,19 @@ def _job(
     model, defaults = _model_and_defaults(options)
     return BatchJob(
         source,
-        out,
+        options.out,
         model,
         defaults,
         batch_size=options.batch_size,
         together=options.together,
         shard_size=options.shard_size,
-        overwrite=overwrite,
-        retry_failed=retry_failed,
+        overwrite=options.overwrite,
+        retry_failed=options.retry_failed,
     )
 
 
-def _model_and_defaults(options: BatchOptions) -> tuple[Model, Defaults]:
-    from ..batch import Defaults, Model
+def _model_and_defaults(options: BatchCommand) -> tuple[Model, Defaults]:
+    from ..batch import Model
 
     model = Model(
         name=options.model,
@@ -202,14 +199,7 @@ def _model_and_defaults(options: BatchOptions) -> tuple[Model, Defaults]:
         fast=options.fast,
         guidance=options.guidance_arguments(),
     )
-    defaults = Defaults(
-        settings=model.settings(**options.generation_arguments()),
-        seed=options.seed,
-        num_images=options.num_images,
-        max_size=options.max_size,
-        max_steps=options.max_steps,
-    )
-    return model, defaults
+    return model, options.defaults(model.settings(**options.generation_arguments()))
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import typer
 
 from .axes import parse_axis, with_guidance
 from .loading import check_prompting, load_pipeline_of
-from .options import PromptOptions, parse_numbers, with_options
+from .options import PromptOptions, parse_numbers
 from .output import print_line, progress, warn_unread
 
 if TYPE_CHECKING:
@@ -19,9 +19,20 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareOptions(PromptOptions):
-    """The options of `compare`; `None` was not given."""
+class CompareCommand(PromptOptions):
+    """Draw a grid: one row a prompt and seed, one column a guidance scale.
 
+    Without a prompt, the model's own suggestions are used. The empty prompt is a good one. --rows
+    and --columns compare any two settings, and tell below each picture what it took.
+
+    \b
+    Examples:
+      sag compare "red heart" --columns "guidance=none,sag,pag:scale=2,seg" --rows cfg=1,3,7
+      sag compare "red heart" "" --sag-scales 0,0.5,1
+      sag compare "grinning face" --show-attention --out face.png
+    """
+
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT")] = None
     sag_scales: Annotated[
         str | None,
         typer.Option(metavar="S,S,...", help="[default: the model's, else 0 and its own]"),
@@ -51,59 +62,45 @@ class CompareOptions(PromptOptions):
         False
     )
 
+    def run(self) -> None:
+        """Draw the grid, save it and print its path."""
+        from ..generate import check_folder, check_free, check_scales
 
-@with_options(CompareOptions)
-def compare_command(
-    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT")] = None,
-    *,
-    options: CompareOptions,
-) -> None:
-    """Draw a grid: one row a prompt and seed, one column a guidance scale.
+        given = self.sag_scales
+        given_scales = check_scales(parse_numbers(given)) if given is not None else []
+        check_prompting(self, self.num_images)
+        if self.out.suffix.lower() not in (".png", ""):
+            raise ValueError(
+                f"out={str(self.out)!r} must end in .png: the grid's settings are in that format"
+            )
+        axes = _axes(self)
+        check_free([self.out], self.overwrite)
+        check_folder(self.out.parent)
 
-    Without a prompt, the model's own suggestions are used. The empty prompt is a good one. --rows
-    and --columns compare any two settings, and tell below each picture what it took.
+        from ..generate import save_png
 
-    \b
-    Examples:
-      sag compare "red heart" --columns "guidance=none,sag,pag:scale=2,seg" --rows cfg=1,3,7
-      sag compare "red heart" "" --sag-scales 0,0.5,1
-      sag compare "grinning face" --show-attention --out face.png
-    """
-    from ..generate import check_folder, check_free, check_scales
-
-    given = options.sag_scales
-    given_scales = check_scales(parse_numbers(given)) if given is not None else []
-    check_prompting(options, options.num_images)
-    if options.out.suffix.lower() not in (".png", ""):
-        raise ValueError(
-            f"out={str(options.out)!r} must end in .png: the grid's settings are in that format"
-        )
-    axes = _axes(options, prompts or [])
-    check_free([options.out], options.overwrite)
-    check_folder(options.out.parent)
-
-    from ..generate import save_png
-
-    loaded = load_pipeline_of(options)
-    prompts = prompts or list(loaded.recommended.compare_prompts) or [""]
-    if axes:
-        comparison = _compare_axes(loaded, axes, prompts, options)
-    else:
-        scales = given_scales or _default_scales(loaded, options)
-        comparison = _compare_scales(loaded, prompts, scales, options)
-    save_png(comparison.grid, options.out, comparison.record, options.overwrite)
-    told = {each.prompt: each for column in comparison.columns for each in column if each.unread}
-    for picture in told.values():
-        warn_unread(picture)
-    print_line(options.out)
+        loaded = load_pipeline_of(self)
+        prompts = self.prompts or list(loaded.recommended.compare_prompts) or [""]
+        if axes:
+            comparison = _compare_axes(loaded, axes, prompts, self)
+        else:
+            scales = given_scales or _default_scales(loaded, self)
+            comparison = _compare_scales(loaded, prompts, scales, self)
+        save_png(comparison.grid, self.out, comparison.record, self.overwrite)
+        drawn = [each for column in comparison.columns for each in column]
+        told = {each.prompt: each for each in drawn if each.unread}
+        for picture in told.values():
+            warn_unread(picture)
+        print_line(self.out)
 
 
-def _axes(options: CompareOptions, prompts: Sequence[str]) -> dict[str, Axis]:
+def _axes(options: CompareCommand) -> dict[str, Axis]:
     """The axes that were given, by their options.
 
     Raises:
         ValueError: They do not go together, or with another option.
     """
+    prompts = options.prompts or []
     given = {"rows": options.rows, "columns": options.columns}
     axes = {name: parse_axis(name, text) for name, text in given.items() if text is not None}
     names = [axis.name for axis in axes.values()]
@@ -129,7 +126,7 @@ def _compare_axes(
     loaded: LoadedPipeline,
     axes: Mapping[str, Axis],
     prompts: Sequence[str],
-    options: CompareOptions,
+    options: CompareCommand,
 ) -> Comparison:
     from ..generate import Axis, compare_axes
 
@@ -139,7 +136,7 @@ def _compare_axes(
     rows, columns = (
         with_guidance(axes.get(name, of_prompts), loaded, options) for name in ("rows", "columns")
     )
-    with progress(len(rows.values) * len(columns.values), options.quiet) as advance:
+    with progress(len(rows.values) * len(columns.values), quiet=options.quiet) as advance:
         return compare_axes(
             loaded.pipeline,
             rows,
@@ -156,11 +153,11 @@ def _compare_scales(
     loaded: LoadedPipeline,
     prompts: Sequence[str],
     scales: Sequence[float],
-    options: CompareOptions,
+    options: CompareCommand,
 ) -> Comparison:
     from ..generate import compare
 
-    with progress(len(prompts) * options.num_images * len(scales), options.quiet) as advance:
+    with progress(len(prompts) * options.num_images * len(scales), quiet=options.quiet) as advance:
         return compare(
             loaded.pipeline,
             prompts,
@@ -175,7 +172,7 @@ def _compare_scales(
         )
 
 
-def _default_scales(loaded: LoadedPipeline, options: CompareOptions) -> Sequence[float]:
+def _default_scales(loaded: LoadedPipeline, options: CompareCommand) -> Sequence[float]:
     """What the model suggests for its own guidance; else without, and with that of the options."""
     guidance, recommended = loaded.pipeline.guidance, loaded.recommended
     is_own = guidance.method == recommended.make_guidance().method

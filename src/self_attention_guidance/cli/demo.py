@@ -9,12 +9,20 @@ from typing import Annotated
 import typer
 
 from ..checks import check_count
-from .options import with_options
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoOptions:
-    """The options of `demo`."""
+class DemoCommand:
+    """Open a web page that draws with and without guidance, and shows what it does at each step.
+
+    It needs gradio: pip install gradio. Nothing leaves the machine.
+
+    \b
+    Examples:
+      sag demo
+      sag demo --model ./my-stable-diffusion --port 8000
+      sag demo --host 0.0.0.0 --max-steps 30 --max-queue 8
+    """
 
     model: Annotated[
         str,
@@ -33,45 +41,34 @@ class DemoOptions:
     max_images: Annotated[int, typer.Option(help="Most pictures of a grid.")] = 24
     max_queue: Annotated[int, typer.Option(help="Most visitors that wait.")] = 32
 
+    def run(self) -> None:
+        """Serve the page until it is interrupted."""
+        if importlib.util.find_spec("gradio") is None:
+            raise ValueError("the demo needs gradio: pip install gradio")
+        _check_port(self.port)
 
-@with_options(DemoOptions)
-def demo_command(*, options: DemoOptions) -> None:
-    """Open a web page that draws with and without guidance, and shows what it does at each step.
+        from ..generate import check_dtype_name, find_model
 
-    It needs gradio: pip install gradio. Nothing leaves the machine.
+        check_dtype_name(self.dtype)
+        find_model(self.model)
+        for name in ("max_steps", "max_size", "max_images", "max_queue"):
+            check_count(name, getattr(self, name))
 
-    \b
-    Examples:
-      sag demo
-      sag demo --model ./my-stable-diffusion --port 8000
-      sag demo --host 0.0.0.0 --max-steps 30 --max-queue 8
-    """
-    if importlib.util.find_spec("gradio") is None:
-        raise ValueError("the demo needs gradio: pip install gradio")
-    _check_port(options.port)
+        from ..demo import Limits, build_page
+        from ..generate import load_pipeline
+        from .output import hide_loading_bars
 
-    from ..generate import check_dtype_name, find_model
-
-    check_dtype_name(options.dtype)
-    find_model(options.model)
-    for name in ("max_steps", "max_size", "max_images", "max_queue"):
-        check_count(name, getattr(options, name))
-
-    from ..demo import Limits, build_page
-    from ..generate import load_pipeline
-    from .output import hide_loading_bars
-
-    hide_loading_bars()
-    limits = Limits(
-        max_steps=options.max_steps,
-        max_size=options.max_size,
-        max_images=options.max_images,
-        max_queue=options.max_queue,
-    )
-    model = load_pipeline(options.model, options.device, options.dtype)
-    model.pipeline.set_progress_bar_config(disable=True)
-    page = build_page(model, limits)
-    page.app.launch(server_name=options.host, server_port=options.port, **page.launch_settings)
+        hide_loading_bars()
+        limits = Limits(
+            max_steps=self.max_steps,
+            max_size=self.max_size,
+            max_images=self.max_images,
+            max_queue=self.max_queue,
+        )
+        model = load_pipeline(self.model, self.device, self.dtype)
+        model.pipeline.set_progress_bar_config(disable=True)
+        page = build_page(model, limits)
+        page.app.launch(server_name=self.host, server_port=self.port, **page.launch_settings)
 
 
 def _check_port(port: int) -> None:

@@ -11,7 +11,7 @@ import typer
 
 from ..checks import check_count
 from .options import check_outputs
-from .output import print_line, work_progress
+from .output import print_line, progress
 
 if TYPE_CHECKING:
     from ..evaluate import LoadedSet, PictureSource, Report, SampleReport, SavedStatistics
@@ -101,7 +101,7 @@ def _load(paths: Sequence[Path], features: str, batch_size: int) -> list[LoadedS
         raise ValueError(f"--features={features!r} must be one of {', '.join(ENCODERS)}")
     opened = [open_set(path) for path in paths]
     encoder = load_encoder(features)
-    with work_progress("encoding", sum(map(_pictures, opened))) as advance:
+    with progress(sum(map(_pictures, opened)), "encoding") as advance:
         return [load_set(source, encoder, batch_size, advance) for source in opened]
 
 
@@ -119,7 +119,7 @@ def _measure(
     names = short_names([sample.path for sample in samples])
     total = sum(work(sample, reference) for sample in samples)
     reports: list[SampleReport] = []
-    with work_progress("measuring", total) as advance:
+    with progress(total, "measuring") as advance:
         for name, sample in zip(names, samples, strict=True):
             metrics = measure(sample, reference, bootstrap, seed, advance)
             count = len(sample.features.features) if sample.features else 0

@@ -11,7 +11,7 @@ import typer
 
 from .like import as_drawn, record_like, settings_like
 from .loading import check_prompting, load_pipeline_of
-from .options import OneScaleOptions, prompts_of, with_options
+from .options import OneScaleOptions, prompts_of
 from .output import drawn_with, note, print_line, progress, warn_unread
 
 if TYPE_CHECKING:
@@ -19,9 +19,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateOptions(OneScaleOptions):
-    """The options of `generate`; `None` was not given."""
+class GenerateCommand(OneScaleOptions):
+    """Make pictures and print their paths.
 
+    Picture k of a prompt has the seed SEED + k and is saved as INDEX-SEED.png with its settings.
+    Numbers go on from those in the folder.
+
+    \b
+    Examples:
+      sag generate "red heart" "grinning face" --num-images 4
+      sag generate --prompts prompts.txt --quiet
+      sag generate --like out/00000-0.png --sag-scale 2
+      sag generate "a lighthouse" --model ./my-model --size 512x768 --scheduler "dpm++ 2m karras"
+    """
+
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT")] = None
     num_images: Annotated[int, typer.Option(help="Pictures of each prompt.")] = 1
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the pictures go.")] = Path(
         "out"
@@ -41,54 +53,38 @@ class GenerateOptions(OneScaleOptions):
         ),
     ] = None
 
+    def run(self) -> None:
+        """Draw, save and print."""
+        from ..generate import check_folder, check_free, next_index, picture_path, seeds_of
 
-@with_options(GenerateOptions)
-def generate_command(
-    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT")] = None,
-    *,
-    options: GenerateOptions,
-) -> None:
-    """Make pictures and print their paths.
-
-    Picture k of a prompt has the seed SEED + k and is saved as INDEX-SEED.png with its settings.
-    Numbers go on from those in the folder.
-
-    \b
-    Examples:
-      sag generate "red heart" "grinning face" --num-images 4
-      sag generate --prompts prompts.txt --quiet
-      sag generate --like out/00000-0.png --sag-scale 2
-      sag generate "a lighthouse" --model ./my-model --size 512x768 --scheduler "dpm++ 2m karras"
-    """
-    from ..generate import check_folder, check_free, next_index, picture_path, seeds_of
-
-    prompts = [*(prompts or []), *prompts_of(options.prompts_file)]
-    record = None if options.like is None else record_like(options.like)
-    if record is not None:
-        options = as_drawn(options, record)
-        prompts = prompts or [record["prompt"]]
-    if not prompts:
-        raise ValueError('PROMPT is missing: give at least one ("" is one, too)')
-    seeds = seeds_of(options.seed, options.num_images) * len(prompts)
-    check_prompting(options, options.num_images)
-    first = 0 if options.overwrite else next_index(options.out)
-    paths = [picture_path(options.out, first + k, seed) for k, seed in enumerate(seeds)]
-    check_folder(options.out)
-    check_free(paths, options.overwrite)
-    _draw(prompts, paths, options, record)
+        options = self
+        prompts = [*(self.prompts or []), *prompts_of(self.prompts_file)]
+        record = None if self.like is None else record_like(self.like)
+        if record is not None:
+            options = as_drawn(self, record)
+            prompts = prompts or [record["prompt"]]
+        if not prompts:
+            raise ValueError('PROMPT is missing: give at least one ("" is one, too)')
+        seeds = seeds_of(options.seed, self.num_images) * len(prompts)
+        check_prompting(options, self.num_images)
+        first = 0 if self.overwrite else next_index(self.out)
+        paths = [picture_path(self.out, first + k, seed) for k, seed in enumerate(seeds)]
+        check_folder(self.out)
+        check_free(paths, self.overwrite)
+        _draw(prompts, paths, options, record)
 
 
 def _draw(
     prompts: Sequence[str],
     paths: Sequence[Path],
-    options: GenerateOptions,
+    options: GenerateCommand,
     record: Mapping[str, Any] | None,
 ) -> None:
     from ..generate import generate, save_png
 
     loaded = load_pipeline_of(options, record)
     last: GeneratedImage | None = None
-    with progress(len(paths), options.quiet) as advance:
+    with progress(len(paths), quiet=options.quiet) as advance:
         pictures = generate(
             loaded.pipeline,
             prompts,

@@ -1,22 +1,18 @@
-"""Options that several commands of the command line share, and texts to values."""
+"""Options that several commands of the command line share, and texts to values.
 
-from __future__ import annotations
+A command with such options is a dataclass: typer reads its fields as the parameters of a function.
+"""
 
-import inspect
+# Not `from __future__ import annotations`: typer would read them in the module of a subclass.
+
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast, get_type_hints
+from typing import Annotated, Any
 
 import typer
 
 from .guidance_text import check_guidance, guidance_of
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-OptionsType = TypeVar("OptionsType", bound="DataclassInstance")
 
 _GUIDANCE_OPTIONS = (
     *("blur_sigma", "blur_kernel_size", "threshold", "layer"),
@@ -178,46 +174,6 @@ class OneScaleOptions(PromptOptions):
     def generation_arguments(self) -> dict[str, Any]:
         """Arguments of `GenerationSettings`; `None` was not given."""
         return super().generation_arguments() | {"sag_scale": self.sag_scale}
-
-
-def with_options(
-    options_class: type[OptionsType],
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Replaces a command's parameter `options` by the options of a dataclass.
-
-    Args:
-        options_class: The dataclass; its annotations are those of typer.
-
-    Returns:
-        A decorator: from a function that takes a keyword argument `options` to the function as
-        typer shall see it.
-    """
-    hints = get_type_hints(options_class, include_extras=True)
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    options = [
-        inspect.Parameter(
-            option.name, keyword, default=option.default, annotation=hints[option.name]
-        )
-        for option in fields(options_class)
-    ]
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        own = inspect.signature(command, eval_str=True).parameters.values()
-        kept = [parameter for parameter in own if parameter.name != "options"]
-        parameters = [parameter.replace(kind=keyword) for parameter in kept] + options
-
-        def command_with_options(**arguments: object) -> None:
-            given = {option.name: arguments.pop(option.name) for option in options}
-            command(options=options_class(**cast("dict[str, Any]", given)), **arguments)
-
-        command_with_options.__doc__ = command.__doc__
-        command_with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        command_with_options.__annotations__ = {
-            option.name: option.annotation for option in parameters
-        }
-        return command_with_options
-
-    return decorate
 
 
 def prompts_of(file: str | None) -> list[str]:

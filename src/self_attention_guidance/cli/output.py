@@ -81,22 +81,25 @@ def _start_of(settings: Mapping[str, Any]) -> list[str]:
 
 
 @contextmanager
-def progress(pictures: int, quiet: bool = False) -> Generator[Callable[[float], object]]:
+def progress(
+    total: int, description: str | None = None, quiet: bool = False
+) -> Generator[Callable[[float], object]]:
     """A bar on stderr, if that is a terminal, that grows with every sampling step.
 
     Args:
-        pictures: How many there will be.
+        total: How much there is to do.
+        description: What is done; `None` is so many pictures.
         quiet: Whether there is none at all.
 
     Yields:
-        A function that takes how many pictures' work was done since it was last called.
+        A function that takes how much was done since it was last called.
     """
     from tqdm import tqdm
 
     form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-    description = f"{pictures} picture" + ("s" if pictures != 1 else "")
+    told = description or f"{total} picture" + ("s" if total != 1 else "")
     # disable=None: not where stderr is a file or a pipe.
-    with tqdm(total=pictures, desc=description, bar_format=form, disable=quiet or None) as bar:
+    with tqdm(total=total, desc=told, bar_format=form, disable=quiet or None) as bar:
         yield bar.update
 
 
@@ -130,24 +133,6 @@ def counting_progress(
     ) as bar:
         # Shares of pictures add up to a little more or less than the whole.
         yield lambda share: bar.update(min(share, pictures - bar.n))
-
-
-@contextmanager
-def work_progress(description: str, total: int) -> Generator[Callable[[float], object]]:
-    """A bar on stderr, if that is a terminal, of work that has no unit.
-
-    Args:
-        description: What is done.
-        total: How much there is to do.
-
-    Yields:
-        A function that takes how much was done since it was last called.
-    """
-    from tqdm import tqdm
-
-    form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-    with tqdm(total=total, desc=description, bar_format=form, disable=None) as bar:
-        yield bar.update
 
 
 def print_line(line: str | Path) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .loading import check_sampling
-from .options import SamplingOptions, parse_classes, with_options
+from .options import SamplingOptions, parse_classes
 from .output import counting_progress, hide_loading_bars, print_line
 
 if TYPE_CHECKING:
@@ -21,9 +21,23 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleOptions(SamplingOptions):
-    """The options of `sample` that say how a picture looks; `None` was not given."""
+class SampleCommand(SamplingOptions):
+    """Draw samples of a pixel-space model into one .npz file that evaluators read.
 
+    The file holds arr_0 (uint8, NHWC) and, of classes, arr_1. A .png beside it shows the first 64.
+    If it is interrupted or killed, the same command goes on where it was.
+
+    \b
+    Examples:
+      sag sample --num-samples 64 --steps 25 --scheduler ddim
+      sag sample --model ./imagenet128 --num-samples 8 --classes 207,360 --sag-scale 0.1
+      sag sample --model ./imagenet256 --num-samples 50000 --batch-size 16 --out in256.npz
+    """
+
+    num_samples: Annotated[int, typer.Option(help="How many pictures.")]
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The .npz file.")] = Path("samples.npz")
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False
+    workers: Annotated[int, typer.Option(help="Batches drawn at once; uses Ray.")] = 1
     model: Annotated[
         str,
         typer.Option(
@@ -74,55 +88,34 @@ class SampleOptions(SamplingOptions):
             "eta": self.eta,
         }
 
+    def run(self) -> None:
+        """Draw what is missing, and write the files."""
+        from ..batch.workers import Crew
 
-@with_options(SampleOptions)
-def sample_command(
-    num_samples: Annotated[int, typer.Option(help="How many pictures.")],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The .npz file.")] = Path("samples.npz"),
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
-    workers: Annotated[int, typer.Option(help="Batches drawn at once; uses Ray.")] = 1,
-    *,
-    options: SampleOptions,
-) -> None:
-    """Draw samples of a pixel-space model into one .npz file that evaluators read.
+        crew = Crew(workers=self.workers)
+        _check_before_loading(self)
 
-    The file holds arr_0 (uint8, NHWC) and, of classes, arr_1. A .png beside it shows the first 64.
-    If it is interrupted or killed, the same command goes on where it was.
+        from ..batch import SampleJob
 
-    \b
-    Examples:
-      sag sample --num-samples 64 --steps 25 --scheduler ddim
-      sag sample --model ./imagenet128 --num-samples 8 --classes 207,360 --sag-scale 0.1
-      sag sample --model ./imagenet256 --num-samples 50000 --batch-size 16 --out in256.npz
-    """
-    from ..batch.workers import Crew
-
-    crew = Crew(workers=workers)
-    _check_before_loading(options, num_samples, out, overwrite)
-
-    from ..batch import SampleJob
-
-    loaded = _load(options)
-    job = SampleJob(
-        loaded.pipeline,
-        out,
-        num_samples,
-        loaded.settings(**options.sample_arguments()),
-        seed=options.seed,
-        overwrite=overwrite,
-        model_name=loaded.name,
-    )
-    with counting_progress(num_samples, job.drawn, options.quiet) as advance:
-        load = functools.partial(_load_pipeline, options)
-        finished = job.run(options.batch_size, advance, crew, load)
-    print_line(finished.path)
-    print_line(finished.grid)
-    print_line(_summary(finished))
+        loaded = _load(self)
+        job = SampleJob(
+            loaded.pipeline,
+            self.out,
+            self.num_samples,
+            loaded.settings(**self.sample_arguments()),
+            seed=self.seed,
+            overwrite=self.overwrite,
+            model_name=loaded.name,
+        )
+        with counting_progress(self.num_samples, job.drawn, self.quiet) as advance:
+            load = functools.partial(_load_pipeline, self)
+            finished = job.run(self.batch_size, advance, crew, load)
+        print_line(finished.path)
+        print_line(finished.grid)
+        print_line(_summary(finished))
 
 
-def _check_before_loading(
-    options: SampleOptions, num_samples: int, out: Path, overwrite: bool
-) -> None:
+def _check_before_loading(options: SampleCommand) -> None:
     """Refuses what can be refused before a model is loaded, which takes its time."""
     from ..generate import (
         SampleSettings,
@@ -134,8 +127,8 @@ def _check_before_loading(
 
     given = options.sample_arguments()
     SampleSettings(**{name: value for name, value in given.items() if value is not None})
-    check_count("num_samples", num_samples)
-    check_sampling(options, num_samples)
+    check_count("num_samples", options.num_samples)
+    check_sampling(options, options.num_samples)
     for name in ("guidance", "threshold", "layer") if options.blur_guidance else ():
         if getattr(options, name) is not None:
             raise ValueError(
@@ -145,10 +138,10 @@ def _check_before_loading(
     find_pixel_model(options.model)
     if options.classifier is not None:
         find_classifier(options.classifier)
-    check_samples_path(out, overwrite)
+    check_samples_path(options.out, options.overwrite)
 
 
-def _load(options: SampleOptions) -> LoadedPixelModel:
+def _load(options: SampleCommand) -> LoadedPixelModel:
     from ..generate import load_pixel_model
 
     hide_loading_bars()
@@ -160,7 +153,7 @@ def _load(options: SampleOptions) -> LoadedPixelModel:
     return loaded
 
 
-def _load_pipeline(options: SampleOptions) -> ADMPipeline:
+def _load_pipeline(options: SampleCommand) -> ADMPipeline:
     return _load(options).pipeline
 
 
