@@ -33,6 +33,7 @@ DEFAULTS = {
     "stable_diffusion_3": (7.0, 28),
     "flux": (3.5, 28),
     "pixart": (4.5, 20),
+    "z_image": (5.0, 50),
 }
 
 

@@ -77,7 +77,7 @@ def test_kolors_is_guided_leaves_no_trace_and_keeps_rows_apart(cfg: float) -> No
 
 
 NETWORKS = [
-    pytest.param(network, width, marks=pytest.mark.supports("formula", pipeline=name))
+    pytest.param(network, width, marks=pytest.mark.supports("formula", pipeline=name), id=name)
     for name, network, width in (
         ("Stable Diffusion XL", xl_unet, 2 * TEXT_WIDTH),
         ("Kolors", lambda: kolors_pipeline().unet, TEXT_WIDTH),

@@ -21,6 +21,7 @@ from diffusers import (
     SanaTransformer2DModel,
     StableCascadeUNet,
     StableDiffusion3Img2ImgPipeline,
+    ZImageImg2ImgPipeline,
 )
 from PIL import Image
 from torch import Tensor
@@ -34,6 +35,7 @@ from tiny_transformers import (
     flux,
     qwen_image,
     stable_diffusion_3,
+    z_image,
 )
 
 PICTURE = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
@@ -79,6 +81,11 @@ TASKS: dict[str, tuple[str, Callable[[], Any], dict[str, Any]]] = {
     "Stable Diffusion 3.5, image to image": (
         "Stable Diffusion 3.5",
         lambda: task(StableDiffusion3Img2ImgPipeline, stable_diffusion_3),
+        {"image": PICTURE, "strength": 0.9},
+    ),
+    "Z-Image, image to image": (
+        "Z-Image",
+        lambda: task(ZImageImg2ImgPipeline, z_image),
         {"image": PICTURE, "strength": 0.9},
     ),
 }

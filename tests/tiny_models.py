@@ -15,9 +15,17 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+)
 
 from tiny import (
     BETAS,
@@ -146,7 +154,47 @@ def pixart() -> Any:
     )
 
 
+def z_image() -> Any:
+    """Z-Image, whose text encoder is a language model that chats."""
+    with seeded(0):
+        transformer = lively(
+            ZImageTransformer2DModel(
+                in_channels=4,
+                dim=TEXT_WIDTH,
+                n_layers=3,
+                n_refiner_layers=1,
+                n_heads=2,
+                n_kv_heads=2,
+                cap_feat_dim=TEXT_WIDTH,
+                axes_dims=[4, 6, 6],
+                axes_lens=[80, 16, 16],
+            )
+        )
+    text = Qwen3Config(
+        vocab_size=16,
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
+    with seeded(2):
+        text_encoder = Qwen3Model(text).eval()
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message['content'] }} {% endfor %}red"
+    )
+    return ZImagePipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_shifted_vae(),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+    )
+
+
 MODELS = {
     model.__name__: model
-    for model in (stable_diffusion, stable_diffusion_xl, stable_diffusion_3, flux, pixart)
+    for model in (stable_diffusion, stable_diffusion_xl, stable_diffusion_3, flux, pixart, z_image)
 }
