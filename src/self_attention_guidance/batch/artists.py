@@ -20,7 +20,6 @@ from ..generate.models import (
 )
 from ..generate.pixel_drawing import draw_samples, to_image
 from ..generate.pixel_models import (
-    LoadedPixelModel,
     load_pixel_model,
 )
 from ..generate.record import describe, describe_samples, fingerprints
@@ -59,6 +58,9 @@ class Model:
         fast: Whether guidance is the model's fast preset, and not what it recommends.
         guidance: Settings that differ from these; with the short name of another guidance as
             "method", those of that one.
+        loras: As in `load_pipeline`.
+        offload: As in `load_pipeline`.
+        is_compiled: As in `load_pipeline`.
 
     Raises:
         ValueError: There is no such model, or a setting is unknown or outside its range.
@@ -70,11 +72,17 @@ class Model:
     scheduler: str | None = None
     fast: bool = False
     guidance: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    loras: tuple[tuple[str, float], ...] = ()
+    offload: str | None = None
+    is_compiled: bool = False
 
     def __post_init__(self) -> None:
         """Checks what can be checked before it is loaded."""
         self.find()
         guidance_of({"method": "sag", **self.guidance})
+        for name in ("loras", "offload", "is_compiled") if is_pixel_model(self.name) else ():
+            if getattr(self, name):
+                raise ValueError(f"{name} must not be given: {self.name} takes no prompts")
         if self.scheduler is not None:
             check_scheduler_name(self.scheduler)
         # Workers may have GPUs where this process has none.
@@ -109,23 +117,32 @@ class Model:
         Raises:
             ValueError: It cannot be loaded.
         """
-        load = load_pixel_model if is_pixel_model(self.name) else load_pipeline
-        loaded = load(self.name, self.device, self.dtype)
-        loaded.use(scheduler=self.scheduler, fast=self.fast, **self.guidance)
-        if isinstance(loaded, LoadedPixelModel):
-            return PixelArtist(loaded.pipeline, loaded.name)
-        return _PromptTasks(loaded)
+        use: dict[str, Any] = {"scheduler": self.scheduler, "fast": self.fast, **self.guidance}
+        if is_pixel_model(self.name):
+            pixel_model = load_pixel_model(self.name, self.device, self.dtype)
+            pixel_model.use(**use)
+            return PixelArtist(pixel_model.pipeline, pixel_model.name)
+        loaded = load_pipeline(
+            self.name,
+            self.device,
+            self.dtype,
+            loras=self.loras,
+            offload=self.offload,
+            is_compiled=self.is_compiled,
+        )
+        loaded.use(**use)
+        return _PromptTasks(loaded, {"is_compiled": True} if self.is_compiled else {})
 
 
 class _PromptTasks:
     """An `Artist` of pipelines that take prompts."""
 
-    def __init__(self, loaded: LoadedPipeline) -> None:
+    def __init__(self, loaded: LoadedPipeline, more: Mapping[str, Any]) -> None:
         self.pipeline: Any = loaded.pipeline
         self.name = loaded.name
         networks = fingerprints(self.pipeline)
         record = describe(self.pipeline, GenerationSettings(), networks=networks)
-        self.identity = _identity(record, self.pipeline)
+        self.identity = {**_identity(record, self.pipeline), **more}
 
     def draw(self, tasks: Sequence[Task]) -> list[GeneratedImage]:
         settings = cast("GenerationSettings", tasks[0].settings)

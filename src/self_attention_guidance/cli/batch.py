@@ -154,6 +154,7 @@ def _check_before_loading(options: BatchCommand) -> None:
         check_scheduler_name(options.scheduler)
     options.check_guidance()
     check_dtype_name(options.dtype)
+    options.loading_arguments()
     find_prompt_or_pixel_model(options.model)
 
 
@@ -193,8 +194,7 @@ def _model_and_defaults(options: BatchCommand) -> tuple[Model, Defaults]:
 
     model = Model(
         name=options.model,
-        device=options.device,
-        dtype=options.dtype,
+        **options.loading_arguments(),
         scheduler=options.scheduler,
         fast=options.fast,
         guidance=options.guidance_arguments(),

@@ -35,7 +35,7 @@ def record_like(picture: Path) -> dict[str, Any]:
 
 
 def as_drawn(options: Options, record: Mapping[str, Any]) -> Options:
-    """Options with a picture's model, type and seed, where they have their defaults.
+    """Options with a picture's model, type, LoRAs and seed, where they have their defaults.
 
     Args:
         options: As they were given.
@@ -56,6 +56,8 @@ def as_drawn(options: Options, record: Mapping[str, Any]) -> Options:
         found["model"] = record["model"]
     if options.dtype == usual.dtype:
         found["dtype"] = record["dtype"]
+    if options.lora is None and "loras" in record:
+        found["lora"] = [f"{path}:{scale!r}" for path, scale in record["loras"]]
     if options.seed == usual.seed:
         found["seed"] = record["seed"]
     return replace(options, **found)

@@ -53,6 +53,7 @@ def check_prompting(options: PromptOptions, num_images: int) -> None:
                 f"{name}={given[name]} must be at most {options.max_size} (--max-size)"
             )
     check_sampling(options, num_images)
+    options.loading_arguments()
     find_model(options.model)
 
 
@@ -71,7 +72,7 @@ def load_pipeline_of(
     from ..generate import load_pipeline
 
     hide_loading_bars()
-    loaded = load_pipeline(options.model, options.device, options.dtype)
+    loaded = load_pipeline(options.model, **options.loading_arguments())
     if record is not None:
         loaded.restore(record)
     guidance = options.guidance_arguments()

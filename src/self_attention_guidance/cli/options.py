@@ -135,6 +135,21 @@ class PromptOptions(SamplingOptions):
         typer.Option(help="Guidance: uncond or cond. [default: the model's, else its own]"),
     ] = None
     max_size: Annotated[int, typer.Option(min=8, help="Most pixels of a side.")] = 2048
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE[:SCALE]", help="A LoRA in a .safetensors file; several add up."),
+    ] = None
+    offload: Annotated[
+        str | None,
+        typer.Option(
+            metavar="model|sequential",
+            help="For GPUs with little memory: keep there one network, or one layer, at a time.",
+        ),
+    ] = None
+    is_compiled: Annotated[
+        bool,
+        typer.Option("--compile", help="Compile the network: a minute at first, then faster."),
+    ] = False
     image: Annotated[
         str | None,
         typer.Option(metavar="PICTURE", help="Begin with this picture: image to image."),
@@ -147,6 +162,24 @@ class PromptOptions(SamplingOptions):
         float | None,
         typer.Option(help="How much of --image changes, 0 to 1. [default: the model's]"),
     ] = None
+
+    def loading_arguments(self) -> dict[str, Any]:
+        """Arguments of `load_pipeline`.
+
+        Raises:
+            ValueError: A LoRA is missing, or an option is outside its range.
+        """
+        from ..generate.loras import parse_lora
+
+        if self.offload not in (None, "model", "sequential"):
+            raise ValueError(f"offload={self.offload!r} must be model or sequential")
+        return {
+            "device": self.device,
+            "dtype": self.dtype,
+            "loras": tuple(map(parse_lora, self.lora or ())),
+            "offload": self.offload,
+            "is_compiled": self.is_compiled,
+        }
 
     def generation_arguments(self) -> dict[str, Any]:
         """Arguments of `GenerationSettings`; `None` was not given."""

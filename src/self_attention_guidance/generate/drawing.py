@@ -139,7 +139,7 @@ class PromptArtist:
             self.settings,
             model=self.model_name,
             size=size,
-            device=self.pipeline.device.type,
+            device=self.pipeline._execution_device.type,
             together=together,
             **({"start": digests(self.settings)} if self.settings.image is not None else {}),
         )

@@ -80,7 +80,7 @@ def pipeline_for(pipeline: Any, settings: GenerationSettings) -> Any:
     parts = {**pipeline.config, **pipeline.components}
     expected = inspect.signature(kind.__init__).parameters
     other = kind(**{name: part for name, part in parts.items() if name in expected})
-    other.guidance = pipeline.guidance
+    other.guidance, other.loras = pipeline.guidance, pipeline.loras
     other.set_progress_bar_config(disable=True)
     return other
 

@@ -116,6 +116,7 @@ def text_of(record: Mapping[str, Any]) -> str:
     others = {
         **{n: v for n, v in settings.items() if n not in ("width", "height") and v != []},
         "classifier": record.get("networks", {}).get("classifier"),
+        "loras": " + ".join(f"{path}:{scale:g}" for path, scale in record.get("loras", [])) or None,
         "rows": record.get("rows"),
         "columns": record.get("columns"),
         "dtype": record["dtype"],

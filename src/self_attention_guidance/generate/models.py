@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
 
+from ..denoiser.families import denoiser_of
 from ..models.builtin import RecommendedSettings, recommended_settings
 from ..models.versions import dtype_argument
 from ..pipelines.stable_diffusion import StableDiffusionSAGPipeline
@@ -18,6 +20,7 @@ from .arguments import with_defaults
 from .finding import DTYPES, check_dtype_name, find_model, loading_failed, model_index
 from .kinds import prompt_pipeline
 from .loaded import Loaded
+from .loras import add_loras
 from .settings import GenerationSettings
 from .weights import refuse_missing_weights, refuse_unloaded_weights
 
@@ -40,7 +43,13 @@ class LoadedPipeline(Loaded[GenerationSettings]):
 
 
 def load_pipeline(
-    model: str = "emoji", device: str = "auto", dtype: str = "auto"
+    model: str = "emoji",
+    device: str = "auto",
+    dtype: str = "auto",
+    *,
+    loras: Sequence[tuple[str, float]] = (),
+    offload: str | None = None,
+    is_compiled: bool = False,
 ) -> LoadedPipeline:
     """Loads a text-to-image model for guided sampling.
 
@@ -52,14 +61,22 @@ def load_pipeline(
             ("owner/name"). A builtin name wins over a folder; write `./emoji` for the folder.
         device: As in `find_device`.
         dtype: As in `find_dtype`.
+        loras: LoRA files in safetensors format, and their scales.
+        offload: "model" keeps one network at a time on the device, "sequential" one layer, which
+            is slow; `None` keeps all of them there.
+        is_compiled: Compile the denoiser with `torch.compile`: the first picture takes long, later
+            ones less time.
 
     Returns:
         The pipeline on its device and its recommended settings.
 
     Raises:
-        ValueError: The model is missing or cannot be loaded, or the device or dtype is unknown.
+        ValueError: The model or a LoRA is missing or cannot be loaded, or the device or dtype is
+            unknown, or there is nothing to offload from.
     """
     target = find_device(device)
+    if offload is not None and target.type == "cpu":
+        raise ValueError(f"offload={offload!r} needs a GPU: the model runs on the CPU here")
     arguments: dict[str, Any] = dtype_argument(find_dtype(dtype, target))
     source, is_file = find_model(model)
     kind: Any = prompt_class(model, source)
@@ -76,9 +93,19 @@ def load_pipeline(
     refuse_unloaded_weights(model, pipeline)
     recommended = with_defaults(recommended_settings(source), kind)
     pipeline.guidance = recommended.make_guidance()
+    add_loras(pipeline, loras)
+    if offload == "sequential":
+        pipeline.enable_sequential_cpu_offload(device=target)
+    elif offload == "model":
+        pipeline.enable_model_cpu_offload(device=target)
+    else:
+        pipeline.to(target)
+    denoiser = denoiser_of(pipeline)
+    if is_compiled and denoiser is not None:
+        denoiser.compile()
     return LoadedPipeline(
         name=Path(source).stem if is_file else Path(source).name,
-        pipeline=pipeline.to(target),
+        pipeline=pipeline,
         recommended=recommended,
     )
 

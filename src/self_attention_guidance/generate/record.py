@@ -6,6 +6,7 @@ A record holds values that JSON can hold:
 - "guidance": what `Guidance.from_dict` takes;
 - "scheduler" and "scheduler_config": what `make_scheduler` takes;
 - "version" of this package and "dtype" of the network;
+- "loras": files and scales, if there are any;
 - what the maker adds, as "model", "prompt", "seed" and "size", (width, height) in pixels.
 """
 
@@ -48,6 +49,7 @@ def describe(pipeline: Any, settings: GenerationSettings | SampleSettings, **mor
         "scheduler": type(scheduler).__name__,
         "scheduler_config": _public(scheduler.config),
         "dtype": str(denoiser.dtype).removeprefix("torch."),
+        **({"loras": pipeline.loras} if pipeline.loras else {}),
     }
     return json.loads(json.dumps(record, default=_plain))
 

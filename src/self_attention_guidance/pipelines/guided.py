@@ -7,7 +7,7 @@ import functools
 import inspect
 import json
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -27,10 +27,12 @@ class GuidedPipelineMixin:
         guidance: The settings; assign a `SelfAttentionGuidance`, another guidance, or the sum of
             several to change them. Its `scale` is replaced by the call's `sag_scale`.
         guidance_handle: The handle of the running or last guided call: its mask and attention.
+        loras: Files and scales of LoRAs that were loaded for metadata to name.
     """
 
     guidance: Guidance | GuidanceSum = SelfAttentionGuidance()
     guidance_handle: GuidanceHandle | None = None
+    loras: Sequence[tuple[str, float]] = ()
 
     @contextmanager
     def guided(self, sag_scale: float | None) -> Generator[None]:

@@ -1,0 +1,64 @@
+"""LoRA files on a pipeline, and texts that name them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..checks import check_finite
+
+
+def parse_lora(text: str) -> tuple[str, float]:
+    """Reads "style.safetensors" or "style.safetensors:0.8"; needs no heavy import.
+
+    Args:
+        text: A file, and behind a colon its scale; 1 by default.
+
+    Returns:
+        The file and the scale.
+
+    Raises:
+        ValueError: There is no such file, or the scale is no number.
+    """
+    path, colon, scale = text.rpartition(":")
+    if not colon or Path(text).is_file():
+        path, scale = text, "1"
+    if Path(path).suffix != ".safetensors":
+        raise ValueError(f"lora={text!r} must be FILE.safetensors or FILE.safetensors:SCALE")
+    if not Path(path).is_file():
+        raise ValueError(f"lora={path!r} does not exist")
+    try:
+        return path, float(check_finite("scale", float(scale)))
+    except ValueError:
+        raise ValueError(f"lora={text!r}: the scale {scale!r} must be a finite number") from None
+
+
+def add_loras(pipeline: Any, loras: Sequence[tuple[str, float]]) -> None:
+    """Loads LoRA files into a pipeline, which keeps their names as `loras`.
+
+    Args:
+        pipeline: One that draws prompts.
+        loras: Files and scales; they add up.
+
+    Raises:
+        ValueError: The pipeline takes none, or a file fits nothing of it.
+    """
+    pipeline.loras = [list(each) for each in loras]
+    if not loras:
+        return
+    kind = type(pipeline).__name__.removeprefix("Guided")
+    if not hasattr(pipeline, "load_lora_weights"):
+        raise ValueError(f"lora must not be given: {kind} takes none")
+    names = [f"lora_{number}" for number in range(len(loras))]
+    for name, (path, _) in zip(names, loras, strict=True):
+        try:
+            folder, file = Path(path).parent, Path(path).name
+            pipeline.load_lora_weights(folder, weight_name=file, adapter_name=name)
+        except Exception as error:  # the libraries raise every kind for files that don't fit
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"lora={path!r} can't be loaded into {kind}: {reason}") from error
+        # diffusers loads a file without a fitting weight in silence.
+        if not any(name in adapters for adapters in pipeline.get_list_adapters().values()):
+            raise ValueError(f"lora={path!r} holds no weight that fits {kind}")
+    pipeline.set_adapters(names, [scale for _, scale in loras])
