@@ -117,6 +117,8 @@ def test_pictures_of_other_rows_or_models_are_not_mixed(tmp_path: Path) -> None:
             r"seed=0, not 2; guidance_scale=7\.5, no",
         ),
         ({"prompt": "b", "sag_scale": 2}, r"sag_scale=0\.0, not 2\.0"),
+        ({"prompt": "b", "image": "a.png"}, "start_image=None, not 'a.png'"),
+        ({"prompt": "b", "image": "a.png", "strength": 0.5}, r"start_.*; strength=None, not 0\.5"),
         ({"prompt": "b", "seed": -1}, "other cells, and seed=-1 must be"),
     ):
         with pytest.raises(ValueError, match=rf"row 1 \(from 0\) was drawn with {told}"):

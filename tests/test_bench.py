@@ -256,7 +256,7 @@ def test_a_network_is_let_go_before_the_next_one(monkeypatch: pytest.MonkeyPatch
     done: list[float] = []
     for name in ("first", "second"):
         monkeypatch.setitem(cast("dict[str, Network]", NETWORKS), name, network(make=make))
-    configurations = plan(["first", "second"], device="cpu", size=64, cfg="off", steps=1)
+    configurations = plan(["first", "second"], device="cpu", size=64, cfg="off", steps=2)
     results = bench(configurations, 1, with_memory=False, advance=done.append)
     assert alive == [0, 0]
     assert [result.configuration for result in results] == configurations

@@ -190,13 +190,13 @@ def test_results_are_kept_until_settings_or_samples_change(kept: Path) -> None:
 
 def test_an_interrupted_point_goes_on_where_it_was(kept: Path) -> None:
     options = argparse.Namespace(work=kept / "work", count=4)
-    chosen = point(steps=1)
+    chosen = point(steps=2)
     jobs = study.jobs_of(chosen, options, 1.0)
     path = study.run(jobs[0])
     drawn = path.read_bytes()
     path.write_bytes(b"kept")
     assert study.run(study.jobs_of(chosen, options, 1.0)[0]).read_bytes() == b"kept"
-    again = study.jobs_of(dataclasses.replace(chosen, steps=2), options, 1.0)[0]
+    again = study.jobs_of(dataclasses.replace(chosen, steps=3), options, 1.0)[0]
     assert study.run(again).read_bytes() not in (b"kept", drawn)
 
 

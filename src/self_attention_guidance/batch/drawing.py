@@ -204,6 +204,9 @@ def row_of_task(task: Task) -> Row:
         "steps": settings["num_inference_steps"],
         "guidance_scale": settings.get("guidance_scale"),
         "sag_scale": settings["sag_scale"],
+        "start_image": settings.get("image"),
+        "mask": settings.get("mask"),
+        "strength": settings.get("strength"),
         "digest": task.digest,
         "finished": datetime.now(timezone.utc),
     }

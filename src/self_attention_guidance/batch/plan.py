@@ -16,7 +16,8 @@ from .workers import TRIES
 Item = Task | BadRow
 Source = PromptList | int
 
-_TOLD = [name for name in COLUMNS if name not in ("id", "num_images")]
+# In the manifest, "image" is the number of a picture in its row.
+_TOLD = ["start_image" if n == "image" else n for n in COLUMNS if n not in ("id", "num_images")]
 
 
 def items_of(source: Source, defaults: Defaults) -> Iterator[Item]:
