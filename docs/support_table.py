@@ -38,8 +38,9 @@ supported diffusers: {oldest} (transformers {old_transformers}) and {newest} (tr
   batch-independent, where the network is. Where there is no task (inpainting, ControlNet, ...) it
   equals a plain implementation of its paper's equations within 1e-4. The columns before are SAG's.
 
-✓ works with both, a version number with that one alone, ✗ with neither; empty: no test of its own. Lumina 2 and HiDream ask
-the device for numbers in the middle of a pass, so that there is no whole graph of them, guided or not.
+✓ works with both, a version number with that one alone, ✗ with neither; empty: no test of its own.
+Lumina 2 and HiDream ask the device for numbers in the middle of a pass, so that there is no whole
+graph of them, guided or not.
 """
 
 
