@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .families import family_of, uncompiled
 from .layers import block_names
-from .weakening import block_arguments, replacing_block
+from .weakening import block_parameters, replacing_block
 
 # Whose networks pass nothing from block to block but what is tested here.
 _KNOWN = ("diffusers", "self_attention_guidance")
@@ -130,7 +130,7 @@ class _Noted:
     """A block with what it was given and what it returned."""
 
     def __init__(self, block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        self.block, self._class = block, type(block)
+        self.block, self._names = block, block_parameters(type(block))
         self._shapes = self._shapes_of(args, kwargs)
         self._output = tree_map(_noted, output)
         leaves: list[Any] = tree_leaves(self._output)
@@ -145,7 +145,7 @@ class _Noted:
         return all(self._shapes.get(name, shape) == shape for name, shape in shapes.items())
 
     def _shapes_of(self, args: Any, kwargs: Any) -> dict[str, torch.Size]:
-        given = block_arguments(self._class, args, kwargs)
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         return {name: each.shape[1:] for name, each in given.items() if isinstance(each, Tensor)}
 
 
