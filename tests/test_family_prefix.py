@@ -179,7 +179,6 @@ def with_own_class(network: Any) -> None:
 FALLBACKS: dict[str, Callable[[Any], Any]] = {
     "a compiled block": lambda network: network.transformer_blocks[1].compile(backend="eager"),
     "weights moved by layers": lambda network: cpu_offload(network, torch.device("cpu")),
-    "gradient checkpoints": lambda network: network.enable_gradient_checkpointing(),
     "a forward of one's own": with_own_class,
     "a hook on a block": lambda network: network.transformer_blocks[0].register_forward_hook(
         lambda *_: None
@@ -201,6 +200,15 @@ def test_transformers_compute_all_where_blocks_may_do_something_else(reason: str
     with PerturbedAttentionGuidance().attach(pipe):
         assert difference(KINDS["PixArt-Sigma"].draw(pipe), expected) < 1e-4
     torch.compiler.reset()
+
+
+def test_gradient_checkpoints_compute_all_where_gradients_are_kept() -> None:
+    network = denoiser_of(KINDS["PixArt-Sigma"].make())
+    assert len(blocks_before(network)) == 3
+    network.enable_gradient_checkpointing()
+    assert not blocks_before(network)
+    with torch.no_grad():
+        assert len(blocks_before(network)) == 3
 
 
 def test_rows_with_shorter_texts_than_the_longest_compute_all(

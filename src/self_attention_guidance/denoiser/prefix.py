@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +29,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .families import family_of, uncompiled
 from .layers import block_names
-from .weakening import block_arguments, replacing_block
+from .weakening import block_parameters, replacing_block
 
 # Whose networks pass nothing from block to block but what is tested here.
 _KNOWN = ("diffusers", "self_attention_guidance")
+
+_stacks_of: WeakKeyDictionary[nn.Module, tuple[str, ...]] = WeakKeyDictionary()
 
 
 class ShapesDiffer(Exception):
@@ -48,14 +51,23 @@ def blocks_before(denoiser: nn.Module) -> list[nn.Module]:
     network: Any = uncompiled(denoiser)
     is_compiled = network is not denoiser or network._compiled_call_impl is not None
     is_known = type(network).forward.__module__.partition(".")[0] in _KNOWN
-    if is_compiled or not is_known or getattr(network, "is_gradient_checkpointing", False):
+    if is_compiled or not is_known:
         return []
-    stacks = ["down_blocks"]
-    if family_of(denoiser).tokens != "levels":
-        stacks = list(dict.fromkeys(path.partition(".")[0] for path in block_names(network)))
-    found = [getattr(network, stack, None) for stack in stacks]
+    if torch.is_grad_enabled() and getattr(network, "is_gradient_checkpointing", False):
+        return []
+    found = [getattr(network, stack, None) for stack in _stacks(network)]
     blocks = [block for stack in found if isinstance(stack, nn.ModuleList) for block in stack]
     return blocks if all(map(_is_plain, blocks)) else []
+
+
+def _stacks(network: nn.Module) -> tuple[str, ...]:
+    """Names of the lists of blocks that see the picture, which are looked up once."""
+    if family_of(network).tokens == "levels":
+        return ("down_blocks",)
+    if network not in _stacks_of:
+        found = dict.fromkeys(path.partition(".")[0] for path in block_names(network))
+        _stacks_of[network] = tuple(found)
+    return _stacks_of[network]
 
 
 def _is_plain(block: nn.Module) -> bool:
@@ -118,7 +130,7 @@ class _Noted:
     """A block with what it was given and what it returned."""
 
     def __init__(self, block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        self.block, self._class = block, type(block)
+        self.block, self._names = block, block_parameters(type(block))
         self._shapes = self._shapes_of(args, kwargs)
         self._output = tree_map(_noted, output)
         leaves: list[Any] = tree_leaves(self._output)
@@ -133,7 +145,7 @@ class _Noted:
         return all(self._shapes.get(name, shape) == shape for name, shape in shapes.items())
 
     def _shapes_of(self, args: Any, kwargs: Any) -> dict[str, torch.Size]:
-        given = block_arguments(self._class, args, kwargs)
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         return {name: each.shape[1:] for name, each in given.items() if isinstance(each, Tensor)}
 
 

@@ -113,20 +113,20 @@ class BlockStandIn:
         self._forward: Any = type(block).forward
         # What moves weights from and to a device lies in the block itself, before its class.
         self._own: Any = vars(block).get("forward")
-        self._class, self._tokens = type(block), _parameters(type(block))[0]
+        self._names = block_parameters(type(block))
         self._thread = threading.get_ident()
 
     def run(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the block returns, given its arguments."""
-        given = block_arguments(self._class, args, kwargs)
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         # Another thread may be in a pass that it began before this one (see `attention`).
         is_mine = torch.compiler.is_compiling() or threading.get_ident() == self._thread
         if not is_mine:
             return self._inner(block, given)
         self.was_called = True
-        tokens = given[self._tokens]
+        tokens = given[self._names[0]]
         if self._change is not None:
-            return self._inner(block, {**given, self._tokens: self._change(tokens)})
+            return self._inner(block, {**given, self._names[0]: self._change(tokens)})
         if self._own is not None:  # it may fetch the weights of the block behind it
             self._inner(block, given)
         text = given.get("encoder_hidden_states") if self._family.joint is not None else None
@@ -140,15 +140,8 @@ class BlockStandIn:
         return self._forward(block, **given)
 
 
-def block_arguments(
-    block: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """The arguments of a call of a block of some class, by name."""
-    return {**dict(zip(_parameters(block), args, strict=False)), **kwargs}
-
-
 @functools.cache
-def _parameters(block: type[nn.Module]) -> tuple[str, ...]:
+def block_parameters(block: type[nn.Module]) -> tuple[str, ...]:
     """Names of the arguments of a block, in order: its tokens first."""
     return tuple(inspect.signature(block.forward).parameters)[1:]
 
