@@ -162,6 +162,7 @@ def _inputs(folder: Path) -> None:
     listed(folder / "prompts.jsonl", ["cat", "red heart"])
     (folder / "prompts.txt").write_text("cat\nred heart\n")
     noise = np.random.default_rng(0)
+    Image.fromarray(noise.integers(0, 256, (64, 64, 3), np.uint8)).save(folder / "photo.png")
     for name in ("unguided", "guided"):
         np.savez(folder / f"{name}.npz", noise.integers(0, 256, (16, 64, 64, 3), np.uint8))
     (folder / "training-pictures").mkdir()
