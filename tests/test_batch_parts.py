@@ -128,7 +128,7 @@ def test_cells_decide_and_defaults_fill_up() -> None:
         ({"prompt": 3}, "prompt"),
         ({"prompt": "\ud800"}, "surrogate"),
         ({"prompt": "a", "seed": -1}, "seed"),
-        ({"prompt": "a", "seed": 2**63}, "seed"),
+        ({"prompt": "a", "seed": 2**64}, "seed"),
         ({"prompt": "a", "seed": 1.5}, "seed"),
         ({"prompt": "a", "seed": True}, "seed"),
         ({"prompt": "a", "seed": "9" * 5000}, "seed"),

@@ -13,7 +13,7 @@ import pytest
 
 from command_line import error_of, run
 from self_attention_guidance.cli.guidance_text import declared_settings, parse_guidance
-from self_attention_guidance.generate import read_parameters
+from self_attention_guidance.generate import read_parameters, read_record
 from self_attention_guidance.guidance import METHODS
 from tiny import save_tiny_model
 
@@ -178,3 +178,54 @@ def test_names_of_settings_are_those_of_the_methods() -> None:
     assert {name: set(declared[name]) for name in own} == {
         name: {setting.name for setting in fields(METHODS[name])} for name in own
     }
+
+
+class TestConfig:
+    def test_a_file_gives_options_and_the_command_line_goes_first(self, tmp_path: Path) -> None:
+        config = tmp_path / "mine.toml"
+        config.write_text(
+            'steps = 3\nseed = 7\nsag_scale = 0.5\nguidance = ["pag"]\nquiet = true\n'
+        )
+        assert run("generate", "cat", "--config", config, "--seed", 8, "--out", tmp_path) == 0
+        record = read_record(tmp_path / "00000-8.png")
+        assert record["settings"]["num_inference_steps"] == 3
+        assert (record["guidance"]["method"], record["guidance"]["scale"]) == ("pag", 0.5)
+
+    @pytest.mark.parametrize(
+        ("content", "told"),
+        [
+            ("stepz = 3", "'stepz' is no option; there are "),
+            ("steps = ", "is no TOML: "),
+            ("steps = 'many'", "should be a valid integer"),
+            ("steps = 0", "steps=0 must be"),
+            ("config = 'other.toml'", "'config' is no option"),
+            (None, "cannot be read: No such file or directory"),
+        ],
+    )
+    def test_mistakes_are_one_line(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None, told: str
+    ) -> None:
+        config = tmp_path / "mine.toml"
+        if content is not None:
+            config.write_text(content)
+        assert told in error_of(capsys, "generate", "cat", "--config", config, "--out", tmp_path)
+
+
+def test_a_run_without_a_guided_step_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ("generate", "cat", "--steps", 2, "--start", 0.6, "--stop", 0.9, "--out", tmp_path)
+    assert run(*asked) == 0
+    assert "warning: no step is guided by SelfAttentionGuidance" in capsys.readouterr().err
+    assert run(*asked, "--start", 0.1) == 0
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_the_largest_seed(tmp_path: Path) -> None:
+    asked = ("generate", "cat", "--steps", 2, "--seed", 2**64 - 1, "--out", tmp_path)
+    assert run(*asked) == 0
+    assert read_record(tmp_path / f"00000-{2**64 - 1}.png")["seed"] == 2**64 - 1
+    again = ("generate", "--like", tmp_path / f"00000-{2**64 - 1}.png", "--out", tmp_path / "again")
+    assert run(*again) == 0
+    (tmp_path / "list.csv").write_text(f"prompt,seed\ncat,{2**64 - 1}\n")
+    assert run("batch", tmp_path / "list.csv", "--steps", 2, "--out", tmp_path / "job") == 0

@@ -167,7 +167,7 @@ def test_bad_settings_are_refused(arguments: dict[str, object], told: str) -> No
         ({"batch_size": 0}, "batch_size=0 must be a whole number, at least 1"),
         ({"num_images": 0}, "num_images=0"),
         ({"seed": -1}, "seed=-1 must be a whole number, at least 0"),
-        ({"seed": 2**63 - 1, "num_images": 2}, "seeds must be below"),
+        ({"seed": 2**64 - 1, "num_images": 2}, "seeds must be below"),
     ],
 )
 def test_bad_arguments_are_refused_by_the_call(

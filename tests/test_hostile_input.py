@@ -52,7 +52,7 @@ NUMBERS = st.one_of(
     st.integers(),
     st.integers(-3, 300),
     st.floats(),
-    st.sampled_from([2**31, 2**63, -(2**63), 10**400, 8, 64, 1e308]),
+    st.sampled_from([2**31, 2**63, 2**64, -(2**63), 10**400, 8, 64, 1e308]),
 )
 CELLS = st.recursive(
     st.one_of(st.none(), st.booleans(), NUMBERS, ANY_TEXT, NUMBERS.map(str)),
@@ -91,7 +91,7 @@ def test_rows(values: dict[str, Any], prompt: str | None) -> None:
     assert tasks
     for task in tasks[:3]:
         assert task.prompt == values["prompt"]
-        assert 0 <= task.seed < 2**63
+        assert 0 <= task.seed < 2**64
         assert 1 <= task.settings.num_inference_steps <= DEFAULTS.max_steps
         for side in (task.settings.width, task.settings.height):
             assert side is None or (side % 8 == 0 and side <= DEFAULTS.max_size)

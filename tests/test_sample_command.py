@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from diffusers import DDPMScheduler, UNet2DModel
+from safetensors.torch import load_file, save_file
 
 import self_attention_guidance.models.builtin as builtin
 from command_line import error_of, run
@@ -23,6 +25,7 @@ from self_attention_guidance.generate import (
     load_pixel_model,
 )
 from tiny import seeded
+from tiny import tiny_unet as tiny_conditional_unet
 from tiny_pixels import (
     arrays_of,
     interrupt,
@@ -30,6 +33,7 @@ from tiny_pixels import (
     pictures_of,
     save_tiny_pixels,
     tiny_pipeline,
+    tiny_unet,
 )
 
 ORIGINALS = Path(__file__).parent / "data" / "originals"
@@ -47,6 +51,58 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 # sample
+
+
+def test_a_network_alone_is_sampled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_unet().save_pretrained(tmp_path / "unet")
+    ADMPipeline(tiny_unet(), DDPMScheduler()).save_pretrained(tmp_path / "pipeline")
+    drawn = []
+    for name, scale in (("unet", 1), ("pipeline", 1), ("unet", 0)):
+        out = tmp_path / f"{name}{scale}.npz"
+        asked = ("sample", "--model", tmp_path / name, "--num-samples", 2, "--steps", 4)
+        assert run(*asked, "--sag-scale", scale, "--out", out) == 0
+        drawn.append(pictures_of(out))
+    assert (drawn[0] == drawn[1]).all()
+    assert (drawn[0] != drawn[2]).any()
+    weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(weights).items() if "mid_block" not in name}
+    save_file(kept, weights)
+    broken = (
+        "sample",
+        "--model",
+        tmp_path / "unet",
+        "--num-samples",
+        1,
+        "--out",
+        tmp_path / "b.npz",
+    )
+    capsys.readouterr()
+    assert "of its unet do not hold 'mid_block" in error_of(capsys, *broken)
+    weights.unlink()
+    assert "without weights in .safetensors files" in error_of(capsys, *broken)
+
+
+def test_other_networks_alone_are_refused_by_what_they_lack(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_conditional_unet().save_pretrained(tmp_path / "unet")
+    told = error_of(capsys, "generate", "a", "--model", tmp_path / "unet")
+    assert "is a network alone (UNet2DConditionModel), without what reads prompts" in told
+    sample = ("sample", "--model", tmp_path / "unet", "--num-samples", 1)
+    assert "it must be one of" in error_of(capsys, *sample)
+
+
+def test_a_network_without_attention_is_pointed_to_blur_guidance(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
+    shape = {"sample_size": 16, "block_out_channels": (8, 16), "norm_num_groups": 4}
+    UNet2DModel(**blocks, **shape, add_attention=False).save_pretrained(tmp_path / "unet")
+    asked = ("sample", "--model", tmp_path / "unet", "--num-samples", 1, "--steps", 2)
+    asked += ("--out", tmp_path / "a.npz")
+    told = error_of(capsys, *asked)
+    assert "this UNet2DModel has no self-attention; BlurGuidance ('blur') needs none" in told
+    assert run(*asked, "--guidance", "blur") == 0
 
 
 def test_command_prints_paths_and_rate(

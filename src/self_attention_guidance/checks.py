@@ -19,8 +19,8 @@ def seeds_of(seed: int, num_images: int) -> list[int]:
     """
     check_count("seed", seed, least=0)
     check_count("num_images", num_images)
-    if seed + num_images > 2**63:
-        raise ValueError(f"seed={seed} is too large: seeds must be below 2**63")
+    if seed + num_images > 2**64:
+        raise ValueError(f"seed={seed} is too large: seeds must be below 2**64")
     return [seed + number for number in range(num_images)]
 
 

@@ -26,7 +26,7 @@ SCHEMA = pa.schema(
         ("id", pa.string()),
         ("prompt", pa.string()),
         ("negative_prompt", pa.string()),
-        ("seed", pa.int64()),
+        ("seed", pa.uint64()),
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("steps", pa.int32()),

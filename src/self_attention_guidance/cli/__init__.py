@@ -103,7 +103,14 @@ def _quiet_libraries() -> Generator[None]:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        warnings.filterwarnings("once", message="no step is guided")
+        warnings.showwarning = _show_warning
         yield
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """Shows a remark of this package in one line, as errors are."""
+    typer.echo(f"warning: {message}", err=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .config import read_config
 from .guidance_text import check_guidance, guidance_of
 
 _GUIDANCE_OPTIONS = (
@@ -78,6 +79,15 @@ class SamplingOptions:
         int | None,
         typer.Option(
             min=1, help="Guidance: a second pass at every n-th step. [default: the model's, else 1]"
+        ),
+    ] = None
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Options from a TOML file, say steps = 25; those given here go first.",
+            callback=read_config,
+            is_eager=True,
         ),
     ] = None
     quiet: Annotated[

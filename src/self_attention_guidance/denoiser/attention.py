@@ -202,9 +202,12 @@ def self_attention(denoiser: nn.Module, layer: str) -> nn.Module:
         module = uncompiled(denoiser).get_submodule(layer)
         if _is_self_attention(module):
             return module
+    name, layers = type(uncompiled(denoiser)).__name__, self_attention_layers(denoiser)
+    if not layers:
+        raise ValueError(f"this {name} has no self-attention; BlurGuidance ('blur') needs none")
     raise ValueError(
-        f"layer {layer!r} is not a self-attention layer of {type(uncompiled(denoiser)).__name__}; "
-        f"it must be one of {', '.join(self_attention_layers(denoiser)) or '(there is none)'}"
+        f"layer {layer!r} is not a self-attention layer of {name}; it must be one of "
+        f"{', '.join(layers)}"
     )
 
 

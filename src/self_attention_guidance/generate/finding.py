@@ -10,7 +10,8 @@ from typing import Any, cast
 
 from ..models.builtin import builtin_folder, builtin_names
 
-PIXEL_CLASSES = ("ADMPipeline", "DDPMPipeline", "DDIMPipeline")
+PIXEL_NETWORK = "UNet2DModel"
+PIXEL_CLASSES = ("ADMPipeline", "DDPMPipeline", "DDIMPipeline", PIXEL_NETWORK)
 DTYPES = {
     "float32": "float32",
     "float16": "float16",
@@ -146,14 +147,19 @@ def is_pixel_model(model: str) -> bool:
     """
     folder = builtin_folder(model) if model in builtin_names() else Path(model).expanduser()
     try:
-        index: object = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return model_index(model, folder).get("_class_name") in PIXEL_CLASSES
+    except ValueError:
         return False
-    return isinstance(index, dict) and cast("Any", index).get("_class_name") in PIXEL_CLASSES
+
+
+def is_bare_network(folder: str | Path) -> bool:
+    """Whether a folder holds a network alone, without a pipeline's scheduler and other parts."""
+    path = Path(folder)
+    return (path / "config.json").is_file() and not (path / "model_index.json").exists()
 
 
 def model_index(model: str, folder: Path) -> dict[str, Any]:
-    """The content of a folder's `model_index.json`.
+    """The content of a folder's `model_index.json`, or of a bare network's config.
 
     Args:
         model: As the user named it, for the message.
@@ -162,9 +168,8 @@ def model_index(model: str, folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: There is none, or it can't be read.
     """
-    return _json_object(
-        model, folder / "model_index.json", "give the folder that save_pretrained wrote"
-    )
+    name = "config.json" if is_bare_network(folder) else "model_index.json"
+    return _json_object(model, folder / name, "give the folder that save_pretrained wrote")
 
 
 def check_prompt_index(model: str, index: Mapping[str, Any], folder: Path) -> None:
@@ -179,6 +184,11 @@ def check_prompt_index(model: str, index: Mapping[str, Any], folder: Path) -> No
         ValueError: It is such a model.
     """
     name = str(index.get("_class_name"))
+    if is_bare_network(folder) and name != PIXEL_NETWORK:
+        raise ValueError(
+            f"model={model!r} is a network alone ({name}), without what reads prompts and decodes"
+            " pictures: give the folder of its pipeline"
+        )
     if name in PIXEL_CLASSES:
         raise ValueError(
             f"model={model!r} is a pixel-space model ({name}), which takes no prompts: draw from"
@@ -188,17 +198,20 @@ def check_prompt_index(model: str, index: Mapping[str, Any], folder: Path) -> No
         _refuse_more_channels(model, folder)
 
 
-def check_pixel_index(model: str, index: Mapping[str, Any], _: Path | None = None) -> None:
+def check_pixel_index(model: str, index: Mapping[str, Any], folder: Path | None = None) -> None:
     """Refuses models that are not of pixel space.
 
     Args:
         model: As the user named it, for the message.
-        index: The content of its `model_index.json`.
+        index: The content of its `model_index.json`, or of a bare network's config.
+        folder: Where its files are, if they are here.
 
     Raises:
-        ValueError: It is of another class.
+        ValueError: It is of another class, or a network without weights.
     """
     class_name = index.get("_class_name")
+    if class_name == PIXEL_NETWORK and folder and not any(folder.glob("*.safetensors")):
+        raise ValueError(f"model={model!r} is a folder without weights in .safetensors files")
     if class_name in PIXEL_CLASSES:
         return
     if is_stable_diffusion(index):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DDPMScheduler, UNet2DModel
 
 from ..models.builtin import RecommendedSettings, recommended_settings
 from ..models.versions import dtype_argument
@@ -16,6 +17,7 @@ from .finding import (
     check_pixel_index,
     find_classifier,
     find_pixel_model,
+    is_bare_network,
     loading_failed,
 )
 from .loaded import Loaded
@@ -67,7 +69,8 @@ def load_pixel_model(
 
     Args:
         model: Name of a builtin model, the folder of an `ADMPipeline`, `DDPMPipeline` or
-            `DDIMPipeline`, or the id of a repository on the Hugging Face hub ("owner/name").
+            `DDIMPipeline`, or the id of a repository on the Hugging Face hub ("owner/name"). The
+            folder of a `UNet2DModel` alone is sampled by diffusers' default `DDPMScheduler`.
         device: As in `find_device`.
         dtype: As in `find_dtype`; but "auto" is float32 for models that compute in float16 by
             themselves, as ADM's converted checkpoints do.
@@ -106,10 +109,13 @@ def _load_pipeline(model: str, source: str) -> Any:
         raise ValueError(loading_failed(model, source, error)) from error
     if not local:  # a folder's index was checked when it was found
         check_pixel_index(model, index)
+    arguments: dict[str, Any] = {"use_safetensors": True, "local_files_only": local}
+    arguments |= dtype_argument(torch.float32)
     try:
-        return ADMPipeline.from_pretrained(
-            source, use_safetensors=True, local_files_only=local, **dtype_argument(torch.float32)
-        )
+        if local and is_bare_network(source):
+            unet: Any = UNet2DModel.from_pretrained(source, **arguments)
+            return ADMPipeline(unet, DDPMScheduler())
+        return ADMPipeline.from_pretrained(source, **arguments)
     except Exception as error:
         raise ValueError(loading_failed(model, source, error)) from error
 

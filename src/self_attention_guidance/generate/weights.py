@@ -31,7 +31,8 @@ def refuse_missing_weights(model: str, pipeline: Any, folder: str | Path) -> Non
         ValueError: A weight is not in the folder's files, or is no floating-point number.
     """
     for name, component in pipeline.components.items():
-        files = sorted((Path(folder) / name).glob("*.safetensors"))
+        own = Path(folder) / name
+        files = sorted((own if own.is_dir() else Path(folder)).glob("*.safetensors"))
         if not isinstance(component, nn.Module) or not files:
             continue
         missing = _missing(component, files)
