@@ -43,7 +43,7 @@ def test_guided_predictions_are_the_formula(name: str) -> None:
     plain = Reference("Stable Diffusion 3.5", pipe.transformer)
     assert len(steps) >= 4
     for step in steps:
-        uncond, cond = branches(step)
+        uncond, cond = branches("Stable Diffusion 3.5", step)
         u, c = (plain.output(call, call["hidden_states"]) for call in (uncond, cond))
         expected = u + 3.0 * (c - u) + plain.term(step, uncond, 1.5, 2.0)
         assert (step.output - expected).abs().max() < 1e-4 * expected.abs().max()

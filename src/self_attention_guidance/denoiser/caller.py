@@ -38,7 +38,7 @@ _KNOWN = re.compile(
     | Flux (Control | ControlNet)? (Img2Img | Inpaint)? | FluxFill | FluxKontext (Inpaint)?
     | Chroma (Img2Img | Inpaint)?
     | QwenImage (Img2Img | Inpaint | ControlNet (Inpaint)? | Edit (Inpaint | Plus)?)?
-    | ZImage (Img2Img)? | Kolors | Lumina2 | CogView4 | Flux2 (Klein)? | HiDreamImage
+    | ZImage (Img2Img | Inpaint)? | Kolors | Lumina2 | CogView4 | Flux2 (Klein)? | HiDreamImage
     )Pipeline""",
     re.VERBOSE,
 )
