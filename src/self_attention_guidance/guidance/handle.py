@@ -68,9 +68,8 @@ def attach(
     layouts = get_args(BatchLayout)
     if batch_layout not in (None, *layouts):
         raise ValueError(f"batch_layout={batch_layout!r} must be one of {', '.join(layouts)}")
-    pipeline = None if denoiser is target else target
+    pipeline, run = None if denoiser is target else target, Run(is_for_this_thread)
     check_scheduler(_scheduler_of(pipeline, scheduler))
-    run = Run(is_for_this_thread)
     return GuidanceHandle(denoiser, pipeline, guidances, run, scheduler, batch_layout)
 
 
