@@ -32,7 +32,7 @@ from tiny import save_tiny_model, seeded
 from tiny_pixels import arrays_of, one_thread, save_tiny_pixels
 
 # All settings of every method, none of them the default.
-TIMES = "start=0.25,stop=0.75,every=2,noise_from=40,noise_to=0.05,rescale=0.7"
+TIMES = "start=0.25,stop=0.75,every=2,noise_from=40,noise_to=0.05,rescale=0.7,norm_limit=0.02"
 BLUR = f"{TIMES},blur_sigma=2.5,blur_kernel_size=5"
 LAYER = {
     "prompts": "down_blocks.0.attentions.0.transformer_blocks.0.attn1",
@@ -110,14 +110,15 @@ def drawn_again(record: dict[str, Any], model: str) -> np.ndarray:
     return np.asarray(picture.image)
 
 
-# Of a run's two windows, the one of fractions is the narrower here at both ends.
-NARROWER = {"noise_from": "start", "noise_to": "stop"}
+# What hides a setting here: of a run's two windows, that of fractions is the narrower at both
+# ends, and a limit makes terms of all scales as large as itself.
+HIDDEN_BY = {"noise_from": "start", "noise_to": "stop", "scale": "norm_limit"}
 
 
 def without(record: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The record without each of its guidance's settings."""
     for name in record["guidance"].keys() - {"method"}:
-        left_out = (name, NARROWER.get(name))
+        left_out = (name, HIDDEN_BY.get(name))
         kept = {n: v for n, v in record["guidance"].items() if n not in left_out}
         yield name, {**record, "guidance": Guidance.from_dict(kept).to_dict()}
 
@@ -285,6 +286,7 @@ def test_web_interfaces_find_the_settings_under_their_names(tmp_path: Path, mode
         "SAG Noise From": "40",
         "SAG Noise To": "0.05",
         "SAG Rescale": "0.7",
+        "SAG Norm Limit": "0.02",
         "SAG Branch": "cond",
         "SAG Blur Sigma": "2.5",
         "SAG Blur Kernel Size": "5",

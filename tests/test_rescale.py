@@ -1,4 +1,4 @@
-"""`rescale`: what it makes of a guided prediction, whatever runs around the network."""
+"""`rescale` and `norm_limit`: what they make of a guided prediction, whatever runs around it."""
 
 from __future__ import annotations
 
@@ -101,10 +101,73 @@ def test_several_are_rescaled_together() -> None:
 )
 def test_several_that_differ_are_refused(other: dict[str, Any]) -> None:
     first = PerturbedAttentionGuidance(1.0, rescale=0.7)
-    message = "rescaled together: give them one rescale and one branch, not rescale=0"
+    message = "rescaled together: give them one rescale, one norm_limit and one branch, not resc"
     with pytest.raises(ValueError, match=message):
         predict(first, SelfAttentionGuidance(1.0, **other))
     predict(first, SelfAttentionGuidance(0.0, **other))  # which is off
+
+
+def clean(prediction: Tensor, kind: str) -> Tensor:
+    """The clean samples that a prediction of `predict` says, but for what all of them share."""
+    scheduler = tiny_scheduler(prediction_type=kind)
+    scheduler.set_timesteps(4)
+    alpha_2 = scheduler.alphas_cumprod[scheduler.timesteps[2]]
+    sigma = (1 - alpha_2).sqrt()
+    weights = {"epsilon": -sigma / alpha_2.sqrt(), "v_prediction": -sigma, "sample": 1.0}
+    return weights[kind] * prediction
+
+
+def size(change: Tensor) -> Tensor:
+    return change.flatten(1).square().mean(dim=1).sqrt()
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("method", ALL)
+def test_the_clean_sample_moves_no_further_than_the_limit(method: str, kind: str) -> None:
+    cls = ALL[method]
+    plain, strong = predict(kind=kind), predict(cls(20.0), kind=kind)
+    moved = clean(strong - plain, kind)
+    limit = float(size(moved).min()) / 3
+    limited = predict(cls(20.0, norm_limit=limit), kind=kind) - plain
+    expected = (strong - plain) * (limit / size(moved)).view(-1, 1, 1, 1)
+    assert difference(limited, expected) < 1e-4
+    between = float(size(moved).mean())  # one picture is limited, the other is not
+    assert size(moved).min() < between < size(moved).max()
+    one = size(clean(predict(cls(20.0, norm_limit=between), kind=kind) - plain, kind))
+    assert torch.allclose(one, size(moved).clamp(max=between), rtol=1e-4)
+    assert torch.equal(predict(cls(20.0, norm_limit=1e9), kind=kind), strong)
+
+
+def test_several_are_limited_together() -> None:
+    def both(limit: float | None) -> list[Any]:
+        classes = (SelfAttentionGuidance, PerturbedAttentionGuidance)
+        return [cls(9.0, branch="cond", norm_limit=limit) for cls in classes]
+
+    plain, strong = predict(), predict(*both(None))
+    moved = clean(strong - plain, "epsilon")
+    limited = predict(*both(0.01)) - plain
+    expected = (strong - plain) * (0.01 / size(moved)).view(-1, 1, 1, 1)
+    assert difference(limited, expected) < 1e-4
+    with pytest.raises(ValueError, match="one norm_limit and one branch"):
+        predict(both(0.01)[0], both(None)[1])
+
+
+@pytest.mark.parametrize("limit", [0, -1, math.nan, "much"])
+def test_a_limit_is_above_0(limit: Any) -> None:
+    with pytest.raises(ValueError, match="norm_limit="):
+        SelfAttentionGuidance(norm_limit=limit)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_a_limit_acts_on_every_network(name: str, cfg: float) -> None:
+    made, draw = KINDS[name].make(), KINDS[name].draw
+    plain = draw(made, (3, 4), cfg)
+    moved: list[float] = []
+    for limit in (None, 1e-3, 1e-5):
+        with PerturbedAttentionGuidance(9.0, norm_limit=limit).attach(made):
+            moved.append(difference(draw(made, (3, 4), cfg), plain))
+    assert moved[0] > 5 * moved[1] > 25 * moved[2] > 0
 
 
 @pytest.mark.parametrize("name", KINDS)

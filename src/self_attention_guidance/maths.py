@@ -103,6 +103,18 @@ def degrade(x0: Tensor, mask: Tensor | None, blur_sigma: float, kernel_size: int
     return torch.where(enlarged.bool(), blurred, x0)
 
 
+def limiting(change: Tensor, limit: float) -> Tensor:
+    """What to multiply a change of each picture with, (pictures, 1, 1, 1), at most 1.
+
+    The root mean square of the change, (pictures, channels, height, width), is at most `limit`
+    then. (Sadat et al., "Eliminating Oversaturation and Artifacts of High Guidance Scales in
+    Diffusion Models", arXiv 2410.02416, Sec. 3, there by the sum of squares.)
+    """
+    size = change.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
+    # No change is no longer than any limit; where there is no signal, it has no size.
+    return torch.where(size > limit, limit / size, 1.0)
+
+
 def rescaling(prediction: Tensor, guided: Tensor, rescale: float) -> Tensor:
     """What to multiply each picture's guided prediction with, (pictures, 1, 1, 1).
 

@@ -29,7 +29,7 @@ PARAMETERS_KEY = "parameters"
 RECORD_KEY = "sag_settings"
 
 # Without these, there is no limit: a reader need not know of them.
-_NO_LIMIT = ("noise_from", "noise_to")
+_NO_LIMIT = ("noise_from", "noise_to", "norm_limit")
 # What extensions of the web interfaces call these, and what switches them on. Those of PAG and SEG
 # count steps instead of fractions.
 _WEB_NAMES = {"SAG Scale": "SAG Guidance Scale", "SAG Threshold": "SAG Mask Threshold"}

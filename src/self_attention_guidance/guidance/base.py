@@ -150,6 +150,10 @@ class Guidance:
             classifier-free guidance). It is measured on the prediction of `branch`, with the terms
             of all guidances; what it makes of the term is added to both predictions of
             classifier-free guidance, so it is the same for every weight of that.
+        norm_limit: How far guidance moves each picture's predicted clean sample at most, at a step:
+            the root mean square of that change over its elements, above 0; `None` is no limit. It
+            keeps large scales from ruining pictures (arXiv 2410.02416, Sec. 3, there for
+            classifier-free guidance), and holds for the sum of all guidances' terms.
         branch: Whose prediction is compared under classifier-free guidance, "uncond" or "cond".
 
     Raises:
@@ -166,6 +170,7 @@ class Guidance:
     noise_from: float | None = None
     noise_to: float | None = None
     rescale: float = 0.0
+    norm_limit: float | None = None
     branch: Branch = "uncond"
 
     def __init_subclass__(cls, *, method: str | None = None) -> None:
@@ -182,6 +187,10 @@ class Guidance:
         check_number("stop", self.stop, 0, 1)
         check_count("every", self.every)
         check_number("rescale", self.rescale, 0, 1)
+        if self.norm_limit is not None:
+            check_number("norm_limit", self.norm_limit, 0, math.inf)
+            if self.norm_limit == 0:
+                raise ValueError("norm_limit=0 must be above 0; scale=0 turns guidance off")
         if self.start >= self.stop:
             raise ValueError(f"start={self.start} must be below stop={self.stop}")
         for name in ("noise_from", "noise_to"):

@@ -18,7 +18,7 @@ from ..denoiser.picture import PicturePlace, place_of, tokens_at
 from ..denoiser.prefix import Prefix, ShapesDiffer, blocks_before
 from ..denoiser.run import Run
 from ..denoiser.safety import not_finite
-from ..maths import rescaling
+from ..maths import limiting, rescaling
 from .base import Guidance, Step
 
 
@@ -83,7 +83,7 @@ class GuidedCall:
             else:
                 terms[number], step = self._compare(number, rows, whole[rows], place, levels)
                 steps.append(step)
-        terms = self._rescaled(terms, whole, place)
+        terms = self._rescaled(self._limited(terms, prediction), whole, place)
         return {n: self._written(n, term, whole, place) for n, term in terms.items()}, steps
 
     def _rows(self, number: int) -> slice:
@@ -97,13 +97,24 @@ class GuidedCall:
             return term
         return place.written(torch.zeros_like(output, dtype=term.dtype), term)
 
+    def _limited(self, terms: dict[int, Tensor], prediction: Prediction) -> dict[int, Tensor]:
+        """Terms that change the clean sample no more than all guidances allow, see `_rescaled`."""
+        first = min(terms, default=0)
+        limit = self.acting[first][0].norm_limit if terms else None
+        if limit is None:
+            return terms
+        levels = prediction.rows(self._rows(first))
+        factor = limiting(levels.from_output * total(terms), limit)
+        return {number: factor * term for number, term in terms.items()}
+
     def _rescaled(
         self, terms: dict[int, Tensor], whole: Tensor, place: PicturePlace
     ) -> dict[int, Tensor]:
         """Terms with which the guided prediction has the standard deviation that is asked for.
 
-        All guidances have one branch and one `rescale`, or `attach` refuses them: the sum of terms
-        that were rescaled alone could take away more than all of the prediction.
+        All guidances have one branch, one `rescale` and one `norm_limit`, or `attach` refuses
+        them: the sum of terms that were rescaled alone could take away more than all of the
+        prediction.
         """
         if not terms:
             return terms

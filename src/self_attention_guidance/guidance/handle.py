@@ -53,11 +53,12 @@ def attach(
 
     Raises:
         ValueError: The denoiser, its layers or the scheduler are not supported, the denoiser is
-            guided already, or guidances that are rescaled differ in `rescale` or `branch`.
+            guided already, or guidances differ in `rescale`, or `norm_limit`, or `branch` with
+            them.
     """
     if not guidances or not all(isinstance(each, Guidance) for each in guidances):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError("attach needs a guidance behind its target: SelfAttentionGuidance(0.75)")
-    _refuse_mixed_rescale(guidances)
+    _refuse_mixed_limits(guidances)
     denoiser = denoiser_of(target)
     if denoiser is None:
         raise ValueError(
@@ -99,7 +100,8 @@ class GuidanceHandle:
         x0: The clean sample that was predicted at the last weakened pass, as the scheduler clips
             or thresholds it: (pictures, channels, height, width), at least float32.
         term: What guidance added at the last guided step to each picture's rows of the denoiser's
-            output, of their shape, times scale and rescaled; at least float32. `None` before it.
+            output, of their shape, times scale, limited and rescaled; at least float32. `None`
+            before it.
         noted: What the last weakened pass noted, by name: "attention" and "mask" of
             `SelfAttentionGuidance`.
     """
@@ -295,13 +297,15 @@ class GuidanceHandle:
         return guided
 
 
-def _refuse_mixed_rescale(guidances: Sequence[Guidance]) -> None:
-    """The sum of all terms is rescaled, on one branch's prediction."""
-    asked = {(each.rescale, each.branch) for each in guidances if each.scale != 0}
-    if len(asked) > 1 and any(rescale for rescale, _ in asked):
-        found = " and ".join(f"rescale={each}, branch={branch!r}" for each, branch in sorted(asked))
+def _refuse_mixed_limits(guidances: Sequence[Guidance]) -> None:
+    """The sum of all terms is limited and rescaled, on one branch's prediction."""
+    names = ("rescale", "norm_limit", "branch")
+    asked = {tuple(getattr(each, n) for n in names): each for each in guidances if each.scale != 0}
+    if len(asked) > 1 and any(each.rescale or each.norm_limit for each in asked.values()):
+        found = (", ".join(map("{}={!r}".format, names, values)) for values in asked)
         raise ValueError(
-            f"guidances are rescaled together: give them one rescale and one branch, not {found}"
+            "guidances are limited and rescaled together: give them one rescale, one norm_limit "
+            f"and one branch, not {' and '.join(found)}"
         )
 
 
