@@ -82,7 +82,7 @@ def summary(measured: Sequence[Measured]) -> Iterator[str]:
     """The table of README: Fréchet distances of unconditional samples."""
     models = list(dict.fromkeys(point.model for point, _ in measured))
     names = " | ".join(f"`{model}`" for model in models)
-    yield f"| Fréchet distance ↓ | {names} | rows of the network |"
+    yield f"| Fréchet distance ↓ | {names} | network evaluations |"
     yield f"| --- |{' --- |' * len(models)} ---: |"
     titles = {
         "unguided": "no guidance",
