@@ -132,6 +132,18 @@ def test_compare_drag_and_keep(page: Page) -> None:
     assert downloaded_parameters(page).startswith("cat\nSteps: 4,")
 
 
+def test_what_a_pair_took_and_where_it_was_blurred(page: Page) -> None:
+    draw(page)
+    told = r"^Unguided [\d.]+ s, 8 network evaluations; guided [\d.]+ s, 9 network evaluations$"
+    expect(page.get_by_text(re.compile(told))).to_be_visible()
+    blurred = button(page, "Where it was blurred")
+    expect(blurred).to_be_visible()
+    field(page, "Guidance").click()
+    page.get_by_role("option", name=re.compile("^PAG")).click()
+    button(page, COMPARE).click()
+    expect(blurred).to_be_hidden()  # it blurs nothing
+
+
 def test_settings_are_in_the_address_and_come_back(page: Page, address: str) -> None:
     field(page, "Prompt").fill("heart & star=1")
     field(page, "Seed").fill("9")

@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from ..generate import LoadedPipeline
+from ..generate import LoadedPipeline, overlay_attended
 from .controls import Controls
 from .limits import Limits, VisitorSettings, check_grid
 from .pictures import Pictures
@@ -25,9 +25,18 @@ say. The difference makes the picture clearer. Model: **{model}**"""
 _ABOUT_STEPS = """For every second pass: the picture that the network predicts, how much attention
 each part receives, what is blurred for it, the blurred prediction, and the size of the guidance
 term. Move the slider from noise to picture."""
+# gradio puts a picture into a button that has no name for screen readers.
+_NAME_PICTURES = """() => new MutationObserver(() => {
+  for (const frame of document.querySelectorAll("button:not([aria-label]) > .image-frame")) {
+    const label = frame.closest(".block").querySelector("label").textContent.trim();
+    frame.parentElement.setAttribute("aria-label", label);
+  }
+}).observe(document.body, {childList: true, subtree: true})"""
 _STYLE = """
 footer {display: none !important}
 .gradio-container {max-width: 1200px !important; margin: 0 auto !important}
+/* for screen readers only */
+.picture label {clip-path: inset(50%)}
 /* the contrast that WCAG asks for */
 .min_value, .max_value {color: var(--body-text-color) !important}
 button[role=tab].selected {color: #b93c05 !important}
@@ -119,6 +128,7 @@ class _Builder:
                     self._draw_steps()
                 with gr.Tab("Sweep"):
                     self._draw_sweep()
+        app.load(None, js=_NAME_PICTURES, api_visibility="private")
         # Not before: a quick visitor would draw with other settings than the address gives.
         app.load(
             self._open, None, [*self.controls.inputs, *self.starts],
@@ -134,14 +144,21 @@ class _Builder:
 
     def _draw_compare(self) -> None:
         start, cancel = _buttons("Draw without and with guidance")
-        slider = gr.ImageSlider(
-            label="Unguided (left) and guided (right): drag the handle",
-            format="png",
-            type="filepath",
-            buttons=["download", "fullscreen"],
-            interactive=False,
-            max_height=520,
-        )
+        with gr.Row():
+            slider = gr.ImageSlider(
+                label="Unguided (left) and guided (right): drag the handle",
+                format="png",
+                type="filepath",
+                buttons=["download", "fullscreen"],
+                interactive=False,
+                max_height=520,
+                scale=3,
+                min_width=280,
+            )
+            with gr.Column(visible=False, min_width=140) as beside:
+                blurred = _image("Where it was blurred")
+                gr.Markdown("Pink is where it was blurred, the stronger the more often.")
+        costs = gr.Markdown()
         with gr.Row():
             unguided = gr.DownloadButton("Download unguided", interactive=False)
             guided = gr.DownloadButton("Download guided", interactive=False)
@@ -149,10 +166,11 @@ class _Builder:
             label="Earlier pictures, newest first", columns=6, height="auto", format="png"
         )
         kept = gr.State([])
-        event = self._on_click(start, cancel, "generate", self._compare, [slider])
+        event = self._on_click(start, cancel, "generate", self._compare, [slider, costs, blurred])
         event.success(
-            _keep, [slider, kept], [kept, gallery, unguided, guided], api_visibility="private"
-        )
+            _keep, [slider, blurred, kept], [kept, gallery, unguided, guided, beside],
+            api_visibility="private",
+        )  # fmt: skip
 
     def _draw_steps(self) -> None:
         gr.Markdown(_ABOUT_STEPS)
@@ -208,13 +226,22 @@ class _Builder:
 
     def _compare(self, asked: VisitorSettings, watch: Watch) -> Any:
         pair = self.studio.pair(asked, watch)
-        if any(picture.flagged for picture in pair):
+        if any(picture.flagged for picture, _ in pair):
             gr.Warning("The model's safety checker blacked a picture out.")
-        names = (f"{asked.seed}-unguided", f"{asked.seed}-guided")
-        return tuple(
-            self.pictures.save(picture.image, name, picture.record)
-            for name, picture in zip(names, pair, strict=True)
+        names = ("unguided", "guided")
+        paths = tuple(
+            self.pictures.save(picture.image, f"{asked.seed}-{name}", picture.record)
+            for name, (picture, _) in zip(names, pair, strict=True)
         )
+        costs = "; ".join(
+            f"{name} {cost.time}, {cost.evaluations} network evaluations"
+            for name, (_, cost) in zip(names, pair, strict=True)
+        )
+        guided, blurred = pair[1][0], None
+        if guided.attended is not None:
+            overlay = overlay_attended(guided.image, guided.attended)
+            blurred = self.pictures.save(overlay, f"{asked.seed}-blurred")
+        return paths, costs.capitalize(), blurred
 
     def _steps(self, asked: VisitorSettings, watch: Watch) -> Any:
         return [self.pictures.save(strip, "step") for strip in self.studio.steps(asked, watch)]
@@ -231,7 +258,7 @@ def _image(label: str) -> gr.Image:
     """A picture whose label is for screen readers: it would lie on the picture."""
     return gr.Image(
         label=label,
-        show_label=False,
+        elem_classes="picture",
         format="png",
         type="filepath",
         interactive=False,
@@ -246,11 +273,14 @@ def _buttons(label: str) -> tuple[gr.Button, gr.Button]:
         return start, gr.Button("Cancel", min_width=90)
 
 
-def _keep(pair: tuple[str, str], kept: list[str]) -> tuple[Any, ...]:
-    """Put a pair into the visitor's gallery and behind the buttons that download it."""
+def _keep(pair: tuple[str, str], blurred: str | None, kept: list[str]) -> tuple[Any, ...]:
+    """Put a pair into the visitor's gallery and behind the buttons that download it.
+
+    The column of the picture of what was blurred goes where nothing was.
+    """
     kept = [*pair, *kept][:_MOST_KEPT]
     files = (gr.DownloadButton(value=path, interactive=True) for path in pair)
-    return kept, kept, *files
+    return kept, kept, *files, gr.Column(visible=blurred is not None)
 
 
 def _first_strip(strips: list[tuple[str, str | None]]) -> tuple[Any, ...]:
