@@ -37,6 +37,7 @@ from self_attention_guidance.generate import (
     read_parameters,
     read_record,
 )
+from self_attention_guidance.generate.counting import counted_rows
 from tiny import save_tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -125,7 +126,9 @@ def test_steps_of_a_guidance_without_a_mask(tmp_path: Path) -> None:
     (unguided, _), (guided, _) = studio.pair(asked, lambda share: None)
     assert guided.record["guidance"]["method"] == "pag"
     assert unguided.image.tobytes() != guided.image.tobytes()
-    blocks = build_page(model, Limits()).app.blocks.values()
+    with counted_rows(model.pipeline.unet) as drawn:
+        blocks = build_page(model, Limits()).app.blocks.values()
+    assert drawn == []  # no prompt is recommended
     shown = [getattr(block, "label", "") for block in blocks if getattr(block, "visible", False)]
     assert "PAG scale (0 is off)" in shown
     assert "Mask threshold" not in shown
