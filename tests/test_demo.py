@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import threading
 import tracemalloc
 import urllib.error
@@ -32,9 +33,11 @@ from self_attention_guidance.generate import (
     generate,
     load_pipeline,
     make_scheduler,
+    overlay_attended,
     read_parameters,
     read_record,
 )
+from self_attention_guidance.generate.counting import counted_rows
 from tiny import save_tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -61,8 +64,12 @@ def test_the_api_gives_the_librarys_pixels_and_settings(
 ) -> None:
     model = demo[1]
     before = model.pipeline.guidance, model.pipeline.scheduler
-    unguided, guided = client.predict(
+    (unguided, guided), costs, blurred = client.predict(
         **{**SETTINGS, "scheduler": "euler", "threshold": 0.9}, api_name="/generate"
+    )
+    # Two rows a step, three with guidance.
+    assert re.fullmatch(
+        r"Unguided [\d.]+ s, 8 network evaluations; guided [\d.]+ s, 12 network evaluations", costs
     )
     assert (model.pipeline.guidance, model.pipeline.scheduler) == before
     pipeline = model.pipeline
@@ -75,6 +82,10 @@ def test_the_api_gives_the_librarys_pixels_and_settings(
             (expected,) = generate(pipeline, "cat", settings, seed=4, model_name="emoji")
             assert np.array_equal(pixels(path), np.asarray(expected.image))
             assert read_record(path) == expected.record
+        (expected,) = generate(pipeline, "cat", settings, seed=4, record_attention=True)
+        assert expected.attended is not None
+        overlay = overlay_attended(expected.image, expected.attended)
+        assert np.array_equal(pixels(blurred), np.asarray(overlay))
     finally:
         pipeline.guidance, pipeline.scheduler = before
     assert not np.array_equal(pixels(unguided), pixels(guided))
@@ -83,11 +94,12 @@ def test_the_api_gives_the_librarys_pixels_and_settings(
 @pytest.mark.parametrize("method", ["blur", "pag", "seg", "slg", "tpg"])
 def test_every_method_that_the_model_supports_draws(client: Client, method: str) -> None:
     asked = {**SETTINGS, "method": method, "blur_sigma": 0.0 if method == "seg" else 3.0}
-    paths = client.predict(**asked, api_name="/generate")
+    paths, _, blurred = client.predict(**asked, api_name="/generate")
     record = read_record(paths[1])["guidance"]
     assert (record["method"], record["scale"]) == (method, 2.0)
     assert record.get("blur_sigma", 3.0) == ("inf" if method == "seg" else 3.0)
     assert (pixels(paths[0]) != pixels(paths[1])).any()
+    assert (blurred is not None) == (method == "blur")
 
 
 def test_steps_are_pictures_of_every_second_pass(client: Client) -> None:
@@ -111,10 +123,12 @@ def test_steps_of_a_guidance_without_a_mask(tmp_path: Path) -> None:
     with_mask = Studio(with_sag, Limits()).steps(asked, lambda share: None)
     assert len(strips) == len(with_mask) == 4
     assert strips[0].width < with_mask[0].width
-    unguided, guided = studio.pair(asked, lambda share: None)
+    (unguided, _), (guided, _) = studio.pair(asked, lambda share: None)
     assert guided.record["guidance"]["method"] == "pag"
     assert unguided.image.tobytes() != guided.image.tobytes()
-    blocks = build_page(model, Limits()).app.blocks.values()
+    with counted_rows(model.pipeline.unet) as drawn:
+        blocks = build_page(model, Limits()).app.blocks.values()
+    assert drawn == []  # no prompt is recommended
     shown = [getattr(block, "label", "") for block in blocks if getattr(block, "visible", False)]
     assert "PAG scale (0 is off)" in shown
     assert "Mask threshold" not in shown
@@ -216,8 +230,8 @@ def test_ten_visitors_are_served_in_turn(demo: tuple[str, LoadedPipeline], tmp_p
 
     def visit(seed: int) -> None:
         own = Client(demo[0], verbose=False, download_files=tmp_path / str(seed))
-        _, guided = own.predict(**{**SETTINGS, "steps": 2, "seed": seed}, api_name="/generate")
-        served[seed] = pixels(guided)
+        pair, *_ = own.predict(**{**SETTINGS, "steps": 2, "seed": seed}, api_name="/generate")
+        served[seed] = pixels(pair[1])
 
     visitors = [threading.Thread(target=visit, args=(seed,)) for seed in range(10)]
     for visitor in visitors:
@@ -226,8 +240,8 @@ def test_ten_visitors_are_served_in_turn(demo: tuple[str, LoadedPipeline], tmp_p
         visitor.join(120)
     assert sorted(served) == list(range(10))
     first = Client(demo[0], verbose=False, download_files=tmp_path / "again")
-    _, again = first.predict(**{**SETTINGS, "steps": 2, "seed": 7}, api_name="/generate")
-    assert np.array_equal(pixels(again), served[7])
+    again, *_ = first.predict(**{**SETTINGS, "steps": 2, "seed": 7}, api_name="/generate")
+    assert np.array_equal(pixels(again[1]), served[7])
 
 
 def test_memory_is_flat_however_many_come(tmp_path: Path) -> None:

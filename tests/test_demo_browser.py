@@ -33,6 +33,8 @@ from axe_playwright_python.sync_playwright import Axe  # noqa: E402
 from playwright.sync_api import Page, expect, sync_playwright  # noqa: E402
 
 from demo_app import running  # noqa: E402
+from self_attention_guidance.generate import LoadedPipeline  # noqa: E402
+from self_attention_guidance.generate.counting import counted_rows  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 COMPARE, CANCEL = "Draw without and with guidance", "Cancel"
@@ -40,9 +42,14 @@ PICTURE = ".image-container img"
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    with running(max_steps=60) as (url, _):
-        yield url
+def demo() -> Iterator[tuple[str, LoadedPipeline]]:
+    with running(max_steps=60) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def address(demo: tuple[str, LoadedPipeline]) -> str:
+    return demo[0]
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +139,72 @@ def test_compare_drag_and_keep(page: Page) -> None:
     assert downloaded_parameters(page).startswith("cat\nSteps: 4,")
 
 
+def test_what_a_pair_took_and_where_it_was_blurred(page: Page) -> None:
+    draw(page)
+    told = r"^Unguided [\d.]+ s, 8 network evaluations; guided [\d.]+ s, 9 network evaluations$"
+    expect(page.get_by_text(re.compile(told))).to_be_visible()
+    blurred = button(page, "Where it was blurred")
+    expect(blurred).to_be_visible()
+    field(page, "Guidance").click()
+    page.get_by_role("option", name=re.compile("^PAG")).click()
+    button(page, COMPARE).click()
+    expect(blurred).to_be_hidden()  # it blurs nothing
+
+
+def shown_picture(page: Page) -> Any:
+    """In the tab that is open."""
+    return page.get_by_role("tabpanel").locator("visible=true").locator("img").first
+
+
+def test_a_pair_is_there_on_arrival(page: Page, demo: tuple[str, LoadedPipeline]) -> None:
+    address, model = demo
+    with counted_rows(model.pipeline.unet) as drawn:
+        page.goto(address)
+        expect(page.locator(PICTURE).first).to_be_visible()
+    assert drawn == []  # it was, before anybody came
+    example = str(page.locator(".examples button").first.inner_text())
+    expect(field(page, "Prompt")).to_have_value(example)
+    expect(page.get_by_text(re.compile(r"network evaluations; guided"))).to_be_visible()
+    expect(page.get_by_role("button", name="Thumbnail 1 of 2")).to_be_visible()
+    page.screenshot(path=SHOTS / "arrival.png")
+    parameters = downloaded_parameters(page)
+    assert parameters.startswith(f"{example}\nSteps: ") and "Seed: 0," in parameters
+    visit(page, address, "?prompt=cat&steps=4")  # it would not be what the address says
+    expect(page.locator(PICTURE)).to_have_count(0)
+
+
+@pytest.mark.parametrize("drawn", ["compare", "steps", "sweep"])
+def test_a_link_draws_on_opening(page: Page, address: str, drawn: str) -> None:
+    sweep = "&scales=0,1&prompts=cat%0Aheart&num_seeds=1"
+    page.goto(address + f"?prompt=cat&seed=5&steps=4&start=0&draw={drawn}{sweep}")
+    expect(shown_picture(page)).to_be_visible()
+    tabs = {"compare": "Compare", "steps": "Step by step", "sweep": "Sweep"}
+    tab = page.get_by_role("tab", name=tabs[drawn])
+    expect(tab).to_have_attribute("aria-selected", "true")
+    if drawn == "compare":
+        assert "Seed: 5," in downloaded_parameters(page)
+    elif drawn == "sweep":
+        prompts = field(page, "Prompts, one a line (empty: the prompt of the page)")
+        expect(prompts).to_have_value("cat\nheart")
+        expect(field(page, "Guidance scales")).to_have_value("0,1")
+    page.screenshot(path=SHOTS / f"link-{drawn}.png", full_page=True)
+
+
+def test_what_was_drawn_and_the_open_tab_are_in_the_address(page: Page) -> None:
+    assert "draw" not in query(page)
+    page.get_by_role("tab", name="Sweep").click()
+    page.wait_for_url("**tab=sweep**")
+    field(page, "Guidance scales").fill("0, 1")
+    field(page, "Prompts, one a line (empty: the prompt of the page)").fill("cat\nheart")
+    button(page, "Draw the grid").click()
+    page.wait_for_url("**draw=sweep**")
+    found = query(page)
+    assert (found["scales"], found["prompts"], found["num_seeds"]) == ("0, 1", "cat\nheart", "2")
+    page.reload()
+    expect(shown_picture(page)).to_be_visible()
+    expect(field(page, "Guidance scales")).to_have_value("0, 1")
+
+
 def test_settings_are_in_the_address_and_come_back(page: Page, address: str) -> None:
     field(page, "Prompt").fill("heart & star=1")
     field(page, "Seed").fill("9")
@@ -190,7 +263,7 @@ def test_the_steps_can_be_watched(page: Page, address: str) -> None:
     visit(page, address, "?prompt=cat&seed=4&steps=6&start=0&stop=1&every=1")
     page.get_by_role("tab", name="Step by step").click()
     button(page, "Watch the steps").click()
-    strip = page.get_by_role("tabpanel").locator("visible=true").locator("img").first
+    strip = shown_picture(page)
     expect(strip).to_be_visible()
     first = strip.get_attribute("src")
     number = page.get_by_label("number input for Second pass", exact=True)
@@ -204,8 +277,7 @@ def test_sweep(page: Page) -> None:
     page.get_by_role("tab", name="Sweep").click()
     field(page, "Prompts, one a line (empty: the prompt of the page)").fill("cat\nheart")
     button(page, "Draw the grid").click()
-    grid = page.get_by_role("tabpanel").locator("visible=true").locator("img").first
-    expect(grid).to_be_visible()
+    expect(shown_picture(page)).to_be_visible()
     page.screenshot(path=SHOTS / "sweep.png", full_page=True)
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gradio as gr
 
 from ..generate import GenerationSettings, method_label, scheduler_names
 from ..guidance import Guidance
-from .limits import LARGEST_SEED, MOST_CHARACTERS, Limits
+from .limits import LARGEST_SEED, MOST_CHARACTERS, Limits, VisitorSettings
 from .studio import Studio
-from .visits import SETTINGS
+from .visits import SETTINGS, settings_of
 
 _OF_METHOD = ("sag_scale", "blur_sigma", "threshold", "layers", "start", "stop", "every")
 _TITLES = {
@@ -25,16 +25,21 @@ _TITLES = {
 }
 _MOST_EXAMPLES = 4
 _RANDOM_SEED = f"() => Math.floor(Math.random() * {LARGEST_SEED + 1})"
-_TO_ADDRESS = f"""(...values) => {{
-  const names = {list(SETTINGS)!r};
+_TO_ADDRESS = """(...values) => {
   const address = new URL(window.location);
-  names.forEach((name, place) => address.searchParams.set(name, values[place] ?? ""));
+  %s.forEach((name, place) => address.searchParams.set(name, values[place] ?? ""));
+  address.searchParams.set("draw", %s);
   window.history.replaceState(null, "", address);
-}}"""
+}"""
 
 
 class Controls:
-    """What a visitor can set, in the order of `VisitorSettings`."""
+    """What a visitor can set, and what of it is in the page's address.
+
+    Attributes:
+        inputs: The controls of `VisitorSettings`, in its order.
+        in_address: All controls by their names in the address.
+    """
 
     def __init__(self, studio: Studio) -> None:
         """Draw the prompt, and prompts to click, into the present block.
@@ -43,13 +48,14 @@ class Controls:
             studio: What its model recommends is what the controls show at first.
         """
         self.studio = studio
+        examples = [text for text in studio.model.recommended.compare_prompts if text]
         self.prompt = gr.Textbox(
+            examples[0] if examples else "",
             label="Prompt",
             lines=2,
             max_length=MOST_CHARACTERS,
             placeholder="what to draw; may be empty",
         )
-        examples = [text for text in studio.model.recommended.compare_prompts if text]
         with gr.Row(elem_classes="examples", visible=bool(examples)):
             for text in examples[:_MOST_EXAMPLES]:
                 example = gr.Button(text, size="sm", min_width=90)
@@ -70,6 +76,7 @@ class Controls:
             **_of_sampling(model.settings(), limits),
         }
         self.inputs = [by_name[name] for name in SETTINGS]
+        self.in_address = dict(zip(SETTINGS, self.inputs, strict=True))
         dice.click(None, None, seed, js=_RANDOM_SEED, api_visibility="private")
         # Not `change`: a method of the address comes with its settings.
         by_name["method"].input(
@@ -86,20 +93,30 @@ class Controls:
         usual = self.studio.usual(method)
         return [gr.update(**_look(name, usual)) for name in _OF_METHOD]
 
-    def write_address(self, after: Any) -> None:
-        """Put the settings into the page's address after an event, so that it can be shared."""
-        after.then(None, self.inputs, None, js=_TO_ADDRESS, api_visibility="private")
+    def at_first(self) -> VisitorSettings:
+        """The settings of a page that was just opened."""
+        return settings_of([control.value for control in self.inputs])
 
-    def from_address(self, request: gr.Request) -> list[Any]:
+    def write_address(self, drawing: Any, name: str) -> None:
+        """Put the settings into the page's address when it has drawn, so that others see the same.
+
+        Args:
+            drawing: The event.
+            name: What the address says to draw.
+        """
+        script = _TO_ADDRESS % (json.dumps([*self.in_address]), json.dumps(name))
+        controls = [*self.in_address.values()]
+        drawing.success(None, controls, None, js=script, api_visibility="private")
+
+    def from_address(self, given: Mapping[str, str]) -> list[Any]:
         """The values of all controls that the page's address gives; others stay as they are.
 
         A text that doesn't fit its control is passed over.
         """
-        given = dict(request.query_params)
         method = given.get("method", "")
         usual = self.studio.usual(method if method in self.studio.methods() else "")
         updates: list[Any] = []
-        for name, control in zip(SETTINGS, self.inputs, strict=True):
+        for name, control in self.in_address.items():
             update: dict[str, Any] = _look(name, usual) if name in _OF_METHOD else {}
             if name in given:
                 update |= _value_for(control, given[name])
@@ -166,7 +183,7 @@ def _of_sampling(settings: GenerationSettings, limits: Limits) -> dict[str, Any]
 def _value_for(control: Any, text: str) -> dict[str, Any]:
     """A control's value from a text; nothing where that does not fit."""
     if isinstance(control, gr.Textbox):
-        return {"value": text[:MOST_CHARACTERS]}
+        return {"value": text[: control.max_length]}
     if isinstance(control, gr.Dropdown):
         return {"value": text} if text in (value for _, value in control.choices) else {}
     try:

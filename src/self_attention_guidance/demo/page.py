@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 
-from ..generate import LoadedPipeline
+from ..generate import LoadedPipeline, overlay_attended
 from .controls import Controls
 from .limits import Limits, VisitorSettings, check_grid
 from .pictures import Pictures
@@ -25,9 +26,39 @@ say. The difference makes the picture clearer. Model: **{model}**"""
 _ABOUT_STEPS = """For every second pass: the picture that the network predicts, how much attention
 each part receives, what is blurred for it, the blurred prediction, and the size of the guidance
 term. Move the slider from noise to picture."""
+_AT_FIRST = """() => {
+  // gradio puts a picture into a button that has no name for screen readers.
+  new MutationObserver(() => {
+    for (const frame of document.querySelectorAll("button:not([aria-label]) > .image-frame")) {
+      const label = frame.closest(".block").querySelector("label").textContent.trim();
+      frame.parentElement.setAttribute("aria-label", label);
+    }
+  }).observe(document.body, {childList: true, subtree: true});
+  // Not gradio's event: that comes before the address is read, too.
+  document.addEventListener("click", (event) => {
+    const tab = event.target.closest("[role=tab]");
+    if (!tab) return;
+    const address = new URL(window.location);
+    address.searchParams.set("tab", tab.id.replace("-button", ""));
+    window.history.replaceState(null, "", address);
+  });
+}"""
+# Once the button is there, and not disabled.
+_DRAW_AT_ONCE = """() => {
+  const name = new URL(window.location).searchParams.get("draw");
+  if (!%s.includes(name)) return;
+  const waiting = setInterval(() => {
+    const start = document.getElementById(`draw-${name}`);
+    if (!start || start.disabled) return;
+    clearInterval(waiting);
+    start.click();
+  }, 20);
+}"""
 _STYLE = """
 footer {display: none !important}
 .gradio-container {max-width: 1200px !important; margin: 0 auto !important}
+/* for screen readers only */
+.picture label {clip-path: inset(50%)}
 /* the contrast that WCAG asks for */
 .min_value, .max_value {color: var(--body-text-color) !important}
 button[role=tab].selected {color: #b93c05 !important}
@@ -73,6 +104,7 @@ def build_page(model: LoadedPipeline, limits: Limits | None = None) -> Page:
     )
     with app:
         builder.draw(app)
+    builder.draw_example()
     app.queue(max_size=limits.max_queue, default_concurrency_limit=1)
     # Fonts of the visitor's machine: nothing is fetched from elsewhere.
     theme = gr.themes.Default(
@@ -103,8 +135,11 @@ class _Builder:
         self.studio = Studio(model, limits)
         self.limits = limits
         self.pictures = Pictures()
+        self.lasting = Pictures()
+        self.example: Any = None
         self.visits = Visits()
-        self.starts: list[gr.Button] = []
+        self.starts: dict[str, gr.Button] = {}
+        self.drawn: dict[str, Any] = {}
 
     def draw(self, app: gr.Blocks) -> None:
         gr.Markdown(_INTRODUCTION.format(model=self.studio.model.name), elem_classes="about")
@@ -112,36 +147,72 @@ class _Builder:
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 self.controls.draw_settings()
-            with gr.Column(scale=3, min_width=300, elem_classes="drawings"), gr.Tabs():
-                with gr.Tab("Compare"):
+            with gr.Column(scale=3, min_width=300, elem_classes="drawings"), gr.Tabs() as tabs:
+                with gr.Tab("Compare", id="compare", elem_id="compare", render_children=True):
                     self._draw_compare()
-                with gr.Tab("Step by step"):
+                with gr.Tab("Step by step", id="steps", elem_id="steps", render_children=True):
                     self._draw_steps()
-                with gr.Tab("Sweep"):
+                with gr.Tab("Sweep", id="sweep", elem_id="sweep", render_children=True):
                     self._draw_sweep()
+        for name, event in self.drawn.items():
+            self.controls.write_address(event, name)
+        app.load(None, js=_AT_FIRST, api_visibility="private")
         # Not before: a quick visitor would draw with other settings than the address gives.
-        app.load(
-            self._open, None, [*self.controls.inputs, *self.starts],
+        opened = app.load(
+            self._open,
+            None,
+            [
+                *self.controls.in_address.values(), *self.starts.values(), tabs, *self.shown,
+            ],
             queue=False, show_progress="hidden", api_visibility="private",
         )  # fmt: skip
+        opened.then(None, js=_DRAW_AT_ONCE % json.dumps([*self.starts]), api_visibility="private")
 
     def _open(self, request: gr.Request) -> list[Any]:
-        """The settings of the page's address, and the buttons that draw with them."""
+        """The settings of the page's address, and the buttons that draw with them.
+
+        If it gives none, the example is shown.
+        """
+        given = dict(request.query_params)
+        tab = given.get("tab") or given.get("draw")
+        is_bare = not given.keys() & {"draw", *self.controls.in_address}
         return [
-            *self.controls.from_address(request),
+            *self.controls.from_address(given),
             *(gr.Button(interactive=True) for _ in self.starts),
+            gr.Tabs(selected=tab) if tab in self.starts else gr.skip(),
+            *self._example(is_bare),
         ]
 
+    def _example(self, is_shown: bool) -> list[Any]:
+        """What the tab of pairs shows to who opens the page."""
+        if self.example is None or not is_shown:
+            return [gr.skip() for _ in self.shown]
+        pair, costs, blurred = self.example
+        return [pair, costs, blurred, *_keep(pair, blurred, [])]
+
+    def draw_example(self) -> None:
+        """Draw, once for all visitors, what the controls say at first, if they have a prompt."""
+        asked = self.controls.at_first()
+        if asked.prompt:
+            self.example = self._compare(asked, lambda share: None, self.lasting)
+
     def _draw_compare(self) -> None:
-        start, cancel = _buttons("Draw without and with guidance")
-        slider = gr.ImageSlider(
-            label="Unguided (left) and guided (right): drag the handle",
-            format="png",
-            type="filepath",
-            buttons=["download", "fullscreen"],
-            interactive=False,
-            max_height=520,
-        )
+        start, cancel = _buttons("compare", "Draw without and with guidance")
+        with gr.Row():
+            slider = gr.ImageSlider(
+                label="Unguided (left) and guided (right): drag the handle",
+                format="png",
+                type="filepath",
+                buttons=["download", "fullscreen"],
+                interactive=False,
+                max_height=520,
+                scale=3,
+                min_width=280,
+            )
+            with gr.Column(visible=False, min_width=140) as beside:
+                blurred = _image("Where it was blurred")
+                gr.Markdown("Pink is where it was blurred, the stronger the more often.")
+        costs = gr.Markdown()
         with gr.Row():
             unguided = gr.DownloadButton("Download unguided", interactive=False)
             guided = gr.DownloadButton("Download guided", interactive=False)
@@ -149,14 +220,15 @@ class _Builder:
             label="Earlier pictures, newest first", columns=6, height="auto", format="png"
         )
         kept = gr.State([])
-        event = self._on_click(start, cancel, "generate", self._compare, [slider])
-        event.success(
-            _keep, [slider, kept], [kept, gallery, unguided, guided], api_visibility="private"
-        )
+        drawn = [slider, costs, blurred]
+        event = self._on_click(start, cancel, "generate", self._compare, drawn)
+        others = [kept, gallery, unguided, guided, beside]
+        event.success(_keep, [slider, blurred, kept], others, api_visibility="private")
+        self.shown = [*drawn, *others]
 
     def _draw_steps(self) -> None:
         gr.Markdown(_ABOUT_STEPS)
-        start, cancel = _buttons("Watch the steps")
+        start, cancel = _buttons("steps", "Watch the steps")
         strip = _image("One guided step")
         number = gr.Slider(1, 2, 1, step=1, label="Second pass", interactive=False)
         strips = gr.Gallery(visible=False, format="png")
@@ -174,47 +246,57 @@ class _Builder:
             scales_box = gr.Textbox(scales, label="Guidance scales", max_length=200)
             seeds = gr.Slider(1, 8, 2, step=1, label="Seeds of each prompt")
         prompts = gr.Textbox(label="Prompts, one a line (empty: the prompt of the page)", lines=3)
-        start, cancel = _buttons("Draw the grid")
+        start, cancel = _buttons("sweep", "Draw the grid")
         grid = _image("Scales against prompts and seeds")
-        self._on_click(
-            start, cancel, "sweep", self._sweep, [grid], {
-                "scales": scales_box, "prompts": prompts, "num_seeds": seeds,
-            },
-        )  # fmt: skip
+        extra = {"scales": scales_box, "prompts": prompts, "num_seeds": seeds}
+        self.controls.in_address |= extra
+        self._on_click(start, cancel, "sweep", self._sweep, [grid], extra)
 
     def _on_click(
         self,
         start: gr.Button,
         cancel: gr.Button,
-        name: str,
+        api_name: str,
         draw: Callable[..., Any],
         outputs: list[Any],
         extra: dict[str, Any] | None = None,
     ) -> Any:
         """Draw when a button is pressed; all drawings of the model share one place in line."""
         extra = extra or {}
-        self.starts.append(start)
-        event = start.click(
+        name = str(start.elem_id).removeprefix("draw-")
+        self.starts[name] = start
+        event = self.drawn[name] = start.click(
             self.visits.endpoint(draw, len(outputs), list(extra)),
             [*self.controls.inputs, *extra.values()],
             outputs,
-            api_name=name,
+            api_name=api_name,
             concurrency_id="model",
             concurrency_limit=1,
         )
         cancel.click(self.visits.cancel, cancels=event, queue=False, api_visibility="private")
-        self.controls.write_address(event)
         return event
 
-    def _compare(self, asked: VisitorSettings, watch: Watch) -> Any:
+    def _compare(
+        self, asked: VisitorSettings, watch: Watch, pictures: Pictures | None = None
+    ) -> Any:
+        pictures = pictures or self.pictures
         pair = self.studio.pair(asked, watch)
-        if any(picture.flagged for picture in pair):
+        if any(picture.flagged for picture, _ in pair):
             gr.Warning("The model's safety checker blacked a picture out.")
-        names = (f"{asked.seed}-unguided", f"{asked.seed}-guided")
-        return tuple(
-            self.pictures.save(picture.image, name, picture.record)
-            for name, picture in zip(names, pair, strict=True)
+        names = ("unguided", "guided")
+        paths = tuple(
+            pictures.save(picture.image, f"{asked.seed}-{name}", picture.record)
+            for name, (picture, _) in zip(names, pair, strict=True)
         )
+        costs = "; ".join(
+            f"{name} {cost.time}, {cost.evaluations} network evaluations"
+            for name, (_, cost) in zip(names, pair, strict=True)
+        )
+        guided, blurred = pair[1][0], None
+        if guided.attended is not None:
+            overlay = overlay_attended(guided.image, guided.attended)
+            blurred = pictures.save(overlay, f"{asked.seed}-blurred")
+        return paths, costs.capitalize(), blurred
 
     def _steps(self, asked: VisitorSettings, watch: Watch) -> Any:
         return [self.pictures.save(strip, "step") for strip in self.studio.steps(asked, watch)]
@@ -231,7 +313,7 @@ def _image(label: str) -> gr.Image:
     """A picture whose label is for screen readers: it would lie on the picture."""
     return gr.Image(
         label=label,
-        show_label=False,
+        elem_classes="picture",
         format="png",
         type="filepath",
         interactive=False,
@@ -239,18 +321,23 @@ def _image(label: str) -> gr.Image:
     )
 
 
-def _buttons(label: str) -> tuple[gr.Button, gr.Button]:
+def _buttons(name: str, label: str) -> tuple[gr.Button, gr.Button]:
     """One that draws, once the page is ready, and one that stops it."""
     with gr.Row():
-        start = gr.Button(label, variant="primary", scale=3, interactive=False)
+        start = gr.Button(
+            label, variant="primary", scale=3, interactive=False, elem_id=f"draw-{name}"
+        )
         return start, gr.Button("Cancel", min_width=90)
 
 
-def _keep(pair: tuple[str, str], kept: list[str]) -> tuple[Any, ...]:
-    """Put a pair into the visitor's gallery and behind the buttons that download it."""
+def _keep(pair: tuple[str, str], blurred: str | None, kept: list[str]) -> tuple[Any, ...]:
+    """Put a pair into the visitor's gallery and behind the buttons that download it.
+
+    The column of the picture of what was blurred goes where nothing was.
+    """
     kept = [*pair, *kept][:_MOST_KEPT]
     files = (gr.DownloadButton(value=path, interactive=True) for path in pair)
-    return kept, kept, *files
+    return kept, kept, *files, gr.Column(visible=blurred is not None)
 
 
 def _first_strip(strips: list[tuple[str, str | None]]) -> tuple[Any, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +14,13 @@ from PIL import Image
 from ..denoiser.families import denoiser_of
 from ..generate import (
     Comparison,
+    Cost,
     GeneratedImage,
     GenerationSettings,
     LoadedPipeline,
     compare,
     draw_grid,
-    generate,
+    generate_one,
     make_scheduler,
 )
 from ..guidance import METHODS, Guidance
@@ -43,8 +44,8 @@ class Studio:
     limits: Limits
     _turn: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
-    def pair(self, asked: VisitorSettings, watch: Watch) -> tuple[GeneratedImage, GeneratedImage]:
-        """The same seed without and with guidance.
+    def pair(self, asked: VisitorSettings, watch: Watch) -> list[tuple[GeneratedImage, Cost]]:
+        """The same seed without and with guidance, and what each took.
 
         Args:
             asked: The visitor's settings.
@@ -56,11 +57,10 @@ class Studio:
         """
         with self._set_up(asked) as settings:
             report = _share_of(2, watch)
-            unguided, guided = (
-                next(self._generate(asked, dataclasses.replace(settings, sag_scale=scale), report))
+            return [
+                self._generate(asked, dataclasses.replace(settings, sag_scale=scale), report)
                 for scale in (0.0, asked.sag_scale)
-            )
-        return unguided, guided
+            ]
 
     def steps(self, asked: VisitorSettings, watch: Watch) -> list[Image.Image]:
         """A labelled strip of pictures for every second pass.
@@ -88,7 +88,7 @@ class Studio:
             report(share)
 
         with self._set_up(asked) as settings:
-            next(self._generate(asked, settings, look))
+            self._generate(asked, settings, look)
         if not strips:
             raise ValueError("no step is guided: sag_scale is 0, or start and stop leave none")
         return strips
@@ -128,13 +128,14 @@ class Studio:
 
     def _generate(
         self, asked: VisitorSettings, settings: GenerationSettings, report: Watch
-    ) -> Iterator[GeneratedImage]:
-        return generate(
+    ) -> tuple[GeneratedImage, Cost]:
+        return generate_one(
             self.model.pipeline,
             asked.prompt,
             settings,
             seed=asked.seed,
             model_name=self.model.name,
+            record_attention=True,
             on_progress=report,
         )
 

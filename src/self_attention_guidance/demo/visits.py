@@ -77,7 +77,7 @@ class Visits:
             visitor = str(request.session_hash)
             stopped = self.begin(visitor)
             try:
-                asked = VisitorSettings(**_typed(inputs[: len(SETTINGS)]))
+                asked = settings_of(inputs[: len(SETTINGS)])
                 return draw(asked, *inputs[len(SETTINGS) :], _watch(progress, stopped))
             except Cancelled:
                 gr.Info("Cancelled.")
@@ -110,8 +110,8 @@ def _watch(progress: Any, stopped: threading.Event) -> Watch:
     return watch
 
 
-def _typed(values: Sequence[Any]) -> dict[str, Any]:
-    """Controls' values by name; those that count things as whole numbers."""
+def settings_of(values: Sequence[Any]) -> VisitorSettings:
+    """The values of the controls; those that count things as whole numbers."""
     typed: dict[str, Any] = {}
     for name, value in zip(SETTINGS, values, strict=True):
         if value is None:
@@ -119,7 +119,7 @@ def _typed(values: Sequence[Any]) -> dict[str, Any]:
                 raise ValueError(f"{name} is empty")
             value = ""
         typed[name] = int(value) if name in _WHOLE and _is_whole(value) else value
-    return typed
+    return VisitorSettings(**typed)
 
 
 def _is_whole(value: Any) -> bool:

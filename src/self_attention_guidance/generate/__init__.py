@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from ..checks import check_count, check_prompts, check_scales, seeds_of
     from .arguments import check_size
     from .axes import AXES, Axis
-    from .comparison import Comparison, Cost, compare, compare_axes
+    from .comparison import Comparison, compare, compare_axes
+    from .cost import Cost, generate_one
     from .drawing import GeneratedImage, PromptArtist
     from .files import (
         check_folder,
@@ -99,6 +100,7 @@ __all__ = [
     "find_pixel_model",
     "format_parameters",
     "generate",
+    "generate_one",
     "load_pipeline",
     "load_pixel_model",
     "make_pixel_scheduler",
@@ -142,7 +144,7 @@ _HOMES = {
     "check_scheduler_name": ".schedulers",
     "check_size": ".arguments",
     "check_start": ".start_picture",
-    "Cost": ".comparison",
+    "Cost": ".cost",
     "compare": ".comparison",
     "compare_axes": ".comparison",
     "digests": ".start_picture",
@@ -156,6 +158,7 @@ _HOMES = {
     "find_pixel_model": ".finding",
     "format_parameters": ".metadata",
     "generate": ".sampling",
+    "generate_one": ".cost",
     "load_pipeline": ".models",
     "load_pixel_model": ".pixel_models",
     "make_pixel_scheduler": ".schedulers",

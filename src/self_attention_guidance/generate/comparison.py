@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,10 +9,9 @@ from typing import Any
 from PIL import Image
 
 from ..checks import check_prompts, check_scales
-from ..denoiser.families import denoiser_of
 from ..guidance.sag import Blurring
 from .axes import Axis, Cell, cells_of
-from .counting import counted_rows
+from .cost import Cost, generate_one
 from .drawing import GeneratedImage, Progress
 from .grid import EMPTY_PROMPT, draw_grid, overlay_attended
 from .metadata import method_label, text_of, written
@@ -21,24 +19,6 @@ from .record import describe
 from .sampling import generate
 from .schedulers import label_of
 from .settings import GenerationSettings
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cost:
-    """What a picture took.
-
-    Attributes:
-        seconds: From prompt to picture.
-        evaluations: Of the network, each row of a batch counted: two a step under classifier-free
-            guidance, one more where it is guided.
-    """
-
-    seconds: float
-    evaluations: int
-
-    def __str__(self) -> str:
-        """As the grid has it below a picture."""
-        return f"{self.seconds:.2g} s, {self.evaluations} evaluations"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,14 +166,10 @@ def compare_axes(
 
 
 def _draw(pipeline: Any, cell: Cell, on_progress: Progress | None) -> tuple[GeneratedImage, Cost]:
-    """Alone, because that is what its time is of."""
     pipeline.guidance = cell.guidance
-    started = time.perf_counter()
-    with counted_rows(denoiser_of(pipeline)) as rows:
-        (picture,) = generate(
-            pipeline, cell.prompt, cell.settings, seed=cell.seed, on_progress=on_progress
-        )
-    return picture, Cost(seconds=time.perf_counter() - started, evaluations=sum(rows))
+    return generate_one(
+        pipeline, cell.prompt, cell.settings, seed=cell.seed, on_progress=on_progress
+    )
 
 
 def _row_labels(pictures: Sequence[GeneratedImage], num_images: int) -> list[str]:
