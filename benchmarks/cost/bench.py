@@ -1,10 +1,10 @@
-"""What guidance costs: time, network rows and memory, against none and diffusers' own class.
+"""What guidance costs: time, network evaluations and memory, against none and diffusers' own class.
 
     python benchmarks/cost/bench.py
     python benchmarks/cost/bench.py --networks emoji --modes eager,compiled --json bench.json
     python benchmarks/cost/bench.py --networks sd15,sdxl --dtypes bfloat16 --cfg on --pairs 5
 
-Time, network rows per picture and peak memory of the pipeline without guidance, with exact
+Time, network evaluations per picture and peak memory of the pipeline without guidance, with exact
 guidance, with the fast preset, and of diffusers' own class on the same weights. All take turns in
 one run; what counts are the ratios within a round.
 """
