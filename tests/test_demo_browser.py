@@ -85,7 +85,7 @@ def button(page: Page, name: str) -> Any:
 
 
 def field(page: Page, name: str) -> Any:
-    return page.get_by_label(name, exact=True).first
+    return page.get_by_label(re.compile(rf"^\s*{name}\b")).first  # a tip follows the name
 
 
 def query(page: Page) -> dict[str, str]:
@@ -184,7 +184,7 @@ def test_a_link_draws_on_opening(page: Page, address: str, drawn: str) -> None:
     if drawn == "compare":
         assert "Seed: 5," in downloaded_parameters(page)
     elif drawn == "sweep":
-        prompts = field(page, "Prompts, one a line (empty: the prompt of the page)")
+        prompts = field(page, "Prompts")
         expect(prompts).to_have_value("cat\nheart")
         expect(field(page, "Guidance scales")).to_have_value("0,1")
     page.screenshot(path=SHOTS / f"link-{drawn}.png", full_page=True)
@@ -195,7 +195,7 @@ def test_what_was_drawn_and_the_open_tab_are_in_the_address(page: Page) -> None:
     page.get_by_role("tab", name="Sweep").click()
     page.wait_for_url("**tab=sweep**")
     field(page, "Guidance scales").fill("0, 1")
-    field(page, "Prompts, one a line (empty: the prompt of the page)").fill("cat\nheart")
+    field(page, "Prompts").fill("cat\nheart")
     button(page, "Draw the grid").click()
     page.wait_for_url("**draw=sweep**")
     found = query(page)
@@ -218,6 +218,18 @@ def test_settings_are_in_the_address_and_come_back(page: Page, address: str) -> 
     visit(page, address, "?prompt=cat&seed=-5&steps=x&scheduler=/etc/passwd&blur_sigma=1e9")
     expect(field(page, "Prompt")).to_have_value("cat")
     expect(field(page, "Seed")).to_have_value("0")
+
+
+def test_every_control_has_a_tip(page: Page) -> None:
+    page.get_by_role("button", name="Sampling").click()
+    shown = 0
+    for tab in ("Compare", "Step by step", "Sweep"):
+        page.get_by_role("tab", name=tab).click()
+        for label in page.locator("[data-testid=block-info]").filter(visible=True).all():
+            assert label.locator("xpath=following-sibling::*").count(), label.inner_text()
+            shown += 1
+    assert shown > 20
+    page.screenshot(path=SHOTS / "tips.png", full_page=True)
 
 
 def test_random_seed_changes_the_seed(page: Page) -> None:
@@ -275,7 +287,7 @@ def test_the_steps_can_be_watched(page: Page, address: str) -> None:
 
 def test_sweep(page: Page) -> None:
     page.get_by_role("tab", name="Sweep").click()
-    field(page, "Prompts, one a line (empty: the prompt of the page)").fill("cat\nheart")
+    field(page, "Prompts").fill("cat\nheart")
     button(page, "Draw the grid").click()
     expect(shown_picture(page)).to_be_visible()
     page.screenshot(path=SHOTS / "sweep.png", full_page=True)

@@ -23,6 +23,26 @@ _TITLES = {
     "slg": "SLG: skipped blocks",
     "tpg": "TPG: shuffled tokens",
 }
+_TIPS = {
+    "prompt": "What to draw, in a few words. May be empty.",
+    "negative_prompt": "What to keep out. Needs a CFG scale above 1.",
+    "seed": "The noise to begin with.",
+    "steps": "More are finer and take longer.",
+    "scheduler": "The rule by which a step is taken.",
+    "guidance_scale": "How closely to follow the prompt.",
+    "sag_scale": "How strongly to guide. Too much spoils the picture.",
+    "blur_sigma": "How far the blur reaches.",
+    "threshold": "Blur what gets more attention than this; 1 is the mean.",
+    "start": "0 is the first step.",
+    "stop": "1 is the last step.",
+    "every": "Higher is faster and guides less.",
+    "size": "Width and height in pixels.",
+    "method": "How the second pass is weakened.",
+    "layers": "Which layers are weakened.",
+    "scales": "Numbers with commas between; 0 is no guidance.",
+    "prompts": "One a line. If empty, the prompt of the page.",
+    "num_seeds": "From the seed of the page on.",
+}
 _MOST_EXAMPLES = 4
 _RANDOM_SEED = f"() => Math.floor(Math.random() * {LARGEST_SEED + 1})"
 _TO_ADDRESS = """(...values) => {
@@ -54,7 +74,6 @@ class Controls:
             label="Prompt",
             lines=2,
             max_length=MOST_CHARACTERS,
-            placeholder="what to draw; may be empty",
         )
         with gr.Row(elem_classes="examples", visible=bool(examples)):
             for text in examples[:_MOST_EXAMPLES]:
@@ -92,6 +111,11 @@ class Controls:
         """The controls of a method's settings, with its usual values."""
         usual = self.studio.usual(method)
         return [gr.update(**_look(name, usual)) for name in _OF_METHOD]
+
+    def add_tips(self) -> None:
+        """Say below each label, in a sentence, what the control is for."""
+        for name, control in self.in_address.items():
+            control.info = _TIPS[name]
 
     def at_first(self) -> VisitorSettings:
         """The settings of a page that was just opened."""

@@ -25,7 +25,7 @@ Each step of sampling is compared with that of a weakened network: what it atten
 say. The difference makes the picture clearer. Model: **{model}**"""
 _ABOUT_STEPS = """For every second pass: the picture that the network predicts, how much attention
 each part receives, what is blurred for it, the blurred prediction, and the size of the guidance
-term. Move the slider from noise to picture."""
+term."""
 _AT_FIRST = """() => {
   // gradio puts a picture into a button that has no name for screen readers.
   new MutationObserver(() => {
@@ -61,6 +61,7 @@ footer {display: none !important}
 .picture label {clip-path: inset(50%)}
 /* the contrast that WCAG asks for */
 .min_value, .max_value {color: var(--body-text-color) !important}
+.info-text {color: var(--block-title-text-color) !important}
 button[role=tab].selected {color: #b93c05 !important}
 .dark button[role=tab].selected {color: #fb923c !important}
 @media (max-width: 640px) {
@@ -154,6 +155,7 @@ class _Builder:
                     self._draw_steps()
                 with gr.Tab("Sweep", id="sweep", elem_id="sweep", render_children=True):
                     self._draw_sweep()
+        self.controls.add_tips()
         for name, event in self.drawn.items():
             self.controls.write_address(event, name)
         app.load(None, js=_AT_FIRST, api_visibility="private")
@@ -230,7 +232,9 @@ class _Builder:
         gr.Markdown(_ABOUT_STEPS)
         start, cancel = _buttons("steps", "Watch the steps")
         strip = _image("One guided step")
-        number = gr.Slider(1, 2, 1, step=1, label="Second pass", interactive=False)
+        number = gr.Slider(
+            1, 2, 1, step=1, label="Second pass", info="From noise to picture.", interactive=False
+        )
         strips = gr.Gallery(visible=False, format="png")
         event = self._on_click(start, cancel, "steps", self._steps, [strips])
         event.success(_first_strip, strips, [strip, number], api_visibility="private")
@@ -245,7 +249,7 @@ class _Builder:
         with gr.Row():
             scales_box = gr.Textbox(scales, label="Guidance scales", max_length=200)
             seeds = gr.Slider(1, 8, 2, step=1, label="Seeds of each prompt")
-        prompts = gr.Textbox(label="Prompts, one a line (empty: the prompt of the page)", lines=3)
+        prompts = gr.Textbox(label="Prompts", lines=3)
         start, cancel = _buttons("sweep", "Draw the grid")
         grid = _image("Scales against prompts and seeds")
         extra = {"scales": scales_box, "prompts": prompts, "num_seeds": seeds}
