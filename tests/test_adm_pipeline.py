@@ -241,7 +241,7 @@ def test_blur_guidance_needs_no_attention_layer() -> None:
     )
     pipe = pipeline(guidance=BlurGuidance(1.0, blur_sigma=2.0), unet=without)
     assert difference(draw(pipe), draw(pipe, sag_scale=0)) > 1e-3
-    with pytest.raises(ValueError, match="is not a self-attention layer"):
+    with pytest.raises(ValueError, match="has no self-attention; BlurGuidance"):
         draw(pipeline(unet=without))
 
 
