@@ -229,3 +229,19 @@ def test_the_largest_seed(tmp_path: Path) -> None:
     assert run(*again) == 0
     (tmp_path / "list.csv").write_text(f"prompt,seed\ncat,{2**64 - 1}\n")
     assert run("batch", tmp_path / "list.csv", "--steps", 2, "--out", tmp_path / "job") == 0
+
+
+def test_out_may_be_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ("generate", "cat", "--steps", 2, "--out")
+    out = tmp_path / "new" / "cat.png"
+    assert run(*asked, out) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    assert read_record(out)["prompt"] == "cat"
+    assert "exists" in error_of(capsys, *asked, out)
+    assert run(*asked, out, "--overwrite", "--seed", 3) == 0
+    assert read_record(out)["seed"] == 3
+    capsys.readouterr()
+    told = error_of(capsys, *asked, tmp_path / "two.png", "--num-images", 2)
+    assert "is one file, for 2 pictures: name a folder" in told
+    assert "must end in .png" in error_of(capsys, *asked, tmp_path / "cat.jpg")
+    assert not (tmp_path / "cat.jpg").exists()

@@ -17,6 +17,8 @@ from .output import drawn_with, note, print_line, progress, warn_unread
 if TYPE_CHECKING:
     from ..generate import GeneratedImage
 
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateCommand(OneScaleOptions):
@@ -35,9 +37,12 @@ class GenerateCommand(OneScaleOptions):
 
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT")] = None
     num_images: Annotated[int, typer.Option(help="Pictures of each prompt.")] = 1
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the pictures go.")] = Path(
-        "out"
-    )
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="FOLDER|FILE.png", help="Where the pictures go; one picture can be a file."
+        ),
+    ] = Path("out")
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Number from 0 again, and replace existing files.")
     ] = False
@@ -67,11 +72,30 @@ class GenerateCommand(OneScaleOptions):
             raise ValueError('PROMPT is missing: give at least one ("" is one, too)')
         seeds = seeds_of(options.seed, self.num_images) * len(prompts)
         check_prompting(options, self.num_images)
-        first = 0 if self.overwrite else next_index(self.out)
-        paths = [picture_path(self.out, first + k, seed) for k, seed in enumerate(seeds)]
-        check_folder(self.out)
+        if _is_file(self.out, len(seeds)):
+            folder, paths = self.out.parent, [self.out]
+        else:
+            folder, first = self.out, 0 if self.overwrite else next_index(self.out)
+            paths = [picture_path(folder, first + k, seed) for k, seed in enumerate(seeds)]
+        check_folder(folder)
         check_free(paths, self.overwrite)
         _draw(prompts, paths, options, record)
+
+
+def _is_file(out: Path, pictures: int) -> bool:
+    """Whether `--out` names a picture, not a folder.
+
+    Raises:
+        ValueError: It names a picture of another format, or one for several.
+    """
+    suffix = out.suffix.lower()
+    if suffix not in _PICTURES or out.is_dir():
+        return False
+    if suffix != ".png":
+        raise ValueError(f"out={str(out)!r} must end in .png: that format holds the settings")
+    if pictures > 1:
+        raise ValueError(f"out={str(out)!r} is one file, for {pictures} pictures: name a folder")
+    return True
 
 
 def _draw(
