@@ -294,7 +294,7 @@ def test_sweep(page: Page) -> None:
 
 
 def test_cancel_and_draw_again(page: Page, address: str) -> None:
-    visit(page, address, "?prompt=cat&seed=4&steps=100&start=0&stop=1&every=1")
+    visit(page, address, "?prompt=cat&seed=4&steps=60&size=256&start=0&stop=1&every=1")
     button(page, COMPARE).click()
     expect(page.get_by_text(re.compile(r"drawing|processing")).first).to_be_visible()
     button(page, CANCEL).click()
