@@ -128,13 +128,19 @@ def test_it_is_drawn_again_from_its_file(
 
 def test_rows_of_a_list_begin_with_pictures(tmp_path: Path, start: Path) -> None:
     rows = f"prompt,image,strength\nred heart,,\nred heart,{start},0.5\nred heart,none.png,\n"
-    (tmp_path / "list.csv").write_text(rows)
-    assert run("batch", tmp_path / "list.csv", "--steps", 4, "--out", tmp_path / "job") == 3
+    large, broken = tmp_path / "large.png", tmp_path / "broken.png"
+    Image.new("RGB", (80, 200)).save(large)
+    broken.write_bytes(start.read_bytes()[:2000])
+    (tmp_path / "list.csv").write_text(f"{rows}x,{large},\nx,{broken},\n")
+    asked = ("--steps", 4, "--max-size", 128, "--out", tmp_path / "job")
+    assert run("batch", tmp_path / "list.csv", *asked) == 3
     found = rows_of(tmp_path / "job")
-    assert [row["error"] for row in found] == [None, None, "image='none.png' does not exist"]
+    assert [row["error"] for row in found[:3]] == [None, None, "image='none.png' does not exist"]
+    assert "has 80x200 pixels, and a side must have at most 128" in found[3]["error"]
+    assert "is no picture that can be read" in found[4]["error"]
     assert (found[0]["width"], found[1]["width"]) == (64, 72)
-    asked = ["--image", start, "--strength", 0.5, "--steps", 4]
-    assert run("generate", "red heart", *asked, "--out", tmp_path / "one") == 0
+    alike = ["--image", start, "--strength", 0.5, "--steps", 4]
+    assert run("generate", "red heart", *alike, "--out", tmp_path / "one") == 0
     in_list, alone = tmp_path / "job" / found[1]["file"], tmp_path / "one" / "00000-0.png"
     assert np.abs(pixels(in_list) - pixels(alone)).max() <= 1
 

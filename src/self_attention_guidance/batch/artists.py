@@ -26,7 +26,6 @@ from ..generate.record import describe, describe_samples, fingerprints
 from ..generate.sample_settings import SampleSettings
 from ..generate.schedulers import check_scheduler_name
 from ..generate.settings import GenerationSettings
-from ..generate.start_picture import check_start
 from ..guidance import guidance_of
 from ..models.builtin import recommended_settings
 from .labels import choose_labels
@@ -146,7 +145,6 @@ class _PromptTasks:
 
     def draw(self, tasks: Sequence[Task]) -> list[GeneratedImage]:
         settings = cast("GenerationSettings", tasks[0].settings)
-        check_start(settings)
         check_size(self.pipeline, settings.width, settings.height)
         artist = PromptArtist(self.pipeline, settings, self.name)
         return list(artist.draw([task.prompt for task in tasks], [task.seed for task in tasks]))

@@ -10,6 +10,7 @@ from typing import Any
 from ..checks import check_count, check_finite, check_text, seeds_of
 from ..generate.sample_settings import SampleSettings
 from ..generate.settings import GenerationSettings
+from ..generate.start_picture import check_start
 
 COLUMNS = (
     "prompt",
@@ -197,6 +198,7 @@ def _settings(told: Mapping[str, Any], defaults: Defaults) -> GenerationSettings
 
 
 def _check_limits(settings: GenerationSettings, defaults: Defaults) -> None:
+    check_start(settings, defaults.max_size)
     for name in ("width", "height"):
         pixels = getattr(settings, name)
         if pixels is not None and pixels > defaults.max_size:

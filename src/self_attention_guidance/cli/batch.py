@@ -140,13 +140,11 @@ def _source(options: BatchCommand) -> PromptList | int:
 def _check_before_loading(options: BatchCommand) -> None:
     """Refuses what can be refused before anything heavy is imported, which takes seconds."""
     from ..checks import check_count
-    from ..generate import GenerationSettings, check_dtype_name, check_scheduler_name, check_start
+    from ..generate import GenerationSettings, check_dtype_name, check_scheduler_name
     from ..generate.finding import find_prompt_or_pixel_model
 
     given = options.generation_arguments().items()
-    settings = GenerationSettings(**{name: value for name, value in given if value is not None})
-    check_start(settings)
-    options.defaults(settings)
+    options.defaults(GenerationSettings(**{n: value for n, value in given if value is not None}))
     for name in ("batch_size", "together", "shard_size"):
         if getattr(options, name) is not None:
             check_count(name, getattr(options, name))

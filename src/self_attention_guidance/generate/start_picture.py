@@ -26,7 +26,8 @@ def check_start(settings: GenerationSettings, max_size: int | None = None) -> No
         path = getattr(settings, name)
         if path is None:
             continue
-        width, height = _read(name, path).size
+        with _opened(name, path) as image:
+            width, height = image.size
         is_own_size = name == "image" and settings.width is None and settings.height is None
         if is_own_size and max_size is not None and max(width, height) > max_size:
             raise ValueError(
@@ -72,9 +73,17 @@ def digests(settings: GenerationSettings) -> dict[str, str]:
 
 def _read(name: str, path: str) -> Image.Image:
     """A picture as viewers show it."""
-    try:
-        with Image.open(path) as image:
+    with _opened(name, path) as image:
+        try:
             return ImageOps.exif_transpose(image)
+        except OSError as error:
+            raise ValueError(f"{name}={path!r} is no picture that can be read") from error
+
+
+def _opened(name: str, path: str) -> Image.Image:
+    """A picture of which no more than the size was read."""
+    try:
+        return Image.open(path)
     except FileNotFoundError:
         raise ValueError(f"{name}={path!r} does not exist") from None
     except (UnidentifiedImageError, OSError) as error:
