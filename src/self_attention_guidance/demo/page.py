@@ -10,6 +10,7 @@ from typing import Any
 import gradio as gr
 
 from ..generate import LoadedPipeline, overlay_attended
+from .browser import AT_FIRST, DRAW_AT_ONCE, STYLE
 from .controls import Controls
 from .limits import Limits, VisitorSettings, check_grid
 from .pictures import Pictures
@@ -26,50 +27,6 @@ say. The difference makes the picture clearer. Model: **{model}**"""
 _ABOUT_STEPS = """For every second pass: the picture that the network predicts, how much attention
 each part receives, what is blurred for it, the blurred prediction, and the size of the guidance
 term."""
-_AT_FIRST = """() => {
-  // gradio puts a picture into a button that has no name for screen readers.
-  new MutationObserver(() => {
-    for (const frame of document.querySelectorAll("button:not([aria-label]) > .image-frame")) {
-      const label = frame.closest(".block").querySelector("label").textContent.trim();
-      frame.parentElement.setAttribute("aria-label", label);
-    }
-  }).observe(document.body, {childList: true, subtree: true});
-  // Not gradio's event: that comes before the address is read, too.
-  document.addEventListener("click", (event) => {
-    const tab = event.target.closest("[role=tab]");
-    if (!tab) return;
-    const address = new URL(window.location);
-    address.searchParams.set("tab", tab.id.replace("-button", ""));
-    window.history.replaceState(null, "", address);
-  });
-}"""
-# Once the button is there, and not disabled.
-_DRAW_AT_ONCE = """() => {
-  const name = new URL(window.location).searchParams.get("draw");
-  if (!%s.includes(name)) return;
-  const waiting = setInterval(() => {
-    const start = document.getElementById(`draw-${name}`);
-    if (!start || start.disabled) return;
-    clearInterval(waiting);
-    start.click();
-  }, 20);
-}"""
-_STYLE = """
-footer {display: none !important}
-.gradio-container {max-width: 1200px !important; margin: 0 auto !important}
-/* for screen readers only */
-.picture label {clip-path: inset(50%)}
-/* the contrast that WCAG asks for */
-.min_value, .max_value {color: var(--body-text-color) !important}
-.info-text {color: var(--block-title-text-color) !important}
-button[role=tab].selected {color: #b93c05 !important}
-.dark button[role=tab].selected {color: #fb923c !important}
-@media (max-width: 640px) {
-  .gradio-container {padding: 8px !important}
-  /* the button that draws is on the first screen, the other controls below the picture */
-  .drawings {order: -1}
-}
-"""
 
 
 @dataclass(frozen=True)
@@ -119,7 +76,7 @@ def build_page(model: LoadedPipeline, limits: Limits | None = None) -> Page:
     )
     launch_settings: dict[str, Any] = {
         "theme": theme,
-        "css": _STYLE,
+        "css": STYLE,
         "allowed_paths": [],
         "share": False,
         "enable_monitoring": False,
@@ -158,7 +115,7 @@ class _Builder:
         self.controls.add_tips()
         for name, event in self.drawn.items():
             self.controls.write_address(event, name)
-        app.load(None, js=_AT_FIRST, api_visibility="private")
+        app.load(None, js=AT_FIRST, api_visibility="private")
         # Not before: a quick visitor would draw with other settings than the address gives.
         opened = app.load(
             self._open,
@@ -168,7 +125,7 @@ class _Builder:
             ],
             queue=False, show_progress="hidden", api_visibility="private",
         )  # fmt: skip
-        opened.then(None, js=_DRAW_AT_ONCE % json.dumps([*self.starts]), api_visibility="private")
+        opened.then(None, js=DRAW_AT_ONCE % json.dumps([*self.starts]), api_visibility="private")
 
     def _open(self, request: gr.Request) -> list[Any]:
         """The settings of the page's address, and the buttons that draw with them.

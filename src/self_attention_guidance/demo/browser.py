@@ -1,0 +1,46 @@
+"""What the visitor's browser gets beside the page: its style, and scripts."""
+
+AT_FIRST = """() => {
+  // gradio puts a picture into a button that has no name for screen readers.
+  new MutationObserver(() => {
+    for (const frame of document.querySelectorAll("button:not([aria-label]) > .image-frame")) {
+      const label = frame.closest(".block").querySelector("label").textContent.trim();
+      frame.parentElement.setAttribute("aria-label", label);
+    }
+  }).observe(document.body, {childList: true, subtree: true});
+  // Not gradio's event: that comes before the address is read, too.
+  document.addEventListener("click", (event) => {
+    const tab = event.target.closest("[role=tab]");
+    if (!tab) return;
+    const address = new URL(window.location);
+    address.searchParams.set("tab", tab.id.replace("-button", ""));
+    window.history.replaceState(null, "", address);
+  });
+}"""
+# Once the button is there, and not disabled.
+DRAW_AT_ONCE = """() => {
+  const name = new URL(window.location).searchParams.get("draw");
+  if (!%s.includes(name)) return;
+  const waiting = setInterval(() => {
+    const start = document.getElementById(`draw-${name}`);
+    if (!start || start.disabled) return;
+    clearInterval(waiting);
+    start.click();
+  }, 20);
+}"""
+STYLE = """
+footer {display: none !important}
+.gradio-container {max-width: 1200px !important; margin: 0 auto !important}
+/* for screen readers only */
+.picture label {clip-path: inset(50%)}
+/* the contrast that WCAG asks for */
+.min_value, .max_value {color: var(--body-text-color) !important}
+.info-text {color: var(--block-title-text-color) !important}
+button[role=tab].selected {color: #b93c05 !important}
+.dark button[role=tab].selected {color: #fb923c !important}
+@media (max-width: 640px) {
+  .gradio-container {padding: 8px !important}
+  /* the button that draws is on the first screen, the other controls below the picture */
+  .drawings {order: -1}
+}
+"""
