@@ -109,6 +109,8 @@ def test_what_failed_is_tried_again_if_wished_or_mended(tmp_path: Path) -> None:
 def test_pictures_of_other_rows_or_models_are_not_mixed(tmp_path: Path) -> None:
     job(listed(tmp_path / "a.jsonl", ["a", "b"]), tmp_path / "out").run()
     before = rows_of(tmp_path / "out")
+    start = str(tmp_path / "a.png")
+    Image.new("RGB", (8, 8)).save(start)
     for other, told in (
         ("other", "prompt='b', not 'other'"),
         ({"prompt": "b", "steps": 6}, "steps=5, not 6"),
@@ -117,8 +119,9 @@ def test_pictures_of_other_rows_or_models_are_not_mixed(tmp_path: Path) -> None:
             r"seed=0, not 2; guidance_scale=7\.5, no",
         ),
         ({"prompt": "b", "sag_scale": 2}, r"sag_scale=0\.0, not 2\.0"),
-        ({"prompt": "b", "image": "a.png"}, "start_image=None, not 'a.png'"),
-        ({"prompt": "b", "image": "a.png", "strength": 0.5}, r"start_.*; strength=None, not 0\.5"),
+        ({"prompt": "b", "image": start}, "start_image=None, not '.*a.png'"),
+        ({"prompt": "b", "image": start, "strength": 0.5}, r"start_.*; strength=None, not 0\.5"),
+        ({"prompt": "b", "image": "no.png"}, "other cells, and image='no.png' does not exist"),
         ({"prompt": "b", "seed": -1}, "other cells, and seed=-1 must be"),
     ):
         with pytest.raises(ValueError, match=rf"row 1 \(from 0\) was drawn with {told}"):
