@@ -1,10 +1,8 @@
-"""The quality study: what it draws, keeps and writes, on the builtin models with few steps."""
+"""The quality study: what it searches, draws, keeps and writes, on the builtin models."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,19 +15,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bfloat16
 import drawing
-import plots
+import methods
 import report
 import results
 import study
-from controls import RandomMaskGuidance
-from points import MODELS, UNGUIDED, Point, points
+from drawing import FIRST_REPORTED, Drawn, drawn
+from judging import QUESTIONS, critic, held_out
+from methods import BUDGETS, Point, Trial, candidates, points, search
 from results import Result
-from self_attention_guidance import BlurGuidance, SelfAttentionGuidance
-from self_attention_guidance.evaluate import estimate
-from self_attention_guidance.models.builtin import builtin_folder, recommended_settings
+from self_attention_guidance import (
+    BlurGuidance,
+    Guidance,
+    PerturbedAttentionGuidance,
+    SelfAttentionGuidance,
+)
+from settings import Setting, fitting
+from tasks import TASKS, asked_with, pairs_of, reference
 from tiny_pixels import one_thread
 
-EXACT = {name: model.exact for name, model in MODELS.items()}
+ADM, TEXT = TASKS["adm"], TASKS["text"]
+SAG = SelfAttentionGuidance(2.0, start=0.1, layer="mid")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -45,70 +50,149 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def point(model: str = "emoji-adm", guidance: Any = None, **arguments: Any) -> Point:
-    chosen = EXACT[model] if guidance is None else guidance
-    return Point(model, "a group", "a label", chosen, **{"steps": 3, **arguments})
-
-
-def invented(seed: int, shift: float = 0.0, scale: float = 1.0) -> Result:
-    """Figures of a point that share their noise with those of the same seed."""
+def invented(seed: int, shift: float = 0.0, task: str = "adm", **setting: Any) -> Result:
+    """Figures that share their noise with those of the same seed."""
     noise = torch.randn(101, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    values = dict.fromkeys(results.KEYS, 10 + shift + noise)
-    return Result(point().description(), 2000, scale, 25.0, None, values)
+    keys = ("frechet_distance", "precision", "recall", "saturation", *QUESTIONS)
+    values = dict.fromkeys(keys, 10 + shift + noise)
+    return Result(TASKS[task].description(), Setting(**setting), 256, values)
 
 
-def test_every_point_has_a_name_and_settings_of_its_own() -> None:
-    known = points()
-    assert len({p.name for p in known}) == len(known)
-    assert len({(json.dumps(p.description()), p.times) for p in known}) == len(known)
-    assert {p.model for p in known} == set(MODELS)
+# What is searched
 
 
-def test_every_point_can_be_compared_with_an_unguided_one() -> None:
-    known = [(p, invented(0)) for p in points()]
-    # It is there to be compared with what the model recommends.
-    but = ["emoji/recommended-exact"]
-    assert [p.name for p, _ in known if report.unguided(known, p) is None] == but
+def test_every_point_has_a_name_of_its_own() -> None:
+    names = [point.name for point in points()]
+    assert len(set(names)) == len(names)
+    assert {point.task for point in points()} == set(TASKS)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_the_shipped_settings_are_those_of_the_study(name: str) -> None:
-    shipped, model = recommended_settings(builtin_folder(name)), MODELS[name]
-    assert shipped.make_guidance() == model.recommended
-    assert shipped.make_fast_guidance() == model.fast
-    assert shipped.num_inference_steps == model.recommended_steps
+@pytest.mark.parametrize("budget", ["every", "cheap"])
+def test_every_method_is_searched_with_as_many_candidates_within_the_budget(
+    budget: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What a unit of scale is worth is measured by a test of its own.
+    monkeypatch.setattr(methods, "size_of_term", lambda task, guidance, cfg: 0.5)
+    for task in TASKS.values():
+        most = BUDGETS[budget].of[task.has_cfg]
+        for point in points():
+            if (point.task, point.budget, point.dtype) != (task.name, budget, "bfloat16"):
+                continue
+            found = candidates(task, point.method, BUDGETS[budget])
+            if point.method == "none" and not task.has_cfg:
+                assert len(found) == 1
+                continue
+            assert len(set(found)) == methods.CANDIDATES
+            assert found == candidates(task, point.method, BUDGETS[budget])
+            assert all(most - 4 < setting.evaluations <= most for setting in found)
+            assert all(g.start >= task.earliest for s in found for g in s.guidance)
 
 
-def test_a_random_mask_blurs_as_much_elsewhere_and_does_not_depend_on_the_batch() -> None:
-    attention = torch.rand(4, 8, 8, generator=torch.Generator().manual_seed(0)) * 2
-    true, shuffled = SelfAttentionGuidance().mask(attention), RandomMaskGuidance().mask(attention)
-    assert torch.equal(true.sum((1, 2)), shuffled.sum((1, 2)))
-    assert 0.3 < (true == shuffled).float().mean() < 0.7
-    assert torch.equal(RandomMaskGuidance().mask(attention[2:3])[0], shuffled[2])
+def test_scales_are_searched_by_the_size_of_the_term() -> None:
+    """Twice the scale is a term twice as large, and the size at scale 1 is what it says."""
+    small = dataclasses.replace(SAG, scale=0.3)
+    assert drawing.size_of_term(ADM, SAG, 1.0) == pytest.approx(
+        drawing.size_of_term(ADM, small, 1.0), rel=1e-3
+    )
+    other = PerturbedAttentionGuidance(1.0, start=0.1)
+    assert drawing.size_of_term(ADM, other, 1.0) < 0.5 * drawing.size_of_term(ADM, SAG, 1.0)
+
+
+def test_the_search_gives_more_samples_to_what_is_better() -> None:
+    asked: list[tuple[int, int]] = []
+
+    def distance(setting: Setting, count: int) -> float:
+        asked.append((setting.steps, count))
+        return abs(setting.steps - 7)
+
+    found = search([Setting((), steps) for steps in range(1, 13)], distance)
+    assert found[0].setting.steps == 7
+    assert {steps for steps, count in asked if count == 64} <= {6, 7, 8, 5, 9}
+    assert [len(trial.distances) for trial in found] == [2] * 3 + [1] * 9
+
+
+def test_captions_and_seeds_of_the_search_are_not_reported() -> None:
+    searched, reported = pairs_of(is_search=True), pairs_of(is_search=False)
+    named = [{(p.label, p.style) for p in part.pictures} for part in (searched, reported)]
+    assert not named[0] & named[1]
+    assert len(named[0] | named[1]) == len(held_out().pictures)
+    assert methods.ROUNDS[-1][1] < FIRST_REPORTED
+
+
+def test_a_budget_is_spent_on_as_many_steps_as_it_allows() -> None:
+    assert fitting((), 1.0, 50).steps == 50
+    assert fitting((), 3.0, 75).steps == 37
+    assert fitting((SelfAttentionGuidance(1.0),), 3.0, 75).steps == 25
+    assert fitting((SelfAttentionGuidance(1.0, start=0.5),), 1.0, 30).steps == 20
+
+
+# What is drawn
 
 
 @pytest.mark.parametrize(
-    ("guidance", "rows"),
-    [
-        (SelfAttentionGuidance(0.0), 3),
-        (dataclasses.replace(EXACT["emoji-adm"], start=0.0), 6),
-        (dataclasses.replace(EXACT["emoji-adm"], start=0.0, every=2), 5),
-        (EXACT["emoji-adm"], 5),
-    ],
+    "guidance",
+    [(), (SAG,), (dataclasses.replace(SAG, every=2),), (SAG, PerturbedAttentionGuidance(1.0))],
 )
-def test_rows_of_a_sample_are_counted(guidance: SelfAttentionGuidance, rows: int) -> None:
-    drawn = drawing.draw(point(guidance=guidance), guidance, range(2))
-    assert drawn.rows == 2 * rows
-    assert drawn.features.shape == (2, 64)
-    assert drawn.term_squares[1] == rows - 3
+def test_samples_cost_what_was_planned(guidance: tuple[Guidance, ...], tmp_path: Path) -> None:
+    """Drawing counts the network's evaluations, and raises where the plan says otherwise."""
+    setting = Setting(guidance, 3)
+    found = drawn(ADM, setting, range(2), tmp_path)
+    assert found.features.shape == (2, 64)
+    assert found.right.shape == (2, 0)
+    assert 0 < float(found.saturation.min()) <= float(found.saturation.max()) < 1
 
 
-def test_a_sample_depends_on_its_seed_alone() -> None:
+def test_a_plan_that_is_wrong_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Setting, "evaluations", 4)
+    with pytest.raises(RuntimeError, match="6 evaluations, where 8 were expected"):
+        drawn(ADM, Setting((), 3), range(2), tmp_path)
+
+
+def test_captions_are_asked_for_and_judged(tmp_path: Path) -> None:
+    found = drawn(TEXT, Setting((BlurGuidance(0.5),), 4, 3.0), range(4), tmp_path)
+    assert found.right.shape == (4, len(QUESTIONS))
+    other = drawn(TEXT, Setting((BlurGuidance(0.5),), 4, 3.0), range(4, 8), tmp_path)
+    assert not torch.equal(found.features, other.features)
+    pairs, backgrounds = asked_with(range(4), is_search=True)
+    assert len(set(pairs.captions(backgrounds))) == 4
+
+
+def test_the_judge_knows_the_held_out_pictures() -> None:
+    pairs = held_out().part(list(range(0, 600, 6)))
+    backgrounds = torch.arange(100) % 11
+    right = critic().right(pairs.shown(backgrounds), pairs.pictures, backgrounds).float().mean(0)
+    assert right[QUESTIONS.index("background")] > 0.98
+    assert right[QUESTIONS.index("style")] > 0.85
+    assert right[QUESTIONS.index("thing_top5")] > 0.8
+    wrong = critic().right(pairs.shown(backgrounds), pairs.pictures, (backgrounds + 1) % 11)
+    assert float(wrong[:, QUESTIONS.index("background")].float().mean()) < 0.05
+
+
+def test_a_sample_depends_on_its_seed_alone(tmp_path: Path) -> None:
     """The batches are as large, as kernels round otherwise when there are more pictures."""
-    one = drawing.draw(point(), EXACT["emoji-adm"], [5, 6])
-    other = drawing.draw(point(), EXACT["emoji-adm"], [7, 6])
-    assert torch.equal(one.features[1], other.features[1])
+    setting = Setting((SAG,), 3)
+    one = drawn(ADM, setting, range(5, 7), tmp_path)
+    other = drawn(ADM, setting, range(6, 8), tmp_path)
+    assert torch.equal(one.features[1], other.features[0])
     assert not torch.equal(one.features[0], other.features[0])
+
+
+def test_what_was_drawn_is_not_drawn_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = Setting((), 2)
+    first = drawn(ADM, setting, range(2), tmp_path)
+    asked: list[Setting] = []
+    real = drawing._draw
+
+    def noted(task: Any, setting: Setting, seeds: range) -> Drawn:
+        asked.append(setting)
+        return real(task, setting, seeds)
+
+    monkeypatch.setattr(drawing, "_draw", noted)
+    assert torch.equal(drawn(ADM, setting, range(2), tmp_path).features, first.features)
+    assert asked == []
+    drawn(ADM, Setting((SAG,), 2), range(2), tmp_path)
+    drawn(TASKS["adm-class"], setting, range(2), tmp_path)
+    assert len(asked) == 2
 
 
 PRODUCTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -150,132 +234,103 @@ def test_without_instructions_for_bfloat16_products_are_rounded_ones_of_float32(
     assert torch.equal(untouched, x.double() @ x.double())
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("control", [RandomMaskGuidance, BlurGuidance])
-def test_controls_of_equal_strength_have_a_term_as_large(
-    model: str, control: Any, monkeypatch: pytest.MonkeyPatch
+# What is kept and written
+
+
+def test_figures_of_real_samples(tmp_path: Path) -> None:
+    """Held-out pictures are their own reference; what is drawn in three steps is far from it."""
+    features = reference("adm", is_search=False)
+    same = results.measured(
+        ADM, Setting(), Drawn(features, torch.zeros(len(features), 0), torch.ones(len(features)))
+    )
+    assert same.estimate("frechet_distance").value < 1e-3
+    assert same.estimate("precision").value == 1
+    poor = results.measured(ADM, Setting(), drawn(ADM, Setting((), 3), range(12), tmp_path))
+    assert poor.estimate("frechet_distance").value > 20
+    assert poor.count == 12
+
+
+def test_shares_of_right_answers_are_those_of_the_samples() -> None:
+    right = torch.zeros(40, len(QUESTIONS), dtype=torch.bool)
+    right[:10, 0] = True
+    features = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
+    found = results.measured(TEXT, Setting(), Drawn(features, right, torch.full((40,), 0.3)))
+    assert found.estimate("thing").value == pytest.approx(0.25)
+    assert found.estimate("style").value == 0
+    assert found.estimate("saturation").value == pytest.approx(0.3)
+
+
+def test_results_are_kept_until_weights_or_samples_change(
+    kept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(drawing, "MATCHING_SEEDS", range(4))
-    exact = EXACT[model]
-    settings = {"blur_sigma": exact.blur_sigma, "start": exact.start}
-    if control is RandomMaskGuidance:
-        settings["layer"] = exact.layer
-    chosen = point(model, control(1.0, **settings), like=exact)
-    found = drawing.matched(chosen)
-    wanted = drawing.term_size(chosen, exact)
-    assert drawing.term_size(chosen, found) == pytest.approx(wanted, rel=0.05)
-    assert drawing.term_size(chosen, chosen.guidance) != pytest.approx(wanted, rel=0.05)
-
-
-def test_a_term_that_no_scale_gives_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drawing, "MATCHING_SEEDS", range(1))
-    monkeypatch.setattr(drawing, "_MOST_CORRECTIONS", 1)
-    chosen = point(guidance=BlurGuidance(0.01), like=EXACT["emoji-adm"])
-    with pytest.raises(RuntimeError, match="no scale gives a term"):
-        drawing.matched(chosen)
-
-
-def test_results_are_kept_until_settings_or_samples_change(kept: Path) -> None:
-    first = point()
-    assert results.read(first) is None
-    result = dataclasses.replace(invented(0), description=first.description())
-    results.write(first, result)
-    found = results.read(first, 2000)
+    result = invented(0, guidance=(SAG, PerturbedAttentionGuidance(1.0, layers="mid")), steps=18)
+    results.write("adm/every/sag", result)
+    found = results.read("adm/every/sag", ADM, 256)
     assert found is not None
-    assert found.rows == result.rows
+    assert found.setting == result.setting
     torch.testing.assert_close(found.values, result.values, atol=1e-4, rtol=0)
-    assert results.read(first, 1000) is None
-    assert results.read(dataclasses.replace(first, steps=4)) is None
+    assert results.read("adm/every/sag", ADM, 512) is None
+    trials = [Trial(result.setting, {32: 4.5, 64: 3.25}), Trial(Setting(), {32: 5.0})]
+    results.write_trials("adm/every/sag", ADM, trials)
+    assert results.read_trials("adm/every/sag", ADM) == trials
+    monkeypatch.setattr("tasks._digest_of_weights", lambda model: "others")
+    assert results.read("adm/every/sag", ADM) is None
+    assert results.read_trials("adm/every/sag", ADM) is None
 
 
-def test_an_interrupted_point_goes_on_where_it_was(kept: Path) -> None:
-    options = argparse.Namespace(work=kept / "work", count=4)
-    chosen = point(steps=2)
-    jobs = study.jobs_of(chosen, options, 1.0)
-    path = study.run(jobs[0])
-    drawn = path.read_bytes()
-    path.write_bytes(b"kept")
-    assert study.run(study.jobs_of(chosen, options, 1.0)[0]).read_bytes() == b"kept"
-    again = study.jobs_of(dataclasses.replace(chosen, steps=3), options, 1.0)[0]
-    assert study.run(again).read_bytes() not in (b"kept", drawn)
+def test_a_point_is_searched_measured_and_kept(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole way, with few steps and samples; a second run draws nothing."""
+    few = methods.Budget("every", "few", {False: 4, True: 6})
+    monkeypatch.setitem(BUDGETS, "every", few)
+    monkeypatch.setattr(methods, "CANDIDATES", 3)
+    monkeypatch.setattr(methods, "ROUNDS", ((3, 4), (2, 8)))
+    point = Point("adm", "every", "pag")
+    study.measure(point, 8, kept / "work")
+    found = results.read(point.name, ADM, 8)
+    trials = results.read_trials(point.name, ADM)
+    assert found is not None
+    assert trials is not None
+    assert found.setting == trials[0].setting
+    assert sorted(len(trial.distances) for trial in trials) == [1, 2, 2]
+    monkeypatch.setattr(drawing, "_draw", lambda *_: pytest.fail("drawn again"))
+    study.measure(point, 8, kept / "work")
 
 
-def test_more_samples_begin_with_the_seeds_of_other_points(kept: Path) -> None:
-    options = argparse.Namespace(work=kept / "work", count=100)
-    once, more = (study.jobs_of(point(times=times), options, 1.0) for times in (1, 3))
-    assert sum(len(job.seeds) for job in more) == 300
-    assert [job.seeds for job in more[: len(once)]] == [job.seeds for job in once]
-
-
-def test_a_point_of_more_samples_is_compared_with_one_of_as_many() -> None:
-    known = [(point(guidance=UNGUIDED, times=times), invented(times)) for times in (1, 3)]
-    assert report.unguided(known, point(times=3)) is known[1][1]
-
-
-def test_plots_show_no_point_twice(tmp_path: Path) -> None:
-    """A point that was measured again with more samples stays out of them."""
-    known = [(p, invented(number)) for number, p in enumerate(points())]
-    for name, chosen in (("all", known), ("once", [m for m in known if m[0].times == 1])):
-        (tmp_path / name).mkdir()
-        plots.write(chosen, tmp_path / name)
-    for name in ("frontier.png", "scales.png"):
-        drawn = [(tmp_path / kind / name).read_bytes() for kind in ("all", "once")]
-        assert drawn[0] == drawn[1]
-
-
-def test_figures_of_real_samples() -> None:
-    """As they are, the reference's pictures are perfect; drawn in three steps, nothing is."""
-    drawn = drawing.draw(point(), EXACT["emoji-adm"], range(12))
-    found = results.measured(point(), 1.0, [drawn])
-    assert found.count == 12
-    assert found.rows == 5
-    assert found.estimate("frechet_distance").value > 20
-    assert found.term_size is not None
-    assert found.term_size > 0
-
-
-def test_differences_are_paired() -> None:
-    """Two points that share their noise differ by much less than each of them is uncertain."""
-    one, other = invented(0), invented(0, shift=0.5)
-    gain = other.gain("kid", one)
-    assert gain.value == pytest.approx(0.5)
+def test_differences_are_paired_and_ranks_have_ties() -> None:
+    """Rows that share their noise differ by much less than each of them is uncertain."""
+    rows = [
+        report.Row(Point("adm", "every", method), invented(seed, shift))
+        for method, seed, shift in (("pag", 0, -3.0), ("sag", 1, -2.9), ("none", 0, 0.0))
+    ]
+    assert [report.rank(row, rows) for row in rows] == [1, 1, 2]
+    gain = rows[0].result.gain("frechet_distance", rows[2].result)
+    assert gain.value == pytest.approx(-3)
     assert gain.high is not None
     assert gain.high - gain.value < 1e-6
-    alone = estimate(one.values["kid"], 0)
-    assert alone.high is not None
-    assert alone.high - alone.value > 1
-
-
-def test_a_table_tells_what_changed_and_whether_chance_explains_it() -> None:
-    plain = point(guidance=SelfAttentionGuidance(0.0))
-    better, same = point(), point(guidance=SelfAttentionGuidance(0.1))
-    rows = list(
-        report.table(
-            [(plain, invented(0)), (better, invented(0, -3)), (same, invented(1))], "a group"
-        )
-    )
-    assert len(rows) == 5
-    assert "**-3.00 [-3.00, -3.00]**" in rows[3]
-    assert "**" not in rows[4]
 
 
 def test_pages_keep_their_text_and_get_the_tables(
     kept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (kept / "docs" / "images").mkdir(parents=True)
-    (kept / "page.md").write_text("before\n<!-- study: scale -->\nold\n<!-- end -->\nafter\n")
+    page = kept / "page.md"
+    blocks = ("answers every", "table text every", "settings text every", "table plain every")
+    page.write_text(
+        "before\n" + "".join(f"<!-- study: {b} -->\nold\n<!-- end -->\n" for b in blocks)
+    )
     monkeypatch.setattr(report, "ROOT", kept)
     monkeypatch.setattr(report, "PAGES", ("page.md",))
-    for chosen in points():
-        result = dataclasses.replace(invented(0), description=chosen.description())
-        results.write(chosen, result)
+    for method, shift in (("none", 0.0), ("pag", -3.0), ("sag", 0.0)):
+        guidance = () if method == "none" else (Guidance.from_dict({"method": method}),)
+        result = invented(0 if method != "sag" else 1, shift, "text", guidance=guidance, cfg=2.5)
+        results.write(f"text/every/{method}", result)
     report.write_report()
-    first = (kept / "page.md").read_text()
-    assert first.startswith("before\n<!-- study: scale -->\n\n| Model |")
-    assert first.endswith("<!-- end -->\nafter\n")
+    first = page.read_text()
+    assert first.startswith("before\n<!-- study: answers every -->\n\n| Model |")
     assert "old" not in first
-    assert "scale 0.75" in first
-    for name in ("frontier", "scales"):
-        assert (kept / "docs" / "images" / f"{name}.png").stat().st_size > 10_000
+    assert "| 1 | PAG | 25 | 75 |" in first
+    assert "**-3.00 [-3.00, -3.00]**" in first
+    assert "- PAG: `--steps 25 --guidance pag:scale=3 --guidance-scale 2.5`" in first
+    assert first.count("Not measured yet.") == 1
+    assert (kept / "docs" / "images" / "quality-text.png").stat().st_size > 10_000
     report.write_report()
-    assert (kept / "page.md").read_text() == first
+    assert page.read_text() == first

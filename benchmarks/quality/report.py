@@ -6,118 +6,219 @@ A page holds `<!-- study: NAME -->` and `<!-- end -->`; what stands between is r
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import plots
 import results
-from points import Point, points
+from judging import QUESTIONS
+from methods import BUDGETS, Point, points
 from results import Result
+from self_attention_guidance import Guidance
 from self_attention_guidance.evaluate import Estimate
+from settings import Setting
+from tasks import TASKS, Task
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("README.md", "docs/quality.md", "docs/what-did-not-work.md")
+PAGES = ("docs/quality.md", "docs/quality-trials.md")
 _BLOCK = re.compile(r"(<!-- study: ([\w -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_TITLES = {
+    "none": "no guidance",
+    "blur": "blur",
+    "sag": "SAG",
+    "pag": "PAG",
+    "seg": "SEG",
+    "slg": "SLG",
+    "tpg": "TPG",
+    "sag+pag": "SAG + PAG",
+    "sag-fast": "SAG, fast",
+    "pag-fast": "PAG, fast",
+    "tpg-fast": "TPG, fast",
+}
+_QUESTION_TITLES = dict(zip(QUESTIONS, ("thing", "thing of 5", "style", "background"), strict=True))
 
-Measured = tuple[Point, Result]
+
+@dataclass(frozen=True)
+class Row:
+    """A point that was measured, among those of its task and budget."""
+
+    point: Point
+    result: Result
+
+    @property
+    def title(self) -> str:
+        """The method as tables name it."""
+        title = _TITLES[self.point.method]
+        is_tuned = self.point.method == "none" and TASKS[self.point.task].has_cfg
+        return "CFG alone" if is_tuned else title
+
+    def is_better_than(self, other: Row) -> bool:
+        """Whether the distance is lower by more than chance explains."""
+        high = self.result.gain("frechet_distance", other.result).high
+        return high is not None and high < 0
+
+
+def rows_of(task: str, budget: str, dtype: str = "bfloat16") -> list[Row]:
+    """What was measured at a task and budget, the lowest distance first."""
+    wanted = [p for p in points() if (p.task, p.budget, p.dtype) == (task, budget, dtype)]
+    found = [(point, results.read(point.name, TASKS[task])) for point in wanted]
+    rows = [Row(point, result) for point, result in found if result is not None]
+    counts = {row.result.count for row in rows}
+    # Only results of as many samples have the same halves.
+    rows = [row for row in rows if row.result.count == max(counts)]
+    return sorted(rows, key=lambda row: row.result.estimate("frechet_distance").value)
+
+
+def rank(row: Row, rows: list[Row]) -> int:
+    """One more than the number of rows that are better by more than chance explains."""
+    return 1 + sum(other.is_better_than(row) for other in rows)
 
 
 def write_report() -> None:
     """Write all tables and plots from what was measured so far."""
-    found = [(point, results.read(point)) for point in points()]
-    measured = [(point, result) for point, result in found if result is not None]
     for page in PAGES:
         path = ROOT / page
         text = path.read_text(encoding="utf-8")
-        text = _BLOCK.sub(lambda block: _filled(block, measured), text)
-        path.write_text(text, encoding="utf-8")
-    plots.write(measured, ROOT / "docs" / "images")
+        path.write_text(_BLOCK.sub(_filled, text), encoding="utf-8")
+    for name, task in TASKS.items():
+        budgets = [(budget, rows_of(name, budget)) for budget in BUDGETS]
+        if budgets[0][1]:
+            plots.draw_frontier(
+                task.title, budgets, ROOT / "docs" / "images" / f"quality-{name}.png"
+            )
 
 
-def _filled(block: re.Match[str], measured: Sequence[Measured]) -> str:
-    group = block[2]
-    lines = summary(measured) if group == "summary" else table(measured, group)
-    if not any(point.group == group for point, _ in measured) and group != "summary":
-        lines = ["Not measured yet."]
-    return block[1] + "\n" + "\n".join(lines) + "\n\n" + block[3]
+def _filled(block: re.Match[str]) -> str:
+    kind, _, name = block[2].partition(" ")
+    kinds = {
+        "answers": answers,
+        "table": table,
+        "settings": settings,
+        "trials": trials,
+        "float32": float32,
+    }
+    found = list(kinds[kind](name))
+    return block[1] + "\n" + "\n".join(found or ["Not measured yet."]) + "\n\n" + block[3]
 
 
-def table(measured: Sequence[Measured], group: str) -> Iterator[str]:
-    """A Markdown table of the points of one group, each against its unguided point."""
-    yield (
-        "| Model | Guidance | Scale | Steps | Rows | Size of the term | Fréchet distance ↓ "
-        "| against unguided | precision ↑ | against unguided | recall ↑ | pictures |"
-    )
-    yield "| --- | --- | ---: | ---: | ---: | ---: | --- | --- | --- | --- | --- | ---: |"
-    for point, result in measured:
-        if point.group == group:
-            other = unguided(measured, point)
-            yield _row(point, result, None if other is result else other)
+def answers(budget: str) -> Iterator[str]:
+    """For each task, the best setting at a budget, and what it gains."""
+    lines = [_answer(task, rows_of(name, budget)) for name, task in TASKS.items()]
+    if any(lines):
+        yield "| Model | best | also in rank 1 | Fréchet distance ↓ | without guidance | settings |"
+        yield "| --- | --- | --- | --- | --- | --- |"
+        yield from filter(None, lines)
 
 
-def _row(point: Point, result: Result, other: Result | None) -> str:
-    size = "" if result.term_size is None else f"{result.term_size:.3f}"
-    changes = [
-        "" if other is None else signed(result.gain(key, other), digits)
-        for key, digits in (("frechet_distance", 2), ("precision", 3))
-    ]
+def _answer(task: Task, rows: list[Row]) -> str:
+    if len(rows) < 2:
+        return ""
+    best = rows[0]
+    equals = [row.title for row in rows[1:] if rank(row, rows) == 1]
+    (without,) = [row for row in rows if row.point.method == "none"]
     cells = [
-        point.model,
-        point.label,
-        f"{result.scale:g}",
-        str(point.steps),
-        f"{result.rows:g}",
-        size,
-        interval(result.estimate("frechet_distance"), 2),
-        changes[0],
-        interval(result.estimate("precision"), 3),
-        changes[1],
-        interval(result.estimate("recall"), 3),
-        str(result.count),
+        task.title,
+        best.title,
+        ", ".join(equals) or "none",
+        interval(best.result.estimate("frechet_distance"), 2),
+        interval(without.result.estimate("frechet_distance"), 2),
+        f"`{as_typed(best.result.setting, task)}`",
     ]
     return f"| {' | '.join(cells)} |"
 
 
-def summary(measured: Sequence[Measured]) -> Iterator[str]:
-    """The table of README: Fréchet distances of unconditional samples."""
-    models = list(dict.fromkeys(point.model for point, _ in measured))
-    names = " | ".join(f"`{model}`" for model in models)
-    yield f"| Fréchet distance ↓ | {names} | network evaluations |"
-    yield f"| --- |{' --- |' * len(models)} ---: |"
-    titles = {
-        "unguided": "no guidance",
-        "exact": "SAG at every step",
-        "fast": "fast preset",
-        "unguided, twice the steps": "no guidance, twice the steps",
-    }
-    for label, title in titles.items():
-        found = {
-            point.model: result
-            for point, result in measured
-            if point.group == "headline" and point.label == label
-        }
-        if not found:
+def table(name: str) -> Iterator[str]:
+    """A Markdown table of all methods of a task at a budget, as "adm every"."""
+    task, budget = name.split()
+    rows = rows_of(task, budget)
+    has_captions = TASKS[task].has_captions
+    if not rows:
+        return
+    columns = ["rank", "method", "steps", "evaluations", "Fréchet distance ↓"]
+    columns += ["against no guidance", "precision ↑", "recall ↑", "saturation"]
+    columns += list(_QUESTION_TITLES.values()) if has_captions else []
+    yield f"| {' | '.join(columns)} |"
+    yield f"|{' --- |' * len(columns)}"
+    without = next((row for row in rows if row.point.method == "none"), None)
+    for row in rows:
+        yield _row(row, rows, without, has_captions)
+
+
+def _row(row: Row, rows: list[Row], without: Row | None, has_captions: bool) -> str:
+    result, setting = row.result, row.result.setting
+    change = ""
+    if without is not None and without is not row:
+        change = signed(result.gain("frechet_distance", without.result), 2)
+    cells = [
+        str(rank(row, rows)),
+        row.title,
+        str(setting.steps),
+        str(setting.evaluations),
+        interval(result.estimate("frechet_distance"), 2),
+        change,
+        interval(result.estimate("precision"), 2),
+        interval(result.estimate("recall"), 2),
+        interval(result.estimate("saturation"), 3),
+    ]
+    if has_captions:
+        cells += [percent(result.estimate(key)) for key in QUESTIONS]
+    return f"| {' | '.join(cells)} |"
+
+
+def settings(name: str) -> Iterator[str]:
+    """What each row of a table was drawn with, as "adm every"."""
+    task, budget = name.split()
+    for row in rows_of(task, budget):
+        yield f"- {row.title}: `{as_typed(row.result.setting, TASKS[task])}`"
+
+
+def trials(name: str) -> Iterator[str]:
+    """What the search tried for a task and budget, as "adm every"."""
+    task, budget = name.split()
+    for point in points():
+        if (point.task, point.budget, point.dtype) != (task, budget, "bfloat16"):
             continue
-        figures = " | ".join(
-            interval(found[model].estimate("frechet_distance"), 1)
-            if model in found
-            else "not measured yet"
-            for model in models
-        )
-        rows = " · ".join(dict.fromkeys(f"{result.rows:g}" for result in found.values()))
-        yield f"| {title} | {figures} | {rows} |"
+        found = results.read_trials(point.name, TASKS[task])
+        for number, trial in enumerate(found or []):
+            if point.method != "none" or TASKS[task].has_cfg:
+                distances = ", ".join(f"{value:.2f}" for value in trial.distances.values())
+                mark = " (chosen)" if number == 0 else ""
+                text = as_typed(trial.setting, TASKS[task])
+                yield f"- {_TITLES[point.method]}: `{text}`, {distances}{mark}"
 
 
-def unguided(measured: Sequence[Measured], point: Point) -> Result | None:
-    """The unguided point that differs from `point` in nothing but guidance."""
-    for other, result in measured:
-        is_same = all(
-            getattr(other, name) == getattr(point, name)
-            for name in ("model", "steps", "scheduler", "conditional", "guidance_scale", "times")
-        )
-        if is_same and other.guidance.scale == 0:
-            return result
-    return None
+def float32(name: str) -> Iterator[str]:
+    """The points that were drawn in both types."""
+    lines: list[str] = []
+    for task in TASKS:
+        usual = {row.point.method: row for row in rows_of(task, "every")}
+        for row in rows_of(task, "every", "float32"):
+            both = (row, usual[row.point.method])
+            cells = [interval(one.result.estimate("frechet_distance"), 2) for one in both]
+            lines.append(f"| {TASKS[task].title} | {row.title} | {cells[0]} | {cells[1]} |")
+    if lines:
+        yield "| Model | method | float32 | bfloat16 |"
+        yield "| --- | --- | --- | --- |"
+        yield from lines
+
+
+def as_typed(setting: Setting, task: Task) -> str:
+    """A setting as the command line takes it."""
+    words = [f"--steps {setting.steps}"]
+    words += [f"--guidance {_text(each)}" for each in setting.guidance]
+    if task.has_cfg:
+        words.append(f"--guidance-scale {setting.cfg:g}")
+    return " ".join(words)
+
+
+def _text(guidance: Guidance) -> str:
+    usual = type(guidance)().to_dict()
+    told = [f"scale={guidance.scale:g}"]
+    for name, value in guidance.to_dict().items():
+        if name not in ("method", "scale") and value != usual[name]:
+            told.append(f"{name}={'+'.join(value) if isinstance(value, list) else value}")
+    return f"{guidance.method}:{','.join(told)}"
 
 
 def interval(found: Estimate, digits: int) -> str:
@@ -125,6 +226,12 @@ def interval(found: Estimate, digits: int) -> str:
     if found.low is None or found.high is None:
         return f"{found.value:.{digits}f}"
     return f"{found.value:.{digits}f} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
+
+
+def percent(found: Estimate) -> str:
+    """A share like "41 % [38, 44]"."""
+    parts = [f"{100 * value:.0f}" for value in (found.value, found.low or 0, found.high or 0)]
+    return f"{parts[0]} % [{parts[1]}, {parts[2]}]"
 
 
 def signed(found: Estimate, digits: int) -> str:

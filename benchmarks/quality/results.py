@@ -1,4 +1,4 @@
-"""The figures of a point, and the file that they are kept in."""
+"""The figures of a setting, what the search tried, and the files that both are kept in."""
 
 from __future__ import annotations
 
@@ -11,117 +11,126 @@ import torch
 from torch import Tensor
 
 from drawing import Drawn
-from points import Point
+from judging import QUESTIONS
+from methods import Trial
 from self_attention_guidance.evaluate import (
     METRICS,
     Estimate,
     FeatureSet,
     LoadedSet,
     estimate,
-    load_encoder,
-    load_set,
-    open_set,
     paired_difference,
     random_halves,
     repeated_values,
 )
 from self_attention_guidance.evaluate.statistics import moments_of
+from settings import Setting
+from tasks import Task, reference
 
-HERE = Path(__file__).parent
-FOLDER = HERE / "results"
-KEYS = ("frechet_distance", "kid", "precision", "recall")
+FOLDER = Path(__file__).parent / "results"
 REPETITIONS = 100
-_DIGITS = {"frechet_distance": 4, "kid": 6, "precision": 5, "recall": 5}
+_FROM_FEATURES = ("frechet_distance", "precision", "recall")
+_LARGEST = {metric.key: metric.most for metric in METRICS}
 
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured at a point.
+    """What was measured of a setting.
 
     Attributes:
-        description: The point's, as JSON.
-        count: Samples.
-        scale: Of the guidance; for points with `like`, the one that was found.
-        rows: Rows of the network for one sample.
-        term_size: Root-mean-square of the guidance term over second passes; `None` if unguided.
+        task: The task's description.
+        setting: How its samples were drawn.
+        count: Samples; sample i of every result has the same seed.
         values: (REPETITIONS + 1,) by figure: on all samples, then on halves, which are the same
-            for all points of as many samples.
+            for all results of as many samples.
     """
 
-    description: dict[str, Any]
+    task: dict[str, Any]
+    setting: Setting
     count: int
-    scale: float
-    rows: float
-    term_size: float | None
     values: dict[str, Tensor]
 
     def estimate(self, key: str) -> Estimate:
         """A figure and its 95 % interval."""
-        metric = next(metric for metric in METRICS if metric.key == key)
-        return estimate(self.values[key], metric.least, metric.most)
+        return estimate(self.values[key], 0.0, _LARGEST.get(key, 1.0))
 
     def gain(self, key: str, other: Result) -> Estimate:
-        """How much larger a figure is than at another point with the same seeds, paired."""
+        """How much larger a figure is than another result's, paired."""
         return paired_difference(self.values[key], other.values[key])
 
 
-def measured(point: Point, scale: float, drawn: list[Drawn]) -> Result:
-    """The figures of all samples of a point, in the order of their seeds."""
-    features = torch.cat([part.features for part in drawn])
-    reference = _reference(point.model)
-    assert reference.features is not None
-    found = FeatureSet("emoji", reference.features.size, features)
-    samples = LoadedSet(Path(point.name), moments_of(features), None, found)
-    halves = random_halves(len(features), REPETITIONS, seed=0)
-    values = repeated_values(samples, reference, halves)
-    squares, passes = (sum(part) for part in zip(*(d.term_squares for d in drawn), strict=True))
-    return Result(
-        description=point.description(),
-        count=len(features),
-        scale=scale,
-        rows=sum(part.rows for part in drawn) / len(features),
-        term_size=(squares / passes) ** 0.5 if passes else None,
-        values={key: values[key] for key in KEYS},
-    )
+def measured(task: Task, setting: Setting, samples: Drawn) -> Result:
+    """The figures of samples of the report."""
+    count = len(samples.features)
+    halves = random_halves(count, REPETITIONS, seed=0)
+    sets = [
+        LoadedSet(Path(task.name), moments_of(rows), None, FeatureSet("emoji", (64, 64), rows))
+        for rows in (samples.features, reference(task.name, is_search=False))
+    ]
+    found = repeated_values(*sets, halves)
+    values = {key: found[key].double() for key in _FROM_FEATURES}
+    columns = {"saturation": samples.saturation.double()}
+    for number in range(samples.right.shape[1]):
+        columns[QUESTIONS[number]] = samples.right[:, number].double()
+    weights = halves.double() / halves.double().sum(1, keepdim=True)
+    values |= {key: weights @ column for key, column in columns.items()}
+    return Result(task.description(), setting, count, values)
 
 
-def path_of(point: Point) -> Path:
-    """The file of a point's figures."""
-    return FOLDER / f"{point.name}.json"
+def write(name: str, result: Result) -> None:
+    """Keep a result under a name such as "adm/every/sag"."""
+    values = {key: [round(v, 5) for v in part.tolist()] for key, part in result.values.items()}
+    told = {**vars(result), "setting": result.setting.to_dict(), "values": values}
+    _write(name, told)
 
 
-def write(point: Point, result: Result) -> None:
-    """Keep the figures of a point."""
-    told = dict(vars(result)) | {
-        "values": {
-            key: [round(value, _DIGITS[key]) for value in values.tolist()]
-            for key, values in result.values.items()
+def read(name: str, task: Task, count: int | None = None) -> Result | None:
+    """A result that was kept; `None` if there is none of these weights and so many samples."""
+    told = _read(name)
+    if told is None or told["task"] != json.loads(json.dumps(task.description())):
+        return None
+    if count not in (None, told["count"]):
+        return None
+    values = {key: torch.tensor(v, dtype=torch.float64) for key, v in told["values"].items()}
+    return Result(told["task"], Setting.from_dict(told["setting"]), told["count"], values)
+
+
+def write_trials(name: str, task: Task, trials: list[Trial]) -> None:
+    """Keep what the search tried, the best first."""
+    told = [
+        {
+            "setting": trial.setting.to_dict(),
+            "evaluations": trial.setting.evaluations,
+            "distances": {str(n): round(value, 4) for n, value in trial.distances.items()},
         }
-    }
-    path = path_of(point)
+        for trial in trials
+    ]
+    _write(f"{name}-trials", {"task": task.description(), "trials": told})
+
+
+def read_trials(name: str, task: Task) -> list[Trial] | None:
+    """What `write_trials` kept; `None` if nothing, or of other weights."""
+    told = _read(f"{name}-trials")
+    if told is None or told["task"] != json.loads(json.dumps(task.description())):
+        return None
+    return [
+        Trial(
+            Setting.from_dict(one["setting"]),
+            {int(count): value for count, value in one["distances"].items()},
+        )
+        for one in told["trials"]
+    ]
+
+
+def _write(name: str, told: dict[str, Any]) -> None:
+    path = FOLDER / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in told.items())
-    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    partial = path.with_suffix(".partial")
+    partial.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    partial.replace(path)
 
 
-def read(point: Point, count: int | None = None) -> Result | None:
-    """The figures of a point; `None` if they are not there, or of other settings or samples.
-
-    Args:
-        point: The point.
-        count: Samples that are wanted; `None` takes any number.
-    """
-    path = path_of(point)
-    if not path.is_file():
-        return None
-    told = json.loads(path.read_text(encoding="utf-8"))
-    values = {key: torch.tensor(v, dtype=torch.float64) for key, v in told["values"].items()}
-    result = Result(**{**told, "values": values})
-    as_written = json.loads(json.dumps(point.description()))
-    is_same = result.description == as_written and count in (None, result.count)
-    return result if is_same else None
-
-
-def _reference(model: str) -> LoadedSet:
-    path = HERE / "references" / f"{model}.npz"
-    return load_set(open_set(path), load_encoder("emoji"), batch_size=64)
+def _read(name: str) -> dict[str, Any] | None:
+    path = FOLDER / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

@@ -1,126 +1,86 @@
-"""Measure how much guidance helps the builtin models, and write the table and plots of docs.
+"""Measure which guidance helps the builtin models, at equal cost, and write the page.
 
-    python benchmarks/quality/study.py [--count 2000] [--only headline controls] [--models emoji]
+    python benchmarks/quality/study.py [--tasks adm text] [--methods sag pag] [--count 256]
     python benchmarks/quality/study.py --report
 
-Points that are in `results/` with the same settings are not measured again, and an interrupted
-point goes on where it was. Sample i of every point has the same seed.
+For each task, budget and method, settings are searched on some seeds and captions; the best of
+them draws others, which are what is reported. What is in `results/` is not measured again, and an
+interrupted search goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
-from typing import cast
 
 import torch
 from tqdm import tqdm
 
 import results
-from drawing import FIRST_SEED, Drawn, draw, matched
-from points import MODELS, Point, points
+from drawing import FIRST_REPORTED, drawn
+from methods import BUDGETS, Point, Trial, candidates, points, search
 from report import write_report
-from self_attention_guidance.batch.workers import Crew, Lost, distribute
-
-HERE = Path(__file__).parent
-CHUNK = 50
-
-
-@dataclass(frozen=True)
-class Job:
-    """Some samples of a point.
-
-    Attributes:
-        point: The point.
-        scale: Of its guidance.
-        seeds: Of the samples.
-        path: Where they are kept until the point is complete.
-    """
-
-    point: Point
-    scale: float
-    seeds: range
-    path: Path
+from self_attention_guidance.evaluate.statistics import frechet_distance, moments_of
+from settings import Setting
+from tasks import TASKS, Task, reference
 
 
-def run(job: Job) -> Path:
-    """Draw the samples of a job, unless they are there."""
-    if not job.path.is_file():
-        guidance = dataclasses.replace(job.point.guidance, scale=job.scale)
-        drawn = draw(job.point, guidance, job.seeds)
-        partial = job.path.with_suffix(".partial")
-        torch.save(vars(drawn), partial)
-        os.replace(partial, job.path)
-    return job.path
+def measure(point: Point, count: int, work: Path) -> None:
+    """Search a point's setting and measure it, as far as that was not done."""
+    torch.set_num_threads(1)
+    task = TASKS[point.task]
+    setting = point.setting_of(_trials(point.searched, work)[0].setting)
+    samples = drawn(task, setting, range(FIRST_REPORTED, FIRST_REPORTED + count), work)
+    results.write(point.name, results.measured(task, setting, samples))
 
 
-def jobs_of(point: Point, options: argparse.Namespace, scale: float) -> list[Job]:
-    """The jobs of a point."""
-    settings = json.dumps(point.description(), sort_keys=True)
-    folder: Path = options.work / point.name
-    note = folder / "settings.json"
-    if not note.is_file() or note.read_text(encoding="utf-8") != settings:
-        for old in folder.glob("*"):
-            old.unlink()
-        folder.mkdir(parents=True, exist_ok=True)
-        note.write_text(settings, encoding="utf-8")
-    count = options.count * point.times
-    seeds = range(FIRST_SEED, FIRST_SEED + count)
-    starts = range(0, count, CHUNK)
-    return [
-        Job(point, scale, seeds[start : start + CHUNK], folder / f"{start}.pt") for start in starts
-    ]
+def _trials(point: Point, work: Path) -> list[Trial]:
+    task = TASKS[point.task]
+    trials = results.read_trials(point.name, task)
+    if trials is None:
+        trials = search(
+            candidates(task, point.method, BUDGETS[point.budget]),
+            lambda setting, samples: _distance(task, setting, samples, work),
+        )
+        results.write_trials(point.name, task, trials)
+    return trials
 
 
-def scale_of(point: Point) -> float:
-    """The scale of a point's guidance, searched for if it depends on another point's."""
-    return matched(point).scale
+def _distance(task: Task, setting: Setting, samples: int, work: Path) -> float:
+    """The Fréchet distance of the search's first samples."""
+    features = drawn(task, setting, range(samples), work).features
+    compared = reference(task.name, is_search=True)
+    return frechet_distance(moments_of(features), moments_of(compared))
 
 
-def measure(options: argparse.Namespace, missing: Sequence[Point]) -> Iterator[Point]:
-    """Draw and measure points; yields each when its figures are written."""
-    # Workers on Ray import this folder's modules.
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
-    crew = Crew(workers=options.workers, threads=1)
-    numbers = range(len(missing))
-    searched = distribute(numbers, lambda: lambda number: scale_of(missing[number]), crew)
-    scales = dict(cast("Iterator[tuple[int, float]]", searched))
-    jobs = {number: jobs_of(missing[number], options, scales[number]) for number in numbers}
-    units = [(number, job) for number in numbers for job in jobs[number]]
-    waiting = {number: len(jobs[number]) for number in numbers}
-    with tqdm(total=len(units) * CHUNK, unit=" samples", smoothing=0.02) as bar:
-        for (number, job), done in distribute(units, lambda: lambda unit: run(unit[1]), crew):
-            if isinstance(done, Lost):
-                raise RuntimeError(f"{job.point.name}: {done.reason}")
-            bar.update(CHUNK)
-            waiting[number] -= 1
-            if waiting[number] == 0:
-                point = missing[number]
-                parts = (torch.load(job.path, weights_only=True) for job in jobs[number])
-                drawn = [Drawn(**part) for part in parts]
-                results.write(point, results.measured(point, scales[number], drawn))
-                bar.set_description(point.name)
-                yield point
+def chosen(options: argparse.Namespace) -> Iterator[Point]:
+    """The points that were asked for, in the order in which they are measured."""
+    for point in points():
+        if point.task in options.tasks and point.method in options.methods:
+            yield point
 
 
 def main() -> None:
     """Measure what is missing, then write the report."""
     options = parse_arguments()
-    chosen = [
+    missing = [
         point
-        for point in points()
-        if point.model in options.models and point.group in (options.only or point.group)
+        for point in chosen(options)
+        if results.read(point.name, TASKS[point.task], options.count) is None
     ]
-    missing = [p for p in chosen if results.read(p, options.count * p.times) is None]
-    if not options.report:
-        for point in measure(options, missing):
-            for path in (options.work / point.name).glob("*"):
-                path.unlink()
+    if missing and not options.report:
+        with ProcessPoolExecutor(options.workers, get_context("spawn")) as workers:
+            running: dict[Future[None], Point] = {
+                workers.submit(measure, point, options.count, options.work): point
+                for point in missing
+            }
+            for done in tqdm(as_completed(running), total=len(running), unit=" points"):
+                done.result()
+                tqdm.write(running[done].name)
     write_report()
 
 
@@ -129,12 +89,14 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    groups = list(dict.fromkeys(point.group for point in points()))
-    parser.add_argument("--count", type=int, default=2000, help="samples; default: %(default)s")
-    parser.add_argument("--only", nargs="+", choices=groups, help="groups; default: all")
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    methods = list(dict.fromkeys(point.method for point in points()))
+    for name, known in (("tasks", list(TASKS)), ("methods", methods)):
+        parser.add_argument(
+            f"--{name}", nargs="+", choices=known, default=known, help="default: all"
+        )
+    parser.add_argument("--count", type=int, default=256, help="samples; default: %(default)s")
     parser.add_argument("--report", action="store_true", help="measure nothing, write the report")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; on Ray")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument(
         "--work", type=Path, default=Path("out/quality"), help="default: %(default)s"
     )

@@ -1,0 +1,56 @@
+"""How samples are drawn: guidance, steps and the scale of classifier-free guidance."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from self_attention_guidance import Guidance
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to sample.
+
+    Attributes:
+        guidance: Guidances that are attached together; none draws without guidance.
+        steps: Sampling steps.
+        cfg: Scale of classifier-free guidance; 1 is off.
+        dtype: Of the network's products: "bfloat16" or "float32".
+    """
+
+    guidance: tuple[Guidance, ...] = ()
+    steps: int = 25
+    cfg: float = 1.0
+    dtype: str = "bfloat16"
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations for one sample: two a step with classifier-free guidance."""
+        rows = 2 if self.cfg > 1 else 1
+        return rows * self.steps + sum(_passes(each, self.steps) for each in self.guidance)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, for JSON."""
+        return {**vars(self), "guidance": [each.to_dict() for each in self.guidance]}
+
+    @staticmethod
+    def from_dict(told: dict[str, Any]) -> Setting:
+        """What `to_dict` gave."""
+        guidance = tuple(Guidance.from_dict(each) for each in told["guidance"])
+        return Setting(**{**told, "guidance": guidance})
+
+
+def _passes(guidance: Guidance, steps: int) -> int:
+    """Weakened passes of one sample."""
+    guided = sum(guidance.acts_at(step, steps) for step in range(steps))
+    return math.ceil(guided / guidance.every)
+
+
+def fitting(guidance: tuple[Guidance, ...], cfg: float, evaluations: float) -> Setting:
+    """The most steps that so many evaluations of the network allow."""
+    steps = 1
+    while Setting(guidance, steps + 1, cfg).evaluations <= evaluations:
+        steps += 1
+    return Setting(guidance, steps, cfg)
