@@ -18,6 +18,7 @@ from torch import Tensor
 import bfloat16
 from judging import QUESTIONS, critic
 from self_attention_guidance import Guidance, attach, builtin_model
+from self_attention_guidance.generate import make_scheduler
 from self_attention_guidance.generate.counting import counted_rows
 from settings import Setting
 from tasks import CLASSES, Task, asked_with, encoder
@@ -105,6 +106,8 @@ def run(
         (samples, 3, height, width), from 0 to 1.
     """
     pipe = _pipeline(task.model)
+    own = _own_scheduler(task.model)
+    pipe.scheduler = make_scheduler(setting.scheduler, own.config) if setting.scheduler else own
     usual: dict[str, Any] = {
         "num_inference_steps": setting.steps,
         "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
@@ -148,6 +151,11 @@ def size_of_term(task: Task, guidance: Guidance, cfg: float) -> float:
 
         run(task, small, seeds, prompts, callback_on_step_end=note)
     return 1e3 * (sum(squares) / len(squares)) ** 0.5
+
+
+@functools.cache
+def _own_scheduler(model: str) -> Any:
+    return _pipeline(model).scheduler
 
 
 @functools.cache

@@ -57,7 +57,10 @@ BUDGETS = {
     )
 }
 
-METHODS = ("none", "blur", "sag", "pag", "seg", "slg", "tpg", "sag+pag")
+_SCHEDULER = "dpm++ 2m"
+# The second is a better sampler instead of guidance.
+_UNGUIDED = ("none", "none-dpm++")
+METHODS = (*_UNGUIDED, "blur", "sag", "pag", "seg", "slg", "tpg", "sag+pag")
 # With fewer weakened passes, and more steps for what is saved.
 FAST_METHODS = ("sag-fast", "pag-fast", "tpg-fast")
 
@@ -93,8 +96,7 @@ class Point:
     def setting_of(self, found: Setting) -> Setting:
         """What is drawn, from what the search found."""
         evaluations = BUDGETS[self.budget].of[TASKS[self.task].has_cfg]
-        fitted = fitting(found.guidance, found.cfg, evaluations)
-        return dataclasses.replace(fitted, dtype=self.dtype)
+        return fitting(dataclasses.replace(found, dtype=self.dtype), evaluations)
 
 
 def points() -> Iterator[Point]:
@@ -114,8 +116,8 @@ def candidates(task: Task, method: str, budget: Budget) -> list[Setting]:
     methods, at every second to fourth.
     """
     evaluations = budget.of[task.has_cfg]
-    if method == "none" and not task.has_cfg:
-        return [fitting((), 1.0, evaluations)]
+    if method in _UNGUIDED and not task.has_cfg:
+        return [fitting(_unguided(method, 1.0), evaluations)]
     sobol = torch.quasirandom.SobolEngine(8, scramble=True, seed=0)
     rows = sobol.draw(CANDIDATES, dtype=torch.float64).tolist()
     return [_candidate(task, method, budget, _Choices(row), evaluations) for row in rows]
@@ -143,8 +145,8 @@ def _candidate(
     cfg = 1.0
     if task.has_cfg:
         cfg = round(1 + choices.between_in_logarithm(CFG_SCALES[0] - 1, CFG_SCALES[1] - 1), 2)
-    if method == "none":
-        return fitting((), cfg, evaluations)
+    if method in _UNGUIDED:
+        return fitting(_unguided(method, cfg), evaluations)
     size = choices.between_in_logarithm(*SIZES)
     latest = task.earliest + _LATEST
     window: dict[str, Any] = {"start": round(choices.between(task.earliest, latest), 2)}
@@ -165,7 +167,11 @@ def _candidate(
         unit = size_of_term(task, Guidance.from_dict(settings), cfg)
         scale = float(f"{size * of_size / unit:.2g}")
         guidance.append(Guidance.from_dict({**settings, "scale": scale}))
-    return fitting(tuple(guidance), cfg, evaluations)
+    return fitting(Setting(tuple(guidance), cfg=cfg), evaluations)
+
+
+def _unguided(method: str, cfg: float) -> Setting:
+    return Setting(cfg=cfg, scheduler=_SCHEDULER if method == "none-dpm++" else None)
 
 
 @dataclass(frozen=True)

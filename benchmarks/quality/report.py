@@ -25,6 +25,7 @@ PAGES = ("docs/quality.md", "docs/quality-trials.md")
 _BLOCK = re.compile(r"(<!-- study: ([\w -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _TITLES = {
     "none": "no guidance",
+    "none-dpm++": "no guidance, DPM-Solver++",
     "blur": "blur",
     "sag": "SAG",
     "pag": "PAG",
@@ -50,8 +51,9 @@ class Row:
     def title(self) -> str:
         """The method as tables name it."""
         title = _TITLES[self.point.method]
-        is_tuned = self.point.method == "none" and TASKS[self.point.task].has_cfg
-        return "CFG alone" if is_tuned else title
+        return (
+            title.replace("no guidance", "CFG alone") if TASKS[self.point.task].has_cfg else title
+        )
 
     def is_better_than(self, other: Row) -> bool:
         """Whether the distance is lower by more than chance explains."""
@@ -181,7 +183,7 @@ def trials(name: str) -> Iterator[str]:
             continue
         found = results.read_trials(point.name, TASKS[task])
         for number, trial in enumerate(found or []):
-            if point.method != "none" or TASKS[task].has_cfg:
+            if trial.setting.guidance or TASKS[task].has_cfg:
                 distances = ", ".join(f"{value:.2f}" for value in trial.distances.values())
                 mark = " (chosen)" if number == 0 else ""
                 text = as_typed(trial.setting, TASKS[task])
@@ -206,6 +208,8 @@ def float32(name: str) -> Iterator[str]:
 def as_typed(setting: Setting, task: Task) -> str:
     """A setting as the command line takes it."""
     words = [f"--steps {setting.steps}"]
+    if setting.scheduler:
+        words.append(f'--scheduler "{setting.scheduler}"')
     words += [f"--guidance {_text(each)}" for each in setting.guidance]
     if task.has_cfg:
         words.append(f"--guidance-scale {setting.cfg:g}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -18,12 +19,14 @@ class Setting:
         steps: Sampling steps.
         cfg: Scale of classifier-free guidance; 1 is off.
         dtype: Of the network's products: "bfloat16" or "float32".
+        scheduler: A name of `sag generate --scheduler`; `None` is the model's own.
     """
 
     guidance: tuple[Guidance, ...] = ()
     steps: int = 25
     cfg: float = 1.0
     dtype: str = "bfloat16"
+    scheduler: str | None = None
 
     @property
     def evaluations(self) -> int:
@@ -32,8 +35,9 @@ class Setting:
         return rows * self.steps + sum(_passes(each, self.steps) for each in self.guidance)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, for JSON."""
-        return {**vars(self), "guidance": [each.to_dict() for each in self.guidance]}
+        """All of it that is not as usual, for JSON."""
+        told = {**vars(self), "guidance": [each.to_dict() for each in self.guidance]}
+        return {name: value for name, value in told.items() if value is not None}
 
     @staticmethod
     def from_dict(told: dict[str, Any]) -> Setting:
@@ -48,9 +52,10 @@ def _passes(guidance: Guidance, steps: int) -> int:
     return math.ceil(guided / guidance.every)
 
 
-def fitting(guidance: tuple[Guidance, ...], cfg: float, evaluations: float) -> Setting:
-    """The most steps that so many evaluations of the network allow."""
-    steps = 1
-    while Setting(guidance, steps + 1, cfg).evaluations <= evaluations:
-        steps += 1
-    return Setting(guidance, steps, cfg)
+def fitting(setting: Setting, evaluations: float) -> Setting:
+    """A setting with the most steps that so many evaluations of the network allow."""
+    longer = dataclasses.replace(setting, steps=1)
+    while longer.evaluations <= evaluations:
+        setting = longer
+        longer = dataclasses.replace(setting, steps=setting.steps + 1)
+    return setting
