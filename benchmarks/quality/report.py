@@ -21,7 +21,7 @@ from settings import Setting
 from tasks import TASKS, Task
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("docs/quality.md", "docs/quality-trials.md")
+PAGES = ("README.md", "docs/quality.md", "docs/quality-trials.md")
 _BLOCK = re.compile(r"(<!-- study: ([\w -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _TITLES = {
     "none": "no guidance",
@@ -99,6 +99,8 @@ def _filled(block: re.Match[str]) -> str:
         "settings": settings,
         "trials": trials,
         "float32": float32,
+        "presets": presets,
+        "summary": summary,
     }
     found = list(kinds[kind](name))
     return block[1] + "\n" + "\n".join(found or ["Not measured yet."]) + "\n\n" + block[3]
@@ -188,6 +190,41 @@ def trials(name: str) -> Iterator[str]:
                 mark = " (chosen)" if number == 0 else ""
                 text = as_typed(trial.setting, TASKS[task])
                 yield f"- {_TITLES[point.method]}: `{text}`, {distances}{mark}"
+
+
+def presets(_: str) -> Iterator[str]:
+    """For each method, the cheap setting against that at every step."""
+    lines: list[str] = []
+    for name, task in TASKS.items():
+        dear = {row.point.method: row for row in rows_of(name, "every")}
+        for row in rows_of(name, "cheap"):
+            other = dear.get(row.point.method)
+            if row.result.setting.guidance and other and other.result.count == row.result.count:
+                figures = [interval(r.result.estimate("frechet_distance"), 2) for r in (other, row)]
+                change = signed(row.result.gain("frechet_distance", other.result), 2)
+                lines.append(f"| {task.title} | {row.title} | {' | '.join([*figures, change])} |")
+    if lines:
+        yield "| Model | method | at every step | cheap | difference |"
+        yield "| --- | --- | --- | --- | --- |"
+        yield from lines
+
+
+def summary(_: str) -> Iterator[str]:
+    """The table of README: the first budget, for what is measured so far."""
+    found = {task.title: rows_of(name, "every") for name, task in TASKS.items()}
+    found = {title: rows for title, rows in found.items() if len(rows) > 1}
+    if not found:
+        return
+    yield f"| Fréchet distance ↓ | {' | '.join(found)} |"
+    yield f"| --- |{' --- |' * len(found)}"
+    for method in ("none", "sag", "pag"):
+        cells = [
+            interval(row.result.estimate("frechet_distance"), 1)
+            for rows in found.values()
+            for row in rows
+            if row.point.method == method
+        ]
+        yield f"| {_TITLES[method]}{', more steps' * (method == 'none')} | {' | '.join(cells)} |"
 
 
 def float32(name: str) -> Iterator[str]:
