@@ -106,6 +106,19 @@ def test_what_failed_is_tried_again_if_wished_or_mended(tmp_path: Path) -> None:
     assert [r["error"] for r in rows_of(tmp_path / "out")] == [None, None]
 
 
+def test_a_start_picture_that_was_replaced_is_noticed(tmp_path: Path) -> None:
+    start = tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(start)
+    source = listed(tmp_path / "a.jsonl", ["a", {"prompt": "b", "image": str(start)}])
+    job(source, tmp_path / "out").run()
+    assert counts(job(source, tmp_path / "out").run()) == (2, 2, 0, 0)
+    Image.new("RGB", (8, 8), "red").save(start)
+    with pytest.raises(
+        ValueError, match=r"row 1 .* drawn with another content of its image or mask"
+    ):
+        job(source, tmp_path / "out").run()
+
+
 def test_pictures_of_other_rows_or_models_are_not_mixed(tmp_path: Path) -> None:
     job(listed(tmp_path / "a.jsonl", ["a", "b"]), tmp_path / "out").run()
     before = rows_of(tmp_path / "out")

@@ -132,6 +132,8 @@ class Plan:
         left_open = [name for name in _TOLD if row[name] is None]  # the manifest has the model's
         given = [name for name in _TOLD if name not in left_open]
         told = difference({n: before.get(n) for n in given}, {n: row[n] for n in given})
+        if not told and "start_image" in given:
+            left_open = ["content of its image or mask"]
         return told or f"another {' or '.join(left_open)}"
 
 

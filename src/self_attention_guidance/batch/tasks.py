@@ -10,7 +10,7 @@ from typing import Any
 from ..checks import check_count, check_finite, check_text, seeds_of
 from ..generate.sample_settings import SampleSettings
 from ..generate.settings import GenerationSettings
-from ..generate.start_picture import check_start
+from ..generate.start_picture import check_start, digests
 
 COLUMNS = (
     "prompt",
@@ -62,7 +62,10 @@ class Task:
     @property
     def digest(self) -> int:
         """64 bits that tell what it looks like from other tasks; not its place, not its id."""
-        return _digest((self.prompt, self.seed, *astuple(self.settings)))
+        settings = self.settings
+        is_prompted = isinstance(settings, GenerationSettings)
+        pictures = digests(settings).values() if is_prompted else ()
+        return _digest((self.prompt, self.seed, *astuple(settings), *pictures))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +65,18 @@ def start_arguments(settings: GenerationSettings, multiple: int, count: int) -> 
 def digests(settings: GenerationSettings) -> dict[str, str]:
     """What tells a start picture and a mask from others of their names, by "image" and "mask"."""
     paths = {"image": settings.image, "mask": settings.mask}
-    return {
-        name: hashlib.sha256(Path(path).read_bytes()).hexdigest()
-        for name, path in paths.items()
-        if path is not None
-    }
+    found: dict[str, str] = {}
+    for name, path in paths.items():
+        if path is not None:
+            status = Path(path).stat()
+            found[name] = _digest(path, status.st_mtime_ns, status.st_size)
+    return found
+
+
+@lru_cache
+def _digest(path: str, modified: int, size: int) -> str:
+    """Of a file's content: many rows of a list may begin with one picture."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def _read(name: str, path: str) -> Image.Image:
