@@ -23,26 +23,29 @@ PROPERTIES = {
 }
 INTRODUCTION = """# Supported pipelines
 
-`make support-table` writes this page from two runs of the tests, with the oldest and the newest supported diffusers.
-They are {oldest} (transformers {old_transformers}) and {newest} (transformers {new_transformers}).
-Both ran with torch {torch} on a CPU, on tiny networks with random weights.
+`make support-table` writes this page from two runs of the tests, with the oldest and the newest
+supported diffusers. They are {oldest} (transformers {old_transformers}) and {newest}
+(transformers {new_transformers}). Both ran with torch {torch} on a CPU, on tiny networks with
+random weights.
 
-- **guided, no trace**: guidance changes the result. At scale 0, and after guidance was removed, the result is the same bit
-  for bit.
-- **equals the formula**: the guided prediction agrees with an independent implementation in the tests. That one computes
-  attention and the second pass explicitly. The relative difference is under 1e-4.
+- **guided, no trace**: guidance changes the result. At scale 0, and after guidance was removed,
+  the result is the same bit for bit.
+- **equals the formula**: the guided prediction agrees with an independent implementation in the
+  tests. That one computes attention and the second pass explicitly. The relative difference is
+  under 1e-4.
 - **batch-independent**: a picture is the same in a batch and alone.
-- **compiled**: it works with `torch.compile`, in whole graphs. Nothing is compiled after the second run.
+- **compiled**: it works with `torch.compile`, in whole graphs. Nothing is compiled after the
+  second run.
 - **offloaded**: every picture is guided while accelerate moves the weights.
-- **PAG**, **SEG**, **SLG**, **TPG**: the [method](guidance-methods.md) leaves no trace, and is batch-independent where the
-  network is. Except in tasks (inpainting, ControlNet, ...), it also equals a plain implementation of its paper's equations
-  within 1e-4.
+- **PAG**, **SEG**, **SLG**, **TPG**: the [method](guidance-methods.md) leaves no trace, and is
+  batch-independent where the network is. Except in tasks (inpainting, ControlNet, ...), it also
+  equals a plain implementation of its paper's equations within 1e-4.
 
 The first five columns are about SAG.
 
-✓ means that both versions work. A version number means that only that one does, ✗ that neither does. An empty cell has no
-test of its own. Lumina 2 and HiDream have no whole graph, guided or not, because they read numbers from the device in the
-middle of a pass.
+✓ means that both versions work. A version number means that only that one does, ✗ that neither
+does. An empty cell has no test of its own. Lumina 2 and HiDream have no whole graph, guided or
+not, because they read numbers from the device in the middle of a pass.
 """
 
 
