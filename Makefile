@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
+RELEASE := .venv-release
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PICTURE := out/compare.png
 # Loose prompts, where the builtin model is unsure: guidance shows there.
@@ -14,7 +15,7 @@ export HF_HUB_OFFLINE := 1
 # Waiting threads sleep: spinning slows small models tenfold where other programs run, too.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: run test notebook docs nightly lint support-table clean
+.PHONY: run test notebook docs dist nightly lint support-table clean
 
 run: $(VENV)/.run
 	$(BIN)/sag compare $(PROMPTS) --show-attention --out $(PICTURE) --overwrite
@@ -48,8 +49,16 @@ notebook: $(VENV)/.dev
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
+# Both packages of a release, in dist.
+dist: $(VENV)/.made
+	rm -rf dist
+	$(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/python -m pip install --quiet --disable-pip-version-check 'build>=1.2' 'twine>=6.0'
+	$(RELEASE)/bin/python -m build
+	$(RELEASE)/bin/twine check --strict dist/*
+
 clean:
-	rm -rf $(VENV) $(OLDEST) out build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(RELEASE) out build dist .pytest_cache .ruff_cache
 
 $(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit("error: Python %d.%d must be 3.10 or newer; set PYTHON=" % sys.version_info[:2] if sys.version_info < (3, 10) else 0)'

@@ -21,31 +21,36 @@ PROPERTIES = {
     "slg": "SLG",
     "tpg": "TPG",
 }
-INTRODUCTION = """# What works where
+INTRODUCTION = """# Supported pipelines
 
 `make support-table` writes this page from two runs of the tests, with the oldest and the newest
-supported diffusers: {oldest} (transformers {old_transformers}) and {newest} (transformers
-{new_transformers}), both with torch {torch} on a CPU, tiny networks with random weights.
+supported diffusers. They are {oldest} (transformers {old_transformers}) and {newest}
+(transformers {new_transformers}). Both ran with torch {torch} on a CPU, on tiny networks with
+random weights.
 
-- **guided, no trace**: guidance changes the result; scale 0 does not, by a bit, nor does guidance
-  that was removed.
-- **equals the formula**: the guided prediction is that of an independent implementation in the
-  tests, with explicit attention and an explicit second pass; relative difference under 1e-4.
-- **batch-independent**: a picture of a batch is the one drawn alone.
-- **compiled**: with `torch.compile`, in whole graphs, without a compilation after the second run.
+- **guided, no trace**: guidance changes the result. At scale 0, and after guidance was removed,
+  the result is the same bit for bit.
+- **equals the formula**: the guided prediction agrees with an independent implementation in the
+  tests. That one computes attention and the second pass explicitly. The relative difference is
+  under 1e-4.
+- **batch-independent**: a picture is the same in a batch and alone.
+- **compiled**: it works with `torch.compile`, in whole graphs. Nothing is compiled after the
+  second run.
 - **offloaded**: every picture is guided while accelerate moves the weights.
-- **PAG**, **SEG**, **SLG**, **TPG**: the [method](guidance-methods.md) leaves no trace and is
-  batch-independent, where the network is. Where there is no task (inpainting, ControlNet, ...) it
-  equals a plain implementation of its paper's equations within 1e-4. The columns before are SAG's.
+- **PAG**, **SEG**, **SLG**, **TPG**: the [method](guidance-methods.md) leaves no trace, and is
+  batch-independent where the network is. Except in tasks (inpainting, ControlNet, ...), it also
+  equals a plain implementation of its paper's equations within 1e-4.
 
-✓ works with both, a version number with that one alone, ✗ with neither; empty: no test of its own.
-Lumina 2 and HiDream ask the device for numbers in the middle of a pass, so that there is no whole
-graph of them, guided or not.
+The first five columns are about SAG.
+
+✓ means that both versions work. A version number means that only that one does, ✗ that neither
+does. An empty cell has no test of its own. Lumina 2 and HiDream have no whole graph, guided or
+not, because they read numbers from the device in the middle of a pass.
 """
 
 
 def cell(outcomes: list[bool | None], versions: list[str]) -> str:
-    """What the table says of one property, given what each version's tests said."""
+    """One cell of the table, from the outcomes of each version's tests."""
     working = [version for version, passed in zip(versions, outcomes, strict=True) if passed]
     if len(working) == len(versions):
         return "✓"

@@ -17,6 +17,7 @@ from command_line import run
 from self_attention_guidance import builtin_model
 from self_attention_guidance.cli import app
 from self_attention_guidance.denoiser import families
+from self_attention_guidance.generate.metadata import png_text
 from self_attention_guidance.guidance import base
 from self_attention_guidance.models.builtin import builtin_folder, builtin_names
 from test_batch_jobs import StandIn, job, listed
@@ -24,7 +25,7 @@ from test_batch_jobs import StandIn, job, listed
 ROOT = Path(__file__).parents[1]
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")),
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "src").rglob("README.md")),
 ]
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
@@ -47,6 +48,11 @@ ELSEWHERE = {
     "from self_attention_guidance import GuidanceGuider": "test_guider",
     "from gradio_client import Client": "test_demo",
 }
+# What a web interface writes into a picture.
+INFOTEXT = (
+    "red heart\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 7, Size: 512x512, "
+    "SAG Guidance Scale: 0.75, SAG Mask Threshold: 1"
+)
 FEW = ["--num-samples", "2"]
 # What is added to commands so that they end soon; the last word on an option counts.
 LITTLE = {
@@ -114,11 +120,12 @@ def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def _names(folder: Path) -> dict[str, Any]:
-    """What a page may take for granted: a pipeline, its denoiser, and what `sag batch` wrote."""
+    """What a page may use without making it: models, the output of `sag batch`, and a picture."""
     pipe: Any = StableDiffusionPipeline(**builtin_model("emoji").components)
     pipe.set_progress_bar_config(disable=True)
     list_of_two = listed(folder / "prompts.jsonl", ["cat", "fail"])
     job(list_of_two, folder / "pictures", StandIn()).run()
+    Image.new("RGB", (64, 64)).save(folder / "from-a1111.png", pnginfo=png_text(INFOTEXT))
     other: Any = builtin_model("emoji-adm")
     return {"pipe": pipe, "unet": other.unet, "scheduler": other.scheduler}
 

@@ -13,9 +13,13 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 # Pages of the site that are files outside docs.
 PAGES = {
+    "changelog.md": ROOT / "CHANGELOG.md",
+    "contributing.md": ROOT / "CONTRIBUTING.md",
     "benchmarks.md": ROOT / "benchmarks/README.md",
     "models/emoji.md": ROOT / "src/self_attention_guidance/models/builtin/emoji/README.md",
     "models/emoji-adm.md": ROOT / "src/self_attention_guidance/models/builtin/emoji-adm/README.md",
+    "models/emoji-styles.md": ROOT
+    / "src/self_attention_guidance/models/builtin/emoji-styles/README.md",
     "models/encoder.md": ROOT / "src/self_attention_guidance/evaluate/emoji_encoder/README.md",
 }
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#:]+)(#[^)\s]*)?\)")

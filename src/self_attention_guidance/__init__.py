@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .pipelines.stable_diffusion import StableDiffusionSAGPipeline
     from .pipelines.stable_diffusion_xl import StableDiffusionXLSAGPipeline
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "SelfAttentionGuidance",
