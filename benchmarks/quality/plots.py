@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from report import Row
 
-_MARKERS = "sDP^vX*<>h"
+# For the methods other than none, which is black.
+_MARKERS = "sDP^vX*<>hdp"
+_COLOURS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8", "C9", "gold", "navy", "gray")
+_APART = 0.7  # evaluations between methods of one budget
 
 
 def draw_frontier(title: str, budgets: Sequence[tuple[str, list[Row]]], path: Path) -> None:
@@ -30,15 +33,16 @@ def draw_frontier(title: str, budgets: Sequence[tuple[str, list[Row]]], path: Pa
     figure: Any = module.Figure(figsize=(7.5, 4.6), layout="constrained")
     axes = figure.subplots()
     methods = list(dict.fromkeys(row.point.method for row in rows))
-    methods.sort(key=lambda method: method != "none")
-    markers = dict(zip([m for m in methods if m != "none"], _MARKERS, strict=False))
+    methods.sort(key=lambda method: method != "none")  # the others stay in their order
     for number, method in enumerate(methods):
         chosen = [row for row in rows if row.point.method == method]
         chosen.sort(key=lambda row: row.result.setting.evaluations)
+        if method == "none":
+            _draw_points(axes, chosen, 0.0, "o-", "black")
+            continue
         # Methods of one budget stand beside each other.
-        shift = (number - len(methods) / 2) * 0.35 if method != "none" else 0.0
-        style = "o-" if method == "none" else markers[method]
-        _draw_points(axes, chosen, shift, style, f"C{number % 10}")
+        shift = (number - len(methods) / 2) * _APART
+        _draw_points(axes, chosen, shift, _MARKERS[number - 1], _COLOURS[number - 1])
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("network evaluations for one sample", fontsize=9)
     axes.set_ylabel("Fréchet distance (lower is better)", fontsize=9)

@@ -33,9 +33,9 @@ _TITLES = {
     "slg": "SLG",
     "tpg": "TPG",
     "sag+pag": "SAG + PAG",
-    "sag-fast": "SAG, fast",
-    "pag-fast": "PAG, fast",
-    "tpg-fast": "TPG, fast",
+    "sag-fast": "fast SAG",
+    "pag-fast": "fast PAG",
+    "tpg-fast": "fast TPG",
 }
 _QUESTION_TITLES = dict(zip(QUESTIONS, ("thing", "thing of 5", "style", "background"), strict=True))
 
@@ -86,9 +86,7 @@ def write_report() -> None:
     for name, task in TASKS.items():
         budgets = [(budget, rows_of(name, budget)) for budget in BUDGETS]
         if budgets[0][1]:
-            plots.draw_frontier(
-                task.title, budgets, ROOT / "docs" / "images" / f"quality-{name}.png"
-            )
+            plots.draw_frontier(task.title, budgets, ROOT / "docs" / "images" / _plot_of(name))
 
 
 def _filled(block: re.Match[str]) -> str:
@@ -99,6 +97,7 @@ def _filled(block: re.Match[str]) -> str:
         "settings": settings,
         "trials": trials,
         "float32": float32,
+        "plot": plot,
         "presets": presets,
         "summary": summary,
     }
@@ -190,6 +189,17 @@ def trials(name: str) -> Iterator[str]:
                 mark = " (chosen)" if number == 0 else ""
                 text = as_typed(trial.setting, TASKS[task])
                 yield f"- {_TITLES[point.method]}: `{text}`, {distances}{mark}"
+
+
+def plot(name: str) -> Iterator[str]:
+    """The picture of a task."""
+    if rows_of(name, "every"):
+        alternative = "Fréchet distance against network evaluations for one sample"
+        yield f"![{alternative}](images/{_plot_of(name)})"
+
+
+def _plot_of(name: str) -> str:
+    return f"quality-{name}.png"
 
 
 def presets(_: str) -> Iterator[str]:
