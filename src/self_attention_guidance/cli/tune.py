@@ -171,7 +171,7 @@ def _check_before_loading(options: TuneCommand) -> "tuple[TuneSettings, Path, Pa
     check_drawing(options, options.count or 1)
     find_prompt_or_pixel_model(options.model)
     if is_pixel_model(options.model) and options.prompts_file is not None:
-        raise ValueError(f"prompts_file must not be given: {options.model} takes no prompts")
+        raise ValueError(f"--prompts must not be given: {options.model} takes no prompts")
     settings = TuneSettings(
         budget=parse_budget(options.budget),
         methods=methods,

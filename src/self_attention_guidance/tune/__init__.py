@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING
 from ..lazy import exported
 
 if TYPE_CHECKING:
+    from .halving import prefer_cheaper, search
     from .job import TuneJob
     from .plan import Budget, Plan, fewest_pictures, make_plan, parse_budget
     from .report import About, write_report
     from .result import Row, Tuned, settings_content, write_settings
-    from .search import prefer_cheaper, search
     from .settings import TuneSettings
     from .space import Candidate, Space, space_of
 
@@ -63,8 +63,8 @@ _HOMES = {
     "fewest_pictures": ".plan",
     "make_plan": ".plan",
     "parse_budget": ".plan",
-    "prefer_cheaper": ".search",
-    "search": ".search",
+    "prefer_cheaper": ".halving",
+    "search": ".halving",
     "settings_content": ".result",
     "space_of": ".space",
     "write_report": ".report",

@@ -27,6 +27,8 @@ from .space import Candidate
 
 PARTS = "parts"
 _LARGEST_SHOWN = 256  # pixels
+# What else a machine does changes from minute to minute.
+_LATEST = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +101,13 @@ class Gallery:
     def elapsed(self) -> float:
         """Seconds that this run and those before it took, but for what was lost with them."""
         return self._kept + time.monotonic() - self._last
+
+    @property
+    def pace(self) -> float:
+        """Seconds a picture: of all, or of the latest ones if these were slower."""
+        latest = list(self._chunks.values())[-_LATEST:]
+        of_latest = sum(chunk.elapsed for chunk in latest) / (len(latest) * self.unit)
+        return max(self.elapsed / self.drawn, of_latest)
 
     @property
     def drawn(self) -> int:

@@ -27,8 +27,9 @@ from .trial import Report, Trial
 
 JOB, PLAN = "job.json", "plan.json"
 
-# So many settings a method are enough; with more pictures, they are drawn on more seeds instead.
-_SETTINGS_A_METHOD = 6
+# So many settings a method are enough: distances of few pictures are noisy, so that more pictures
+# are for more seeds.
+_SETTINGS_A_METHOD = 4
 _FEWEST_SETTINGS = 16
 # Of the time that is left, for what is slower than the first pictures were.
 _RESERVE = 0.9

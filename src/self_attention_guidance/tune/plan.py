@@ -106,10 +106,15 @@ class Plan:
         """In a line."""
         rungs = ", ".join(map(str, self.rungs))
         return (
-            f"{self.rungs[0].settings} settings in {len(self.rungs)} rungs ({rungs} seeds), then"
+            f"{self.rungs[0].settings} settings in {_counted(len(self.rungs), 'rung')}"
+            f" ({rungs} seeds), then"
             f" the best {BEST}, no guidance and the model's own on {self.seeds} other seeds:"
             f" at most {self.pictures} pictures"
         )
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("s" if number > 1 else "")
 
 
 def make_plan(

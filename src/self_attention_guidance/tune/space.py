@@ -112,7 +112,12 @@ class Space:
             for number in range(4 * count)
             for method, of_method in zip(methods, points, strict=True)
         )
-        return _distinct([*self.anchors(), *filter(self.acts, drawn)], count)
+        found = {self._effect(each): each for each in self.anchors()}
+        for candidate in filter(self.acts, drawn):
+            if len(found) == count:
+                break
+            found.setdefault(self._effect(candidate), candidate)
+        return list(found.values())
 
     def neighbours(
         self, parents: Sequence[Candidate], count: int, seed: int, known: Iterable[Candidate]
@@ -125,22 +130,33 @@ class Space:
             seed: Of the choice, at least 0.
             known: Those that were tried; none of them is returned.
         """
-        tried = set(known)
-        found: dict[Candidate, None] = {}
+        tried = set(map(self._effect, known))
+        found: list[Candidate] = []
         for number in range(20 * count):
             dice = random.Random(f"{seed} {number}")
             near = self._near(parents[number % len(parents)], dice)
-            if near not in tried and self.acts(near):
-                found[near] = None
+            if self._effect(near) not in tried and self.acts(near):
+                found.append(near)
+                tried.add(self._effect(near))
             if len(found) == count:
                 break
-        return list(found)
+        return found
 
     def acts(self, candidate: Candidate) -> bool:
         """Whether any of the steps is guided, or none is meant to be."""
-        steps = range(self.steps)
-        acts = any(candidate.guidance.acts_at(step, self.steps) for step in steps)
-        return candidate.is_unguided or acts
+        return candidate.is_unguided or bool(self._guided(candidate.guidance))
+
+    def _guided(self, guidance: Guidance) -> tuple[int, ...]:
+        """Which steps are guided."""
+        return tuple(n for n in range(self.steps) if guidance.acts_at(n, self.steps))
+
+    def _effect(self, candidate: Candidate) -> tuple[Any, ...]:
+        """Equal for settings that draw the same: windows of the same steps, say."""
+        if candidate.is_unguided:
+            return (None, candidate.cfg)
+        guidance, steps = candidate.guidance, self._guided(candidate.guidance)
+        every = min(guidance.every, max(len(steps), 1))
+        return (replace(guidance, start=0.0, stop=1.0, every=every), candidate.cfg, steps)
 
     def _at(self, method: str, point: Sequence[float]) -> Candidate:
         """The setting at a point of the unit cube."""
@@ -262,15 +278,6 @@ def _cfg_scales(own: float | None) -> tuple[float | None, ...]:
         return (own,)
     others = (_rounded(own * factor) for factor in _CFG_FACTORS[1:])
     return tuple(dict.fromkeys([own, 1.0, *(each for each in others if each > 1)]))
-
-
-def _distinct(candidates: Iterable[Candidate], count: int) -> list[Candidate]:
-    found: dict[Candidate, None] = {}
-    for candidate in candidates:
-        found[candidate] = None
-        if len(found) == count:
-            break
-    return list(found)
 
 
 def _pick(values: Sequence[Any], part: float) -> Any:

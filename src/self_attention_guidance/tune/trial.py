@@ -8,10 +8,10 @@ from torch import Tensor
 
 from ..evaluate import estimate, paired_difference
 from .gallery import Gallery
+from .halving import prefer_cheaper, search
 from .plan import BEST, Plan
 from .result import Row, Tuned
 from .scores import Score, halves_of
-from .search import prefer_cheaper, search
 from .settings import TuneSettings
 from .space import Candidate, Space
 
@@ -92,24 +92,21 @@ class Trial:
             missing = [c for c in self._sound(candidates) if not self.gallery.has(c, chunk)]
             if chunk > first and not self._is_time_for(len(missing) * self.gallery.unit, reserve):
                 return chunk
-            for candidate in candidates:
-                if candidate in self.gallery.failures:
-                    continue
-                if self._report is not None:
-                    self._report(self.gallery.drawn, self.plan.pictures, str(candidate), self._best)
+            # Also those that are there: a setting fails where it failed before, and not earlier.
+            for candidate in self._sound(candidates):
+                if self._report is not None and candidate in missing:
+                    done = self.gallery.drawn
+                    self._report(done, self.plan.pictures, str(candidate), self._best)
                 self.gallery.draw(candidate, chunk, keep_pictures=chunk in shown)
         return end
 
     def _is_time_for(self, pictures: int, reserve: float) -> bool:
-        seconds = self._seconds
-        if seconds is None or not pictures:
+        if self._seconds is None or not pictures:
             return True
-        each = self.gallery.elapsed / self.gallery.drawn
-        return self.gallery.elapsed + each * pictures + reserve <= seconds
+        return self.gallery.elapsed + self.gallery.pace * pictures + reserve <= self._seconds
 
     def _report_seconds(self) -> float:
-        each = self.gallery.elapsed / self.gallery.drawn
-        return each * self.plan.reported * self.plan.seeds
+        return self.gallery.pace * self.plan.reported * self.plan.seeds
 
     def _sound(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         return [each for each in candidates if each not in self.gallery.failures]
