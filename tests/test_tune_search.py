@@ -84,17 +84,16 @@ def test_the_number_of_seeds_can_be_given() -> None:
 class Numbers:
     """Scores of numbers: how far they are from the best one, with noise that seeds average out."""
 
-    def __init__(self, best: float, ends_after: int = 10**9) -> None:
-        self.best, self.ends_after = best, ends_after
+    def __init__(self, best: float, most: int = 10**9) -> None:
+        self.best, self.most = best, most
         self.drawn: dict[float, int] = {}
 
-    def __call__(self, numbers: Sequence[float], seeds: int) -> tuple[Mapping[float, float], bool]:
-        reached = min(seeds, self.ends_after)
+    def __call__(self, numbers: Sequence[float], seeds: int) -> Mapping[float, float]:
+        reached = min(seeds, self.most)
         for number in numbers:
             self.drawn[number] = max(self.drawn.get(number, 0), reached)
         noise = {n: torch.randn(1, generator=_dice(n, reached)).item() for n in numbers}
-        scores = {n: abs(n - self.best) + noise[n] / reached**0.5 for n in numbers}
-        return scores, reached == seeds
+        return {n: abs(n - self.best) + noise[n] / reached**0.5 for n in numbers}
 
     def neighbours(self, parents: Sequence[float], count: int) -> list[float]:
         near = [parent + step for parent in parents for step in (-0.5, 0.5)]
@@ -123,11 +122,18 @@ def test_later_rungs_draw_fewer_settings_on_more_seeds() -> None:
     assert sorted(set(numbers.drawn.values())) == [rung.seeds for rung in PLAN.rungs]
 
 
-def test_a_search_that_runs_out_of_time_ranks_what_it_has() -> None:
-    numbers = Numbers(best=3.0, ends_after=8)
+def test_a_search_that_is_short_of_time_goes_on_with_fewer_seeds() -> None:
+    numbers = Numbers(best=3.0, most=8)
     ranked = search([float(n) for n in range(20)], PLAN, numbers, numbers.neighbours)
-    assert len(ranked) == 20
+    assert len(ranked) == PLAN.rungs[-1].settings
     assert set(numbers.drawn.values()) == {8}
+
+
+def test_shares_of_a_plan_end_with_its_report() -> None:
+    shares = [PLAN.share(rung.seeds) for rung in PLAN.rungs]
+    assert shares == sorted(shares)
+    left = PLAN.reported * PLAN.seeds
+    assert shares[-1] == pytest.approx(1 - left / PLAN.pictures)
 
 
 def test_of_what_is_as_good_the_cheaper_is_preferred() -> None:

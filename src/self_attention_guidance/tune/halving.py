@@ -10,9 +10,9 @@ from torch import Tensor
 from .plan import Plan
 
 Setting = TypeVar("Setting")
-Scores = Callable[[Sequence[Setting], int], tuple[Mapping[Setting, float], bool]]
-"""Scores of settings on the first so many seeds, lower is better; and whether the budget was enough
-for all of them. If not, they are of fewer seeds, of equally many for all."""
+Scores = Callable[[Sequence[Setting], int], Mapping[Setting, float]]
+"""Scores of settings on the first so many seeds, lower is better. They may be of fewer seeds, where
+time is short, but of equally many for all; settings that fail are left out."""
 
 # Neighbours are looked for around so many.
 _PARENTS = 4
@@ -40,17 +40,12 @@ def search(
         What the last rung was drawn for, the best first.
     """
     first = plan.rungs[0]
-    found, is_enough = scores(listed, first.seeds)
-    ranked = _ranked(found)
-    if is_enough and plan.neighbours:
-        more = neighbours(ranked[:_PARENTS], plan.neighbours)
-        found, is_enough = scores([*ranked, *more], first.seeds)
-        ranked = _ranked(found)
+    ranked = _ranked(scores(listed, first.seeds))
+    more = neighbours(ranked[:_PARENTS], plan.neighbours) if plan.neighbours else ()
+    if more:
+        ranked = _ranked(scores([*ranked, *more], first.seeds))
     for rung in plan.rungs[1:]:
-        if not is_enough:
-            break
-        found, is_enough = scores(ranked[: rung.settings], rung.seeds)
-        ranked = _ranked(found)
+        ranked = _ranked(scores(ranked[: rung.settings], rung.seeds))
     return ranked
 
 

@@ -95,12 +95,24 @@ class Plan:
     @property
     def pictures(self) -> int:
         """Pictures in all, at most."""
-        drawn, before = self.reported * self.seeds, 0
-        for number, rung in enumerate(self.rungs):
-            # No guidance is drawn in all rungs, as what the others are compared with.
-            drawn += (rung.settings + (number > 0)) * (rung.seeds - before)
-            before = rung.seeds
-        return drawn
+        return sum(self._of_rungs()) + self.reported * self.seeds
+
+    def share(self, seeds: int) -> float:
+        """Which part of the pictures is drawn when a rung ends.
+
+        Args:
+            seeds: Of the rung.
+        """
+        ends = [number for number, rung in enumerate(self.rungs) if rung.seeds <= seeds]
+        return sum(self._of_rungs()[: len(ends)]) / self.pictures
+
+    def _of_rungs(self) -> list[int]:
+        """Pictures that each rung draws; no guidance, which all are compared with, in all."""
+        before = [0, *(rung.seeds for rung in self.rungs)]
+        return [
+            (rung.settings + (number > 0)) * (rung.seeds - before[number])
+            for number, rung in enumerate(self.rungs)
+        ]
 
     def __str__(self) -> str:
         """In a line."""

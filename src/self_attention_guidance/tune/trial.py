@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
@@ -63,21 +64,33 @@ class Trial:
         ranked = search(listed, self.plan, self.scores, self._neighbours)
         return self._reported(ranked, self._choose(ranked))
 
-    def scores(
-        self, candidates: Sequence[Candidate], seeds: int
-    ) -> tuple[Mapping[Candidate, float], bool]:
-        """As `search` asks for them."""
+    def scores(self, candidates: Sequence[Candidate], seeds: int) -> Mapping[Candidate, float]:
+        """As `search` asks for them.
+
+        Args:
+            candidates: The settings.
+            seeds: On how many of the seeds to choose on.
+        """
         self._tried |= dict.fromkeys(candidates)
         drawn = list(dict.fromkeys([self.space.unguided, *candidates]))
-        reached = self._sweep(drawn, 0, seeds, reserve=self._report_seconds())
-        # Of a rung that could not begin, what all have is what was drawn for the one before.
-        self._reached = reached
-        found = {
-            each: float(self._values(each, 0, reached, 0)[0]) for each in self._sound(candidates)
-        }
+        self._reached = self._sweep(drawn, 0, seeds, self._end_of(len(candidates), seeds))
+        sound = self._sound(candidates)
+        found = {each: float(self._values(each, 0, self._reached, 0)[0]) for each in sound}
         self._last = found
         self._best = str(min(found, key=lambda each: found[each], default=""))
-        return found, reached == seeds
+        return found
+
+    def _end_of(self, settings: int, seeds: int) -> float:
+        """When a rung must end, in seconds since the run began.
+
+        If pictures take longer than was planned, all rungs and the report have fewer seeds.
+        """
+        if self._seconds is None:
+            return math.inf
+        first = self.plan.rungs[0]
+        # Its listed settings leave time for their neighbours.
+        part = min(settings / first.settings, 1) if seeds == first.seeds else 1
+        return self._seconds * self.plan.share(seeds) * part
 
     def _values(self, candidate: Candidate, first: int, end: int, repetitions: int) -> Tensor:
         """Scores on all pictures and on halves of them, the same halves for all settings."""
@@ -85,12 +98,13 @@ class Trial:
         unguided = self.gallery.of(self.space.unguided, first, end)
         return self.score.values(self.gallery.of(candidate, first, end), unguided, halves)
 
-    def _sweep(self, candidates: Sequence[Candidate], first: int, end: int, reserve: float) -> int:
+    def _sweep(self, candidates: Sequence[Candidate], first: int, end: int, until: float) -> int:
         """Draws settings on seeds as far as time allows, on equally many each; returns how far."""
         shown = range(self.plan.seeds, self.plan.seeds + _MOST_SHOWN)
         for chunk in range(first, end, self.gallery.unit):
             missing = [c for c in self._sound(candidates) if not self.gallery.has(c, chunk)]
-            if chunk > first and not self._is_time_for(len(missing) * self.gallery.unit, reserve):
+            # One chunk is drawn in any case.
+            if chunk > first and missing and not self._is_time_for(len(missing), until):
                 return chunk
             # Also those that are there: a setting fails where it failed before, and not earlier.
             for candidate in self._sound(candidates):
@@ -100,19 +114,17 @@ class Trial:
                 self.gallery.draw(candidate, chunk, keep_pictures=chunk in shown)
         return end
 
-    def _is_time_for(self, pictures: int, reserve: float) -> bool:
-        if self._seconds is None or not pictures:
-            return True
-        return self.gallery.elapsed + self.gallery.pace * pictures + reserve <= self._seconds
-
-    def _report_seconds(self) -> float:
-        return self.gallery.pace * self.plan.reported * self.plan.seeds
+    def _is_time_for(self, chunks: int, until: float) -> bool:
+        return self.gallery.elapsed + self.gallery.pace * chunks * self.gallery.unit <= until
 
     def _sound(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         return [each for each in candidates if each not in self.gallery.failures]
 
     def _neighbours(self, parents: Sequence[Candidate], count: int) -> Sequence[Candidate]:
-        if not self._is_time_for(count * self.plan.rungs[0].seeds, self._report_seconds()):
+        first = self.plan.rungs[0]
+        until = self._end_of(first.settings, first.seeds)
+        # They are to be drawn on as many seeds as the others were.
+        if not self._is_time_for(count * self._reached // self.gallery.unit, until):
             return []
         return self.space.neighbours(parents, count, self._seed, self._tried)
 
@@ -126,7 +138,7 @@ class Trial:
         best = [each for each in dict.fromkeys([chosen, *ranked]) if each != unguided][:BEST]
         shown = list(dict.fromkeys([unguided, *best, own]))
         first = self.plan.seeds
-        end = self._sweep(shown, first, 2 * first, reserve=0.0)
+        end = self._sweep(shown, first, 2 * first, self._seconds or math.inf)
         values = {each: self._values(each, first, end, _REPETITIONS) for each in self._sound(shown)}
         rows = tuple(
             Row(
