@@ -27,9 +27,8 @@ from .trial import Report, Trial
 
 JOB, PLAN = "job.json", "plan.json"
 
-# So many settings a method are enough: distances of few pictures are noisy, so that more pictures
-# are for more seeds.
-_SETTINGS_A_METHOD = 4
+# Distances of few pictures are noisy, so few settings are enough for few pictures.
+_SETTINGS_A_METHOD = 3
 _FEWEST_SETTINGS = 16
 # Of the time that is left, for what is slower than the first pictures were.
 _RESERVE = 0.9

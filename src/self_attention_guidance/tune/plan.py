@@ -21,6 +21,8 @@ _BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*([smh]?)", re.IGNORECASE)
 _FEWEST_SEEDS = 8
 _FIRST_SEEDS = 16
 _MOST_SEEDS = 2048
+# Beyond so many, more pictures are for more settings, too.
+_MANY_SEEDS = 64
 # The last rung has at least so many, of which a person can choose.
 _FINALISTS = BEST + 1
 
@@ -138,7 +140,8 @@ def make_plan(
         pictures: How many may be drawn, at least 1.
         unit: Pictures of one setting that are drawn at once; seeds come in multiples of it.
         anchors: Settings that are always tried.
-        wanted: How many settings are enough, at least `anchors`.
+        wanted: How many settings are enough for 64 seeds and fewer; for twice as many seeds,
+            twice as many.
         count: Seeds of both halves; `None` chooses.
 
     Raises:
@@ -152,7 +155,11 @@ def make_plan(
             f"budget={pictures} pictures are too few to try {anchors} settings: at least"
             f" {plans[0].pictures} are needed, or fewer methods"
         )
-    enough = [plan for plan in affordable if plan.rungs[0].settings >= wanted]
+    enough = [
+        plan
+        for plan in affordable
+        if plan.rungs[0].settings >= wanted * max(1, plan.seeds // _MANY_SEEDS)
+    ]
     return enough[-1] if enough else affordable[0]
 
 

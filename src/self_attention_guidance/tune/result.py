@@ -116,6 +116,8 @@ def as_json(found: Tuned) -> dict[str, Any]:
         "rows": [
             {
                 "setting": str(row.candidate),
+                "guidance": row.candidate.guidance.to_dict(),
+                "guidance_scale": row.candidate.cfg,
                 "score": dataclasses.asdict(row.score),
                 "against_unguided": dataclasses.asdict(row.against_unguided),
                 "against_own": dataclasses.asdict(row.against_own),
