@@ -252,6 +252,16 @@ def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+def test_a_reference_of_another_size_is_refused(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "small.npz", arr_0=noise)
+    arguments = [*FEW, "--budget", PICTURES, "--steps", 1, "--reference", tmp_path / "small.npz"]
+    told = error_of(capsys, "tune", model, *arguments)
+    assert "--reference: it holds pictures of 8x8 pixels, the model draws 16x16" in told
+
+
 def test_settings_of_others_are_not_replaced(
     model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -39,6 +39,7 @@ class Chunk:
         features: (pictures, features) float32; none if drawing failed.
         figures: (pictures, figures) float64.
         shown: (pictures, height, width, 3), small; none where they are not shown.
+        size: Width and height of the pictures themselves, in pixels.
         rows: That the network was run on, for all.
         seconds: That drawing and scoring took.
         elapsed: Seconds since the chunk before it was done, or since the run began.
@@ -48,6 +49,7 @@ class Chunk:
     features: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     figures: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
     shown: NDArray[np.uint8] = field(default_factory=lambda: np.zeros((0, 0, 0, 3), np.uint8))
+    size: NDArray[np.int64] = field(default_factory=lambda: np.zeros(2, np.int64))
     rows: int = 0
     seconds: float = 0.0
     elapsed: float = 0.0
@@ -188,6 +190,7 @@ class Gallery:
             features=self._encoder.encode(planes).features.float().numpy(),
             figures=figures_of(pixels),
             shown=np.stack([_small(p) for p in pictures]) if keep_pictures else Chunk().shown,
+            size=np.array(pictures[0].size),
             rows=sum(rows),
             seconds=time.monotonic() - started,
         )

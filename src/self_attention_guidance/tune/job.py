@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -181,13 +181,22 @@ class TuneJob:
 
     def _seconds_of_a_picture(self, gallery: Gallery) -> float:
         """Of a usual setting, whose guidance costs about half a pass more than none."""
-        seconds = [gallery.draw(self.space.unguided, 0).seconds]
+        unguided = gallery.draw(self.space.unguided, 0)
+        self._check_size(unguided.size.tolist())
+        seconds = [unguided.seconds]
         for candidate in self.anchors[1:]:
             chunk = gallery.draw(candidate, 0)
             if not chunk.failure:
                 seconds.append(chunk.seconds)
                 break
         return sum(seconds) / len(seconds) / gallery.unit
+
+    def _check_size(self, size: Sequence[int]) -> None:
+        """Refuses a reference of pictures of another size: features depend on it."""
+        real = None if self._reference is None else self._reference.features
+        if real is not None and [*real.size] != [*size]:
+            sizes = "{}x{} pixels, the model draws {}x{}".format(*real.size, *size)
+            raise ValueError(f"reference: it holds pictures of {sizes}")
 
 
 def _digest(reference: LoadedSet) -> str:

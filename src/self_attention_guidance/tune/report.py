@@ -125,13 +125,13 @@ def _summary(found: Tuned, about: About) -> Iterator[str]:
         f" `{about.settings_file}`."
     )
     if not about.by_user:
-        best, cheapest = found.ranking[0][0], "no other was clearly better, or as good and cheaper"
+        best, why = found.ranking[0][0], "no other setting had a lower score"
         if best != row.candidate:
-            cheapest = (
-                f"`{best}` was better by less than one standard error, and costs more: of settings"
-                " within noise the cheaper one is taken"
+            why = (
+                f"the score of `{best}` was lower by less than one standard error, and it costs"
+                " more: of settings within noise the cheaper one is taken"
             )
-        yield f"On the seeds to choose on, {cheapest}."
+        yield f"On the seeds to choose on, {why}."
     title = found.score.title
     yield f"On the other seeds, its {title} is {_interval(row.score)}."
     if found.chosen:

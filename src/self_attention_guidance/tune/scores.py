@@ -96,7 +96,7 @@ class FrechetScore:
         """
         own, other = drawn.features.shape[1], len(self._reference.moments.mean)
         if own != other:
-            raise ValueError(f"reference holds {other} features a picture, the encoder has {own}")
+            raise ValueError(f"reference: it holds {other} features a picture, not {own}")
         moments = moments_of(drawn.features)
         return frechet_distances(drawn.features, moments, self._reference.moments, halves)
 
@@ -113,7 +113,8 @@ class ChangeScore:
         " in the encoder's features, while saturation, share of clipped values, contrast and"
         " sharpness stayed what they are without guidance. It is 1 without guidance. It can't tell"
         " whether shapes are better, whether details are right, or whether pictures fit their"
-        " prompts: look at the grid, and choose."
+        " prompts. The file holds the setting with the best score because it must hold one: look at"
+        " the grid, and choose."
     )
 
     def values(self, drawn: Drawn, unguided: Drawn, halves: Tensor) -> Tensor:

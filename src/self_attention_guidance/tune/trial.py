@@ -121,12 +121,13 @@ class Trial:
         return [each for each in candidates if each not in self.gallery.failures]
 
     def _neighbours(self, parents: Sequence[Candidate], count: int) -> Sequence[Candidate]:
+        found = self.space.neighbours(parents, count, self._seed, self._tried)
+        missing = sum(not self.gallery.has(each, 0) for each in found)
         first = self.plan.rungs[0]
         until = self._end_of(first.settings, first.seeds)
         # They are to be drawn on as many seeds as the others were.
-        if not self._is_time_for(count * self._reached // self.gallery.unit, until):
-            return []
-        return self.space.neighbours(parents, count, self._seed, self._tried)
+        is_time = self._is_time_for(missing * self._reached // self.gallery.unit, until)
+        return found if is_time or not missing else []
 
     def _choose(self, ranked: Sequence[Candidate]) -> Candidate:
         values = {each: self._values(each, 0, self._reached, _REPETITIONS) for each in ranked}
@@ -153,7 +154,10 @@ class Trial:
         candidates = [row.candidate for row in rows]
         return Tuned(
             rows=rows,
-            chosen=candidates.index(chosen) if chosen in candidates else 0,
+            # One that fails only on the other seeds is of no use, either.
+            chosen=next(
+                candidates.index(each) for each in (chosen, *ranked, unguided) if each in candidates
+            ),
             own=own,
             ranking=tuple((each, self._last[each]) for each in ranked),
             seeds=(self._reached, end - first),
