@@ -358,7 +358,7 @@ def test_damaged_manifests(places: Sequence[tuple[int, int]], cut: int | None) -
             assert "damaged" in str(error)
 
 
-COMMANDS = ["generate", "compare", "sample", "batch", "evaluate", "convert", "demo", ""]
+COMMANDS = ["generate", "compare", "sample", "batch", "evaluate", "tune", "convert", "demo", ""]
 OPTIONS = [
     *("--steps", "--seed", "--batch-size", "--size", "--scheduler", "--sag-scale", "--blur-sigma"),
     *("--out", "--num-images", "--num-samples", "--classes", "--sag-scales", "--threshold"),
@@ -387,6 +387,7 @@ def test_command_lines(command: str, arguments: list[str]) -> None:
             "batch": ["--model", missing],
             "demo": ["--model", missing],
             "evaluate": [missing],
+            "tune": [missing],
         }.get(command, [])
         before = os.getcwd()
         os.chdir(folder)

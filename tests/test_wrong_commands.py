@@ -50,6 +50,23 @@ AT_ONCE = {
     "demo --max-steps 0": "--max-steps=0 must be a whole number",
     "convert adm none.pt out": "checkpoint='none.pt' must be a file",
     "evaluate none.npz none": "'none.npz' does not exist",
+    "tune": "Missing argument 'MODEL'",
+    "tune ./none": "model='./none' does not exist: give a folder",
+    "tune emoji": "--out must be given: 'emoji' is no folder of yours",
+    "tune emoji --out a.txt": "--out='a.txt' must end in .json",
+    "tune emoji --out taken.json": "--out: 'taken.json' exists: choose another place",
+    "tune emoji --budget 3d": "--budget='3d' must be a time like 90s, 30m or 2h",
+    "tune emoji --budget 20": "--budget=20 pictures are too few to try 7 settings: at least",
+    "tune emoji --methods sag,pagg": "--methods='sag,pagg': 'pagg' is no guidance; did you mean",
+    "tune emoji --methods sag,sag": "--methods='sag,sag': sag was given twice",
+    "tune emoji --count 20": "--count=20 must be a multiple of twice the batch size (16)",
+    "tune emoji --steps 0": "--steps=0 must be a whole number, at least 1",
+    "tune emoji --choose -1": "--choose=-1 must be a whole number, at least 0",
+    "tune emoji --features clip": "Invalid value for '--features'",
+    "tune emoji --reference none": "--reference='none' does not exist: give a folder",
+    "tune emoji --prompts none.txt": "--prompts='none.txt' cannot be read",
+    "tune emoji-adm --prompts plain.txt": "--prompts must not be given: emoji-adm takes no prompts",
+    "tune emoji --dtype int8": "--dtype='int8' must be one of auto, float32",
 }
 
 _CODE = """
@@ -69,6 +86,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "plain.txt").write_text("mine")
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "taken.png").write_bytes(b"mine")
+    (tmp_path / "taken.json").write_bytes(b"{}")
     return tmp_path
 
 

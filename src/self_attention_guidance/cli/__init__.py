@@ -26,6 +26,7 @@ from .generate import GenerateCommand
 from .info import info_command
 from .layers import layers_command
 from .sample import SampleCommand
+from .tune import TuneCommand
 
 
 class Command(Protocol):
@@ -61,6 +62,7 @@ app.command("batch")(BatchCommand)
 app.command("convert")(convert_command)
 app.command("layers")(layers_command)
 app.command("evaluate")(evaluate_command)
+app.command("tune")(TuneCommand)
 app.command("demo")(DemoCommand)
 
 
@@ -89,6 +91,7 @@ def _sag(  # pyright: ignore[reportUnusedFunction]  # typer calls it
       sag batch prompts.jsonl --out pictures --workers 2
       sag sample --model ./my-pixel-model --num-samples 64
       sag evaluate samples.npz ./training-pictures
+      sag tune ./my-model --reference ./training-pictures --budget 30m
       sag layers emoji
       sag demo
     """

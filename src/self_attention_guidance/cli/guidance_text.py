@@ -69,6 +69,23 @@ def check_guidance(
             raise ValueError(f"{_unknown(name, declared[method], f'setting of {method}')}")
 
 
+def check_methods(names: Sequence[str]) -> None:
+    """Refuses unknown methods, before they are imported.
+
+    Args:
+        names: Short names.
+
+    Raises:
+        ValueError: One is unknown, or there twice.
+    """
+    known = declared_settings()
+    for number, name in enumerate(names):
+        if name not in known:
+            raise ValueError(f"methods={','.join(names)!r}: {_unknown(name, known, 'guidance')}")
+        if name in names[:number]:
+            raise ValueError(f"methods={','.join(names)!r}: {name} was given twice")
+
+
 def _known_settings() -> Mapping[str, Sequence[str]]:
     """Names of each method's settings; those of methods of others, too, if they are there."""
     imported = sys.modules.get("self_attention_guidance.guidance.base")
@@ -158,31 +175,6 @@ def _split(text: str, known: Mapping[str, Sequence[str]]) -> tuple[str, dict[str
             raise ValueError(f"guidance={text!r}: {name} was given twice")
         given[name] = value
     return method, given
-
-
-def guidance_text(settings: Mapping[str, Any]) -> str:
-    """A guidance as `parse_guidance` reads it, without the settings that have their defaults.
-
-    Args:
-        settings: What `Guidance.to_dict` gave.
-    """
-    from ..guidance import METHODS
-
-    if "guidances" in settings:
-        factor = settings["scale"]
-        parts = [{**each, "scale": each["scale"] * factor} for each in settings["guidances"]]
-        return _PLUS.join(map(guidance_text, parts))
-    method = settings["method"]
-    usual = METHODS[method]().to_dict()
-    changed = [n for n, value in settings.items() if n != "scale" and value != usual[n]]
-    told = [f"{name}={_told(settings[name])}" for name in ("scale", *changed)]
-    return f"{method}:{','.join(told)}"
-
-
-def _told(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return "+".join(map(str, value))  # pyright: ignore[reportUnknownArgumentType]
-    return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
 
 
 def _value(name: str, text: str, kind: Any) -> Any:

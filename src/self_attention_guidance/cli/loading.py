@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .options import PromptOptions, SamplingOptions
+from .options import DrawingOptions, PromptOptions, SamplingOptions
 from .output import hide_loading_bars, note
 
 if TYPE_CHECKING:
@@ -22,9 +22,22 @@ def check_sampling(options: SamplingOptions, num_images: int) -> None:
     Raises:
         ValueError: An option is outside its range.
     """
+    options.check_guidance()
+    check_drawing(options, num_images)
+
+
+def check_drawing(options: DrawingOptions, num_images: int) -> None:
+    """Like `check_sampling`, for commands that choose guidance by themselves.
+
+    Args:
+        options: Of the command.
+        num_images: As in `check_sampling`.
+
+    Raises:
+        ValueError: An option is outside its range.
+    """
     from ..generate import check_count, check_dtype_name, check_scheduler_name, seeds_of
 
-    options.check_guidance()
     seeds_of(options.seed, num_images)
     check_count("batch_size", options.batch_size)
     if options.scheduler is not None:

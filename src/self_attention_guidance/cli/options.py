@@ -23,7 +23,7 @@ _SUFFIXES = {"json": ".json", "plot": ".png", "save_statistics": ".npz"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingOptions:
+class DrawingOptions:
     """The options that all commands that draw pictures have; `None` was not given."""
 
     model: str
@@ -38,6 +38,24 @@ class SamplingOptions:
     batch_size: Annotated[int, typer.Option(help="Pictures made at once.")] = 4
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto"
     dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto"
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Options from a TOML file, say steps = 25; those given here go first.",
+            callback=read_config,
+            is_eager=True,
+        ),
+    ] = None
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No bar and no notes; paths and warnings only.")
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions(DrawingOptions):
+    """The options of `DrawingOptions`, and those of guidance; `None` was not given."""
+
     guidance: Annotated[
         list[str] | None,
         typer.Option(
@@ -81,18 +99,6 @@ class SamplingOptions:
             min=1, help="Guidance: a second pass at every n-th step. [default: the model's, else 1]"
         ),
     ] = None
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Options from a TOML file, say steps = 25; those given here go first.",
-            callback=read_config,
-            is_eager=True,
-        ),
-    ] = None
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="No bar and no notes; paths and warnings only.")
-    ] = False
 
     def guidance_arguments(self) -> dict[str, Any]:
         """The settings of guidance that were given, for `Guidance.from_dict`.

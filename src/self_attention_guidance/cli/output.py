@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from .guidance_text import guidance_text
-
 if TYPE_CHECKING:
     from ..generate import GeneratedImage
 
@@ -55,6 +53,7 @@ def drawn_with(record: Mapping[str, Any], seeds: Sequence[int]) -> str:
         seeds: Of all.
     """
     from ..generate.schedulers import label_of
+    from ..guidance.text import guidance_text
 
     settings = record["settings"]
     parts = [

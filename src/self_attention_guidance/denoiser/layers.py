@@ -87,7 +87,7 @@ def resolve(
             raise ValueError(
                 f"layer {name!r} is not a {kind} of {type(uncompiled(denoiser)).__name__}; it must "
                 f"be one of {', '.join(known) or '(there is none)'}, or the beginning of some, for "
-                f"short {', '.join(_beginnings(known)) or '(none)'}"
+                f"short {', '.join(beginnings(known)) or '(none)'}"
             )
         chosen.update(dict.fromkeys(found))
     return [path for path in known if path in chosen]
@@ -117,7 +117,7 @@ def _in_proportion(denoiser: nn.Module, name: str) -> str:
     return f"{match[1]}.{int(match[2]) * len(stack) // int(match[3])}"
 
 
-def _beginnings(known: Sequence[str]) -> list[str]:
+def beginnings(known: Sequence[str]) -> list[str]:
     """The short names of what is there, of one or two parts."""
     short = [short_name(path).split(".") for path in known]
     return list(dict.fromkeys(".".join(p[: 1 if p[0] == "mid" else 2]) for p in short))

@@ -1,0 +1,79 @@
+"""Settings for a model of one's own: successive halving over methods, layers, scales and windows.
+
+Example:
+    ```python
+    from self_attention_guidance.evaluate import load_encoder
+    from self_attention_guidance.generate import load_pixel_model
+    from self_attention_guidance.tune import TuneJob, TuneSettings, parse_budget
+
+    loaded = load_pixel_model("emoji-adm")
+    settings = TuneSettings(budget=parse_budget("30m"), methods=("sag", "pag"), steps=25)
+    found, pictures = TuneJob(loaded, "tuned", settings, load_encoder("emoji")).run()
+    found.rows[found.chosen].candidate.guidance  # for `loaded.pipeline.guidance`
+    ```
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..lazy import exported
+
+if TYPE_CHECKING:
+    from .halving import prefer_cheaper, search
+    from .job import TuneJob
+    from .plan import Budget, Plan, fewest_pictures, make_plan, parse_budget
+    from .report import About, write_report
+    from .result import Row, Tuned, settings_content, write_settings
+    from .settings import TuneSettings
+    from .space import Candidate, Space, space_of
+
+__all__ = [
+    "TuneJob",
+    "TuneSettings",
+    "Budget",
+    "parse_budget",
+    "Plan",
+    "make_plan",
+    "fewest_pictures",
+    "search",
+    "prefer_cheaper",
+    "Space",
+    "space_of",
+    "Candidate",
+    "Tuned",
+    "Row",
+    "settings_content",
+    "write_settings",
+    "About",
+    "write_report",
+]
+
+# Importing torch takes seconds, and wrong command lines are answered before that.
+_HOMES = {
+    "About": ".report",
+    "Budget": ".plan",
+    "Candidate": ".space",
+    "Plan": ".plan",
+    "Row": ".result",
+    "Space": ".space",
+    "TuneJob": ".job",
+    "TuneSettings": ".settings",
+    "Tuned": ".result",
+    "fewest_pictures": ".plan",
+    "make_plan": ".plan",
+    "parse_budget": ".plan",
+    "prefer_cheaper": ".halving",
+    "search": ".halving",
+    "settings_content": ".result",
+    "space_of": ".space",
+    "write_report": ".report",
+    "write_settings": ".result",
+}
+
+
+__getattr__ = exported(__name__, _HOMES)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

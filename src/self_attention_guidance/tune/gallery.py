@@ -1,0 +1,233 @@
+"""Pictures of settings and seeds: drawn once, kept in a folder, and read from there again."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from ..batch.labels import choose_labels
+from ..batch.storage import Storage
+from ..denoiser.families import denoiser_of
+from ..evaluate.features import Encoder
+from ..generate.counting import counted_rows
+from ..generate.drawing import PromptArtist
+from ..generate.loaded import Loaded
+from ..generate.pixel_drawing import draw_samples, to_image
+from ..generate.sample_settings import SampleSettings
+from .scores import Drawn, figures_of
+from .space import Candidate
+
+PARTS = "parts"
+_LARGEST_SHOWN = 256  # pixels
+# What else a machine does changes from minute to minute.
+_LATEST = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """What is kept of some pictures of a setting, whose seeds follow each other.
+
+    Attributes:
+        features: (pictures, features) float32; none if drawing failed.
+        figures: (pictures, figures) float64.
+        shown: (pictures, height, width, 3), small; none where they are not shown.
+        size: Width and height of the pictures themselves, in pixels.
+        rows: That the network was run on, for all.
+        seconds: That drawing and scoring took.
+        elapsed: Seconds since the chunk before it was done, or since the run began.
+        failure: Why drawing failed; empty if it did not.
+    """
+
+    features: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    figures: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
+    shown: NDArray[np.uint8] = field(default_factory=lambda: np.zeros((0, 0, 0, 3), np.uint8))
+    size: NDArray[np.int64] = field(default_factory=lambda: np.zeros(2, np.int64))
+    rows: int = 0
+    seconds: float = 0.0
+    elapsed: float = 0.0
+    failure: str = ""
+
+
+class Gallery:
+    """Draws, scores and keeps pictures of settings, a chunk of seeds at a time.
+
+    The chunks are the same whatever else is drawn, so the pictures are, too, to the last bit.
+
+    Attributes:
+        unit: Pictures of a chunk.
+        failures: Why settings could not be drawn.
+    """
+
+    def __init__(
+        self,
+        loaded: Loaded[Any],
+        encoder: Encoder,
+        storage: Storage,
+        *,
+        steps: int,
+        seed: int,
+        unit: int,
+        prompts: Sequence[str] = ("",),
+        started: float | None = None,
+    ) -> None:
+        """Reads what was drawn before.
+
+        Args:
+            loaded: The model.
+            encoder: What makes features of pictures.
+            storage: Where chunks are kept.
+            steps: Sampling steps.
+            seed: Of picture 0; picture i has the seed `seed + i`.
+            unit: Pictures of a chunk.
+            prompts: Given out in turn; of no use for models that take none.
+            started: When the run began, by `time.monotonic`; `None` is now.
+        """
+        self._loaded, self._encoder, self._storage = loaded, encoder, storage
+        self._steps, self._seed, self._prompts = steps, seed, prompts
+        self.unit = unit
+        names = storage.names(PARTS)
+        self._chunks = {name: _read(storage, name) for name in names}
+        self._kept = sum(chunk.elapsed for chunk in self._chunks.values())
+        self.failures: dict[Candidate, str] = {}
+        self._last = time.monotonic() if started is None else started
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds that this run and those before it took, but for what was lost with them."""
+        return self._kept + time.monotonic() - self._last
+
+    @property
+    def pace(self) -> float:
+        """Seconds a picture: of all, or of the latest ones if these were slower."""
+        latest = list(self._chunks.values())[-_LATEST:]
+        of_latest = sum(chunk.elapsed for chunk in latest) / (len(latest) * self.unit)
+        return max(self.elapsed / self.drawn, of_latest)
+
+    @property
+    def drawn(self) -> int:
+        """How many pictures there are."""
+        return self.unit * len(self._chunks)
+
+    def has(self, candidate: Candidate, first: int) -> bool:
+        """Whether a chunk was drawn.
+
+        Args:
+            candidate: The setting.
+            first: Number of its first picture, a multiple of the unit.
+        """
+        return _name(candidate, first) in self._chunks
+
+    def draw(self, candidate: Candidate, first: int, keep_pictures: bool = False) -> Chunk:
+        """A chunk, drawn if it is not there yet; a setting that failed before is not tried again.
+
+        Args:
+            candidate: The setting.
+            first: Number of its first picture, a multiple of the unit.
+            keep_pictures: Whether they will be shown.
+        """
+        name = _name(candidate, first)
+        if name not in self._chunks:
+            chunk = self._drawn(candidate, first, keep_pictures)
+            now = time.monotonic()
+            chunk = replace(chunk, elapsed=now - self._last)
+            self._kept, self._last = self._kept + chunk.elapsed, now
+            self._storage.write(name, _content(chunk))
+            self._chunks[name] = chunk
+        chunk = self._chunks[name]
+        if chunk.failure:
+            self.failures[candidate] = chunk.failure
+        return chunk
+
+    def of(self, candidate: Candidate, first: int, end: int) -> Drawn:
+        """What is known of pictures that are drawn.
+
+        Args:
+            candidate: The setting.
+            first: Number of the first picture, a multiple of the unit.
+            end: Number behind the last, a multiple of the unit.
+        """
+        chunks = [self._chunks[_name(candidate, each)] for each in range(first, end, self.unit)]
+        return Drawn(
+            torch.from_numpy(np.concatenate([chunk.features for chunk in chunks])),
+            torch.from_numpy(np.concatenate([chunk.figures for chunk in chunks])),
+            sum(chunk.rows for chunk in chunks) / (end - first),
+            sum(chunk.seconds for chunk in chunks) / (end - first),
+        )
+
+    def shown(self, candidate: Candidate, first: int, end: int) -> list[Image.Image]:
+        """Small pictures of seeds that were drawn to be shown.
+
+        Args:
+            candidate: The setting.
+            first: As in `of`.
+            end: As in `of`.
+        """
+        chunks = (self._chunks[_name(candidate, each)] for each in range(first, end, self.unit))
+        return [to_image(pixels) for chunk in chunks for pixels in chunk.shown]
+
+    def _drawn(self, candidate: Candidate, first: int, keep_pictures: bool) -> Chunk:
+        started = time.monotonic()
+        numbers = range(first, first + self.unit)
+        try:
+            with counted_rows(denoiser_of(self._loaded.pipeline)) as rows:
+                pictures = self._pictures(candidate, numbers)
+        except (FloatingPointError, ValueError, RuntimeError) as error:
+            is_its_own = not isinstance(error, RuntimeError) or "had no effect" in str(error)
+            if candidate.is_unguided or not is_its_own:
+                raise
+            return Chunk(seconds=time.monotonic() - started, failure=" ".join(str(error).split()))
+        pixels = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])
+        planes = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
+        return Chunk(
+            features=self._encoder.encode(planes).features.float().numpy(),
+            figures=figures_of(pixels),
+            shown=np.stack([_small(p) for p in pictures]) if keep_pictures else Chunk().shown,
+            size=np.array(pictures[0].size),
+            rows=sum(rows),
+            seconds=time.monotonic() - started,
+        )
+
+    def _pictures(self, candidate: Candidate, numbers: range) -> list[Image.Image]:
+        pipeline: Any = self._loaded.pipeline
+        pipeline.guidance = candidate.guidance
+        seeds = [self._seed + number for number in numbers]
+        given = {"num_inference_steps": self._steps, "guidance_scale": candidate.cfg}
+        if self._loaded.settings_class is SampleSettings:
+            settings = SampleSettings(num_inference_steps=self._steps)
+            labels = choose_labels(pipeline, settings, seeds)
+            return [to_image(each) for each in draw_samples(pipeline, settings, seeds, labels)]
+        artist = PromptArtist(pipeline, self._loaded.settings(**given))
+        prompts = [self._prompts[number % len(self._prompts)] for number in numbers]
+        return [picture.image for picture in artist.draw(prompts, seeds)]
+
+
+def _name(candidate: Candidate, first: int) -> str:
+    return f"{PARTS}/{candidate.key}-{first:05d}.npz"
+
+
+def _small(picture: Image.Image) -> NDArray[np.uint8]:
+    picture = picture.convert("RGB")
+    picture.thumbnail((_LARGEST_SHOWN, _LARGEST_SHOWN), Image.Resampling.LANCZOS)
+    return np.asarray(picture)
+
+
+def _content(chunk: Chunk) -> bytes:
+    file = io.BytesIO()
+    arrays: dict[str, Any] = {name: np.asarray(value) for name, value in vars(chunk).items()}
+    np.savez_compressed(file, **arrays)
+    return file.getvalue()
+
+
+def _read(storage: Storage, name: str) -> Chunk:
+    with np.load(io.BytesIO(storage.read(name) or b""), allow_pickle=False) as file:
+        arrays = dict(file)
+    # What is no array comes as one without dimensions.
+    return Chunk(**{key: each if each.ndim else each.item() for key, each in arrays.items()})

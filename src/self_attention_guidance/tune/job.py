@@ -1,0 +1,209 @@
+"""A run of tuning from its budget to what it found; killed at any time, it goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..batch.storage import Storage
+from ..denoiser.families import denoiser_of
+from ..evaluate import LoadedSet
+from ..evaluate.features import Encoder
+from ..generate.files import check_folder
+from ..generate.loaded import Loaded
+from ..generate.record import describe, difference, fingerprint, fingerprints
+from ..guidance import Guidance, guidance_of
+from .gallery import PARTS, Gallery
+from .plan import Plan, fewest_pictures, make_plan
+from .result import Tuned, as_json
+from .scores import ChangeScore, FrechetScore, Score
+from .settings import RESULT_FILE, TuneSettings
+from .space import Space, space_of
+from .trial import Report, Trial
+
+JOB, PLAN = "job.json", "plan.json"
+
+# Distances of few pictures are noisy, so few settings are enough for few pictures.
+_SETTINGS_A_METHOD = 3
+_FEWEST_SETTINGS = 16
+# Of the time that is left, for what is slower than the first pictures were.
+_RESERVE = 0.9
+
+
+class TuneJob:
+    """Tries settings on a model; killed at any time, the same job goes on where it was."""
+
+    def __init__(
+        self,
+        loaded: Loaded[Any],
+        work: str | Path,
+        settings: TuneSettings,
+        encoder: Encoder,
+        reference: LoadedSet | None = None,
+        *,
+        overwrite: bool = False,
+        started: float | None = None,
+    ) -> None:
+        """Looks at what an earlier run left, and refuses what cannot be done; draws nothing.
+
+        Args:
+            loaded: The model, with its scheduler.
+            work: A folder for what is drawn.
+            settings: What is asked for.
+            encoder: What makes features of pictures.
+            reference: What pictures are compared with; `None` judges by how they change.
+            overwrite: Whether what a run with other settings left may be deleted.
+            started: When the run began, by `time.monotonic`; `None` is now.
+
+        Raises:
+            ValueError: The settings do not suit the model, or a run with other settings is in the
+                folder.
+        """
+        self.loaded, self.settings = loaded, settings
+        self.storage = Storage(str(check_folder(work)))
+        self.score: Score = ChangeScore() if reference is None else FrechetScore(reference)
+        self._encoder, self._reference, self._started = encoder, reference, started
+        asked, own = self._asked(), self._own()
+        there = self._there()
+        other = difference(there.get("asked", {}), asked) if there else None
+        if other is not None and not overwrite:
+            raise ValueError(
+                f"work={str(work)!r} holds a run with {other}: go on with its settings, name"
+                " another folder, or begin anew with overwrite=True"
+            )
+        # What was found may have been written beside the model since: the run goes on from what
+        # the model was like when it began.
+        self._job = there if there and other is None else {"asked": asked, "own": own}
+        self._is_new = not there or other is not None
+        own = self._job["own"]
+        guidance = guidance_of(own["guidance"])
+        if not isinstance(guidance, Guidance):
+            raise ValueError(f"the model's guidance, {guidance.method}, is several: give it one")
+        network: Any = denoiser_of(loaded.pipeline)
+        cfg = own["guidance_scale"]
+        self.space: Space = space_of(network, own["steps"], guidance, settings.methods, cfg)
+        self.anchors = self.space.anchors()
+
+    def run(
+        self, tell: Callable[[str], object] = lambda line: None, report: Report | None = None
+    ) -> tuple[Tuned, Gallery]:
+        """Draws what is missing, and chooses.
+
+        Args:
+            tell: Called with lines about the plan, before it begins.
+            report: Called before each chunk of pictures.
+
+        Returns:
+            What was found, and the pictures.
+
+        Raises:
+            ValueError: The budget is too small, the reference does not fit, or another run is at
+                work in the folder.
+            FloatingPointError: Without guidance, a picture is NaN or infinite.
+        """
+        with self.storage.locked():
+            if self._is_new:
+                self.storage.remove(JOB, PLAN, RESULT_FILE, PARTS)
+                self.storage.write(JOB, json.dumps(self._job, indent=2).encode())
+            settings = self.settings
+            gallery = Gallery(
+                self.loaded,
+                self._encoder,
+                self.storage,
+                steps=self.space.steps,
+                seed=settings.seed,
+                unit=settings.batch_size,
+                prompts=settings.prompts,
+                started=self._started,
+            )
+            plan = self._plan(gallery, tell)
+            found = Trial(self.space, gallery, self.score, plan, settings, report).run()
+            self.storage.write(RESULT_FILE, json.dumps(as_json(found), indent=2).encode())
+        return found, gallery
+
+    def _asked(self) -> dict[str, Any]:
+        """All that pictures and choice depend on; the model's recommendations are not asked for."""
+        settings, pipeline = self.settings, self.loaded.pipeline
+        record = describe(pipeline, self.loaded.settings_class())
+        kept = {name: record[name] for name in ("scheduler", "scheduler_config", "dtype")}
+        network = getattr(pipeline, "transformer", None)
+        networks = {} if network is None else {"transformer": fingerprint(network)}
+        asked: dict[str, Any] = {
+            **dataclasses.asdict(settings),
+            "reference": None if self._reference is None else _digest(self._reference),
+            "features": self._encoder.name,
+            "loras": record.get("loras", []),
+            "networks": fingerprints(pipeline) | networks,
+            **kept,
+        }
+        return json.loads(json.dumps(asked))
+
+    def _own(self) -> dict[str, Any]:
+        recommended = self.loaded.recommended
+        own: Any = self.loaded.settings(num_inference_steps=self.settings.steps)
+        has_cfg = recommended.guidance_scale is not None
+        return {
+            "guidance": self.loaded.pipeline.guidance.to_dict(),
+            "guidance_scale": getattr(own, "guidance_scale", None) if has_cfg else None,
+            "steps": own.num_inference_steps,
+        }
+
+    def _there(self) -> dict[str, Any] | None:
+        content = self.storage.read(JOB)
+        return None if content is None else json.loads(content)
+
+    def _plan(self, gallery: Gallery, tell: Callable[[str], object]) -> Plan:
+        """The plan of this run, or the one that it began with."""
+        settings, unit = self.settings, self.settings.batch_size
+        wanted = max(_FEWEST_SETTINGS, _SETTINGS_A_METHOD * len(self.space.layers))
+        anchors = len(self.anchors)
+        content = self.storage.read(PLAN)
+        pictures = json.loads(content)["pictures"] if content else settings.budget.pictures
+        if settings.budget.pictures is not None:
+            tell(str(make_plan(settings.budget.pictures, unit, anchors, wanted, settings.count)))
+        each = self._seconds_of_a_picture(gallery)
+        if pictures is None:
+            left = (settings.budget.seconds or 0) - gallery.elapsed
+            pictures = gallery.drawn + int(_RESERVE * max(left, 0) / each)
+            pictures = max(pictures, fewest_pictures(unit, anchors, settings.count))
+        plan = make_plan(pictures, unit, anchors, wanted, settings.count)
+        if not content:
+            self.storage.write(PLAN, json.dumps({"pictures": pictures}).encode())
+        if settings.budget.pictures is None:
+            tell(str(plan))
+        left = each * max(plan.pictures - gallery.drawn, 0)
+        tell(f"about {_duration(left)} at {each:.2g} s a picture")
+        return plan
+
+    def _seconds_of_a_picture(self, gallery: Gallery) -> float:
+        """Of a usual setting, whose guidance costs about half a pass more than none."""
+        unguided = gallery.draw(self.space.unguided, 0)
+        self._check_size(unguided.size.tolist())
+        seconds = [unguided.seconds]
+        for candidate in self.anchors[1:]:
+            chunk = gallery.draw(candidate, 0)
+            if not chunk.failure:
+                seconds.append(chunk.seconds)
+                break
+        return sum(seconds) / len(seconds) / gallery.unit
+
+    def _check_size(self, size: Sequence[int]) -> None:
+        """Refuses a reference of pictures of another size: features depend on it."""
+        real = None if self._reference is None else self._reference.features
+        if real is not None and [*real.size] != [*size]:
+            sizes = "{}x{} pixels, the model draws {}x{}".format(*real.size, *size)
+            raise ValueError(f"reference: it holds pictures of {sizes}")
+
+
+def _digest(reference: LoadedSet) -> str:
+    moments = reference.moments
+    content = moments.mean.numpy().tobytes() + moments.covariance.numpy().tobytes()
+    return f"{reference.path.name} {hashlib.sha256(content).hexdigest()[:8]}"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,240 @@
+"""The report of a run: a page in Markdown, and a grid of the best settings' pictures."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from ..evaluate import Estimate
+from ..generate.files import whole_file
+from ..generate.grid import draw_grid
+from ..guidance.text import guidance_text
+from .gallery import Gallery
+from .result import Tuned
+from .scores import FIGURES, moved_by
+from .space import Candidate
+
+PAGE, GRID = "report.md", "report.png"
+
+_MOST_SHOWN = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What a report tells of a run beside what it found.
+
+    Attributes:
+        model: As the user named it.
+        takes_prompts: Whether `sag generate` draws with the model, and not `sag sample`.
+        scheduler: As it was given; `None` is the model's.
+        prompts: Those that were drawn.
+        seed: The first one.
+        reference: As it was given; `None` is none.
+        features: Name of the encoder.
+        settings_file: Where the chosen settings are.
+        by_user: Whether the user chose them.
+    """
+
+    model: str
+    takes_prompts: bool
+    scheduler: str | None
+    prompts: Sequence[str]
+    seed: int
+    reference: str | None
+    features: str
+    settings_file: Path
+    by_user: bool = False
+
+
+def write_report(folder: str | Path, found: Tuned, gallery: Gallery, about: About) -> Path:
+    """Writes the page and its grid.
+
+    Args:
+        folder: Where they go; earlier ones are replaced.
+        found: By the run.
+        gallery: With the pictures.
+        about: The run.
+
+    Returns:
+        The page.
+
+    Raises:
+        OSError: They can't be written.
+    """
+    folder = Path(folder)
+    with whole_file(folder / GRID) as file:
+        _grid(found, gallery, about).save(file, format="PNG")
+    with whole_file(folder / PAGE) as file:
+        file.write(("\n".join(_page(found, about)) + "\n").encode())
+    return folder / PAGE
+
+
+def _grid(found: Tuned, gallery: Gallery, about: About) -> Image.Image:
+    first = found.plan.seeds
+    chunks = -(-min(_MOST_SHOWN, found.seeds[1]) // gallery.unit)
+    end = first + chunks * gallery.unit
+    rows = [gallery.shown(row.candidate, first, end)[:_MOST_SHOWN] for row in found.rows]
+    labels = [f"{number}: {_short(row.candidate)}" for number, row in enumerate(found.rows)]
+    titles = [f"seed {about.seed + first + number}" for number in range(len(rows[0]))]
+    return draw_grid(rows, labels, titles, f"{about.model}, {found.steps} steps")
+
+
+def _short(candidate: Candidate) -> str:
+    guidance = candidate.guidance
+    told = "no guidance" if candidate.is_unguided else f"{guidance.method} {guidance.scale:g}"
+    return told if candidate.cfg is None else f"{told}, CFG {candidate.cfg:g}"
+
+
+def _page(found: Tuned, about: About) -> Iterator[str]:
+    yield from (f"# Settings for {about.model}", "", *_summary(found, about), "")
+    yield from (f"![The best settings, row by row]({GRID})", "")
+    if any(about.prompts):
+        yield from ("Prompts of the columns, in turn:", "")
+        yield from (f"- {prompt}" for prompt in about.prompts[:_MOST_SHOWN])
+        yield ""
+    yield from ("## The best settings", "", *_scores(found), "")
+    yield (
+        f"All figures are of {found.seeds[1]} seeds that took no part in the choice. In brackets"
+        " are 95 % intervals, of other seeds, not of other models. Differences are paired: both"
+        " sides have the same seeds. An evaluation is a picture that the network looks at once."
+    )
+    yield from ("", "## To draw with them", "", "```bash", *_commands(found, about), "```", "")
+    yield (
+        f"Another row goes into `{about.settings_file.name}` by the same command as before, with"
+        " `--choose` and its number: nothing is drawn again."
+    )
+    yield from ("", "## What the score tells", "", found.score.advice, "")
+    yield from ("Beside it, the pictures against those without guidance:", "")
+    yield from (*_changes(found), "")
+    yield (
+        "`moved` is the distance from the picture without guidance of the same seed, as a share of"
+        " that between pictures of different seeds."
+    )
+    yield from ("", "## How they were found", "", *_history(found, about))
+
+
+def _summary(found: Tuned, about: About) -> Iterator[str]:
+    row = found.rows[found.chosen]
+    who = "You chose" if about.by_user else "Chosen is"
+    yield (
+        f"{who} row {found.chosen}, `{row.candidate}`, with {found.steps} steps; it is in"
+        f" `{about.settings_file}`."
+    )
+    if not about.by_user:
+        best, why = found.ranking[0][0], "no other setting had a lower score"
+        if best != row.candidate:
+            why = (
+                f"the score of `{best}` was lower by less than one standard error, and it costs"
+                " more: of settings within noise the cheaper one is taken"
+            )
+        yield f"On the seeds to choose on, {why}."
+    title = found.score.title
+    yield f"On the other seeds, its {title} is {_interval(row.score)}."
+    if found.chosen:
+        yield f"That is {_difference(row.against_unguided)} against no guidance."
+    yield f"A picture takes {row.drawn.evaluations:.0f} evaluations of the network."
+
+
+def _scores(found: Tuned) -> Iterator[str]:
+    title = f"{found.score.title} ↓"
+    heads = ["", "Setting", title, "against no guidance", "against the model's own"]
+    rows = [
+        [
+            f"**{number}**" if number == found.chosen else str(number),
+            f"`{row.candidate}`" + (" (the model's own)" if row.candidate == found.own else ""),
+            _interval(row.score),
+            "" if number == 0 else _difference(row.against_unguided),
+            "" if row.candidate == found.own else _difference(row.against_own),
+            f"{row.drawn.evaluations:.0f}",
+            f"{row.drawn.seconds:.2g}",
+        ]
+        for number, row in enumerate(found.rows)
+    ]
+    return _table([*heads, "evaluations", "seconds a picture"], rows)
+
+
+def _changes(found: Tuned) -> Iterator[str]:
+    unguided = found.rows[0].drawn
+    rows: list[list[str]] = []
+    for number, row in enumerate(found.rows):
+        figures = [f"{figure:.3f}" for figure in row.drawn.figures.mean(0).tolist()]
+        moved = float(moved_by(row.drawn, unguided).mean())
+        rows.append([str(number), *figures, f"{moved:.2f}"])
+    return _table(["", *FIGURES, "moved"], rows)
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    yield "| " + " | ".join(heads) + " |"
+    yield "|" + " --- |" * len(heads)
+    for row in rows:
+        yield "| " + " | ".join(row) + " |"
+
+
+def _commands(found: Tuned, about: About) -> Iterator[str]:
+    chosen = found.rows[found.chosen].candidate
+    for number, row in enumerate(found.rows):
+        words = ["sag", "generate", about.prompts[0]] if about.takes_prompts else ["sag", "sample"]
+        words += ["--model", about.model, "--steps", str(found.steps)]
+        words += [] if about.takes_prompts else ["--num-samples", "64"]
+        words += _typed(row.candidate, [chosen, found.own])
+        words += [] if about.scheduler is None else ["--scheduler", about.scheduler]
+        yield f"{shlex.join(words)}  # {number}"
+
+
+def _typed(candidate: Candidate, others: Sequence[Candidate]) -> list[str]:
+    """Options for a setting, whichever of others the model recommends."""
+    cfg = [] if candidate.cfg is None else ["--guidance-scale", f"{candidate.cfg:g}"]
+    if candidate.is_unguided:
+        return ["--sag-scale", "0", *cfg]
+    settings = candidate.guidance.to_dict()
+    # What a text leaves out is the model's where it recommends the same method.
+    rivals = [each.guidance.to_dict() for each in others]
+    always = {
+        name
+        for rival in rivals
+        if rival["method"] == settings["method"]
+        for name, value in settings.items()
+        if rival[name] != value
+    }
+    return ["--guidance", guidance_text(settings, always), *cfg]
+
+
+def _history(found: Tuned, about: About) -> Iterator[str]:
+    choosing, reporting = found.seeds
+    first = about.seed + found.plan.seeds
+    compared = "no reference" if about.reference is None else f"`{about.reference}`"
+    yield (
+        f"- {found.tried} settings were tried: no guidance, the model's own, each method's"
+        " defaults, others that are spread over the space of settings, and neighbours of the best."
+    )
+    yield f"- Rungs, settings on seeds: {', '.join(map(str, found.plan.rungs))}."
+    yield f"- Seeds {about.seed} to {about.seed + choosing - 1} were for choosing."
+    yield f"- Seeds {first} to {first + reporting - 1} were for this report."
+    if choosing < found.plan.seeds or reporting < found.plan.seeds:
+        yield f"- The time ended before all {found.plan.seeds} seeds of a half were drawn."
+    yield f"- Compared with {compared}, features: {about.features}."
+    yield f"- {found.pictures} pictures were drawn in {found.seconds / 60:.1f} minutes."
+    for setting, why in found.failures.items():
+        yield f"- `{setting}` could not be drawn: {why}"
+    yield from ("", "The last rung. These scores chose, so they flatter the first ones:", "")
+    yield from _table(
+        ["Setting", f"{found.score.title}, {choosing} seeds"],
+        ([f"`{each}`", f"{score:.3g}"] for each, score in found.ranking),
+    )
+
+
+def _interval(found: Estimate) -> str:
+    if found.low is None or found.high is None:
+        return f"{found.value:.3g}"
+    return f"{found.value:.3g} [{found.low:.3g}, {found.high:.3g}]"
+
+
+def _difference(found: Estimate) -> str:
+    if found.low is None or found.high is None:
+        return f"{found.value:+.3g}"
+    told = f"{found.value:+.3g} [{found.low:+.3g}, {found.high:+.3g}]"
+    return told if found.low <= 0 <= found.high else f"**{told}**"

@@ -1,0 +1,349 @@
+"""`sag tune` from its command line to its report, on tiny models."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from command_line import error_of, help_without_torch, run
+from self_attention_guidance import PerturbedAttentionGuidance
+from self_attention_guidance.batch.storage import Storage
+from self_attention_guidance.cli.tune import Features
+from self_attention_guidance.evaluate import ENCODERS, load_set, open_set
+from self_attention_guidance.evaluate.encoder import Encoded
+from self_attention_guidance.generate import (
+    SampleSettings,
+    draw_samples,
+    load_pipeline,
+    load_pixel_model,
+    read_record,
+)
+from self_attention_guidance.guidance.text import guidance_text
+from self_attention_guidance.models.builtin import recommended_settings
+from self_attention_guidance.tune import Budget, Tuned, TuneJob, TuneSettings
+from self_attention_guidance.tune.gallery import Chunk, Gallery
+from tiny import save_tiny_model
+from tiny_pixels import one_thread, tiny_pipeline
+
+FEW = ["--methods", "sag,pag", "--quiet"]
+STEPS = 2
+# No guidance, the model's own, the defaults of two methods, and a few others.
+PICTURES = 136
+# Far from the default, so that it has to be looked for.
+KNOWN = PerturbedAttentionGuidance(16.0)
+
+
+class Colours:
+    """An encoder of a few features, in which small sets of pictures differ clearly."""
+
+    name = "emoji"
+
+    def encode(self, pictures: torch.Tensor) -> Encoded:
+        values = pictures.double() / 255
+        return Encoded(torch.cat([values.mean((2, 3)), values.std((2, 3))], 1), None, None)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def on_one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def quick_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waiting for the disk is for power failures, and takes most of the time here."""
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "tiny"
+    tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the tiny model draws with a known guidance, of seeds that no run has."""
+    pipe = tiny_pipeline()
+    pipe.guidance = KNOWN
+    settings = SampleSettings(num_inference_steps=STEPS)
+    path = tmp_path_factory.mktemp("reference") / "pag.npz"
+    np.savez(path, arr_0=draw_samples(pipe, settings, range(1000, 1064)))
+    return path
+
+
+def tune(model: Path, *arguments: object, budget: int = PICTURES) -> dict[str, Any]:
+    """Runs the command, and returns what it found but for times."""
+    assert run("tune", model, *FEW, "--steps", STEPS, "--budget", budget, *arguments) == 0
+    return without_times(json.loads((model / "sag_tune" / "result.json").read_text("utf-8")))
+
+
+def without_times(found: dict[str, Any]) -> dict[str, Any]:
+    rows = [{n: value for n, value in row.items() if n != "seconds"} for row in found["rows"]]
+    return {**{n: value for n, value in found.items() if n != "seconds"}, "rows": rows}
+
+
+def job_of(
+    model: Path,
+    work: Path,
+    reference: Path | None = None,
+    overwrite: bool = False,
+    **settings: Any,
+) -> TuneJob:
+    loaded = load_pixel_model(str(model))
+    loaded.use()
+    usual: dict[str, Any] = {"budget": Budget(pictures=PICTURES), "methods": ("sag", "pag")}
+    asked = TuneSettings(**{**usual, "steps": STEPS, **settings})
+    compared = None if reference is None else load_set(open_set(reference), Colours(), 64)
+    return TuneJob(loaded, work, asked, Colours(), compared, overwrite=overwrite)
+
+
+def test_a_guidance_that_is_known_is_found(model: Path, tmp_path: Path, reference: Path) -> None:
+    found, _ = job_of(model, tmp_path / "work", reference, budget=Budget(pictures=400)).run()
+    chosen = found.rows[found.chosen]
+    assert chosen.candidate.guidance.method == "pag"
+    assert chosen.candidate.guidance.scale > 6  # the default is 3
+    for difference in (chosen.against_unguided, chosen.against_own):
+        assert difference.high is not None and difference.high < 0
+    assert chosen.score.value < 0.3 * found.rows[0].score.value
+
+
+def test_the_settings_are_picked_up_from_the_folder(model: Path) -> None:
+    found = tune(model)
+    written = recommended_settings(model)
+    assert written.num_inference_steps == STEPS
+    loaded = load_pixel_model(str(model))
+    assert loaded.pipeline.guidance == written.make_guidance()
+    setting = found["rows"][found["chosen"]]["setting"]
+    assert setting == guidance_text(loaded.pipeline.guidance.to_dict())
+    page = (model / "sag_tune" / "report.md").read_text("utf-8")
+    assert f"| **{found['chosen']}** |" in page
+    assert "sag sample --model" in page
+    with Image.open(model / "sag_tune" / "report.png") as grid:
+        assert grid.width > grid.height / 2
+
+
+def test_text_models_are_tuned_in_cfg_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save_tiny_model(tmp_path / "tiny")
+    (tmp_path / "prompts.txt").write_text("red heart\nblue fox\n")
+    arguments = ["--methods", "pag", "--steps", "1", "--budget", "104"]
+    command = ["tune", model, *arguments, "--prompts", tmp_path / "prompts.txt"]
+    assert run(*command) == 0
+    assert "settings in 1 rung (6 on 8 seeds)" in capsys.readouterr().err
+    chosen = recommended_settings(model)
+    assert chosen.guidance_scale is not None
+    page = (model / "sag_tune" / "report.md").read_text("utf-8")
+    assert "no figure can say" in page and "- blue fox" in page
+    # Without --guidance, the folder's own settings draw.
+    assert run("generate", "red heart", "--model", model, "--out", tmp_path / "a.png") == 0
+    record = read_record(tmp_path / "a.png")
+    assert record["settings"]["guidance_scale"] == chosen.guidance_scale
+    assert record["guidance"]["scale"] == chosen.make_guidance().scale
+    # The commands of the report draw its rows, whatever the model recommends now.
+    result = json.loads((model / "sag_tune" / "result.json").read_text("utf-8"))
+    number = [row["setting"] for row in result["rows"]].index("pag:scale=3, CFG 7.5")
+    line = next(each for each in page.splitlines() if each.endswith(f"# {number}"))
+    words = shlex.split(line, comments=True)
+    assert run(*words[1:], "--out", tmp_path / "b.png") == 0
+    record = read_record(tmp_path / "b.png")
+    assert record["guidance"] == PerturbedAttentionGuidance(3.0).to_dict()
+    assert record["settings"]["guidance_scale"] == 7.5
+    # Another row is taken without drawing.
+    assert run(*command, "--choose", "0", "--quiet") == 0
+    assert load_pipeline(str(model)).pipeline.guidance.scale == 0
+    capsys.readouterr()
+    assert error_of(capsys, *command, "--choose", "9", "--quiet").startswith(
+        "error: --choose=9 must be a row of the report, 0 to"
+    )
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+def test_a_killed_run_ends_as_an_undisturbed_one(model: Path, reference: Path) -> None:
+    whole = tune(model, "--reference", reference)
+    settings = (model / "sag_settings.json").read_bytes()
+    (model / "sag_settings.json").unlink()
+    (model / "sag_tune").rename(model / "whole")
+    command = [sys.executable, "-m", "self_attention_guidance.cli", "tune", str(model), *FEW]
+    command += ["--steps", str(STEPS), "--budget", str(PICTURES), "--reference", str(reference)]
+    parts = model / "sag_tune" / "parts"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, env=environment)
+    deadline = time.monotonic() + 60
+    while len(list(parts.glob("*.npz"))) < 4 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert 4 <= len(list(parts.glob("*.npz"))) < whole["pictures"] / 8
+    assert not (model / "sag_settings.json").exists()
+    assert tune(model, "--reference", reference) == whole
+    assert (model / "sag_settings.json").read_bytes() == settings
+    # Once it is done, the same command draws nothing, and changes nothing.
+    assert tune(model, "--reference", reference) == whole
+
+
+def test_the_choice_sees_one_half_of_the_seeds(
+    tmp_path: Path, model: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers: list[int] = []
+    draw = Gallery.draw
+
+    def noted(gallery: Gallery, candidate: Any, first: int, keep_pictures: bool = False) -> Chunk:
+        numbers.append(first)
+        return draw(gallery, candidate, first, keep_pictures)
+
+    monkeypatch.setattr(Gallery, "draw", noted)
+    found, _ = job_of(model, tmp_path / "work", reference).run()
+    seeds = found.plan.seeds
+    begin = next(place for place, number in enumerate(numbers) if number >= seeds)
+    assert all(number < seeds for number in numbers[:begin])
+    assert all(seeds <= number < 2 * seeds for number in numbers[begin:])
+    # Whatever the other half is like, the choice is the same.
+    storage = Storage(str(tmp_path / "work"))
+    for name in storage.names("parts"):
+        if int(name.removesuffix(".npz").rpartition("-")[2]) >= seeds:
+            path = tmp_path / "work" / name
+            arrays = dict(np.load(path))
+            dice = np.random.default_rng(len(name))
+            arrays["features"] = dice.normal(size=arrays["features"].shape).astype(np.float32)
+            np.savez(path, **arrays)
+    again, _ = job_of(model, tmp_path / "work", reference).run()
+    assert again.ranking == found.ranking
+    assert again.rows[again.chosen].candidate == found.rows[found.chosen].candidate
+    assert again.rows[again.chosen].score != found.rows[found.chosen].score
+
+
+def test_a_run_with_other_settings_is_refused_by_their_name(
+    model: Path, reference: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = model / "sag_tune"
+    with pytest.raises(KeyboardInterrupt):
+        job_of(model, work).run(report=interrupt)
+    arguments = ["tune", model, *FEW, "--budget", PICTURES]
+    capsys.readouterr()
+    told = error_of(capsys, *arguments, "--steps", "3")
+    assert f"holds a run with steps={STEPS}, not 3" in told and told.startswith("error: --work=")
+    told = error_of(capsys, *arguments, "--steps", STEPS, "--reference", reference)
+    assert "reference=None, not 'pag.npz " in told
+    parts = len(list((work / "parts").iterdir()))
+    anew = job_of(model, work, steps=1, overwrite=True)
+    assert len(list((work / "parts").iterdir())) == parts  # until it runs
+    with pytest.raises(KeyboardInterrupt):
+        anew.run(report=interrupt)
+    assert len(list((work / "parts").iterdir())) == 2
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_reference_of_another_size_is_refused(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "small.npz", arr_0=noise)
+    arguments = [*FEW, "--budget", PICTURES, "--steps", 1, "--reference", tmp_path / "small.npz"]
+    told = error_of(capsys, "tune", model, *arguments)
+    assert "--reference: it holds pictures of 8x8 pixels, the model draws 16x16" in told
+
+
+def test_settings_of_others_are_not_replaced(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (model / "sag_settings.json").write_text('{"guidance": {"scale": 1.5}}')
+    told = error_of(capsys, "tune", model, *FEW, "--budget", PICTURES)
+    assert "sag_settings.json' exists" in told
+    assert not (model / "sag_tune").exists()
+
+
+class Clock:
+    """A clock that only drawing moves: a second a picture."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr("self_attention_guidance.tune.gallery.time", self)
+        pictures = Gallery._pictures
+
+        def slow(gallery: Gallery, candidate: Any, numbers: range) -> Any:
+            self.now += len(numbers) * (1 + (candidate.guidance.method == "pag"))
+            return pictures(gallery, candidate, numbers)
+
+        monkeypatch.setattr(Gallery, "_pictures", slow)
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def test_a_time_budget_holds_across_runs(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
+    budget = Budget(seconds=250)
+
+    def stop(drawn: int, *_: object) -> None:
+        if drawn >= 80:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        job_of(model, tmp_path / "work", budget=budget).run(report=stop)
+    assert 80 <= clock.now <= 160
+    told: list[str] = []
+    found, _ = job_of(model, tmp_path / "work", budget=budget).run(told.append)
+    assert found.seconds <= 250
+    assert clock.now == found.seconds > 170
+    assert_equal_counts(found)
+    assert "settings in" in told[0] and told[1].startswith("about ")
+
+
+def test_time_that_is_short_is_kept_for_the_report(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
+
+    def slower(drawn: int, *_: object) -> None:
+        clock.now += 3.0 if drawn > 20 else 0.0
+
+    found, _ = job_of(model, tmp_path / "work", budget=Budget(seconds=400)).run(report=slower)
+    assert found.seconds <= 400
+    assert_equal_counts(found)
+
+
+def assert_equal_counts(found: Tuned) -> None:
+    assert len({len(row.drawn.features) for row in found.rows}) == 1
+    assert found.seeds[1] >= 4
+
+
+def test_a_setting_that_fails_is_left_out_and_told(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = Gallery._pictures
+
+    def broken(gallery: Gallery, candidate: Any, numbers: range) -> Any:
+        if candidate.guidance.method == "pag":
+            raise FloatingPointError("step 3: the sample is not finite")
+        return pictures(gallery, candidate, numbers)
+
+    monkeypatch.setattr(Gallery, "_pictures", broken)
+    found, _ = job_of(model, tmp_path / "work").run()
+    assert set(found.failures.values()) == {"step 3: the sample is not finite"}
+    assert all(row.candidate.guidance.method == "sag" for row in found.rows)
+
+
+def test_its_help_is_quick_and_its_encoders_are_those_of_evaluate() -> None:
+    assert "sag tune ./my-pixel-model" in help_without_torch("tune")
+    assert tuple(each.value for each in Features) == ENCODERS
