@@ -17,6 +17,7 @@ import torch
 
 from drawing import size_of_term
 from self_attention_guidance import Guidance
+from self_attention_guidance.models.builtin import builtin_folder, recommended_settings
 from settings import Setting, fitting
 from tasks import TASKS, Task
 
@@ -72,7 +73,8 @@ class Point:
     Attributes:
         task: Its name.
         budget: Its name.
-        method: One or more short names of guidances; "none" is classifier-free guidance alone.
+        method: One or more short names of guidances; "none" is classifier-free guidance alone, and
+            "shipped" is what the model recommends for itself.
         dtype: Of the network's products: "bfloat16" or "float32".
     """
 
@@ -101,10 +103,12 @@ class Point:
 
 def points() -> Iterator[Point]:
     """All points, in the order in which they are measured."""
-    for task in TASKS:
-        yield from (Point(task, "every", method) for method in (*METHODS, *FAST_METHODS))
-        yield from (Point(task, budget, "none") for budget in ("plain", "double"))
-        yield from (Point(task, "cheap", method) for method in METHODS)
+    for name, task in TASKS.items():
+        yield from (Point(name, "every", method) for method in (*METHODS, *FAST_METHODS))
+        if recommended_settings(builtin_folder(task.model)).guidance:
+            yield Point(name, "every", "shipped")
+        yield from (Point(name, budget, "none") for budget in ("plain", "double"))
+        yield from (Point(name, "cheap", method) for method in METHODS)
     for task in TASKS:
         yield from (Point(task, "every", method, "float32") for method in ("none", "sag", "pag"))
 
@@ -116,6 +120,8 @@ def candidates(task: Task, method: str, budget: Budget) -> list[Setting]:
     methods, at every second to fourth.
     """
     evaluations = budget.of[task.has_cfg]
+    if method == "shipped":
+        return [fitting(shipped(task), evaluations)]
     if method in _UNGUIDED and not task.has_cfg:
         return [fitting(_unguided(method, 1.0), evaluations)]
     sobol = torch.quasirandom.SobolEngine(8, scramble=True, seed=0)
@@ -168,6 +174,13 @@ def _candidate(
         scale = float(f"{size * of_size / unit:.2g}")
         guidance.append(Guidance.from_dict({**settings, "scale": scale}))
     return fitting(Setting(tuple(guidance), cfg=cfg), evaluations)
+
+
+def shipped(task: Task) -> Setting:
+    """What the task's model recommends for itself."""
+    settings = recommended_settings(builtin_folder(task.model))
+    cfg = settings.guidance_scale if task.has_cfg and settings.guidance_scale else 1.0
+    return Setting((settings.make_guidance(),), cfg=cfg)
 
 
 def _unguided(method: str, cfg: float) -> Setting:

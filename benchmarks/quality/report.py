@@ -35,6 +35,7 @@ _TITLES = {
     "sag+pag": "SAG + PAG",
     "sag-fast": "fast SAG",
     "pag-fast": "fast PAG",
+    "shipped": "the model's own settings",
     "tpg-fast": "fast TPG",
 }
 _QUESTION_TITLES = dict(zip(QUESTIONS, ("thing", "thing of 5", "style", "background"), strict=True))
