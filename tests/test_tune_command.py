@@ -307,6 +307,11 @@ def test_a_time_budget_holds_across_runs(
     assert found.seconds <= 250
     assert clock.now == found.seconds > 170
     assert_equal_counts(found)
+    # What was decided by the clock stays decided: nothing is drawn again, nor more.
+    clock.now += 1000
+    again, _ = job_of(model, tmp_path / "work", budget=budget).run()
+    assert again.pictures == found.pictures
+    assert (again.ranking, again.chosen) == (found.ranking, found.chosen)
     assert "settings in" in told[0] and told[1].startswith("about ")
 
 

@@ -23,7 +23,7 @@ from .result import Tuned, as_json
 from .scores import ChangeScore, FrechetScore, Score
 from .settings import RESULT_FILE, TuneSettings
 from .space import Space, space_of
-from .trial import Report, Trial
+from .trial import JOURNAL, Journal, Report, Trial
 
 JOB, PLAN = "job.json", "plan.json"
 
@@ -107,7 +107,7 @@ class TuneJob:
         """
         with self.storage.locked():
             if self._is_new:
-                self.storage.remove(JOB, PLAN, RESULT_FILE, PARTS)
+                self.storage.remove(JOB, PLAN, JOURNAL, RESULT_FILE, PARTS)
                 self.storage.write(JOB, json.dumps(self._job, indent=2).encode())
             settings = self.settings
             gallery = Gallery(
@@ -121,7 +121,9 @@ class TuneJob:
                 started=self._started,
             )
             plan = self._plan(gallery, tell)
-            found = Trial(self.space, gallery, self.score, plan, settings, report).run()
+            found = Trial(
+                self.space, gallery, self.score, plan, settings, Journal(self.storage), report
+            ).run()
             self.storage.write(RESULT_FILE, json.dumps(as_json(found), indent=2).encode())
         return found, gallery
 

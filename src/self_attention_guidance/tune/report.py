@@ -80,7 +80,7 @@ def _grid(found: Tuned, gallery: Gallery, about: About) -> Image.Image:
     rows = [gallery.shown(row.candidate, first, end)[:_MOST_SHOWN] for row in found.rows]
     labels = [f"{number}: {_short(row.candidate)}" for number, row in enumerate(found.rows)]
     titles = [f"seed {about.seed + first + number}" for number in range(len(rows[0]))]
-    return draw_grid(rows, labels, titles, f"{about.model}, {found.steps} steps")
+    return draw_grid(rows, labels, titles, f"{Path(about.model).name}, {found.steps} steps")
 
 
 def _short(candidate: Candidate) -> str:
@@ -90,7 +90,7 @@ def _short(candidate: Candidate) -> str:
 
 
 def _page(found: Tuned, about: About) -> Iterator[str]:
-    yield from (f"# Settings for {about.model}", "", *_summary(found, about), "")
+    yield from (f"# Settings for {Path(about.model).name}", "", *_summary(found, about), "")
     yield from (f"![The best settings, row by row]({GRID})", "")
     if any(about.prompts):
         yield from ("Prompts of the columns, in turn:", "")

@@ -132,7 +132,7 @@ class Space:
         """
         tried = set(map(self._effect, known))
         found: list[Candidate] = []
-        for number in range(20 * count):
+        for number in range(20 * count):  # some were tried, or guide no step
             dice = random.Random(f"{seed} {number}")
             near = self._near(parents[number % len(parents)], dice)
             if self._effect(near) not in tried and self.acts(near):

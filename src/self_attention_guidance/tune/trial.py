@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
+from ..batch.storage import Storage
 from ..evaluate import estimate, paired_difference
 from .gallery import Gallery
 from .halving import prefer_cheaper, search
@@ -16,12 +18,39 @@ from .scores import Score, halves_of
 from .settings import TuneSettings
 from .space import Candidate, Space
 
+JOURNAL = "journal.json"
+
 _REPETITIONS = 200
 _MOST_SHOWN = 8
 
 Report = Callable[[int, int, str, str], object]
 """Called with how many pictures are drawn, how many there will be at most, the setting that is next
 and the best one so far."""
+
+
+class Journal:
+    """What was decided by the clock, in order: a run that goes on decides the same again."""
+
+    def __init__(self, storage: Storage) -> None:
+        """Reads what was decided before.
+
+        Args:
+            storage: The folder of the run.
+        """
+        self._storage = storage
+        self._entries: list[int] = json.loads(storage.read(JOURNAL) or b"[]")
+        self._next = 0
+
+    def known(self) -> int | None:
+        """What the next decision was; `None` if it was not made yet."""
+        self._next += 1
+        return self._entries[self._next - 1] if self._next <= len(self._entries) else None
+
+    def add(self, decision: int) -> int:
+        """Keeps a decision that was not known, and returns it."""
+        self._entries.append(decision)
+        self._storage.write(JOURNAL, json.dumps(self._entries).encode())
+        return decision
 
 
 class Trial:
@@ -34,6 +63,7 @@ class Trial:
         score: Score,
         plan: Plan,
         settings: TuneSettings,
+        journal: Journal,
         report: Report | None = None,
     ) -> None:
         """Draws nothing yet.
@@ -44,11 +74,12 @@ class Trial:
             score: What settings are ranked by.
             plan: How many settings and seeds.
             settings: Of the run.
+            journal: Of the run.
             report: Called before each chunk of pictures.
         """
         self.space, self.gallery, self.score, self.plan = space, gallery, score, plan
         self._seed, self._seconds = settings.seed, settings.budget.seconds
-        self._report, self._best = report, ""
+        self._journal, self._report, self._best = journal, report, ""
         self._tried: dict[Candidate, None] = {}
         self._reached = 0
         self._last: Mapping[Candidate, float] = {}
@@ -101,18 +132,20 @@ class Trial:
     def _sweep(self, candidates: Sequence[Candidate], first: int, end: int, until: float) -> int:
         """Draws settings on seeds as far as time allows, on equally many each; returns how far."""
         shown = range(self.plan.seeds, self.plan.seeds + _MOST_SHOWN)
-        for chunk in range(first, end, self.gallery.unit):
+        known = self._journal.known()
+        for chunk in range(first, end if known is None else known, self.gallery.unit):
             missing = [c for c in self._sound(candidates) if not self.gallery.has(c, chunk)]
             # One chunk is drawn in any case.
-            if chunk > first and missing and not self._is_time_for(len(missing), until):
-                return chunk
+            is_open = known is None and chunk > first and missing
+            if is_open and not self._is_time_for(len(missing), until):
+                return self._journal.add(chunk)
             # Also those that are there: a setting fails where it failed before, and not earlier.
             for candidate in self._sound(candidates):
                 if self._report is not None and candidate in missing:
                     done = self.gallery.drawn
                     self._report(done, self.plan.pictures, str(candidate), self._best)
                 self.gallery.draw(candidate, chunk, keep_pictures=chunk in shown)
-        return end
+        return self._journal.add(end) if known is None else known
 
     def _is_time_for(self, chunks: int, until: float) -> bool:
         return self.gallery.elapsed + self.gallery.pace * chunks * self.gallery.unit <= until
@@ -121,13 +154,14 @@ class Trial:
         return [each for each in candidates if each not in self.gallery.failures]
 
     def _neighbours(self, parents: Sequence[Candidate], count: int) -> Sequence[Candidate]:
-        found = self.space.neighbours(parents, count, self._seed, self._tried)
-        missing = sum(not self.gallery.has(each, 0) for each in found)
-        first = self.plan.rungs[0]
-        until = self._end_of(first.settings, first.seeds)
-        # They are to be drawn on as many seeds as the others were.
-        is_time = self._is_time_for(missing * self._reached // self.gallery.unit, until)
-        return found if is_time or not missing else []
+        known = self._journal.known()
+        if known is None:
+            first = self.plan.rungs[0]
+            until = self._end_of(first.settings, first.seeds)
+            # They are to be drawn on as many seeds as the others were.
+            chunks = count * self._reached // self.gallery.unit
+            known = self._journal.add(count if self._is_time_for(chunks, until) else 0)
+        return self.space.neighbours(parents, known, self._seed, self._tried)
 
     def _choose(self, ranked: Sequence[Candidate]) -> Candidate:
         values = {each: self._values(each, 0, self._reached, _REPETITIONS) for each in ranked}
