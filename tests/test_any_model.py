@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,34 @@ def test_it_is_what_diffusers_draws(saved: Saved, name: str) -> None:
         generator=torch.Generator().manual_seed(5),
     ).images[0]
     assert (np.asarray(ours.image) == np.asarray(picture)).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "component"), [("flux", "transformer"), ("stable_diffusion_xl", "text_encoder_2")]
+)
+def test_pictures_of_other_weights_are_not_mixed(
+    saved: Saved,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    component: str,
+) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    model = shutil.copytree(saved(name), tmp_path / "model")
+    (tmp_path / "list.jsonl").write_text('{"prompt": "blue fox"}\n')
+    asked = ["batch", tmp_path / "list.jsonl", "--model", model, "--steps", 1, "--size", "64x64"]
+    assert run(*asked, "--out", tmp_path / "out") == 0
+    (weights,) = (model / component).glob("*.safetensors")
+    state = load_file(weights)
+    name = next(key for key, value in state.items() if value.is_floating_point())
+    save_file(state | {name: state[name] + 1}, weights, metadata={"format": "pt"})
+    assert not torch.equal(load_file(weights)[name], state[name])
+    with (tmp_path / "list.jsonl").open("a") as file:
+        file.write('{"prompt": "red fox"}\n')
+    assert run(*asked, "--out", tmp_path / "out") == 2
+    assert f"networks.{component}=" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["stable_diffusion_xl", "flux"])

@@ -111,9 +111,11 @@ def fingerprints(pipeline: Any, with_classifier: bool = True) -> dict[str, str]:
         pipeline: The model.
         with_classifier: Whether its classifier, if it has one, is used.
     """
-    names = ["unet", "vae", "text_encoder", *(["classifier"] if with_classifier else [])]
-    networks = {name: getattr(pipeline, name, None) for name in names}
-    return {name: fingerprint(net) for name, net in networks.items() if net is not None}
+    return {
+        name: fingerprint(component)
+        for name, component in pipeline.components.items()
+        if isinstance(component, nn.Module) and (name != "classifier" or with_classifier)
+    }
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -15,7 +15,7 @@ from ..evaluate import LoadedSet
 from ..evaluate.features import Encoder
 from ..generate.files import check_folder
 from ..generate.loaded import Loaded
-from ..generate.record import describe, difference, fingerprint, fingerprints
+from ..generate.record import describe, difference, fingerprints
 from ..guidance import Guidance, guidance_of
 from .gallery import PARTS, Gallery
 from .plan import Plan, fewest_pictures, make_plan
@@ -132,14 +132,12 @@ class TuneJob:
         settings, pipeline = self.settings, self.loaded.pipeline
         record = describe(pipeline, self.loaded.settings_class())
         kept = {name: record[name] for name in ("scheduler", "scheduler_config", "dtype")}
-        network = getattr(pipeline, "transformer", None)
-        networks = {} if network is None else {"transformer": fingerprint(network)}
         asked: dict[str, Any] = {
             **dataclasses.asdict(settings),
             "reference": None if self._reference is None else _digest(self._reference),
             "features": self._encoder.name,
             "loras": record.get("loras", []),
-            "networks": fingerprints(pipeline) | networks,
+            "networks": fingerprints(pipeline),
             **kept,
         }
         return json.loads(json.dumps(asked))
