@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 import textwrap
 from typing import Any
@@ -35,18 +36,18 @@ def _section(name: str, command: Any) -> str:
         lines = textwrap.dedent(examples.split("\n", 1)[1]).strip()
         parts.append(f"```bash\n{lines}\n```")
     for title in ("argument", "option"):
-        rows = [_row(each, context) for each in command.params if each.param_type_name == title]
+        chosen = [each for each in command.params if each.param_type_name == title]
+        rows = [_row(*record) for each in chosen if (record := each.get_help_record(context))[1]]
         if rows:
             head = f"| {title.capitalize()} | |\n| --- | --- |"
             parts.append("\n".join([head, *rows]))
     return "\n\n".join(parts)
 
 
-def _row(parameter: Any, context: Any) -> str:
-    name, text = parameter.get_help_record(context)
+def _row(name: str, text: str) -> str:
     return f"| `{_TYPE.sub(lambda found: found[1].upper(), name)}` | {_cell(text)} |"
 
 
 def _cell(text: str) -> str:
     """Text of one cell: no line ends, and no sign that Markdown would read."""
-    return re.sub(r"([|<*_])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([|*_\[])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
