@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
+import json
 import re
 import threading
 import tracemalloc
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from PIL import Image
 
 pytest.importorskip("gradio", reason="the demo needs the extra 'demo' (gradio)")
 
-from gradio_client import Client
+from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
 from command_line import error_of, help_without_torch
@@ -38,6 +39,7 @@ from self_attention_guidance.generate import (
     read_record,
 )
 from self_attention_guidance.generate.counting import counted_rows
+from test_any_model import saved  # noqa: F401  # a fixture
 from tiny import save_tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -132,6 +134,105 @@ def test_steps_of_a_guidance_without_a_mask(tmp_path: Path) -> None:
     shown = [getattr(block, "label", "") for block in blocks if getattr(block, "visible", False)]
     assert "PAG scale (0 is off)" in shown
     assert "Mask threshold" not in shown
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Path:
+    """A picture of 72 x 64 pixels, every one another."""
+    values = np.random.default_rng(0).integers(0, 256, (64, 72, 3), dtype=np.uint8)
+    Image.fromarray(values).save(tmp_path / "start.png")
+    return tmp_path / "start.png"
+
+
+@pytest.fixture
+def mask(tmp_path: Path) -> Path:
+    """White in the left half."""
+    white = np.zeros((64, 72), np.uint8)
+    white[:, :36] = 255
+    Image.fromarray(white).save(tmp_path / "mask.png")
+    return tmp_path / "mask.png"
+
+
+def test_it_begins_with_a_picture_as_the_library_does(
+    demo: tuple[str, LoadedPipeline], client: Client, start: Path, mask: Path
+) -> None:
+    pipeline = demo[1].pipeline
+    own, plain = pipeline.guidance, client.predict(**SETTINGS, api_name="/generate")[0][1]
+    drawn = []
+    for masks in ({}, {"mask": mask}):
+        given = {"image": handle_file(start), "strength": 0.5}
+        given |= {name: handle_file(path) for name, path in masks.items()}
+        paths, costs, _ = client.predict(**SETTINGS, **given, api_name="/generate")
+        assert "guided" in costs and costs.endswith(", 6 network evaluations")  # two steps
+        settings = demo[1].settings(
+            num_inference_steps=4,
+            sag_scale=2.0,
+            image=str(start),
+            strength=0.5,
+            **{name: str(path) for name, path in masks.items()},
+        )
+        pipeline.guidance = replace(own, scale=2.0, start=0.0, stop=1.0, every=1)
+        try:
+            (expected,) = generate(pipeline, "cat", settings, seed=4, model_name="emoji")
+        finally:
+            pipeline.guidance = own
+        assert np.array_equal(pixels(paths[1]), np.asarray(expected.image))
+        record = read_record(paths[1])
+        assert record["settings"]["image"] == "start.png"  # not where it was kept
+        assert record["start"] == expected.record["start"]
+        assert str(Path(paths[1]).parent.parent) not in json.dumps(record)
+        drawn.append(pixels(paths[1]))
+        strips = client.predict(**SETTINGS, **given, api_name="/steps")
+        assert len(strips) == 2
+    assert (drawn[0] != drawn[1]).any()
+    again = client.predict(**SETTINGS, api_name="/generate")[0][1]
+    assert np.array_equal(pixels(again), pixels(plain))  # nothing of it is left
+
+
+def test_start_pictures_are_bounded(client: Client, tmp_path: Path, start: Path) -> None:
+    large, huge, other = (tmp_path / f"{name}.png" for name in ("large", "huge", "other"))
+    Image.new("RGB", (200, 72)).save(large)
+    Image.new("1", (8000, 8000)).save(huge)
+    other.write_text("no picture")
+    (tmp_path / "half.png").write_bytes(start.read_bytes()[:2000])
+    for given, told in (
+        ({"image": large}, "image='large.png' has 200x72 pixels, and a side must have at most 128"),
+        ({"image": huge}, "8000x8000 pixels are too many"),
+        ({"image": other}, "other.png is no picture that can be read"),
+        ({"image": tmp_path / "half.png"}, "image='half.png' is no picture that can be read"),
+        ({"mask": start}, "mask='start.png' needs an image"),
+    ):
+        files = {name: handle_file(path) for name, path in given.items()}
+        with pytest.raises(AppError, match=told) as raised:
+            client.predict(**SETTINGS, **files, api_name="/generate")
+        assert "gradio" not in str(raised.value) and "\n" not in str(raised.value)
+    sized = {**SETTINGS, "size": 64, "image": handle_file(large)}
+    assert pixels(client.predict(**sized, api_name="/generate")[0][1]).shape == (64, 64, 3)
+
+
+def test_a_model_that_begins_with_noise_only_says_so(saved: Callable[[str], Path]) -> None:  # noqa: F811
+    blocks = build_page(load_pipeline(str(saved("pixart"))), Limits()).app.blocks.values()
+    (told,) = (b for b in blocks if "begins with noise" in str(getattr(b, "value", "")))
+    assert "diffusers has no image to image for PixArtSigmaPipeline" in str(told.value)
+    shown = [block for block in blocks if getattr(block, "label", "") == "Strength"]
+    assert [block.visible for block in shown] == [False]
+
+
+@pytest.mark.parametrize("meta", [{}, {"meta": {"_type": "gradio.FileData"}}])
+def test_pictures_of_the_host_or_of_the_network_are_not_taken(
+    demo: tuple[str, LoadedPipeline], start: Path, meta: dict[str, Any]
+) -> None:
+    """Asked without gradio's client, which would upload a file of the visitor's."""
+    address = demo[0].rstrip("/") + "/gradio_api/call/generate"
+    asked = VisitorSettings(**SETTINGS, method="sag")
+    for path in (str(start), "http://127.0.0.1:9/a.png"):
+        given = {**vars(asked), "image": {"path": path, **meta}}
+        data = json.dumps({"data": [*given.values()]}).encode()
+        header = {"Content-Type": "application/json"}
+        with urllib.request.urlopen(urllib.request.Request(address, data, header)) as answer:
+            event = json.load(answer)["event_id"]
+        with urllib.request.urlopen(f"{address}/{event}") as answer:
+            assert answer.read().startswith(b"event: error")
 
 
 def test_a_sweep_is_one_labelled_grid(client: Client) -> None:

@@ -222,6 +222,7 @@ def test_settings_are_in_the_address_and_come_back(page: Page, address: str) -> 
 
 def test_every_control_has_a_tip(page: Page) -> None:
     page.get_by_role("button", name="Sampling").click()
+    page.get_by_role("button", name="Begin with a picture").click()
     shown = 0
     for tab in ("Compare", "Step by step", "Sweep"):
         page.get_by_role("tab", name=tab).click()
@@ -257,6 +258,44 @@ def test_a_method_is_chosen_with_its_settings(page: Page, address: str) -> None:
     page.reload()
     expect(field(page, "Layers")).to_have_value("mid")
     expect(page.get_by_label("number input for PAG scale (0 is off)")).to_have_value("3")
+
+
+def choose(page: Page, place: str, path: Path) -> None:
+    """Gives a picture to a place of this label."""
+    block = page.locator(".block", has=page.get_by_text(place, exact=True)).last
+    block.locator("input[type=file]").set_input_files(path)
+    expect(block.locator("img")).to_be_visible()
+
+
+def test_it_begins_with_a_picture(page: Page, tmp_path: Path) -> None:
+    page.set_viewport_size({"width": 390, "height": 844})
+    start, mask = tmp_path / "start.png", tmp_path / "mask.png"
+    Image.new("RGB", (96, 64), "#3366cc").save(start)
+    Image.linear_gradient("L").resize((96, 64)).point(lambda v: 255 if v > 127 else 0).save(mask)
+    expect(field(page, "Strength")).to_be_hidden()  # the first screen stays simple
+    page.get_by_role("button", name="Begin with a picture").click()
+    choose(page, "Picture", start)
+    draw(page)
+    expect(page.get_by_text(re.compile("guided .* 7 network evaluations$"))).to_be_visible()
+    parameters = downloaded_parameters(page)
+    assert "Size: 96x64" in parameters and "Image: start.png, Strength: 0.8" in parameters
+    page.wait_for_url("**strength=0.8**")
+    assert "draw" not in query(page)  # who opened the link would see another drawing
+    choose(page, "Mask", mask)
+    number = page.get_by_label("number input for Strength")
+    number.fill("0.5")
+    number.press("Enter")
+    button(page, COMPARE).click()
+    expect(page.get_by_text(re.compile("guided .* 5 network evaluations$"))).to_be_visible()
+    assert "Mask: mask.png, Strength: 0.5" in downloaded_parameters(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.screenshot(path=SHOTS / "begin-phone.png", full_page=True)
+    for _ in range(2):  # without them it is as before
+        page.get_by_label("Remove Image").first.click()
+    button(page, COMPARE).click()
+    expect(page.get_by_text(re.compile("guided .* 9 network evaluations$"))).to_be_visible()
+    assert "Image:" not in downloaded_parameters(page)
+    assert query(page)["draw"] == "compare"
 
 
 def test_an_example_is_a_click_away(page: Page) -> None:
@@ -337,6 +376,7 @@ def test_the_keyboard_is_enough(page: Page) -> None:
 
 
 def test_axe_finds_nothing_serious(page: Page) -> None:
+    page.get_by_role("button", name="Begin with a picture").click()
     draw(page)
     # The list of earlier pictures is empty for a moment.
     expect(page.get_by_label("Empty value").filter(visible=True)).to_have_count(0)

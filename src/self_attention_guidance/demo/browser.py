@@ -33,8 +33,11 @@ footer {display: none !important}
 .gradio-container {max-width: 1200px !important; margin: 0 auto !important}
 /* for screen readers only */
 .picture label {clip-path: inset(50%)}
+/* as high as its pictures */
+.grid-wrap {min-height: 0 !important}
 /* the contrast that WCAG asks for */
 .min_value, .max_value {color: var(--body-text-color) !important}
+.or {color: inherit !important}
 .info-text {color: var(--block-title-text-color) !important}
 button[role=tab].selected {color: #b93c05 !important}
 .dark button[role=tab].selected {color: #fb923c !important}
@@ -42,5 +45,7 @@ button[role=tab].selected {color: #b93c05 !important}
   .gradio-container {padding: 8px !important}
   /* the button that draws is on the first screen, the other controls below the picture */
   .drawings {order: -1}
+  /* six earlier pictures side by side are wider than a phone */
+  .grid-container {grid-template-columns: repeat(3, minmax(0, 1fr)) !important}
 }
 """

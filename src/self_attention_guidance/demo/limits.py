@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from ..checks import check_count, check_finite, check_text
-from ..generate import check_scales, check_scheduler_name
+from ..generate import GenerationSettings, check_scales, check_scheduler_name, check_start
 from ..guidance import METHODS
 
 MOST_CHARACTERS = 2000
@@ -60,6 +60,9 @@ class VisitorSettings:
         method: Short name of the guidance; an empty text is the model's own.
         layers: What methods that weaken layers weaken, with plus signs between; empty is the
             default.
+        image: File of the picture to begin with; `None` begins with noise.
+        mask: File of a picture that is white where `image` is drawn anew; `None` draws all of it.
+        strength: How much of `image` is changed, above 0, at most 1.
     """
 
     prompt: str
@@ -77,6 +80,27 @@ class VisitorSettings:
     size: int
     method: str = ""
     layers: str = ""
+    image: str | None = None
+    mask: str | None = None
+    strength: float = 0.8
+
+    def generation(self) -> GenerationSettings:
+        """What does not belong to guidance.
+
+        Raises:
+            ValueError: A setting is outside its range.
+        """
+        return GenerationSettings(
+            negative_prompt=self.negative_prompt,
+            sag_scale=self.sag_scale,
+            guidance_scale=self.guidance_scale,
+            num_inference_steps=self.steps,
+            width=self.size or None,
+            height=self.size or None,
+            image=self.image,
+            mask=self.mask,
+            strength=self.strength if self.image else None,
+        )
 
     def check(self, limits: Limits) -> None:
         """Refuse what is outside the limits; the guidance checks its own settings.
@@ -101,6 +125,7 @@ class VisitorSettings:
             check_scheduler_name(self.scheduler)
         if check_text("method", self.method) and self.method not in METHODS:
             raise ValueError(f"method={self.method!r:.60} must be one of {', '.join(METHODS)}")
+        check_start(self.generation(), limits.max_size)
 
 
 def check_scale(name: str, scale: float) -> float:

@@ -15,6 +15,7 @@ from .controls import Controls
 from .limits import Limits, VisitorSettings, check_grid
 from .pictures import Pictures
 from .studio import Studio, Watch
+from .uploads import MOST_BYTES
 from .visits import Visits
 
 _MOST_KEPT = 24
@@ -78,6 +79,7 @@ def build_page(model: LoadedPipeline, limits: Limits | None = None) -> Page:
         "theme": theme,
         "css": STYLE,
         "allowed_paths": [],
+        "max_file_size": MOST_BYTES,
         "share": False,
         "enable_monitoring": False,
         # Who is forgotten loses the list of earlier pictures, no more.

@@ -22,6 +22,8 @@ from ..generate import (
     draw_grid,
     generate_one,
     make_scheduler,
+    pipeline_for,
+    why_no_start,
 )
 from ..guidance import METHODS, Guidance
 from .limits import Limits, VisitorSettings
@@ -56,11 +58,9 @@ class Studio:
             FloatingPointError: A prediction is NaN or infinite.
         """
         with self._set_up(asked) as settings:
-            report = _share_of(2, watch)
-            return [
-                self._generate(asked, dataclasses.replace(settings, sag_scale=scale), report)
-                for scale in (0.0, asked.sag_scale)
-            ]
+            pipeline, report = self.model.pipeline, _share_of(2, watch)
+            both = [dataclasses.replace(settings, sag_scale=s) for s in (0.0, asked.sag_scale)]
+            return [self._generate(pipeline, asked, each, report) for each in both]
 
     def steps(self, asked: VisitorSettings, watch: Watch) -> list[Image.Image]:
         """A labelled strip of pictures for every second pass.
@@ -74,21 +74,23 @@ class Studio:
             FloatingPointError: A prediction is NaN or infinite.
         """
         strips: list[Image.Image] = []
-        pipeline, report = self.model.pipeline, _share_of(1, watch)
+        report = _share_of(1, watch)
         seen = {"passes": 0, "steps": 0}
 
-        def look(share: float) -> None:
-            seen["steps"] += 1
-            handle = pipeline.guidance_handle
-            if handle is not None and handle.steps > seen["passes"]:
-                seen["passes"] = handle.steps
-                tiles = step_pictures(pipeline, handle, (160, 160))
-                label = f"step {seen['steps']} of {asked.steps}"
-                strips.append(draw_grid([list(tiles.values())], [label], list(tiles)))
-            report(share)
-
         with self._set_up(asked) as settings:
-            self._generate(asked, settings, look)
+            pipeline = pipeline_for(self.model.pipeline, settings)
+
+            def look(share: float) -> None:
+                seen["steps"] += 1
+                handle = pipeline.guidance_handle
+                if handle is not None and handle.steps > seen["passes"]:
+                    seen["passes"] = handle.steps
+                    tiles = step_pictures(pipeline, handle, 160)
+                    label = f"step {seen['steps']} of {round(1 / share)}"
+                    strips.append(draw_grid([list(tiles.values())], [label], list(tiles)))
+                report(share)
+
+            self._generate(pipeline, asked, settings, look)
         if not strips:
             raise ValueError("no step is guided: sag_scale is 0, or start and stop leave none")
         return strips
@@ -127,10 +129,10 @@ class Studio:
             )
 
     def _generate(
-        self, asked: VisitorSettings, settings: GenerationSettings, report: Watch
+        self, pipeline: Any, asked: VisitorSettings, settings: GenerationSettings, report: Watch
     ) -> tuple[GeneratedImage, Cost]:
         return generate_one(
-            self.model.pipeline,
+            pipeline,
             asked.prompt,
             settings,
             seed=asked.seed,
@@ -138,6 +140,10 @@ class Studio:
             record_attention=True,
             on_progress=report,
         )
+
+    def why_no_start(self, has_mask: bool = False) -> str | None:
+        """Why the model can't begin with a picture, or with one and a mask; `None` if it can."""
+        return why_no_start(type(self.model.pipeline), has_mask)
 
     def methods(self) -> list[str]:
         """Short names of the guidances that the model supports, its own first."""
@@ -176,7 +182,6 @@ class Studio:
     def _set_up(self, asked: VisitorSettings) -> Generator[GenerationSettings]:
         """The model with a visitor's settings, and to this visitor alone."""
         asked.check(self.limits)
-        settings = _generation_settings(asked)
         pipeline: Any = self.model.pipeline
         with self._turn:
             before = pipeline.guidance, pipeline.scheduler
@@ -184,20 +189,9 @@ class Studio:
                 pipeline.guidance = self._guidance(asked)
                 if asked.scheduler:
                     pipeline.scheduler = make_scheduler(asked.scheduler, pipeline.scheduler.config)
-                yield settings
+                yield asked.generation()
             finally:
                 pipeline.guidance, pipeline.scheduler = before
-
-
-def _generation_settings(asked: VisitorSettings) -> GenerationSettings:
-    return GenerationSettings(
-        negative_prompt=asked.negative_prompt,
-        sag_scale=asked.sag_scale,
-        guidance_scale=asked.guidance_scale,
-        num_inference_steps=asked.steps,
-        width=asked.size or None,
-        height=asked.size or None,
-    )
 
 
 def _share_of(pictures: int, watch: Watch) -> Watch:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     )
     from .finding import check_dtype_name, find_classifier, find_model, find_pixel_model
     from .grid import draw_grid, draw_tiles, overlay_attended
+    from .kinds import pipeline_for, why_no_start
     from .metadata import (
         Parameters,
         Record,
@@ -110,6 +111,7 @@ __all__ = [
     "parse_parameters",
     "next_index",
     "picture_path",
+    "pipeline_for",
     "read_parameters",
     "read_record",
     "read_text",
@@ -119,6 +121,7 @@ __all__ = [
     "seeds_of",
     "to_image",
     "to_uint8",
+    "why_no_start",
 ]
 
 # Importing torch and diffusers takes seconds, and wrong command lines are answered before that.
@@ -168,6 +171,7 @@ _HOMES = {
     "overlay_attended": ".grid",
     "parse_parameters": ".metadata",
     "picture_path": ".files",
+    "pipeline_for": ".kinds",
     "read_parameters": ".metadata",
     "read_record": ".metadata",
     "read_text": ".metadata",
@@ -177,6 +181,7 @@ _HOMES = {
     "seeds_of": "..checks",
     "to_image": ".pixel_drawing",
     "to_uint8": ".pixel_drawing",
+    "why_no_start": ".kinds",
 }
 
 
