@@ -26,17 +26,19 @@ from gradio_client.exceptions import AppError
 from command_line import error_of, help_without_torch
 from demo_app import SETTINGS, running
 from self_attention_guidance.demo import Limits, VisitorSettings, build_page
-from self_attention_guidance.demo.limits import check_grid
+from self_attention_guidance.demo.limits import check_axes
 from self_attention_guidance.demo.pictures import Pictures
 from self_attention_guidance.demo.studio import Studio
 from self_attention_guidance.generate import (
     LoadedPipeline,
+    compare_axes,
     generate,
     load_pipeline,
     make_scheduler,
     overlay_attended,
-    read_parameters,
+    parse_axis,
     read_record,
+    with_guidances,
 )
 from self_attention_guidance.generate.counting import counted_rows
 from test_any_model import saved  # noqa: F401  # a fixture
@@ -235,14 +237,46 @@ def test_pictures_of_the_host_or_of_the_network_are_not_taken(
             assert answer.read().startswith(b"event: error")
 
 
-def test_a_sweep_is_one_labelled_grid(client: Client) -> None:
-    path = client.predict(
-        **SETTINGS, scales="0, 2", prompts="cat\nheart", num_seeds=1, api_name="/sweep"
-    )
-    assert read_parameters(path).settings["SAG Guidance Scale"] == "0, 2"
-    assert read_parameters(path).prompt == "cat\nheart"
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [
+        ("prompt=cat|heart", "scale=0, 2"),
+        ("guidance=none,sag,pag:scale=2,layers=mid", "cfg=1, 3"),
+        ("window=0-0.5,0-1", "blur=1, 3"),
+        ("layer=down.0,mid", "seed=4, 5"),
+        ("steps=2,4", "seed=4, 5"),
+    ],
+)
+def test_a_sweep_draws_what_the_library_draws(
+    demo: tuple[str, LoadedPipeline], client: Client, rows: str, columns: str
+) -> None:
+    model = demo[1]
+    given = dict(zip(("rows", "columns"), (rows, columns), strict=True))
+    texts = {side: text.partition("=") for side, text in given.items()}
+    sides = {side: name for side, (name, _, _) in texts.items()}
+    sides |= {f"{side[:-1]}_values": values for side, (_, _, values) in texts.items()}
+    path = client.predict(**SETTINGS, **sides, api_name="/sweep")
+    own = model.pipeline.guidance
+    model.pipeline.guidance = replace(own, scale=2.0, start=0.0, stop=1.0, every=1)
+    try:
+        expected = compare_axes(
+            model.pipeline,
+            *(
+                with_guidances(parse_axis("axis", text), lambda of: model.guidance(**of))
+                for text in (rows, columns)
+            ),
+            model.settings(num_inference_steps=4),
+            prompt="cat",
+            seed=4,
+        )
+    finally:
+        model.pipeline.guidance = own
+    tops = slice(0, 200)  # below are seconds, which no two drawings share
+    assert np.array_equal(pixels(path)[tops], np.asarray(expected.grid)[tops])
+    assert read_record(path)["rows"] == str(parse_axis("rows", rows))
     height, width, _ = pixels(path).shape
     assert width > 2 * 192 and height > 2 * 192
+    assert len({p.image.tobytes() for c in expected.columns for p in c}) >= 4
 
 
 @pytest.mark.parametrize(
@@ -292,18 +326,24 @@ def test_limits_do_not_rely_on_the_pages_controls(changed: dict[str, Any], told:
 
 
 def test_a_grid_is_bounded() -> None:
-    limits = Limits(max_images=6)
-    assert check_grid("0,1", "a\n\n b ", 1, limits) == ([0.0, 1.0], ["a", "b"])
-    assert check_grid("0", "", 1, limits) == ([0.0], [""])
-    for scales, prompts, seeds, told in (
-        ("0,1", "a\nb", 2, "pictures=8 must be at most 6"),
-        ("0,x", "a", 1, "numbers separated by commas"),
-        ("nan", "a", 1, "finite"),
-        ("0", "a" * 2001, 1, "2000 characters"),
-        ("0", "a", 0, "seeds=0"),
+    limits = Limits(max_images=6, max_steps=20)
+    rows, columns = check_axes("prompt", "a|b, c", "guidance", "none, sag:scale=2", limits)
+    assert (rows.values, columns.values) == (["a", "b, c"], [None, "sag:scale=2"])
+    for name, values, told in (
+        ("scale", "0,1,2,3", "pictures=8 must be at most 6"),
+        ("scale", "0,x", "columns='scale=0,x': could not convert"),
+        ("scale", "nan", "finite"),
+        ("cfg", "101", "cfg=101 must be between"),
+        ("steps", "21", "steps=21 must be at most 20"),
+        ("seed", str(2**32), "must be at most"),
+        ("guidance", "sag:blur_kernel_size=1001", "blur_kernel_size=1001 must be at most 1000"),
+        ("guidance", "+".join(["sag"] * 9), "guidances=9 must be at most"),
+        ("guidance", "pagg", "is no guidance; did you mean pag?"),
+        ("prompt", "a" * 2001, "2000 characters"),
+        ("size", "8", "with a name of prompt"),
     ):
-        with pytest.raises(ValueError, match=told):
-            check_grid(scales, prompts, seeds, limits)
+        with pytest.raises(ValueError, match=re.escape(told)):
+            check_axes("layer", "default,mid", name, values, limits)
 
 
 @pytest.mark.parametrize(

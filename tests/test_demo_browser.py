@@ -175,7 +175,7 @@ def test_a_pair_is_there_on_arrival(page: Page, demo: tuple[str, LoadedPipeline]
 
 @pytest.mark.parametrize("drawn", ["compare", "steps", "sweep"])
 def test_a_link_draws_on_opening(page: Page, address: str, drawn: str) -> None:
-    sweep = "&scales=0,1&prompts=cat%0Aheart&num_seeds=1"
+    sweep = "&rows=cfg&row_values=1,3&columns=guidance&column_values=none,pag:scale%3D2,start%3D0.5"
     page.goto(address + f"?prompt=cat&seed=5&steps=4&start=0&draw={drawn}{sweep}")
     expect(shown_picture(page)).to_be_visible()
     tabs = {"compare": "Compare", "steps": "Step by step", "sweep": "Sweep"}
@@ -184,9 +184,8 @@ def test_a_link_draws_on_opening(page: Page, address: str, drawn: str) -> None:
     if drawn == "compare":
         assert "Seed: 5," in downloaded_parameters(page)
     elif drawn == "sweep":
-        prompts = field(page, "Prompts")
-        expect(prompts).to_have_value("cat\nheart")
-        expect(field(page, "Guidance scales")).to_have_value("0,1")
+        expect(field(page, "Values of the rows")).to_have_value("1,3")
+        expect(field(page, "Values of the columns")).to_have_value("none,pag:scale=2,start=0.5")
     page.screenshot(path=SHOTS / f"link-{drawn}.png", full_page=True)
 
 
@@ -326,10 +325,38 @@ def test_the_steps_can_be_watched(page: Page, address: str) -> None:
 
 def test_sweep(page: Page) -> None:
     page.get_by_role("tab", name="Sweep").click()
-    field(page, "Prompts").fill("cat\nheart")
+    values = field(page, "Values of the columns")
+    field(page, "Columns").click()
+    page.get_by_role("option", name="Window of steps").click()
+    expect(values).to_have_value("0-1, 0-0.5, 0.5-1")  # to begin with
+    values.fill("0-0.5, 0.5-1")
+    field(page, "Values of the rows").fill("4, 5")
     button(page, "Draw the grid").click()
-    expect(shown_picture(page)).to_be_visible()
+    grid = shown_picture(page)
+    expect(grid).to_be_visible()
+    page.wait_for_url("**columns=window**")
+    asked = {"rows": "seed", "row_values": "4, 5", "column_values": "0-0.5, 0.5-1"}
+    assert query(page).items() >= asked.items()
     page.screenshot(path=SHOTS / "sweep.png", full_page=True)
+    first = grid.get_attribute("src")
+    field(page, "Columns").click()
+    page.get_by_role("option", name="Seed", exact=True).click()
+    button(page, "Draw the grid").click()
+    expect(page.locator(".toast-wrap")).to_contain_text("must differ: both are seed")
+    assert grid.get_attribute("src") == first
+
+
+def test_a_wide_grid_can_be_read_on_a_phone(page: Page, address: str) -> None:
+    page.set_viewport_size({"width": 390, "height": 844})
+    asked = "&rows=steps&row_values=1&columns=seed&column_values=1,2,3,4,5,6"
+    page.goto(address + f"?prompt=cat&draw=sweep{asked}")
+    grid = shown_picture(page)
+    expect(grid).to_be_visible()
+    page.wait_for_function("document.querySelector('.grid img').width > 6 * 160")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    scrolled = "e => { e.scrollLeft = 500; return e.scrollLeft; }"
+    assert page.locator(".grid .image-frame").evaluate(scrolled) == 500
+    page.screenshot(path=SHOTS / "sweep-phone.png")
 
 
 def test_cancel_and_draw_again(page: Page, address: str) -> None:

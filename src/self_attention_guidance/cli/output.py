@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from .guidance_text import guidance_text
+from ..generate.guidance_text import guidance_text
 
 if TYPE_CHECKING:
     from ..generate import GeneratedImage

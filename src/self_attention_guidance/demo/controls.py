@@ -41,9 +41,21 @@ _TIPS = {
     "method": "How the second pass is weakened.",
     "layers": "Which layers are weakened.",
     "strength": "How much of the picture changes.",
-    "scales": "Numbers with commas between; 0 is no guidance.",
-    "prompts": "One a line. If empty, the prompt of the page.",
-    "num_seeds": "From the seed of the page on.",
+    "rows": "What differs from row to row.",
+    "row_values": "With commas between.",
+    "columns": "What differs from column to column.",
+    "column_values": "With commas between.",
+}
+_AXES = {
+    "guidance": "Method",
+    "scale": "Guidance scale",
+    "window": "Window of steps",
+    "layer": "Layer",
+    "blur": "Blur sigma",
+    "cfg": "CFG scale",
+    "steps": "Steps",
+    "seed": "Seed",
+    "prompt": "Prompt (with | between)",
 }
 _MOST_EXAMPLES = 4
 _RANDOM_SEED = f"() => Math.floor(Math.random() * {LARGEST_SEED + 1})"
@@ -114,6 +126,34 @@ class Controls:
             show_progress="hidden",
             api_visibility="private",
         )
+
+    def draw_axes(self) -> dict[str, Any]:
+        """Draw what a grid varies into the present block; by the names in the address."""
+        drawn: dict[str, Any] = {}
+        usual = {"row": "seed", "column": "scale"}
+        for side, axis in usual.items():
+            with gr.Row():
+                choices = [(title, name) for name, title in _AXES.items()]
+                name = gr.Dropdown(choices, value=axis, label=f"{side.title()}s", min_width=140)
+                values = gr.Textbox(
+                    self.studio.values_to_try(axis),
+                    label=f"Values of the {side}s",
+                    max_length=MOST_CHARACTERS,
+                    scale=2,
+                    min_width=140,
+                )
+            # Not `change`: an axis of the address comes with its values.
+            name.input(
+                self.studio.values_to_try,
+                name,
+                values,
+                queue=False,
+                show_progress="hidden",
+                api_visibility="private",
+            )
+            drawn |= {f"{side}s": name, f"{side}_values": values}
+        self.in_address |= drawn
+        return drawn
 
     def _of_method(self, method: str) -> list[Any]:
         """The controls of a method's settings, with its usual values."""

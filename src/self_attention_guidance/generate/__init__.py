@@ -20,7 +20,7 @@ from ..lazy import exported
 if TYPE_CHECKING:
     from ..checks import check_count, check_prompts, check_scales, seeds_of
     from .arguments import check_size
-    from .axes import AXES, Axis
+    from .axes import AXES, Axis, parse_axis, with_guidances
     from .comparison import Comparison, compare, compare_axes
     from .cost import Cost, generate_one
     from .drawing import GeneratedImage, PromptArtist
@@ -108,6 +108,7 @@ __all__ = [
     "make_scheduler",
     "method_label",
     "overlay_attended",
+    "parse_axis",
     "parse_parameters",
     "next_index",
     "picture_path",
@@ -122,6 +123,7 @@ __all__ = [
     "to_image",
     "to_uint8",
     "why_no_start",
+    "with_guidances",
 ]
 
 # Importing torch and diffusers takes seconds, and wrong command lines are answered before that.
@@ -169,6 +171,7 @@ _HOMES = {
     "method_label": ".metadata",
     "next_index": ".files",
     "overlay_attended": ".grid",
+    "parse_axis": ".axes",
     "parse_parameters": ".metadata",
     "picture_path": ".files",
     "pipeline_for": ".kinds",
@@ -182,6 +185,7 @@ _HOMES = {
     "to_image": ".pixel_drawing",
     "to_uint8": ".pixel_drawing",
     "why_no_start": ".kinds",
+    "with_guidances": ".axes",
 }
 
 
