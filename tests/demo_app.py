@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,3 +43,6 @@ def running(**limits: int) -> Iterator[tuple[str, LoadedPipeline]]:
         yield page.app.local_url, model
     finally:
         page.app.close(verbose=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            gc.collect()  # gradio leaves event loops open, which later tests would be warned of

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from command_line import error_of, run
-from self_attention_guidance.cli.guidance_text import declared_settings, parse_guidance
 from self_attention_guidance.generate import read_parameters, read_record
+from self_attention_guidance.generate.guidance_text import declared_settings, parse_guidance
 from self_attention_guidance.guidance import METHODS
 from tiny import save_tiny_model
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ import pytest
 
 from command_line import error_of, run
 from self_attention_guidance import PerturbedAttentionGuidance, SelfAttentionGuidance
-from self_attention_guidance.cli.axes import parse_axis
 from self_attention_guidance.generate import (
     AXES,
     Axis,
@@ -24,6 +24,7 @@ from self_attention_guidance.generate import (
     read_parameters,
     read_record,
 )
+from self_attention_guidance.generate.axes import parse_axis
 from tiny import save_tiny_model
 from tiny_pixels import one_thread
 
@@ -37,7 +38,10 @@ VALUES: dict[str, list[Any]] = {
     "guidance": [None, PerturbedAttentionGuidance(2.0)],
     "scale": [0, 3.0],
     "cfg": [1.0, 5.0],
-    "steps": [1, 3],
+    "steps": [2, 3],
+    "blur": [0.5, 3.0],
+    "window": [(0.0, 0.5), (0.5, 1.0)],
+    "layer": [None, "mid"],
 }
 
 
@@ -63,9 +67,18 @@ def alone(loaded: LoadedPipeline, changes: dict[str, Any]) -> np.ndarray:
     """The picture that `generate` draws with an axis' value, or several."""
     usual = loaded.pipeline.guidance
     scale = changes.get("scale")
-    if "guidance" in changes:
-        loaded.pipeline.guidance = changes["guidance"] or usual
-        scale = 0.0 if changes["guidance"] is None else scale
+    guidance = changes.get("guidance", usual)
+    if guidance is None:
+        guidance, scale = usual, 0.0
+    if "window" in changes:
+        guidance = replace(guidance, start=changes["window"][0], stop=changes["window"][1])
+    if "layer" in changes and isinstance(guidance, PerturbedAttentionGuidance):
+        guidance = replace(guidance, layers=changes["layer"])
+    elif "layer" in changes:
+        guidance = replace(guidance, layer=changes["layer"])
+    if "blur" in changes:
+        guidance = replace(guidance, blur_sigma=changes["blur"])
+    loaded.pipeline.guidance = guidance
     settings = loaded.settings(
         sag_scale=scale,
         guidance_scale=changes.get("cfg"),
@@ -81,7 +94,12 @@ def alone(loaded: LoadedPipeline, changes: dict[str, Any]) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("rows", "columns"), [*itertools.combinations(AXES, 2), ("guidance", "scale")]
+    ("rows", "columns"),
+    [
+        *(pair for pair in itertools.combinations(AXES, 2) if pair != ("guidance", "blur")),
+        ("scale", "guidance"),
+        ("window", "guidance"),
+    ],
 )
 def test_cells_are_what_their_settings_draw(
     loaded: LoadedPipeline, rows: str, columns: str
@@ -100,6 +118,21 @@ def test_cells_are_what_their_settings_draw(
         expected = alone(loaded, {rows: row, columns: column})
         assert (np.asarray(found.columns[c][r].image) == expected).all(), (row, column)
     assert loaded.pipeline.guidance == usual
+
+
+def test_a_blur_is_of_the_guidances_that_have_one(loaded: LoadedPipeline) -> None:
+    def drawn(guidance: Any) -> list[bytes]:
+        axes = Axis("guidance", [None, guidance]), Axis("blur", [1.0, 3.0])
+        found = compare_axes(loaded.pipeline, *axes, loaded.settings())
+        return [picture.image.tobytes() for column in found.columns for picture in column]
+
+    off, weak, still_off, strong = drawn(SelfAttentionGuidance(2.0) + PerturbedAttentionGuidance())
+    assert off == still_off
+    assert len({off, weak, strong}) == 3
+    with pytest.raises(ValueError, match=r"blur=1\.0 has no effect on pag, which has no blur"):
+        drawn(PerturbedAttentionGuidance())
+    with pytest.raises(ValueError, match="nowhere"):
+        compare_axes(loaded.pipeline, Axis("layer", ["mid", "nowhere"]), Axis("seed", [1]))
 
 
 def test_costs_count_rows_of_the_network(loaded: LoadedPipeline) -> None:
@@ -144,6 +177,7 @@ def test_the_command_draws_them_and_the_file_tells(
 
 def test_axes_are_read_as_they_were_written() -> None:
     texts = ("guidance=none,sag:scale=1,every=2,pag", "cfg=1,7.5", "seed=3,4", "prompt=a, b|c")
+    texts += ("blur=0.5,inf", "window=0-0.5,0.2-0.65", "layer=default,mid,up.1+mid")
     assert [str(parse_axis("rows", text)) for text in texts] == list(texts)
     assert parse_axis("rows", texts[0]).values == [None, "sag:scale=1,every=2", "pag"]
 
@@ -156,6 +190,9 @@ def test_axes_are_read_as_they_were_written() -> None:
         (["--rows", "cfg=1,x"], "--rows='cfg=1,x': could not convert"),
         (["--rows", "cfg=nan"], "--rows='cfg=nan': cfg=nan must be a finite number"),
         (["--rows", "steps=0,2"], "--rows='steps=0,2': steps=0 must be a whole number"),
+        (["--rows", "window=0.5"], "'0.5' must be START-STOP, for example 0.2-0.65"),
+        (["--rows", "window=0.5-0.2"], "window=0.5-0.2 must be from 0 to 1, upwards"),
+        (["--rows", "blur=-1"], "blur=-1.0 must be at least 0"),
         (["--columns", "guidance=pagg"], "'pagg' is no guidance; did you mean pag?"),
         (["--columns", "guidance=pag:sigma=2"], "'sigma' is no setting of pag"),
         (["--rows", "cfg=1", "--columns", "cfg=2"], "must differ: both are cfg"),
@@ -184,6 +221,7 @@ def test_errors_are_one_line_before_the_model_is_loaded(
         ("cfg", [], "must have values"),
         ("prompt", [3], "must be a text"),
         ("seed", [-1], "seed=-1"),
+        ("layer", [""], "layer"),
     ],
 )
 def test_axes_refuse_what_they_cannot_hold(name: str, values: list[Any], told: str) -> None:

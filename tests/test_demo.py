@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
+import json
 import re
 import threading
 import tracemalloc
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,25 +20,28 @@ from PIL import Image
 
 pytest.importorskip("gradio", reason="the demo needs the extra 'demo' (gradio)")
 
-from gradio_client import Client
+from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
 from command_line import error_of, help_without_torch
 from demo_app import SETTINGS, running
 from self_attention_guidance.demo import Limits, VisitorSettings, build_page
-from self_attention_guidance.demo.limits import check_grid
+from self_attention_guidance.demo.limits import check_axes
 from self_attention_guidance.demo.pictures import Pictures
 from self_attention_guidance.demo.studio import Studio
 from self_attention_guidance.generate import (
     LoadedPipeline,
+    compare_axes,
     generate,
     load_pipeline,
     make_scheduler,
     overlay_attended,
-    read_parameters,
+    parse_axis,
     read_record,
+    with_guidances,
 )
 from self_attention_guidance.generate.counting import counted_rows
+from test_any_model import saved  # noqa: F401  # a fixture
 from tiny import save_tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -134,14 +138,145 @@ def test_steps_of_a_guidance_without_a_mask(tmp_path: Path) -> None:
     assert "Mask threshold" not in shown
 
 
-def test_a_sweep_is_one_labelled_grid(client: Client) -> None:
-    path = client.predict(
-        **SETTINGS, scales="0, 2", prompts="cat\nheart", num_seeds=1, api_name="/sweep"
-    )
-    assert read_parameters(path).settings["SAG Guidance Scale"] == "0, 2"
-    assert read_parameters(path).prompt == "cat\nheart"
+@pytest.fixture
+def start(tmp_path: Path) -> Path:
+    """A picture of 72 x 64 pixels, every one another."""
+    values = np.random.default_rng(0).integers(0, 256, (64, 72, 3), dtype=np.uint8)
+    Image.fromarray(values).save(tmp_path / "start.png")
+    return tmp_path / "start.png"
+
+
+@pytest.fixture
+def mask(tmp_path: Path) -> Path:
+    """White in the left half."""
+    white = np.zeros((64, 72), np.uint8)
+    white[:, :36] = 255
+    Image.fromarray(white).save(tmp_path / "mask.png")
+    return tmp_path / "mask.png"
+
+
+def test_it_begins_with_a_picture_as_the_library_does(
+    demo: tuple[str, LoadedPipeline], client: Client, start: Path, mask: Path
+) -> None:
+    pipeline = demo[1].pipeline
+    own, plain = pipeline.guidance, client.predict(**SETTINGS, api_name="/generate")[0][1]
+    drawn = []
+    for masks in ({}, {"mask": mask}):
+        given = {"image": handle_file(start), "strength": 0.5}
+        given |= {name: handle_file(path) for name, path in masks.items()}
+        paths, costs, _ = client.predict(**SETTINGS, **given, api_name="/generate")
+        assert "guided" in costs and costs.endswith(", 6 network evaluations")  # two steps
+        settings = demo[1].settings(
+            num_inference_steps=4,
+            sag_scale=2.0,
+            image=str(start),
+            strength=0.5,
+            **{name: str(path) for name, path in masks.items()},
+        )
+        pipeline.guidance = replace(own, scale=2.0, start=0.0, stop=1.0, every=1)
+        try:
+            (expected,) = generate(pipeline, "cat", settings, seed=4, model_name="emoji")
+        finally:
+            pipeline.guidance = own
+        assert np.array_equal(pixels(paths[1]), np.asarray(expected.image))
+        record = read_record(paths[1])
+        assert record["settings"]["image"] == "start.png"  # not where it was kept
+        assert record["start"] == expected.record["start"]
+        assert str(Path(paths[1]).parent.parent) not in json.dumps(record)
+        drawn.append(pixels(paths[1]))
+        strips = client.predict(**SETTINGS, **given, api_name="/steps")
+        assert len(strips) == 2
+    assert (drawn[0] != drawn[1]).any()
+    again = client.predict(**SETTINGS, api_name="/generate")[0][1]
+    assert np.array_equal(pixels(again), pixels(plain))  # nothing of it is left
+
+
+def test_start_pictures_are_bounded(client: Client, tmp_path: Path, start: Path) -> None:
+    large, huge, other = (tmp_path / f"{name}.png" for name in ("large", "huge", "other"))
+    Image.new("RGB", (200, 72)).save(large)
+    Image.new("1", (8000, 8000)).save(huge)
+    other.write_text("no picture")
+    (tmp_path / "half.png").write_bytes(start.read_bytes()[:2000])
+    for given, told in (
+        ({"image": large}, "image='large.png' has 200x72 pixels, and a side must have at most 128"),
+        ({"image": huge}, "8000x8000 pixels are too many"),
+        ({"image": other}, "other.png is no picture that can be read"),
+        ({"image": tmp_path / "half.png"}, "image='half.png' is no picture that can be read"),
+        ({"mask": start}, "mask='start.png' needs an image"),
+    ):
+        files = {name: handle_file(path) for name, path in given.items()}
+        with pytest.raises(AppError, match=told) as raised:
+            client.predict(**SETTINGS, **files, api_name="/generate")
+        assert "gradio" not in str(raised.value) and "\n" not in str(raised.value)
+    sized = {**SETTINGS, "size": 64, "image": handle_file(large)}
+    assert pixels(client.predict(**sized, api_name="/generate")[0][1]).shape == (64, 64, 3)
+
+
+def test_a_model_that_begins_with_noise_only_says_so(saved: Callable[[str], Path]) -> None:  # noqa: F811
+    blocks = build_page(load_pipeline(str(saved("pixart"))), Limits()).app.blocks.values()
+    (told,) = (b for b in blocks if "begins with noise" in str(getattr(b, "value", "")))
+    assert "diffusers has no image to image for PixArtSigmaPipeline" in str(told.value)
+    shown = [block for block in blocks if getattr(block, "label", "") == "Strength"]
+    assert [block.visible for block in shown] == [False]
+
+
+@pytest.mark.parametrize("meta", [{}, {"meta": {"_type": "gradio.FileData"}}])
+def test_pictures_of_the_host_or_of_the_network_are_not_taken(
+    demo: tuple[str, LoadedPipeline], start: Path, meta: dict[str, Any]
+) -> None:
+    """Asked without gradio's client, which would upload a file of the visitor's."""
+    address = demo[0].rstrip("/") + "/gradio_api/call/generate"
+    asked = VisitorSettings(**SETTINGS, method="sag")
+    for path in (str(start), "http://127.0.0.1:9/a.png"):
+        given = {**vars(asked), "image": {"path": path, **meta}}
+        data = json.dumps({"data": [*given.values()]}).encode()
+        header = {"Content-Type": "application/json"}
+        with urllib.request.urlopen(urllib.request.Request(address, data, header)) as answer:
+            event = json.load(answer)["event_id"]
+        with urllib.request.urlopen(f"{address}/{event}") as answer:
+            assert answer.read().startswith(b"event: error")
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [
+        ("prompt=cat|heart", "scale=0, 2"),
+        ("guidance=none,sag,pag:scale=2,layers=mid", "cfg=1, 3"),
+        ("window=0-0.5,0-1", "blur=1, 3"),
+        ("layer=down.0,mid", "seed=4, 5"),
+        ("steps=2,4", "seed=4, 5"),
+    ],
+)
+def test_a_sweep_draws_what_the_library_draws(
+    demo: tuple[str, LoadedPipeline], client: Client, rows: str, columns: str
+) -> None:
+    model = demo[1]
+    given = dict(zip(("rows", "columns"), (rows, columns), strict=True))
+    texts = {side: text.partition("=") for side, text in given.items()}
+    sides = {side: name for side, (name, _, _) in texts.items()}
+    sides |= {f"{side[:-1]}_values": values for side, (_, _, values) in texts.items()}
+    path = client.predict(**SETTINGS, **sides, api_name="/sweep")
+    own = model.pipeline.guidance
+    model.pipeline.guidance = replace(own, scale=2.0, start=0.0, stop=1.0, every=1)
+    try:
+        expected = compare_axes(
+            model.pipeline,
+            *(
+                with_guidances(parse_axis("axis", text), lambda of: model.guidance(**of))
+                for text in (rows, columns)
+            ),
+            model.settings(num_inference_steps=4),
+            prompt="cat",
+            seed=4,
+        )
+    finally:
+        model.pipeline.guidance = own
+    tops = slice(0, 200)  # below are seconds, which no two drawings share
+    assert np.array_equal(pixels(path)[tops], np.asarray(expected.grid)[tops])
+    assert read_record(path)["rows"] == str(parse_axis("rows", rows))
     height, width, _ = pixels(path).shape
     assert width > 2 * 192 and height > 2 * 192
+    assert len({p.image.tobytes() for c in expected.columns for p in c}) >= 4
 
 
 @pytest.mark.parametrize(
@@ -191,18 +326,24 @@ def test_limits_do_not_rely_on_the_pages_controls(changed: dict[str, Any], told:
 
 
 def test_a_grid_is_bounded() -> None:
-    limits = Limits(max_images=6)
-    assert check_grid("0,1", "a\n\n b ", 1, limits) == ([0.0, 1.0], ["a", "b"])
-    assert check_grid("0", "", 1, limits) == ([0.0], [""])
-    for scales, prompts, seeds, told in (
-        ("0,1", "a\nb", 2, "pictures=8 must be at most 6"),
-        ("0,x", "a", 1, "numbers separated by commas"),
-        ("nan", "a", 1, "finite"),
-        ("0", "a" * 2001, 1, "2000 characters"),
-        ("0", "a", 0, "seeds=0"),
+    limits = Limits(max_images=6, max_steps=20)
+    rows, columns = check_axes("prompt", "a|b, c", "guidance", "none, sag:scale=2", limits)
+    assert (rows.values, columns.values) == (["a", "b, c"], [None, "sag:scale=2"])
+    for name, values, told in (
+        ("scale", "0,1,2,3", "pictures=8 must be at most 6"),
+        ("scale", "0,x", "columns='scale=0,x': could not convert"),
+        ("scale", "nan", "finite"),
+        ("cfg", "101", "cfg=101 must be between"),
+        ("steps", "21", "steps=21 must be at most 20"),
+        ("seed", str(2**32), "must be at most"),
+        ("guidance", "sag:blur_kernel_size=1001", "blur_kernel_size=1001 must be at most 1000"),
+        ("guidance", "+".join(["sag"] * 9), "guidances=9 must be at most"),
+        ("guidance", "pagg", "is no guidance; did you mean pag?"),
+        ("prompt", "a" * 2001, "2000 characters"),
+        ("size", "8", "with a name of prompt"),
     ):
-        with pytest.raises(ValueError, match=told):
-            check_grid(scales, prompts, seeds, limits)
+        with pytest.raises(ValueError, match=re.escape(told)):
+            check_axes("layer", "default,mid", name, values, limits)
 
 
 @pytest.mark.parametrize(

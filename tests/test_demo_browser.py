@@ -175,7 +175,7 @@ def test_a_pair_is_there_on_arrival(page: Page, demo: tuple[str, LoadedPipeline]
 
 @pytest.mark.parametrize("drawn", ["compare", "steps", "sweep"])
 def test_a_link_draws_on_opening(page: Page, address: str, drawn: str) -> None:
-    sweep = "&scales=0,1&prompts=cat%0Aheart&num_seeds=1"
+    sweep = "&rows=cfg&row_values=1,3&columns=guidance&column_values=none,pag:scale%3D2,start%3D0.5"
     page.goto(address + f"?prompt=cat&seed=5&steps=4&start=0&draw={drawn}{sweep}")
     expect(shown_picture(page)).to_be_visible()
     tabs = {"compare": "Compare", "steps": "Step by step", "sweep": "Sweep"}
@@ -184,9 +184,8 @@ def test_a_link_draws_on_opening(page: Page, address: str, drawn: str) -> None:
     if drawn == "compare":
         assert "Seed: 5," in downloaded_parameters(page)
     elif drawn == "sweep":
-        prompts = field(page, "Prompts")
-        expect(prompts).to_have_value("cat\nheart")
-        expect(field(page, "Guidance scales")).to_have_value("0,1")
+        expect(field(page, "Values of the rows")).to_have_value("1,3")
+        expect(field(page, "Values of the columns")).to_have_value("none,pag:scale=2,start=0.5")
     page.screenshot(path=SHOTS / f"link-{drawn}.png", full_page=True)
 
 
@@ -222,6 +221,7 @@ def test_settings_are_in_the_address_and_come_back(page: Page, address: str) -> 
 
 def test_every_control_has_a_tip(page: Page) -> None:
     page.get_by_role("button", name="Sampling").click()
+    page.get_by_role("button", name="Begin with a picture").click()
     shown = 0
     for tab in ("Compare", "Step by step", "Sweep"):
         page.get_by_role("tab", name=tab).click()
@@ -259,6 +259,44 @@ def test_a_method_is_chosen_with_its_settings(page: Page, address: str) -> None:
     expect(page.get_by_label("number input for PAG scale (0 is off)")).to_have_value("3")
 
 
+def choose(page: Page, place: str, path: Path) -> None:
+    """Gives a picture to a place of this label."""
+    block = page.locator(".block", has=page.get_by_text(place, exact=True)).last
+    block.locator("input[type=file]").set_input_files(path)
+    expect(block.locator("img")).to_be_visible()
+
+
+def test_it_begins_with_a_picture(page: Page, tmp_path: Path) -> None:
+    page.set_viewport_size({"width": 390, "height": 844})
+    start, mask = tmp_path / "start.png", tmp_path / "mask.png"
+    Image.new("RGB", (96, 64), "#3366cc").save(start)
+    Image.linear_gradient("L").resize((96, 64)).point(lambda v: 255 if v > 127 else 0).save(mask)
+    expect(field(page, "Strength")).to_be_hidden()  # the first screen stays simple
+    page.get_by_role("button", name="Begin with a picture").click()
+    choose(page, "Picture", start)
+    draw(page)
+    expect(page.get_by_text(re.compile("guided .* 7 network evaluations$"))).to_be_visible()
+    parameters = downloaded_parameters(page)
+    assert "Size: 96x64" in parameters and "Image: start.png, Strength: 0.8" in parameters
+    page.wait_for_url("**strength=0.8**")
+    assert "draw" not in query(page)  # who opened the link would see another drawing
+    choose(page, "Mask", mask)
+    number = page.get_by_label("number input for Strength")
+    number.fill("0.5")
+    number.press("Enter")
+    button(page, COMPARE).click()
+    expect(page.get_by_text(re.compile("guided .* 5 network evaluations$"))).to_be_visible()
+    assert "Mask: mask.png, Strength: 0.5" in downloaded_parameters(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.screenshot(path=SHOTS / "begin-phone.png", full_page=True)
+    for _ in range(2):  # without them it is as before
+        page.get_by_label("Remove Image").first.click()
+    button(page, COMPARE).click()
+    expect(page.get_by_text(re.compile("guided .* 9 network evaluations$"))).to_be_visible()
+    assert "Image:" not in downloaded_parameters(page)
+    assert query(page)["draw"] == "compare"
+
+
 def test_an_example_is_a_click_away(page: Page) -> None:
     example = page.locator(".examples button").first
     example.click()
@@ -287,10 +325,38 @@ def test_the_steps_can_be_watched(page: Page, address: str) -> None:
 
 def test_sweep(page: Page) -> None:
     page.get_by_role("tab", name="Sweep").click()
-    field(page, "Prompts").fill("cat\nheart")
+    values = field(page, "Values of the columns")
+    field(page, "Columns").click()
+    page.get_by_role("option", name="Window of steps").click()
+    expect(values).to_have_value("0-1, 0-0.5, 0.5-1")  # to begin with
+    values.fill("0-0.5, 0.5-1")
+    field(page, "Values of the rows").fill("4, 5")
     button(page, "Draw the grid").click()
-    expect(shown_picture(page)).to_be_visible()
+    grid = shown_picture(page)
+    expect(grid).to_be_visible()
+    page.wait_for_url("**columns=window**")
+    asked = {"rows": "seed", "row_values": "4, 5", "column_values": "0-0.5, 0.5-1"}
+    assert query(page).items() >= asked.items()
     page.screenshot(path=SHOTS / "sweep.png", full_page=True)
+    first = grid.get_attribute("src")
+    field(page, "Columns").click()
+    page.get_by_role("option", name="Seed", exact=True).click()
+    button(page, "Draw the grid").click()
+    expect(page.locator(".toast-wrap")).to_contain_text("must differ: both are seed")
+    assert grid.get_attribute("src") == first
+
+
+def test_a_wide_grid_can_be_read_on_a_phone(page: Page, address: str) -> None:
+    page.set_viewport_size({"width": 390, "height": 844})
+    asked = "&rows=steps&row_values=1&columns=seed&column_values=1,2,3,4,5,6"
+    page.goto(address + f"?prompt=cat&draw=sweep{asked}")
+    grid = shown_picture(page)
+    expect(grid).to_be_visible()
+    page.wait_for_function("document.querySelector('.grid img').width > 6 * 160")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    scrolled = "e => { e.scrollLeft = 500; return e.scrollLeft; }"
+    assert page.locator(".grid .image-frame").evaluate(scrolled) == 500
+    page.screenshot(path=SHOTS / "sweep-phone.png")
 
 
 def test_cancel_and_draw_again(page: Page, address: str) -> None:
@@ -337,6 +403,7 @@ def test_the_keyboard_is_enough(page: Page) -> None:
 
 
 def test_axe_finds_nothing_serious(page: Page) -> None:
+    page.get_by_role("button", name="Begin with a picture").click()
     draw(page)
     # The list of earlier pictures is empty for a moment.
     expect(page.get_by_label("Empty value").filter(visible=True)).to_have_count(0)

@@ -19,8 +19,8 @@ from self_attention_guidance import (
     PerturbedAttentionGuidance,
     SelfAttentionGuidance,
 )
-from self_attention_guidance.cli.guidance_text import parse_guidance
 from self_attention_guidance.generate import generate, load_pipeline, read_parameters, read_record
+from self_attention_guidance.generate.guidance_text import parse_guidance
 from self_attention_guidance.guidance import GuidanceSum, guidance_of
 from test_batch_jobs import rows_of
 from tiny import save_tiny_model

@@ -23,9 +23,9 @@ from torch import Tensor
 import data
 import evaluate
 from self_attention_guidance import Guidance
-from self_attention_guidance.cli.guidance_text import guidance_of
 from self_attention_guidance.evaluate import load_encoder, paired_difference, random_halves
 from self_attention_guidance.evaluate.statistics import frechet_distances, moments_of
+from self_attention_guidance.generate.guidance_text import guidance_of
 
 REPETITIONS = 400
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .axes import parse_axis, with_guidance
+from ..generate.axes import parse_axis, with_guidances
 from .loading import check_prompting, load_pipeline_of
 from .options import PromptOptions, parse_numbers
 from .output import print_line, progress, warn_unread
@@ -41,8 +41,8 @@ class CompareCommand(PromptOptions):
         str | None,
         typer.Option(
             metavar="NAME=V,V,...",
-            help="What differs from row to row: prompt, seed, guidance, scale, cfg or steps;"
-            " prompts are separated by |. [default: prompts and seeds]",
+            help="What differs from row to row: prompt (with | between), seed, guidance, scale,"
+            " cfg, steps, blur, window (START-STOP) or layer. [default: prompts and seeds]",
         ),
     ] = None
     columns: Annotated[
@@ -133,8 +133,13 @@ def _compare_axes(
     of_prompts = Axis("prompt", prompts)
     if len(axes) == 1 and next(iter(axes.values())).name == "prompt":
         of_prompts = Axis("seed", [options.seed])
+    given = options.guidance_arguments()
     rows, columns = (
-        with_guidance(axes.get(name, of_prompts), loaded, options) for name in ("rows", "columns")
+        with_guidances(
+            axes.get(name, of_prompts),
+            lambda named: loaded.guidance(options.fast, **{**given, **named}),
+        )
+        for name in ("rows", "columns")
     )
     with progress(len(rows.values) * len(columns.values), quiet=options.quiet) as advance:
         return compare_axes(

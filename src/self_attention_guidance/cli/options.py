@@ -12,8 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ..generate.guidance_text import check_guidance, guidance_of
 from .config import read_config
-from .guidance_text import check_guidance, guidance_of
 
 _GUIDANCE_OPTIONS = (
     *("blur_sigma", "blur_kernel_size", "threshold", "layer"),

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..generate.guidance_text import check_methods, declared_settings
 from ..models.builtin import SETTINGS_FILE, builtin_names
-from .guidance_text import check_methods, declared_settings
 from .loading import check_drawing
 from .options import DrawingOptions, prompts_of
 from .output import hide_loading_bars, note, print_line, progress

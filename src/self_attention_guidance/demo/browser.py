@@ -28,13 +28,20 @@ DRAW_AT_ONCE = """() => {
     start.click();
   }, 20);
 }"""
+_TILE = 170  # pixels of a column of a grid, from which the line below a picture can be read
 STYLE = """
 footer {display: none !important}
 .gradio-container {max-width: 1200px !important; margin: 0 auto !important}
 /* for screen readers only */
 .picture label {clip-path: inset(50%)}
+/* a grid with many columns scrolls, and does not widen the page */
+.grid .image-frame {display: block !important; overflow-x: auto; contain: inline-size}
+.grid button:has(.image-frame), .grid .image-frame {width: 100%}
+/* as high as its pictures */
+.grid-wrap {min-height: 0 !important}
 /* the contrast that WCAG asks for */
 .min_value, .max_value {color: var(--body-text-color) !important}
+.or {color: inherit !important}
 .info-text {color: var(--block-title-text-color) !important}
 button[role=tab].selected {color: #b93c05 !important}
 .dark button[role=tab].selected {color: #fb923c !important}
@@ -42,5 +49,7 @@ button[role=tab].selected {color: #b93c05 !important}
   .gradio-container {padding: 8px !important}
   /* the button that draws is on the first screen, the other controls below the picture */
   .drawings {order: -1}
+  /* six earlier pictures side by side are wider than a phone */
+  .grid-container {grid-template-columns: repeat(3, minmax(0, 1fr)) !important}
 }
-"""
+""" + "".join(f".columns-{n} img {{min-width: {130 + n * _TILE}px}}\n" for n in range(3, 25))

@@ -12,7 +12,8 @@ from ..generate import GenerationSettings, method_label, scheduler_names
 from ..guidance import Guidance
 from .limits import LARGEST_SEED, MOST_CHARACTERS, Limits, VisitorSettings
 from .studio import Studio
-from .visits import SETTINGS, settings_of
+from .uploads import upload
+from .visits import FILES, SETTINGS, settings_of
 
 _OF_METHOD = ("sag_scale", "blur_sigma", "threshold", "layers", "start", "stop", "every")
 _TITLES = {
@@ -39,16 +40,32 @@ _TIPS = {
     "size": "Width and height in pixels.",
     "method": "How the second pass is weakened.",
     "layers": "Which layers are weakened.",
-    "scales": "Numbers with commas between; 0 is no guidance.",
-    "prompts": "One a line. If empty, the prompt of the page.",
-    "num_seeds": "From the seed of the page on.",
+    "strength": "How much of the picture changes.",
+    "rows": "What differs from row to row.",
+    "row_values": "With commas between.",
+    "columns": "What differs from column to column.",
+    "column_values": "With commas between.",
+}
+_AXES = {
+    "guidance": "Method",
+    "scale": "Guidance scale",
+    "window": "Window of steps",
+    "layer": "Layer",
+    "blur": "Blur sigma",
+    "cfg": "CFG scale",
+    "steps": "Steps",
+    "seed": "Seed",
+    "prompt": "Prompt (with | between)",
 }
 _MOST_EXAMPLES = 4
 _RANDOM_SEED = f"() => Math.floor(Math.random() * {LARGEST_SEED + 1})"
 _TO_ADDRESS = """(...values) => {
   const address = new URL(window.location);
-  %s.forEach((name, place) => address.searchParams.set(name, values[place] ?? ""));
-  address.searchParams.set("draw", %s);
+  const names = %s;
+  names.forEach((name, place) => address.searchParams.set(name, values[place] ?? ""));
+  // An address holds no picture: who opens it would see another drawing.
+  if (values.slice(names.length).some(Boolean)) address.searchParams.delete("draw");
+  else address.searchParams.set("draw", %s);
   window.history.replaceState(null, "", address);
 }"""
 
@@ -58,7 +75,8 @@ class Controls:
 
     Attributes:
         inputs: The controls of `VisitorSettings`, in its order.
-        in_address: All controls by their names in the address.
+        files: Those of `inputs` that take files, which no address can hold.
+        in_address: All others by their names in the address.
     """
 
     def __init__(self, studio: Studio) -> None:
@@ -93,9 +111,11 @@ class Controls:
             "negative_prompt": gr.Textbox(label="Negative prompt", max_length=MOST_CHARACTERS),
             **_of_guidance(self.studio.usual(""), self.studio.methods()),
             **_of_sampling(model.settings(), limits),
+            **_of_start(self.studio),
         }
         self.inputs = [by_name[name] for name in SETTINGS]
-        self.in_address = dict(zip(SETTINGS, self.inputs, strict=True))
+        self.files = [by_name[name] for name in FILES]
+        self.in_address = {name: by_name[name] for name in SETTINGS if name not in FILES}
         dice.click(None, None, seed, js=_RANDOM_SEED, api_visibility="private")
         # Not `change`: a method of the address comes with its settings.
         by_name["method"].input(
@@ -106,6 +126,34 @@ class Controls:
             show_progress="hidden",
             api_visibility="private",
         )
+
+    def draw_axes(self) -> dict[str, Any]:
+        """Draw what a grid varies into the present block; by the names in the address."""
+        drawn: dict[str, Any] = {}
+        usual = {"row": "seed", "column": "scale"}
+        for side, axis in usual.items():
+            with gr.Row():
+                choices = [(title, name) for name, title in _AXES.items()]
+                name = gr.Dropdown(choices, value=axis, label=f"{side.title()}s", min_width=140)
+                values = gr.Textbox(
+                    self.studio.values_to_try(axis),
+                    label=f"Values of the {side}s",
+                    max_length=MOST_CHARACTERS,
+                    scale=2,
+                    min_width=140,
+                )
+            # Not `change`: an axis of the address comes with its values.
+            name.input(
+                self.studio.values_to_try,
+                name,
+                values,
+                queue=False,
+                show_progress="hidden",
+                api_visibility="private",
+            )
+            drawn |= {f"{side}s": name, f"{side}_values": values}
+        self.in_address |= drawn
+        return drawn
 
     def _of_method(self, method: str) -> list[Any]:
         """The controls of a method's settings, with its usual values."""
@@ -129,7 +177,7 @@ class Controls:
             name: What the address says to draw.
         """
         script = _TO_ADDRESS % (json.dumps([*self.in_address]), json.dumps(name))
-        controls = [*self.in_address.values()]
+        controls = [*self.in_address.values(), *self.files]
         drawing.success(None, controls, None, js=script, api_visibility="private")
 
     def from_address(self, given: Mapping[str, str]) -> list[Any]:
@@ -202,6 +250,22 @@ def _of_sampling(settings: GenerationSettings, limits: Limits) -> dict[str, Any]
             "guidance_scale": gr.Slider(1, 20, cfg, step=0.1, label="CFG scale (1 is off)"),
             "size": gr.Slider(0, limits.max_size, 0, step=8, label="Size (0 is the model's own)"),
         }
+
+
+def _of_start(studio: Studio) -> dict[str, Any]:
+    """Controls of image to image and inpainting, as far as the model has them."""
+    reason, has_mask = studio.why_no_start(), studio.why_no_start(has_mask=True) is None
+    with gr.Accordion("Begin with a picture", open=False):
+        if reason is None:
+            told = "Only the white parts of a mask are drawn anew; without one, all of the picture."
+        else:
+            told = f"This model always begins with noise: {reason.partition(': ')[2]}."
+        gr.Markdown(told)
+        with gr.Row(visible=reason is None):
+            picture = upload("Picture")
+            mask = upload("Mask", visible=has_mask)
+        strength = gr.Slider(0.05, 1, 0.8, step=0.05, label="Strength", visible=reason is None)
+    return {"image": picture, "mask": mask, "strength": strength}
 
 
 def _value_for(control: Any, text: str) -> dict[str, Any]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 from ..checks import check_count, check_finite, check_text
-from ..generate import check_scales, check_scheduler_name
+from ..generate import Axis, GenerationSettings, check_scheduler_name, check_start, parse_axis
+from ..generate.guidance_text import parse_guidance
 from ..guidance import METHODS
 
 MOST_CHARACTERS = 2000
 LARGEST_SEED = 2**32 - 1
 _LARGEST_SCALE = 100.0
+_LARGEST_SETTING = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +64,9 @@ class VisitorSettings:
         method: Short name of the guidance; an empty text is the model's own.
         layers: What methods that weaken layers weaken, with plus signs between; empty is the
             default.
+        image: File of the picture to begin with; `None` begins with noise.
+        mask: File of a picture that is white where `image` is drawn anew; `None` draws all of it.
+        strength: How much of `image` is changed, above 0, at most 1.
     """
 
     prompt: str
@@ -77,6 +84,27 @@ class VisitorSettings:
     size: int
     method: str = ""
     layers: str = ""
+    image: str | None = None
+    mask: str | None = None
+    strength: float = 0.8
+
+    def generation(self) -> GenerationSettings:
+        """What does not belong to guidance.
+
+        Raises:
+            ValueError: A setting is outside its range.
+        """
+        return GenerationSettings(
+            negative_prompt=self.negative_prompt,
+            sag_scale=self.sag_scale,
+            guidance_scale=self.guidance_scale,
+            num_inference_steps=self.steps,
+            width=self.size or None,
+            height=self.size or None,
+            image=self.image,
+            mask=self.mask,
+            strength=self.strength if self.image else None,
+        )
 
     def check(self, limits: Limits) -> None:
         """Refuse what is outside the limits; the guidance checks its own settings.
@@ -101,6 +129,7 @@ class VisitorSettings:
             check_scheduler_name(self.scheduler)
         if check_text("method", self.method) and self.method not in METHODS:
             raise ValueError(f"method={self.method!r:.60} must be one of {', '.join(METHODS)}")
+        check_start(self.generation(), limits.max_size)
 
 
 def check_scale(name: str, scale: float) -> float:
@@ -118,34 +147,49 @@ def check_scale(name: str, scale: float) -> float:
     return scale
 
 
-def check_grid(
-    scales: str, prompts: str, num_seeds: int, limits: Limits
-) -> tuple[Sequence[float], list[str]]:
-    """The scales and prompts of a grid.
+def check_axes(
+    rows: str, row_values: str, columns: str, column_values: str, limits: Limits
+) -> tuple[Axis, Axis]:
+    """The sides of a grid, as `parse_axis` reads them.
 
     Args:
-        scales: Numbers separated by commas.
-        prompts: One a line; empty lines count only if there is nothing else.
-        num_seeds: Seeds of each prompt.
+        rows: Name of the setting that differs from row to row.
+        row_values: Its values.
+        columns: Likewise from column to column.
+        column_values: Likewise.
         limits: Of this page.
 
     Raises:
-        ValueError: A text does not parse, or the grid has too many pictures.
+        ValueError: A value is outside the limits, or the grid has too many pictures.
     """
-    try:
-        numbers = [float(part) for part in scales.split(",")]
-    except ValueError:
-        raise ValueError(
-            f"scales={scales!r} must be numbers separated by commas, for example 0, 1, 2"
-        ) from None
-    for number in check_scales(numbers):
-        check_scale("scales", number)
-    lines = [line.strip() for line in prompts.splitlines() if line.strip()] or [""]
-    pictures = len(numbers) * len(lines) * check_count("seeds", num_seeds)
-    _check_most("pictures", pictures, limits.max_images)
-    if any(len(line) > MOST_CHARACTERS for line in lines):
-        raise ValueError(f"a prompt must have at most {MOST_CHARACTERS} characters")
-    return numbers, lines
+    given = {"rows": (rows, row_values), "columns": (columns, column_values)}
+    axes = [_checked_axis(side, *texts, limits) for side, texts in given.items()]
+    _check_most("pictures", len(axes[0].values) * len(axes[1].values), limits.max_images)
+    return axes[0], axes[1]
+
+
+def _checked_axis(side: str, name: str, text: str, limits: Limits) -> Axis:
+    if len(check_text(side, text)) > MOST_CHARACTERS:
+        raise ValueError(f"{side} must have at most {MOST_CHARACTERS} characters")
+    axis = parse_axis(side, f"{name}={text}")
+    guidances = [text for text in axis.values if text is not None and name == "guidance"]
+    for text in guidances:
+        _check_guidance(parse_guidance(text))
+    for value in axis.values:
+        if name in ("scale", "cfg", "blur") and value != math.inf:
+            check_scale(name, value)
+        elif name in ("steps", "seed"):
+            _check_most(name, value, limits.max_steps if name == "steps" else LARGEST_SEED)
+    return axis
+
+
+def _check_guidance(settings: Mapping[str, Any]) -> None:
+    """Refuse what would take another's time or memory: each guidance is a pass of the network."""
+    several = settings.get("guidances", [settings])
+    _check_most("guidances", len(several), len(METHODS))
+    for name, value in (pair for each in several for pair in each.items()):
+        if isinstance(value, int | float) and _LARGEST_SETTING < abs(value) < math.inf:
+            raise ValueError(f"{name}={value:g} must be at most {_LARGEST_SETTING} on this page")
 
 
 def _check_most(name: str, value: int, most: int) -> None:

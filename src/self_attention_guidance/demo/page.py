@@ -9,12 +9,13 @@ from typing import Any
 
 import gradio as gr
 
-from ..generate import LoadedPipeline, overlay_attended
+from ..generate import LoadedPipeline, overlay_attended, parse_axis
 from .browser import AT_FIRST, DRAW_AT_ONCE, STYLE
 from .controls import Controls
-from .limits import Limits, VisitorSettings, check_grid
+from .limits import Limits, VisitorSettings, check_axes
 from .pictures import Pictures
 from .studio import Studio, Watch
+from .uploads import MOST_BYTES
 from .visits import Visits
 
 _MOST_KEPT = 24
@@ -78,6 +79,7 @@ def build_page(model: LoadedPipeline, limits: Limits | None = None) -> Page:
         "theme": theme,
         "css": STYLE,
         "allowed_paths": [],
+        "max_file_size": MOST_BYTES,
         "share": False,
         "enable_monitoring": False,
         # Who is forgotten loses the list of earlier pictures, no more.
@@ -201,17 +203,12 @@ class _Builder:
         )  # fmt: skip
 
     def _draw_sweep(self) -> None:
-        own = self.studio.model.recommended
-        scales = ", ".join(f"{scale:g}" for scale in own.compare_sag_scales or (0, 0.5, 1))
-        with gr.Row():
-            scales_box = gr.Textbox(scales, label="Guidance scales", max_length=200)
-            seeds = gr.Slider(1, 8, 2, step=1, label="Seeds of each prompt")
-        prompts = gr.Textbox(label="Prompts", lines=3)
+        extra = self.controls.draw_axes()
         start, cancel = _buttons("sweep", "Draw the grid")
-        grid = _image("Scales against prompts and seeds")
-        extra = {"scales": scales_box, "prompts": prompts, "num_seeds": seeds}
-        self.controls.in_address |= extra
-        self._on_click(start, cancel, "sweep", self._sweep, [grid], extra)
+        grid = _image("Rows against columns", "grid")
+        event = self._on_click(start, cancel, "sweep", self._sweep, [grid], extra)
+        sides = [extra["columns"], extra["column_values"]]
+        event.success(_wide_enough, sides, grid, api_visibility="private")
 
     def _on_click(
         self,
@@ -262,24 +259,29 @@ class _Builder:
     def _steps(self, asked: VisitorSettings, watch: Watch) -> Any:
         return [self.pictures.save(strip, "step") for strip in self.studio.steps(asked, watch)]
 
-    def _sweep(
-        self, asked: VisitorSettings, scales: str, prompts: str, num_seeds: float, watch: Watch
-    ) -> Any:
-        numbers, lines = check_grid(scales, prompts or asked.prompt, int(num_seeds), self.limits)
-        drawn = self.studio.grid(asked, numbers, lines, int(num_seeds), watch)
+    def _sweep(self, asked: VisitorSettings, *sides_and_watch: Any) -> Any:
+        *sides, watch = sides_and_watch
+        rows, columns = check_axes(*sides, limits=self.limits)
+        drawn = self.studio.grid(asked, rows, columns, watch)
         return self.pictures.save(drawn.grid, "grid", drawn.record)
 
 
-def _image(label: str) -> gr.Image:
+def _image(label: str, *classes: str) -> gr.Image:
     """A picture whose label is for screen readers: it would lie on the picture."""
     return gr.Image(
         label=label,
-        elem_classes="picture",
+        elem_classes=["picture", *classes],
         format="png",
         type="filepath",
         interactive=False,
         buttons=["download", "fullscreen"],
     )
+
+
+def _wide_enough(columns: str, values: str) -> gr.Image:
+    """A grid that is no narrower than its columns need to be read: it scrolls if there are many."""
+    count = len(parse_axis("columns", f"{columns}={values}").values)
+    return gr.Image(elem_classes=["picture", "grid", f"columns-{count}"])
 
 
 def _buttons(name: str, label: str) -> tuple[gr.Button, gr.Button]:

@@ -45,8 +45,17 @@ class Pictures:
         with self._turn:
             self._made += 1
             path = Path(self._folder.name) / f"{self._made:06d}-{name}.png"
-            save_png(image, path, record)
+            save_png(image, path, _without_folders(record))
             self._files.append(path)
             while len(self._files) > self._most:
                 self._files.popleft().unlink(missing_ok=True)
         return str(path)
+
+
+def _without_folders(record: Mapping[str, Any] | str) -> Mapping[str, Any] | str:
+    """A record that calls visitors' files by their names: where they are here is nobody's."""
+    if isinstance(record, str):
+        return record
+    given = record["settings"]
+    names = {key: Path(given[key]).name for key in ("image", "mask") if given.get(key)}
+    return {**record, "settings": {**given, **names}}

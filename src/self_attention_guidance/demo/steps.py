@@ -14,15 +14,13 @@ from ..maths import degrade
 _MOST_ATTENTION = 3.0
 
 
-def step_pictures(
-    pipeline: Any, handle: GuidanceHandle, size: tuple[int, int]
-) -> dict[str, Image.Image]:
+def step_pictures(pipeline: Any, handle: GuidanceHandle, side: int) -> dict[str, Image.Image]:
     """What the last second pass saw, of the first picture of the batch.
 
     Args:
         pipeline: The pipeline that `handle` guides.
         handle: After a second pass.
-        size: Width and height of the pictures, in pixels.
+        side: The longer side of the pictures, in pixels.
 
     Returns:
         Pictures by their headings; attention and mask of guidances only that have them. Attention
@@ -40,6 +38,8 @@ def step_pictures(
         drawn |= {"mask": _heat(mask[0].float()), "blurred x0": _decoded(pipeline, blurred)}
     term = handle.term[0].square().mean(dim=0).sqrt()
     drawn["guidance term"] = _heat(term / term.max().clamp(min=1e-12))
+    height, width = x0.shape[-2:]
+    size = (side * width // max(x0.shape[-2:]), side * height // max(x0.shape[-2:]))
     smooth = Image.Resampling.BICUBIC
     sharp = Image.Resampling.NEAREST
     return {

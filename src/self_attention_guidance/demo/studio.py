@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,16 +12,21 @@ from typing import Any
 from PIL import Image
 
 from ..denoiser.families import denoiser_of
+from ..denoiser.layers import attention_names, short_name
 from ..generate import (
+    Axis,
     Comparison,
     Cost,
     GeneratedImage,
     GenerationSettings,
     LoadedPipeline,
-    compare,
+    compare_axes,
     draw_grid,
     generate_one,
     make_scheduler,
+    pipeline_for,
+    why_no_start,
+    with_guidances,
 )
 from ..guidance import METHODS, Guidance
 from .limits import Limits, VisitorSettings
@@ -56,11 +61,9 @@ class Studio:
             FloatingPointError: A prediction is NaN or infinite.
         """
         with self._set_up(asked) as settings:
-            report = _share_of(2, watch)
-            return [
-                self._generate(asked, dataclasses.replace(settings, sag_scale=scale), report)
-                for scale in (0.0, asked.sag_scale)
-            ]
+            pipeline, report = self.model.pipeline, _share_of(2, watch)
+            both = [dataclasses.replace(settings, sag_scale=s) for s in (0.0, asked.sag_scale)]
+            return [self._generate(pipeline, asked, each, report) for each in both]
 
     def steps(self, asked: VisitorSettings, watch: Watch) -> list[Image.Image]:
         """A labelled strip of pictures for every second pass.
@@ -74,40 +77,34 @@ class Studio:
             FloatingPointError: A prediction is NaN or infinite.
         """
         strips: list[Image.Image] = []
-        pipeline, report = self.model.pipeline, _share_of(1, watch)
+        report = _share_of(1, watch)
         seen = {"passes": 0, "steps": 0}
 
-        def look(share: float) -> None:
-            seen["steps"] += 1
-            handle = pipeline.guidance_handle
-            if handle is not None and handle.steps > seen["passes"]:
-                seen["passes"] = handle.steps
-                tiles = step_pictures(pipeline, handle, (160, 160))
-                label = f"step {seen['steps']} of {asked.steps}"
-                strips.append(draw_grid([list(tiles.values())], [label], list(tiles)))
-            report(share)
-
         with self._set_up(asked) as settings:
-            self._generate(asked, settings, look)
+            pipeline = pipeline_for(self.model.pipeline, settings)
+
+            def look(share: float) -> None:
+                seen["steps"] += 1
+                handle = pipeline.guidance_handle
+                if handle is not None and handle.steps > seen["passes"]:
+                    seen["passes"] = handle.steps
+                    tiles = step_pictures(pipeline, handle, 160)
+                    label = f"step {seen['steps']} of {round(1 / share)}"
+                    strips.append(draw_grid([list(tiles.values())], [label], list(tiles)))
+                report(share)
+
+            self._generate(pipeline, asked, settings, look)
         if not strips:
             raise ValueError("no step is guided: sag_scale is 0, or start and stop leave none")
         return strips
 
-    def grid(
-        self,
-        asked: VisitorSettings,
-        scales: Sequence[float],
-        prompts: Sequence[str],
-        num_seeds: int,
-        watch: Watch,
-    ) -> Comparison:
-        """Guidance scales against seeds and prompts.
+    def grid(self, asked: VisitorSettings, rows: Axis, columns: Axis, watch: Watch) -> Comparison:
+        """Two settings against each other.
 
         Args:
-            asked: The visitor's settings; its prompt and scale are not used.
-            scales: One a column.
-            prompts: Each has `num_seeds` rows.
-            num_seeds: From the visitor's seed on.
+            asked: The visitor's settings, which hold where no axis changes them.
+            rows: What differs from row to row, as `parse_axis` read it.
+            columns: What differs from column to column, likewise.
             watch: Told of the progress.
 
         Raises:
@@ -115,22 +112,28 @@ class Studio:
             FloatingPointError: A prediction is NaN or infinite.
         """
         with self._set_up(asked) as settings:
-            return compare(
+            if "guidance" in (rows.name, columns.name):  # each has a scale of its own
+                settings = dataclasses.replace(settings, sag_scale=None)
+            rows, columns = (
+                with_guidances(axis, lambda given: self.model.guidance(**given))
+                for axis in (rows, columns)
+            )
+            return compare_axes(
                 self.model.pipeline,
-                prompts,
-                scales,
+                rows,
+                columns,
                 settings,
+                prompt=asked.prompt,
                 seed=asked.seed,
-                num_images=num_seeds,
                 model_name=self.model.name,
-                on_progress=_share_of(len(scales) * len(prompts) * num_seeds, watch),
+                on_progress=_share_of(len(rows.values) * len(columns.values), watch),
             )
 
     def _generate(
-        self, asked: VisitorSettings, settings: GenerationSettings, report: Watch
+        self, pipeline: Any, asked: VisitorSettings, settings: GenerationSettings, report: Watch
     ) -> tuple[GeneratedImage, Cost]:
         return generate_one(
-            self.model.pipeline,
+            pipeline,
             asked.prompt,
             settings,
             seed=asked.seed,
@@ -138,6 +141,10 @@ class Studio:
             record_attention=True,
             on_progress=report,
         )
+
+    def why_no_start(self, has_mask: bool = False) -> str | None:
+        """Why the model can't begin with a picture, or with one and a mask; `None` if it can."""
+        return why_no_start(type(self.model.pipeline), has_mask)
 
     def methods(self) -> list[str]:
         """Short names of the guidances that the model supports, its own first."""
@@ -151,6 +158,26 @@ class Studio:
                 continue
             found.append(name)
         return sorted(found, key=lambda name: name != own)
+
+    def values_to_try(self, axis: str) -> str:
+        """Values of an axis that suit the model, as `parse_axis` reads them."""
+        model = self.model
+        prompts = [text for text in model.recommended.compare_prompts if text][:3]
+        scales = model.recommended.compare_sag_scales or (0, 0.5, 1)
+        denoiser: Any = denoiser_of(model.pipeline)
+        layers = [short_name(name) for name in attention_names(denoiser)]
+        steps = (n for n in (5, 10, 25, 50) if n <= self.limits.max_steps)
+        return {
+            "prompt": " | ".join(prompts or ["a cat", "a dog"]),
+            "seed": "0, 1, 2",
+            "guidance": ", ".join(["none", *self.methods()]),
+            "scale": ", ".join(f"{scale:g}" for scale in scales),
+            "cfg": "1, 3, 7.5",
+            "steps": ", ".join(map(str, steps)) or "1",
+            "blur": "1, 3, 9",
+            "window": "0-1, 0-0.5, 0.5-1",
+            "layer": ", ".join(["default", *layers[:: max(1, len(layers) // 3)][:3]]),
+        }[axis]
 
     def usual(self, method: str) -> Guidance:
         """A guidance as the model recommends it, else with its defaults.
@@ -176,7 +203,6 @@ class Studio:
     def _set_up(self, asked: VisitorSettings) -> Generator[GenerationSettings]:
         """The model with a visitor's settings, and to this visitor alone."""
         asked.check(self.limits)
-        settings = _generation_settings(asked)
         pipeline: Any = self.model.pipeline
         with self._turn:
             before = pipeline.guidance, pipeline.scheduler
@@ -184,20 +210,9 @@ class Studio:
                 pipeline.guidance = self._guidance(asked)
                 if asked.scheduler:
                     pipeline.scheduler = make_scheduler(asked.scheduler, pipeline.scheduler.config)
-                yield settings
+                yield asked.generation()
             finally:
                 pipeline.guidance, pipeline.scheduler = before
-
-
-def _generation_settings(asked: VisitorSettings) -> GenerationSettings:
-    return GenerationSettings(
-        negative_prompt=asked.negative_prompt,
-        sag_scale=asked.sag_scale,
-        guidance_scale=asked.guidance_scale,
-        num_inference_steps=asked.steps,
-        width=asked.size or None,
-        height=asked.size or None,
-    )
 
 
 def _share_of(pictures: int, watch: Watch) -> Watch:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -14,6 +15,7 @@ from .limits import VisitorSettings
 from .studio import Watch
 
 SETTINGS = tuple(VisitorSettings.__dataclass_fields__)
+FILES = ("image", "mask")
 _TEXTS = ("prompt", "negative_prompt", "scheduler", "method", "layers")
 _WHOLE = ("seed", "steps", "every", "size")
 _log = logging.getLogger(__name__)
@@ -83,7 +85,8 @@ class Visits:
                 gr.Info("Cancelled.")
                 return [gr.skip()] * outputs if outputs > 1 else gr.skip()
             except (ValueError, TypeError, FloatingPointError) as error:
-                raise gr.Error(_sentence(error), print_exception=False) from error
+                told = _sentence(error, dict(zip(SETTINGS, inputs, strict=False)))
+                raise gr.Error(told, print_exception=False) from error
             except Exception as error:
                 _log.exception("a drawing failed")
                 told = "The picture could not be drawn; the log of the server says why."
@@ -92,8 +95,11 @@ class Visits:
                 self.end(visitor, stopped)
 
         positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        parameters = [inspect.Parameter(name, positional) for name in (*SETTINGS, *extra)]
-        parameters.append(inspect.Parameter("request", positional, annotation=gr.Request))
+        # A default of `None` says that the app's API does without what the control does without.
+        parameters = [
+            inspect.Parameter(name, positional, default=None)
+            for name in (*SETTINGS, *extra, "request")
+        ]
         parameters.append(inspect.Parameter("progress", positional, default=gr.Progress()))
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {"request": gr.Request}
@@ -112,19 +118,20 @@ def _watch(progress: Any, stopped: threading.Event) -> Watch:
 
 def settings_of(values: Sequence[Any]) -> VisitorSettings:
     """The values of the controls; those that count things as whole numbers."""
-    typed: dict[str, Any] = {}
-    for name, value in zip(SETTINGS, values, strict=True):
-        if value is None:
-            if name not in _TEXTS:
-                raise ValueError(f"{name} is empty")
-            value = ""
-        typed[name] = int(value) if name in _WHOLE and _is_whole(value) else value
+    typed: dict[str, Any] = dict(zip(SETTINGS, values, strict=True))
+    for name, value in typed.items():
+        if value is None and name in _TEXTS:
+            typed[name] = ""
+        elif value is None and name not in FILES:
+            raise ValueError(f"{name} is empty")
+        elif name in _WHOLE and isinstance(value, float) and value.is_integer():
+            typed[name] = int(value)
     return VisitorSettings(**typed)
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, float) and value.is_integer()
-
-
-def _sentence(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+def _sentence(error: Exception, inputs: Mapping[str, Any]) -> str:
+    """What is wrong, in a line that does not tell where this machine keeps a visitor's files."""
+    told = str(error)
+    for path in filter(None, (inputs.get(name) for name in FILES)):
+        told = told.replace(path, Path(path).name)
+    return " ".join(told.split())[:300]

@@ -20,7 +20,7 @@ from ..lazy import exported
 if TYPE_CHECKING:
     from ..checks import check_count, check_prompts, check_scales, seeds_of
     from .arguments import check_size
-    from .axes import AXES, Axis
+    from .axes import AXES, Axis, parse_axis, with_guidances
     from .comparison import Comparison, compare, compare_axes
     from .cost import Cost, generate_one
     from .drawing import GeneratedImage, PromptArtist
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     )
     from .finding import check_dtype_name, find_classifier, find_model, find_pixel_model
     from .grid import draw_grid, draw_tiles, overlay_attended
+    from .kinds import pipeline_for, why_no_start
     from .metadata import (
         Parameters,
         Record,
@@ -107,9 +108,11 @@ __all__ = [
     "make_scheduler",
     "method_label",
     "overlay_attended",
+    "parse_axis",
     "parse_parameters",
     "next_index",
     "picture_path",
+    "pipeline_for",
     "read_parameters",
     "read_record",
     "read_text",
@@ -119,6 +122,8 @@ __all__ = [
     "seeds_of",
     "to_image",
     "to_uint8",
+    "why_no_start",
+    "with_guidances",
 ]
 
 # Importing torch and diffusers takes seconds, and wrong command lines are answered before that.
@@ -166,8 +171,10 @@ _HOMES = {
     "method_label": ".metadata",
     "next_index": ".files",
     "overlay_attended": ".grid",
+    "parse_axis": ".axes",
     "parse_parameters": ".metadata",
     "picture_path": ".files",
+    "pipeline_for": ".kinds",
     "read_parameters": ".metadata",
     "read_record": ".metadata",
     "read_text": ".metadata",
@@ -177,6 +184,8 @@ _HOMES = {
     "seeds_of": "..checks",
     "to_image": ".pixel_drawing",
     "to_uint8": ".pixel_drawing",
+    "why_no_start": ".kinds",
+    "with_guidances": ".axes",
 }
 
 

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from ..checks import check_count, check_finite, check_text
+from ..checks import check_count, check_finite, check_layer, check_number, check_text
+from .guidance_text import check_guidance, parse_guidance
 from .settings import GenerationSettings
 
 if TYPE_CHECKING:
     from ..guidance import Guidance, GuidanceSum
 
-AXES = ("prompt", "seed", "guidance", "scale", "cfg", "steps")
+AXES = ("prompt", "seed", "guidance", "scale", "cfg", "steps", "blur", "window", "layer")
+_OF_GUIDANCE = ("blur", "window", "layer")
 _SETTINGS = {"scale": "sag_scale", "cfg": "guidance_scale", "steps": "num_inference_steps"}
+_HEADINGS = {
+    "cfg": "CFG {}",
+    "scale": "scale {}",
+    "seed": "seed {}",
+    "steps": "{} steps",
+    "blur": "blur sigma {}",
+    "window": "window {}",
+    "layer": "layer {}",
+}
 
 
 @dataclass(frozen=True)
@@ -22,8 +34,11 @@ class Axis:
 
     Attributes:
         name: Of `AXES`: "prompt", "seed", "guidance", "scale" (of the guidance), "cfg" (the scale
-            of classifier-free guidance) or "steps".
-        values: At least one: texts, numbers, or for "guidance" a `Guidance`, and `None` for none.
+            of classifier-free guidance), "steps", "blur" (`blur_sigma` of the guidance), "window"
+            (its `start` and `stop`) or "layer" (its `layer` or `layers`).
+        values: At least one: texts, numbers, for "guidance" a `Guidance`, and `None` for none, for
+            "window" pairs, and for "layer" texts with plus signs between several, and `None` for
+            the default.
         labels: What the grid calls the values; empty writes them out.
 
     Raises:
@@ -45,30 +60,42 @@ class Axis:
                 check_text("prompt", value)
             elif self.name in ("steps", "seed"):
                 check_count(self.name, value, least=1 if self.name == "steps" else 0)
-            elif self.name != "guidance":
+            elif self.name == "window":
+                start, stop = value
+                if not 0 <= start < stop <= 1:
+                    raise ValueError(f"window={start:g}-{stop:g} must be from 0 to 1, upwards")
+            elif self.name == "blur" and value != math.inf:
+                check_number("blur", value, 0, math.inf)
+            elif self.name == "layer" and value is not None:
+                check_layer("layer", value)
+            elif self.name in ("scale", "cfg"):
                 check_finite(self.name, value)
 
     @property
     def headings(self) -> list[str]:
         """What the grid calls the values."""
-        labels = self.labels or [self._written(value) for value in self.values]
-        pairs = zip(labels, self.values, strict=True)
-        return ["no guidance" if value is None else label for label, value in pairs]
-
-    def _written(self, value: Any) -> str:
         if self.name == "guidance":
-            return "none" if value is None else _called(value)
-        names = {"cfg": "CFG {:g}", "scale": "scale {:g}", "seed": "seed {}", "steps": "{} steps"}
-        return names.get(self.name, "{}").format(value)
+            pairs = zip(self._texts(), self.values, strict=True)
+            return ["no guidance" if value is None else text for text, value in pairs]
+        form = _HEADINGS.get(self.name, "{}")
+        return [form.format(text) for text in self._texts()]
 
     def __str__(self) -> str:
         """As the command line takes it."""
         # A comma can be part of a prompt.
-        separator = "|" if self.name == "prompt" else ","
-        shown = self.labels or [
-            f"{value:g}" if isinstance(value, float) else str(value) for value in self.values
-        ]
-        return f"{self.name}={separator.join(shown)}"
+        return f"{self.name}={('|' if self.name == 'prompt' else ',').join(self._texts())}"
+
+    def _texts(self) -> Sequence[str]:
+        return self.labels or [self._written(value) for value in self.values]
+
+    def _written(self, value: Any) -> str:
+        if value is None:
+            return "none" if self.name == "guidance" else "default"
+        if self.name == "guidance":
+            return _called(value)
+        if self.name == "window":
+            return f"{value[0]:g}-{value[1]:g}"
+        return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +126,8 @@ class Cell:
         """
         if axis.name in ("prompt", "seed"):
             return replace(self, **{axis.name: value})
+        if axis.name in _OF_GUIDANCE:
+            return replace(self, guidance=_changed(self.guidance, axis.name, value))
         if axis.name == "guidance" and value is not None:
             return replace(self, guidance=value)
         setting = _SETTINGS.get(axis.name, "sag_scale")
@@ -122,14 +151,112 @@ def cells_of(base: Cell, rows: Axis, columns: Axis) -> list[list[Cell]]:
 
     def cell(row: Any, column: Any) -> Cell:
         changes = [(rows, row), (columns, column)]
-        # No guidance is none at any scale.
-        changes.sort(key=lambda change: change[0].name == "guidance")
+        is_off = any(axis.name == "guidance" and value is None for axis, value in changes)
+        # A guidance comes before its settings; but no guidance is none at any scale.
+        changes.sort(key=lambda change: (change[0].name == "guidance") == is_off)
         drawn = base
         for axis, value in changes:
-            drawn = drawn.at(axis, value)
+            if not (is_off and axis.name in _OF_GUIDANCE):
+                drawn = drawn.at(axis, value)
         return drawn
 
     return [[cell(row, column) for column in columns.values] for row in rows.values]
+
+
+def parse_axis(option: str, text: str) -> Axis:
+    """Reads an axis like "guidance=none,sag,pag:scale=2,start=0.2" or "prompt=a cat|a dog, red".
+
+    Args:
+        option: Which gave it, for messages.
+        text: A name, and values separated by commas, those of prompts by bars. A window is
+            "0.2-0.65".
+
+    Returns:
+        The axis; the values of "guidance" are texts still, `None` for "none".
+
+    Raises:
+        ValueError: It has another form, or a value is unknown or outside its range.
+    """
+    name, equals, rest = text.partition("=")
+    name = name.strip()
+    if not equals or name not in AXES:
+        raise ValueError(
+            f"{option}={text!r} must be NAME=VALUE,VALUE,... with a name of {', '.join(AXES)}"
+        )
+    if name == "guidance":
+        texts = _guidances(rest)
+        for each in texts:
+            check_guidance([] if each == "none" else [each], {})
+        return Axis(name, [None if each == "none" else each for each in texts], texts)
+    parts = [part.strip() for part in rest.split("|" if name == "prompt" else ",")]
+    try:
+        return Axis(name, [_KINDS.get(name, float)(part) for part in parts])
+    except ValueError as error:
+        raise ValueError(f"{option}={text!r}: {error}") from None
+
+
+def with_guidances(axis: Axis, make: Callable[[Mapping[str, Any]], Guidance | GuidanceSum]) -> Axis:
+    """An axis of `parse_axis` with guidances instead of their texts.
+
+    Args:
+        axis: Any; others than "guidance" are given back as they are.
+        make: Makes a guidance of the settings that its text gives.
+
+    Raises:
+        ValueError: A setting is outside its range, or not one of a method.
+    """
+    if axis.name != "guidance":
+        return axis
+    texts = axis.values
+    return replace(axis, values=[None if t is None else make(parse_guidance(t)) for t in texts])
+
+
+def _window(text: str) -> tuple[float, float]:
+    start, _, stop = text.partition("-")
+    try:
+        return float(start), float(stop)
+    except ValueError:
+        raise ValueError(f"{text!r} must be START-STOP, for example 0.2-0.65") from None
+
+
+_KINDS: Mapping[str, Callable[[str], Any]] = {
+    "prompt": str,
+    "seed": int,
+    "steps": int,
+    "window": _window,
+    "layer": lambda text: None if text == "default" else text,
+}
+
+
+def _guidances(text: str) -> list[str]:
+    """Texts of guidances; what follows a comma and is a setting belongs to the one before."""
+    found: list[str] = []
+    for part in text.split(","):
+        is_setting = "=" in part and ":" not in part.partition("=")[0]
+        if is_setting and found:
+            found[-1] += f",{part}"
+        else:
+            found.append(part.strip())
+    return found
+
+
+def _changed(guidance: Guidance | GuidanceSum, name: str, value: Any) -> Guidance | GuidanceSum:
+    """A guidance with another blur, window or layer; of several, those that have such a setting."""
+    new: dict[str, Any]
+    if name == "window":
+        new = dict(zip(("start", "stop"), value, strict=True))
+    elif name == "blur":
+        new = {"blur_sigma": value}
+    else:
+        new = {"layer": value, "layers": value and value.split("+")}
+    known = [{each.name for each in fields(part)} & new.keys() for part in guidance.parts]
+    if not any(known):
+        raise ValueError(f"{name}={value} has no effect on {guidance.method}, which has no {name}")
+    parts = tuple(
+        replace(part, **{each: new[each] for each in own})
+        for part, own in zip(guidance.parts, known, strict=True)
+    )
+    return parts[0] if len(parts) == 1 else replace(guidance, guidances=parts)
 
 
 def _called(guidance: Guidance | GuidanceSum) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image
 
 from ..checks import check_prompts, check_scales
+from ..denoiser.families import denoiser_of
 from ..guidance.sag import Blurring
 from .axes import Axis, Cell, cells_of
 from .cost import Cost, generate_one
@@ -138,6 +139,10 @@ def compare_axes(
     settings = settings or GenerationSettings()
     own = pipeline.guidance
     cells = cells_of(Cell(prompt=prompt, seed=seed, settings=settings, guidance=own), rows, columns)
+    denoiser: Any = denoiser_of(pipeline)
+    for cell in (cell for row in cells for cell in row if cell.settings.sag_scale != 0):
+        for part in cell.guidance.parts:
+            part.reads(denoiser)  # refuses layers that are not there
     try:
         drawn = [[_draw(pipeline, cell, on_progress) for cell in row] for row in cells]
     finally:
@@ -209,7 +214,7 @@ def _footer(record: Mapping[str, Any], varied: Sequence[str] = ()) -> str:
         "steps": None if "steps" in varied else settings["num_inference_steps"],
         "CFG": None if "cfg" in varied else settings["guidance_scale"],
         "seed": None if "seed" in varied else record["seed"],
-        "blur sigma": guidance.get("blur_sigma"),
+        "blur sigma": None if "blur" in varied else guidance.get("blur_sigma"),
         "threshold": guidance.get("threshold"),
     }
     return "  ·  ".join(f"{label} {written(v)}" for label, v in shown.items() if v is not None)

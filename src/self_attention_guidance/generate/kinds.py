@@ -65,7 +65,7 @@ def pipeline_for(pipeline: Any, settings: GenerationSettings) -> Any:
     """The pipeline that draws with some settings: another one if drawing begins with a picture.
 
     Args:
-        pipeline: A guided one that draws prompts.
+        pipeline: A guided one that draws prompts, or that this function gave.
         settings: Of the pictures.
 
     Returns:
@@ -74,9 +74,13 @@ def pipeline_for(pipeline: Any, settings: GenerationSettings) -> Any:
     Raises:
         ValueError: diffusers has none for this model.
     """
-    if settings.image is None:
+    if settings.image is None or _begins_with_pictures(type(pipeline)):
         return pipeline
-    kind: Any = guided_class(_class_for(type(pipeline), has_mask=settings.mask is not None))
+    has_mask = settings.mask is not None
+    found = _class_for(type(pipeline), has_mask)
+    if found is None:
+        raise ValueError(why_no_start(type(pipeline), has_mask))
+    kind: Any = guided_class(found)
     parts = {**pipeline.config, **pipeline.components}
     expected = inspect.signature(kind.__init__).parameters
     other = kind(**{name: part for name, part in parts.items() if name in expected})
@@ -85,7 +89,21 @@ def pipeline_for(pipeline: Any, settings: GenerationSettings) -> Any:
     return other
 
 
-def _class_for(pipeline: type, has_mask: bool) -> type[DiffusionPipeline]:
+def why_no_start(pipeline: type, has_mask: bool = False) -> str | None:
+    """Why a model can't begin with a picture; `None` if it can.
+
+    Args:
+        pipeline: The class of its pipeline, one that draws prompts.
+        has_mask: Whether a mask is given, too.
+    """
+    if _class_for(pipeline, has_mask) is not None:
+        return None
+    option, does = ("mask", "inpainting") if has_mask else ("image", "image to image")
+    name = pipeline.__name__.removeprefix("Guided")
+    return f"{option} must not be given: diffusers has no {does} for {name}"
+
+
+def _class_for(pipeline: type, has_mask: bool) -> type[DiffusionPipeline] | None:
     """diffusers' pipeline of image to image, or of inpainting, for the model of a pipeline."""
     task: Any = auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING
     if has_mask:
@@ -93,8 +111,10 @@ def _class_for(pipeline: type, has_mask: bool) -> type[DiffusionPipeline]:
     for model, kind in auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING.items():
         found = task.get(model) if kind in pipeline.__mro__ else None
         # Some edit by what they see of a picture, instead of beginning with it.
-        if found is not None and "strength" in inspect.signature(found.__call__).parameters:
+        if found is not None and _begins_with_pictures(found):
             return found
-    name = pipeline.__name__.removeprefix("Guided")
-    option, does = ("mask", "inpainting") if has_mask else ("image", "image to image")
-    raise ValueError(f"{option} must not be given: diffusers has no {does} for {name}")
+    return None
+
+
+def _begins_with_pictures(pipeline: type) -> bool:
+    return "strength" in inspect.signature(pipeline.__call__).parameters

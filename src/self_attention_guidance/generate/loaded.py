@@ -70,8 +70,13 @@ class Loaded(Generic[Settings]):
         settings = own.to_dict()
         method = guidance.get("method", own.method)
         if method != own.method:
-            base = Guidance.from_dict({"method": method})
-            settings = (base.fast() if fast else base).to_dict()
+            base = self.recommended.make_guidance()
+            if method == base.method:
+                base = self.recommended.make_fast_guidance() if fast else base
+            else:
+                base = Guidance.from_dict({"method": method})
+                base = base.fast() if fast else base
+            settings = base.to_dict()
         return guidance_of({**settings, **guidance})
 
     def restore(self, record: Mapping[str, Any]) -> Settings:

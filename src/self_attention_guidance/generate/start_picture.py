@@ -33,7 +33,7 @@ def check_start(settings: GenerationSettings, max_size: int | None = None) -> No
         if is_own_size and max_size is not None and max(width, height) > max_size:
             raise ValueError(
                 f"image={path!r} has {width}x{height} pixels, and a side must have at most"
-                f" {max_size}: give another --size, or --max-size"
+                f" {max_size}: choose the size to draw"
             )
 
 
