@@ -15,8 +15,8 @@ import results
 from judging import QUESTIONS
 from methods import BUDGETS, Point, points
 from results import Result
-from self_attention_guidance import Guidance
 from self_attention_guidance.evaluate import Estimate
+from self_attention_guidance.guidance.text import guidance_text
 from settings import Setting
 from tasks import TASKS, Task
 
@@ -94,6 +94,7 @@ def _filled(block: re.Match[str]) -> str:
     kind, _, name = block[2].partition(" ")
     kinds = {
         "answers": answers,
+        "claims": claims,
         "table": table,
         "settings": settings,
         "trials": trials,
@@ -192,6 +193,29 @@ def trials(name: str) -> Iterator[str]:
                 yield f"- {_TITLES[point.method]}: `{text}`, {distances}{mark}"
 
 
+def claims(name: str) -> Iterator[str]:
+    """The best row of each budget against what one would do instead."""
+    rows = {budget: rows_of(name, budget) for budget in BUDGETS}
+    rivals = [row for row in rows["every"] if row.point.method in ("none", "none-dpm++", "sag")]
+    rivals += rows["double"]
+    for budget in ("every", "cheap"):
+        if len(rows[budget]) > 1:
+            best = rows[budget][0]
+            own = [row for row in rows[budget] if row.point.method == "none"]
+            others = [*own, *(row for row in rivals if row not in own)]
+            for other in others:
+                if other is not best and other.result.count == best.result.count:
+                    yield _claim(best, other)
+
+
+def _claim(row: Row, other: Row) -> str:
+    words = [
+        f"{each.title} with {each.result.setting.evaluations} evaluations" for each in (row, other)
+    ]
+    change = signed(row.result.gain("frechet_distance", other.result), 2)
+    return f"- {words[0]} against {words[1]}: {change}"
+
+
 def plot(name: str) -> Iterator[str]:
     """The picture of a task."""
     if rows_of(name, "every"):
@@ -258,19 +282,10 @@ def as_typed(setting: Setting, task: Task) -> str:
     words = [f"--steps {setting.steps}"]
     if setting.scheduler:
         words.append(f'--scheduler "{setting.scheduler}"')
-    words += [f"--guidance {_text(each)}" for each in setting.guidance]
+    words += [f"--guidance {guidance_text(each.to_dict())}" for each in setting.guidance]
     if task.has_cfg:
         words.append(f"--guidance-scale {setting.cfg:g}")
     return " ".join(words)
-
-
-def _text(guidance: Guidance) -> str:
-    usual = type(guidance)().to_dict()
-    told = [f"scale={guidance.scale:g}"]
-    for name, value in guidance.to_dict().items():
-        if name not in ("method", "scale") and value != usual[name]:
-            told.append(f"{name}={'+'.join(value) if isinstance(value, list) else value}")
-    return f"{guidance.method}:{','.join(told)}"
 
 
 def interval(found: Estimate, digits: int) -> str:
