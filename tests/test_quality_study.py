@@ -29,6 +29,7 @@ from self_attention_guidance import (
     PerturbedAttentionGuidance,
     SelfAttentionGuidance,
 )
+from self_attention_guidance.models.builtin import builtin_folder, recommended_settings
 from settings import Setting, fitting
 from tasks import TASKS, asked_with, pairs_of, reference
 from tiny_pixels import one_thread
@@ -96,6 +97,12 @@ def test_scales_are_searched_by_the_size_of_the_term() -> None:
     )
     other = PerturbedAttentionGuidance(1.0, start=0.1)
     assert drawing.size_of_term(ADM, other, 1.0) < 0.5 * drawing.size_of_term(ADM, SAG, 1.0)
+
+
+def test_the_shipped_preset_is_the_best_cheap_one_of_the_study() -> None:
+    rows = report.rows_of("adm", "cheap")
+    shipped = recommended_settings(builtin_folder("emoji-adm")).make_fast_guidance()
+    assert rows[0].result.setting.guidance == (shipped,)
 
 
 def test_the_search_gives_more_samples_to_what_is_better() -> None:

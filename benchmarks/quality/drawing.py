@@ -72,7 +72,7 @@ def _digest(task: Task, setting: Setting, seeds: range) -> str:
 def _draw(task: Task, setting: Setting, seeds: range) -> Drawn:
     is_search = seeds.start < FIRST_REPORTED
     asked = asked_with(seeds, is_search=is_search) if task.has_captions else None
-    pipe = _pipeline(task.model)
+    pipe = pipeline(task.model)
     with ExitStack() as stack:
         rows = stack.enter_context(counted_rows(pipe.unet))
         if setting.guidance:
@@ -105,7 +105,7 @@ def run(
     Returns:
         (samples, 3, height, width), from 0 to 1.
     """
-    pipe = _pipeline(task.model)
+    pipe = pipeline(task.model)
     own = _own_scheduler(task.model)
     pipe.scheduler = make_scheduler(setting.scheduler, own.config) if setting.scheduler else own
     usual: dict[str, Any] = {
@@ -137,7 +137,7 @@ def size_of_term(task: Task, guidance: Guidance, cfg: float) -> float:
     squares: list[float] = []
     small = Setting((type(guidance).from_dict({**guidance.to_dict(), "scale": 1e-3}),), 10, cfg)
     seeds = range(4)
-    pipe = _pipeline(task.model)
+    pipe = pipeline(task.model)
     prompts = None
     if task.has_captions:
         pairs, backgrounds = asked_with(seeds, is_search=True)
@@ -155,11 +155,12 @@ def size_of_term(task: Task, guidance: Guidance, cfg: float) -> float:
 
 @functools.cache
 def _own_scheduler(model: str) -> Any:
-    return _pipeline(model).scheduler
+    return pipeline(model).scheduler
 
 
 @functools.cache
-def _pipeline(model: str) -> Any:
+def pipeline(model: str) -> Any:
+    """A builtin model, loaded once, without guidance of its own."""
     pipe: Any = builtin_model(model)
     pipe.set_progress_bar_config(disable=True)
     pipe.unet.to(memory_format=torch.channels_last)

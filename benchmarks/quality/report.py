@@ -245,21 +245,26 @@ def presets(_: str) -> Iterator[str]:
 
 
 def summary(_: str) -> Iterator[str]:
-    """The table of README: the first budget, for what is measured so far."""
-    found = {task.title: rows_of(name, "every") for name, task in TASKS.items()}
-    found = {title: rows for title, rows in found.items() if len(rows) > 1}
-    if not found:
-        return
-    yield f"| Fréchet distance ↓ | {' | '.join(found)} |"
-    yield f"| --- |{' --- |' * len(found)}"
-    for method in ("none", "sag", "pag"):
-        cells = [
-            interval(row.result.estimate("frechet_distance"), 1)
-            for rows in found.values()
-            for row in rows
-            if row.point.method == method
-        ]
-        yield f"| {_TITLES[method]}{', more steps' * (method == 'none')} | {' | '.join(cells)} |"
+    """The table of README: what each model gains, for the tasks that are measured so far."""
+    lines: list[str] = []
+    for name, task in TASKS.items():
+        dear = {row.point.method: row for row in rows_of(name, "every")}
+        cheap = [row for row in rows_of(name, "cheap") if row.result.setting.guidance]
+        if "none" in dear and "sag" in dear:
+            rows = [dear["none"], dear["sag"], *cheap[:1]]
+            cells = [_short(row) for row in rows] + ["not measured"] * (not cheap)
+            lines.append(f"| {task.title} | {' | '.join(cells)} |")
+    if lines:
+        titles = ("Fréchet distance ↓ (evaluations)", "no guidance", "SAG", "best cheap method")
+        yield f"| {' | '.join(titles)} |"
+        yield "| --- | --- | --- | --- |"
+        yield from lines
+
+
+def _short(row: Row) -> str:
+    found = interval(row.result.estimate("frechet_distance"), 1)
+    method = "" if row.point.method in ("none", "sag") else f"{row.title}: "
+    return f"{method}{found} ({row.result.setting.evaluations})"
 
 
 def float32(name: str) -> Iterator[str]:
