@@ -175,11 +175,11 @@ def guidance_text(settings: Mapping[str, Any]) -> str:
     method = settings["method"]
     usual = METHODS[method]().to_dict()
     changed = [n for n, value in settings.items() if n != "scale" and value != usual[n]]
-    told = [f"{name}={_told(settings[name])}" for name in ("scale", *changed)]
-    return f"{method}:{','.join(told)}"
+    assigned = [f"{name}={_setting_text(settings[name])}" for name in ("scale", *changed)]
+    return f"{method}:{','.join(assigned)}"
 
 
-def _told(value: Any) -> str:
+def _setting_text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "+".join(map(str, value))  # pyright: ignore[reportUnknownArgumentType]
     return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)

@@ -1,4 +1,4 @@
-"""What a grid varies along a side: an axis is a name and values, a cell is settings replaced."""
+"""The axes of a grid: an axis is a name and values, a cell is a set of changed settings."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Axis:
 
     @property
     def headings(self) -> list[str]:
-        """What the grid calls the values."""
+        """The labels of the values in the grid."""
         labels = self.labels or [self._written(value) for value in self.values]
         pairs = zip(labels, self.values, strict=True)
         return ["no guidance" if value is None else label for label, value in pairs]
