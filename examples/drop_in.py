@@ -1,4 +1,4 @@
-"""In the place of diffusers' deprecated class: `python examples/drop_in.py [OUT.png]`.
+"""Instead of diffusers' deprecated class: `python examples/drop_in.py [OUT.png]`.
 
 The folder is the builtin model's; give the id of a Stable Diffusion model for larger pictures.
 """

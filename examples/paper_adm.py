@@ -1,4 +1,4 @@
-"""The paper's case, samples without any condition: `python examples/paper_adm.py [OUT.png]`.
+"""The paper's main case, samples without any condition: `python examples/paper_adm.py [OUT.png]`.
 
 For ADM itself: `sag convert adm 256x256_diffusion_uncond.pt imagenet256`, then
 `ADMPipeline.from_pretrained("imagenet256")` with `SelfAttentionGuidance(0.5, blur_sigma=9,

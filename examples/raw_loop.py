@@ -1,7 +1,7 @@
 """Guidance in a sampling loop of your own: `python examples/raw_loop.py [OUT.png]`.
 
-The loop knows nothing of guidance. For another model put `UNet2DModel.from_pretrained(...)` and its
-scheduler in the place of the builtin ones, without `class_labels` if it knows no classes.
+The loop does not know of guidance. For another model, use `UNet2DModel.from_pretrained(...)` and
+its scheduler instead of the builtin ones. Leave out `class_labels` if it has no classes.
 """
 
 import sys

@@ -303,7 +303,7 @@ def test_labels_reach_the_network() -> None:
         ({"eta": -0.1}, "eta=-0.1 must be at least 0"),
         ({"output_type": "jpg"}, "output_type='jpg' must be one of"),
         ({"sag_scale": float("nan")}, "sag_scale=nan must be"),
-        ({"class_labels": 1}, "the model knows no classes"),
+        ({"class_labels": 1}, "the model has no classes"),
         ({"classifier_scale": 1.0}, "the pipeline has no classifier"),
         (
             {"batch_size": 2, "latents": torch.zeros(1, 3, 16, 16)},

@@ -64,7 +64,7 @@ def test_a_pixel_model_that_recommends_nothing_has_the_settings_of_sample(
         assert np.array_equal(np.asarray(image), arrays_of(tmp_path / "a.npz")["arr_0"][0])
 
 
-def test_failed_rows_are_told_by_the_exit_status(
+def test_failed_rows_change_the_exit_status(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = listed(tmp_path / "a.jsonl", ["cat", {"prompt": "cat", "width": 7}])
@@ -116,7 +116,7 @@ def test_ctrl_c_leaves_a_job_that_goes_on(tmp_path: Path) -> None:
     told = interrupted(job, out)
     assert job.returncode == 130
     assert "of 30 pictures are done" in told
-    assert "the same command goes on" in told
+    assert "the same command resumes" in told
     assert told.strip().splitlines()[-1] == "error: interrupted"
     assert run("batch", "--num-samples", 30, "--steps", 3, "--out", out) == 0
     assert [row["row"] for row in sorted(rows_of(out), key=lambda r: r["row"])] == list(range(30))

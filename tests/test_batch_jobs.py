@@ -266,7 +266,7 @@ def test_a_full_disk_ends_the_job_with_a_line_and_no_half_file(tmp_path: Path) -
         text=True,
     )
     assert ended.stdout.startswith(f"out={str(out)!r}: "), ended.stderr
-    assert "2 of 5 pictures are done, and the same command goes on" in ended.stdout
+    assert "2 of 5 pictures are done, and the same command resumes" in ended.stdout
     assert len(list((out / "images").rglob("*.png"))) == 2
     assert not (out / ".unfinished").exists()
     assert counts(job(5, out).run()) == (5, 5, 0, 3)

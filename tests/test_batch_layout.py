@@ -77,7 +77,7 @@ def test_a_loop_that_repeats_a_sample_with_several_conditions_must_say_why(predi
 
 
 @pytest.mark.parametrize("predict", [in_two_calls, the_other_way_round])
-def test_two_calls_of_a_step_must_be_told(predict: Any) -> None:
+def test_two_calls_of_a_step_must_be_given(predict: Any) -> None:
     with pytest.raises(ValueError, match="called twice at one step with the same sample and two"):
         own_loop(predict)
 

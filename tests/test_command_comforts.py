@@ -71,7 +71,7 @@ def test_prompts_come_from_a_file_or_stdin(
     assert "prompts.txt' is no text in UTF-8" in told
 
 
-def test_the_settings_that_were_drawn_with_are_told(
+def test_the_settings_that_were_used_are_printed(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, model: str
 ) -> None:
     shared = ("generate", "a", "--model", model, "--out", tmp_path)
@@ -157,7 +157,7 @@ def test_settings_in_the_text_of_guidance_keep_their_names(
     assert told == "error: --start=0.5 must be below --stop=0.25\n"
 
 
-def test_the_first_bad_rows_of_a_list_are_told(
+def test_the_first_bad_rows_of_a_list_are_printed(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, model: str
 ) -> None:
     rows = [json.dumps({"prompt": f"bad {n}", "steps": 0}) for n in range(7)]
@@ -211,7 +211,7 @@ class TestConfig:
         assert told in error_of(capsys, "generate", "cat", "--config", config, "--out", tmp_path)
 
 
-def test_a_run_without_a_guided_step_is_told(
+def test_a_run_without_a_guided_step_warns(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = ("generate", "cat", "--steps", 2, "--start", 0.6, "--stop", 0.9, "--out", tmp_path)

@@ -210,7 +210,7 @@ def noise(count: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
 
 
-def test_pictures_unlike_the_art_are_told(
+def test_pictures_unlike_the_art_are_a_warning(
     sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     strange = save_npz(tmp_path / "strange.npz", noise(REFERENCE))
@@ -222,8 +222,8 @@ def test_pictures_unlike_the_art_are_told(
     assert len(lines) == 1
     assert lines[0].startswith(f"warning: {told}")
     assert lines[0].endswith("--features inception (pip install torch-fidelity)")
-    told_in_file = json.loads(out.read_text(encoding="utf-8"))["warnings"]
-    assert lines[0].removeprefix("warning: ") in told_in_file
+    saved = json.loads(out.read_text(encoding="utf-8"))["warnings"]
+    assert lines[0].removeprefix("warning: ") in saved
 
 
 def test_few_pictures_have_no_precision(
@@ -244,7 +244,7 @@ def test_few_pictures_have_no_precision(
     assert row.split()[2] == "-"
 
 
-def test_few_pictures_for_a_figure_are_told(
+def test_few_pictures_for_a_figure_are_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def warnings_of(*counts: int) -> list[str]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -19,7 +20,13 @@ from diffusers import (
 )
 from PIL import Image
 
-from self_attention_guidance import SelfAttentionGuidance, builtin_model
+from self_attention_guidance import (
+    PerturbedAttentionGuidance,
+    SelfAttentionGuidance,
+    attach,
+    builtin_model,
+)
+from tiny_models import MODELS
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -107,3 +114,31 @@ def test_the_papers_case_draws_what_the_library_draws(
         picture.crop((0, row * size, size, (row + 1) * size)).tobytes() for row in range(2)
     )
     assert guided == images[0].tobytes() != unguided
+
+
+@pytest.mark.parametrize(("name", "passes"), [("sdxl", 30), ("flux", 5)])
+def test_large_models_are_guided(tmp_path: Path, name: str, passes: int) -> None:
+    """There is no hub here: tiny networks of the same classes stand for the published ones."""
+    folder = tmp_path / name
+    MODELS[{"sdxl": "stable_diffusion_xl"}.get(name, name)]().save_pretrained(folder)
+    size = ["64"] if name == "flux" else []
+    program = [sys.executable, EXAMPLES / f"{name}.py", tmp_path / "out.png", folder, *size]
+    done = subprocess.run(program, check=True, capture_output=True, text=True)
+    assert done.stdout == f"{passes} second passes\n"
+    with Image.open(tmp_path / "out.png") as picture:
+        assert np.asarray(picture).std() > 1
+
+
+def test_two_guidances_add_up(drawn: Callable[[str], Image.Image]) -> None:
+    pipe: Any = builtin_model("emoji")
+
+    def picture(*guidances: Any) -> bytes:
+        settings: dict[str, Any] = {"sag_scale": 0, "num_inference_steps": 25}
+        with attach(pipe, *guidances):
+            return pipe("fruit", generator=seeded(4), **settings).images[0].tobytes()
+
+    shape = PerturbedAttentionGuidance(2.0, stop=0.5)
+    detail = SelfAttentionGuidance(2.0, blur_sigma=3.0, start=0.3, stop=0.65)
+    both = drawn("two_guidances").tobytes()
+    assert both == picture(shape, detail)
+    assert both not in (picture(shape), picture(detail))

@@ -209,7 +209,7 @@ def test_a_pipeline_that_does_not_tell_of_its_calls_is_refused(
     else:  # another network than the one that was prepared
         prepare, other = guider.prepare_models, copy.deepcopy(pipe.unet)
         monkeypatch.setattr(guider, "prepare_models", lambda _: prepare(other))
-        message = "UNet2DConditionModel was prepared for guidance, and not called"
+        message = "UNet2DConditionModel was prepared for guidance but not called"
     with pytest.raises(RuntimeError, match=message):
         draw_modular(made)
     assert not pipe.unet._forward_hooks

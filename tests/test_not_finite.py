@@ -47,7 +47,7 @@ def test_a_prediction_is_reported_with_its_step_and_cause() -> None:
         draw(pipe)
 
 
-def test_a_later_step_is_told_from_the_first() -> None:
+def test_a_later_step_differs_from_the_first() -> None:
     pipe = tiny_pipeline(StableDiffusionSAGPipeline)
 
     def spoil(_pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:

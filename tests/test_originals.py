@@ -243,7 +243,7 @@ def test_script_and_constructor_arguments_mean_the_same() -> None:
     assert others == [first, first]
 
 
-def test_iddpm_scripts_rescale_timesteps_unless_told_otherwise() -> None:
+def test_iddpm_scripts_rescale_timesteps_by_default() -> None:
     script = {"image_size": 64, "diffusion_steps": 4000}
     assert architecture_of(complete_config("iddpm", script)).timestep_scale == 0.25
     assert architecture_of(complete_config("adm", script)).timestep_scale == 1

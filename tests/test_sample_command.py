@@ -238,7 +238,7 @@ def test_classes_of_models_without_are_refused(
     tiny_pipeline().save_pretrained(tmp_path / "tiny")
     arguments = ["sample", "--model", tmp_path / "tiny", "--num-samples", 1, "--classes", 1]
     told = error_of(capsys, *arguments, "--out", tmp_path / "a.npz")
-    assert "classes=[1] must not be given: the model knows no classes" in told
+    assert "classes=[1] must not be given: the model has no classes" in told
 
 
 def test_foreign_folders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -78,7 +78,7 @@ def gaussian_blur(image: Tensor, sigma: float, kernel_size: int) -> Tensor:
 @functools.lru_cache(maxsize=16)
 @torch.inference_mode(False)
 def _blur_matrix(size: int, sigma: float, kernel_size: int, device: torch.device) -> Tensor:
-    """What blurs a column of `size` pixels, (size, size): row i has the weights of pixel i."""
+    """The matrix that blurs a column of `size` pixels; row i has the weights of pixel i."""
     radius = kernel_size // 2
     taps = torch.arange(-radius, radius + 1)
     kernel = torch.exp(-0.5 * (taps.double() / sigma) ** 2)
@@ -104,7 +104,7 @@ def degrade(x0: Tensor, mask: Tensor | None, blur_sigma: float, kernel_size: int
 
 
 def limiting(change: Tensor, limit: float) -> Tensor:
-    """What to multiply a change of each picture with, (pictures, 1, 1, 1), at most 1.
+    """The factor that limits the change of each picture, (pictures, 1, 1, 1), at most 1.
 
     The root mean square of the change, (pictures, channels, height, width), is at most `limit`
     then. (Sadat et al., "Eliminating Oversaturation and Artifacts of High Guidance Scales in
@@ -116,7 +116,7 @@ def limiting(change: Tensor, limit: float) -> Tensor:
 
 
 def rescaling(prediction: Tensor, guided: Tensor, rescale: float) -> Tensor:
-    """What to multiply each picture's guided prediction with, (pictures, 1, 1, 1).
+    """The factor that rescales each picture's guided prediction, (pictures, 1, 1, 1).
 
     At `rescale` 1, it gets the standard deviation of the plain prediction; at 0, it stays (Lin et
     al., "Common Diffusion Noise Schedules and Sample Steps are Flawed", WACV 2024, arXiv

@@ -37,7 +37,7 @@ class Artist(Protocol):
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """What pictures depend on beside their tasks; values that JSON can hold."""
+        """All that pictures depend on besides their tasks; values that JSON can hold."""
         ...
 
     def draw(self, tasks: Sequence[Task]) -> list[GeneratedImage]:
@@ -228,6 +228,6 @@ class PixelArtist:
 
 
 def _identity(record: Record, pipeline: Any) -> dict[str, Any]:
-    """What pictures depend on beside their tasks, which may choose another scale."""
+    """All that pictures depend on besides their tasks, which may choose another scale."""
     kept = {name: value for name, value in record.items() if name != "settings"}
     return kept | {"guidance": pipeline.guidance.to_dict(), "device": pipeline.device.type}

@@ -1,4 +1,4 @@
-"""What a worker does: it draws units of tasks into files, and tells what became of each."""
+"""The work of a worker: it draws units of tasks into files, and reports on each."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class UnitResult:
-    """What became of a unit.
+    """The results of a unit.
 
     Attributes:
         identity: Of the artist.
@@ -186,7 +186,7 @@ def picture_file(task: Task) -> str:
 
 
 def row_of_task(task: Task) -> Row:
-    """What the manifest tells of a task before it is drawn.
+    """The manifest's values for a task before it is drawn.
 
     Args:
         task: The task.
@@ -213,7 +213,7 @@ def row_of_task(task: Task) -> Row:
 
 
 def row_of_bad_row(bad: BadRow) -> Row:
-    """What the manifest tells of a row that no picture can be drawn of.
+    """The manifest's values for a row that cannot be drawn.
 
     Args:
         bad: The row.
@@ -255,7 +255,7 @@ def _png(drawing: GeneratedImage) -> bytes:
 
 
 def _facts(drawing: GeneratedImage, content: bytes) -> Row:
-    """What is known of a picture only once it is drawn, because the model decides it."""
+    """Values that are known only once a picture is drawn, because the model decides them."""
     width, height = drawing.image.size
     record = drawing.record
     return {
@@ -272,10 +272,10 @@ def _facts(drawing: GeneratedImage, content: bytes) -> Row:
 
 
 def _described(task: Task, row: Row) -> bytes:
-    """What a shard tells of a picture; nothing of when, so that equal runs write equal shards."""
+    """The JSON of a picture in a shard, without times, so that equal runs write equal shards."""
     names = ("id", "prompt", "negative_prompt", "seed", "steps", "guidance_scale", "sag_scale")
-    told = {name: row.get(name) for name in (*names, "scheduler", "model", "guidance")}
-    return json.dumps({"row": task.row, "image": task.image} | told, ensure_ascii=False).encode()
+    values = {name: row.get(name) for name in (*names, "scheduler", "model", "guidance")}
+    return json.dumps({"row": task.row, "image": task.image} | values, ensure_ascii=False).encode()
 
 
 def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -287,8 +287,8 @@ def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
 def _is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    told = str(error)
-    return isinstance(error, RuntimeError) and ("an't allocate memory" in told)
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("an't allocate memory" in text)
 
 
 def _refuse_broken_device(error: Exception) -> None:
@@ -298,6 +298,6 @@ def _refuse_broken_device(error: Exception) -> None:
 
 
 def _line(error: Exception) -> str:
-    told = " ".join(str(error).split())[:1000]
+    text = " ".join(str(error).split())[:1000]
     known = isinstance(error, ValueError | FloatingPointError)
-    return told if known else f"{type(error).__name__}: {told}"
+    return text if known else f"{type(error).__name__}: {text}"

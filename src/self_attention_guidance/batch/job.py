@@ -1,4 +1,4 @@
-"""A whole list: what is missing of it is drawn, and the manifest tells what became of it."""
+"""A whole list: its missing pictures are drawn, and the manifest records each."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ _SECONDS_OF_PART = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What became of a list, so far.
+    """The progress of a list.
 
     Attributes:
         total: Pictures that the list asks for; a row that cannot be read counts as one.
         done: Of these, how many there are.
-        failed: Of these, how many there are not; the manifest tells why.
+        failed: Of these, how many failed; the manifest says why.
         drawn: How many of those that are there were drawn by this run.
         seconds: How long this run takes.
     """
@@ -130,7 +130,7 @@ class BatchJob:
                 reason = error.strerror or " ".join(str(error).split())
                 raise OSError(
                     f"out={self.storage.url!r}: {reason}; {run.summary.done} of {plan.total}"
-                    " pictures are done, and the same command goes on"
+                    " pictures are done, and the same command resumes"
                 ) from error
             return run.summary
 
@@ -175,10 +175,10 @@ class _Run:
             return [row_of_task(task) | {"error": result.reason} for task in unit.tasks]
         if self.identity is None:
             self.identity = result.identity
-            told = json.dumps(
+            text = json.dumps(
                 {"shard_size": self.job.shard_size, "identity": self.identity}, indent=2
             )
-            self.job.storage.write(JOB, told.encode())
+            self.job.storage.write(JOB, text.encode())
         check_identity(result.identity, self.identity)
         return result.rows
 
@@ -211,6 +211,6 @@ class _Run:
         content = self.job.storage.read(JOB)
         if content is None:
             return None
-        told = cast("dict[str, Any]", json.loads(content))
-        check_identity({"shard_size": self.job.shard_size}, {"shard_size": told["shard_size"]})
-        return told["identity"]
+        stored = cast("dict[str, Any]", json.loads(content))
+        check_identity({"shard_size": self.job.shard_size}, {"shard_size": stored["shard_size"]})
+        return stored["identity"]

@@ -40,7 +40,7 @@ def choose_labels(
     if settings.classes:
         if of_model is None and not guided:
             raise ValueError(
-                f"classes={list(settings.classes)} must not be given: the model knows no classes"
+                f"classes={list(settings.classes)} must not be given: the model has no classes"
             )
         return _in_turn(settings.classes, known, len(seeds))
     null_label: int | None = pipeline.config["null_label"]

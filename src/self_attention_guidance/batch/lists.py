@@ -38,7 +38,7 @@ class PromptList:
             path: The file or URL.
 
         Raises:
-            ValueError: Its name tells no known form, or there is no such file.
+            ValueError: Its name has no known ending, or there is no such file.
         """
         self.path = path
         name = path.lower()
@@ -142,16 +142,16 @@ class _WatchedLines:
 
 @contextmanager
 def _explained(path: str) -> Generator[None]:
-    """What the libraries raise for files that they cannot read, as one line that names the file."""
+    """Turns errors of libraries for unreadable files into one line that names the file."""
     try:
         yield
     except FileNotFoundError:
         raise ValueError(f"prompts={path!r} must be a file: there is none") from None
     except _DAMAGE as error:
-        told = " ".join(str(error).split())[:300]
-        if told.startswith("prompts="):
+        reason = " ".join(str(error).split())[:300]
+        if reason.startswith("prompts="):
             raise
-        raise ValueError(f"prompts={path!r} {_reason(error)}{told}") from error
+        raise ValueError(f"prompts={path!r} {_reason(error)}{reason}") from error
 
 
 def _reason(error: Exception) -> str:

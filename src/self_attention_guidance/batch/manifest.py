@@ -1,4 +1,4 @@
-"""What became of every picture: a Parquet file with a row for each.
+"""The manifest: a Parquet file with a row for each picture.
 
 A run adds parts, each a whole file, and joins them when it ends. At every moment the file and the
 parts together hold each picture that was finished; while they are being joined, some twice.
@@ -132,7 +132,7 @@ class Manifest:
         return found
 
     def _batches(self, columns: list[str] | None = None) -> Iterator[Any]:
-        """What is held, the oldest first."""
+        """The rows, oldest first."""
         joined = [MANIFEST] if self.storage.exists(MANIFEST) else []
         for name in joined + self.storage.names(PARTS):
             with self.storage.open(name) as file:
@@ -146,8 +146,8 @@ class Manifest:
             yield from table.iter_batches(batch_size=_ROWS_IN_MEMORY, columns=columns)
         except _DAMAGE as error:
             place = f"{self.storage.url}/{name}"
-            told = " ".join(str(error).split())[:200]
-            raise ValueError(f"out: {place!r} is damaged: {told}") from error
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"out: {place!r} is damaged: {reason}") from error
 
 
 def _keys(batch: Any) -> NDArray[np.uint64]:

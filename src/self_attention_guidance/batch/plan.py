@@ -1,4 +1,4 @@
-"""What of a list is missing, and in which units it is drawn."""
+"""The missing part of a list, and the units in which it is drawn."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def unused_columns(source: Source) -> list[str]:
 
 
 class Plan:
-    """What is there of a list, and what is not; the list is read once, as a whole.
+    """The finished and the missing part of a list, which is read once, as a whole.
 
     Its end is known to be there before work begins, and what it holds when work ends is the same.
 
@@ -109,7 +109,7 @@ class Plan:
         self.tasks += is_task
 
     def units(self, size: int, is_sharded: bool) -> Iterator[Unit]:
-        """What is missing, in the order of the list.
+        """The missing tasks, in the order of the list.
 
         Args:
             size: Most tasks of a unit.
@@ -131,14 +131,14 @@ class Plan:
         before, row = self.manifest.row_of(item.row, item.image), row_of_task(item)
         left_open = [name for name in _TOLD if row[name] is None]  # the manifest has the model's
         given = [name for name in _TOLD if name not in left_open]
-        told = difference({n: before.get(n) for n in given}, {n: row[n] for n in given})
-        if not told and "start_image" in given:
+        changed = difference({n: before.get(n) for n in given}, {n: row[n] for n in given})
+        if not changed and "start_image" in given:
             left_open = ["content of its image or mask"]
-        return told or f"another {' or '.join(left_open)}"
+        return changed or f"another {' or '.join(left_open)}"
 
 
 def after_death(unit: Unit, deaths: int) -> list[Unit]:
-    """What is done with a unit whose worker died: each task alone, to find the one to blame.
+    """The retry of a unit whose worker died: each task alone, to find the cause.
 
     Args:
         unit: The unit.
@@ -154,7 +154,7 @@ def after_death(unit: Unit, deaths: int) -> list[Unit]:
 
 
 def _shard_name(number: int, tasks: tuple[Task, ...], is_whole: bool) -> str:
-    """What is drawn of a shard later, after a failure, must not replace it."""
+    """A name for the part of a shard that is drawn later: it must not replace the first part."""
     return f"{number:06d}" if is_whole else f"{number:06d}-{_digest(tasks)}"
 
 

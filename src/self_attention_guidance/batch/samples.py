@@ -48,7 +48,7 @@ _MOST_TILES = 64
 
 @dataclass(frozen=True, kw_only=True)
 class FinishedSamples:
-    """What a finished job wrote.
+    """The files of a finished job.
 
     Attributes:
         path: The `.npz` file.
@@ -213,7 +213,7 @@ class SampleJob:
                 on_progress(len(unit.tasks))
 
     def _missing(self) -> Sequence[Task]:
-        """What no run with these settings has drawn; without a record, files tell nothing."""
+        """The tasks that no run with these settings has drawn; files need a record."""
         if not self.storage.exists(JOB):
             return self.tasks
         folders = {picture_file(task).rpartition("/")[0] for task in self.tasks}
@@ -221,7 +221,7 @@ class SampleJob:
         return [task for task in self.tasks if picture_file(task) not in there]
 
     def _difference(self) -> str | None:
-        """What the settings of the pictures in the folder are, where they are not this job's."""
+        """The settings of the pictures in the folder that differ from this job's."""
         there = self.storage.read(JOB)
         if there is None or not any(map(self.storage.names, self.storage.names(IMAGES))):
             return None
@@ -242,8 +242,12 @@ class SampleJob:
     def _write_files(self) -> None:
         first = np.concatenate(list(self._pictures(self.tasks[:_MOST_TILES])))
         height, width, channels = first.shape[1:]
-        told = {"model": self.model_name, "size": [width, height], "num_samples": len(self.tasks)}
-        record = {**self.record, **told}
+        described = {
+            "model": self.model_name,
+            "size": [width, height],
+            "num_samples": len(self.tasks),
+        }
+        record = {**self.record, **described}
         tiles = draw_tiles([to_image(pixels) for pixels in first])
         save_png(tiles, grid_path(self.out), record, overwrite=True)
         shape = (len(self.tasks), height, width, channels)

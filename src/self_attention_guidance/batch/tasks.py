@@ -56,12 +56,12 @@ class Task:
 
     @property
     def name(self) -> str:
-        """What its file is called, without ending; in the order of the list."""
+        """The name of its file, without ending; names sort in the order of the list."""
         return f"{self.row:09d}-{self.image:03d}"
 
     @property
     def digest(self) -> int:
-        """64 bits that tell what it looks like from other tasks; not its place, not its id."""
+        """64 bits that identify its picture; its place and its id do not count."""
         settings = self.settings
         is_prompted = isinstance(settings, GenerationSettings)
         pictures = digests(settings).values() if is_prompted else ()
@@ -86,13 +86,13 @@ class BadRow:
 
     @property
     def digest(self) -> int:
-        """64 bits that tell it from other bad rows."""
+        """64 bits that identify a bad row."""
         return _digest((self.prompt, self.error))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
-    """What holds where a row says nothing, and what no row may pass.
+    """The values for empty cells of a row, and the limits of all rows.
 
     Attributes:
         settings: Of the pictures.
@@ -124,8 +124,8 @@ def tasks_of(row: int, values: Mapping[str, Any] | ValueError, defaults: Default
 
     Args:
         row: Its number in the list.
-        values: Cells by column, texts or numbers; `None` and, but for prompts, "" are empty cells.
-            An error is raised.
+        values: Cells by column, texts or numbers; `None` is an empty cell, and so is ""
+            except for prompts. An error is raised.
         defaults: What holds for empty cells.
 
     Raises:
@@ -136,14 +136,14 @@ def tasks_of(row: int, values: Mapping[str, Any] | ValueError, defaults: Default
     given = {name: values.get(name) for name in COLUMNS}
     if given["prompt"] is None:
         raise ValueError("prompt is missing")
-    told = {name: value for name, value in given.items() if value is not None and value != ""}
+    filled = {name: value for name, value in given.items() if value is not None and value != ""}
     prompt = check_text("prompt", given["prompt"])
-    settings = _settings(told, defaults)
-    seed = _whole("seed", told.get("seed", defaults.seed))
-    count = _whole("num_images", told.get("num_images", defaults.num_images))
+    settings = _settings(filled, defaults)
+    seed = _whole("seed", filled.get("seed", defaults.seed))
+    count = _whole("num_images", filled.get("num_images", defaults.num_images))
     if count > _MOST_IMAGES:
         raise ValueError(f"num_images={count} must be at most {_MOST_IMAGES}")
-    name = _name(row, told.get("id"))
+    name = _name(row, filled.get("id"))
     seeds = enumerate(seeds_of(seed, count))
     return [Task(row, image, name, prompt, number, settings) for image, number in seeds]
 
@@ -178,23 +178,23 @@ def unconditional_tasks(count: int, defaults: Defaults) -> Iterator[Task]:
         yield Task(number, 0, str(number), "", seed, defaults.settings)
 
 
-def _settings(told: Mapping[str, Any], defaults: Defaults) -> GenerationSettings:
+def _settings(filled: Mapping[str, Any], defaults: Defaults) -> GenerationSettings:
     changes: dict[str, Any] = {}
-    if "negative_prompt" in told:
-        changes["negative_prompt"] = check_text("negative_prompt", told["negative_prompt"])
+    if "negative_prompt" in filled:
+        changes["negative_prompt"] = check_text("negative_prompt", filled["negative_prompt"])
     for column, name in {
         "width": "width",
         "height": "height",
         "steps": "num_inference_steps",
     }.items():
-        if column in told:
-            changes[name] = check_count(column, _whole(column, told[column]))
+        if column in filled:
+            changes[name] = check_count(column, _whole(column, filled[column]))
     for column in ("image", "mask"):
-        if column in told:
-            changes[column] = check_text(column, told[column])
+        if column in filled:
+            changes[column] = check_text(column, filled[column])
     for column in ("guidance_scale", "sag_scale", "strength"):
-        if column in told:
-            changes[column] = _number(column, told[column])
+        if column in filled:
+            changes[column] = _number(column, filled[column])
     settings = replace(defaults.settings, **changes) if changes else defaults.settings
     _check_limits(settings, defaults)
     return settings
@@ -233,14 +233,14 @@ def _number(name: str, value: object) -> float:
     return float(check_finite(name, _read(name, value, float, "a finite number")))
 
 
-def _read(name: str, value: object, kind: Callable[[str], object], told: str) -> object:
+def _read(name: str, value: object, kind: Callable[[str], object], rule: str) -> object:
     """A cell's value, of which texts are read as the kind that its column holds."""
     if not isinstance(value, str):
         return value
     try:
         return kind(value)
     except ValueError:
-        raise ValueError(f"{name}={value[:40]!r} must be {told}") from None
+        raise ValueError(f"{name}={value[:40]!r} must be {rule}") from None
 
 
 def _name(row: int, value: object) -> str:

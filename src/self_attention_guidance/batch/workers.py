@@ -40,7 +40,7 @@ _PATIENCE_SECONDS = 120.0
 
 @dataclass(frozen=True, kw_only=True)
 class Crew:
-    """Who works.
+    """The number and kind of workers.
 
     Attributes:
         workers: How many work at once, at least 1. One without an address is this process.
@@ -146,7 +146,7 @@ class _Station:
         self.worker: Worker[Any, Any] | None = None
 
     def prepare(self) -> None:
-        """Makes the worker: not when the actor is made, because Ray tells such errors badly."""
+        """Makes the worker: not when the actor is made, because Ray reports such errors badly."""
         import torch
 
         torch.set_num_threads(self.threads)
@@ -270,9 +270,9 @@ class _OnRay(Generic[Unit, Result]):
         if piece is None:
             self.failed_preparations += 1
             if self.failed_preparations > TRIES * self.crew.workers:
-                told = " ".join(str(error).split())[:200]
+                cause = " ".join(str(error).split())[:200]
                 raise RuntimeError(
-                    f"workers die before they can begin: is there memory enough? ({told})"
+                    f"workers die before they can begin: is there memory enough? ({cause})"
                 )
             return
         piece.deaths += 1
@@ -301,8 +301,8 @@ def _running_ray(crew: Crew) -> Generator[None]:
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        told = " ".join(str(error).split())[:200]
-        raise ValueError(f"address={crew.address!r} cannot be used: {told}") from error
+        cause = " ".join(str(error).split())[:200]
+        raise ValueError(f"address={crew.address!r} cannot be used: {cause}") from error
     try:
         yield
     finally:

@@ -25,12 +25,12 @@ _TOLD_FAILURES = 5
 
 @dataclass(frozen=True, kw_only=True)
 class BatchCommand(OneScaleOptions):
-    """Draw a list of prompts of any length; killed at any moment, the same command goes on.
+    """Draw a list of prompts of any length; the same command resumes a killed job.
 
     Columns: prompt, and optionally id, negative_prompt, seed, width, height, steps,
-    guidance_scale, sag_scale, num_images, image, mask, strength. What became of each picture is in
-    FOLDER/manifest.parquet. The exit status is 0 if all are there and 3 if some failed.
-    It needs pyarrow and Ray: pip install pyarrow ray.
+    guidance_scale, sag_scale, num_images, image, mask, strength. FOLDER/manifest.parquet records
+    each picture. The exit status is 0 if all are there and 3 if some failed. It needs pyarrow and
+    Ray: pip install pyarrow ray.
 
     \b
     Examples:
@@ -44,48 +44,48 @@ class BatchCommand(OneScaleOptions):
     ] = None
     out: Annotated[str, typer.Option(metavar="FOLDER|URL", help="Where the pictures go.")] = "out"
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Delete what an earlier run left there.")
+        bool, typer.Option("--overwrite", help="Delete the results of an earlier run there.")
     ] = False
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Try again what failed in an earlier run.")
+        bool, typer.Option("--retry-failed", help="Try rows again that failed in an earlier run.")
     ] = False
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False
     seed: Annotated[
-        int, typer.Option(help="Of each row's first picture; with --num-samples, of sample 0.")
+        int, typer.Option(help="Seed of each row's first picture; with --num-samples, of sample 0.")
     ] = 0
     batch_size: Annotated[
-        int, typer.Option(help="Pictures that a worker is given at once; no pixel depends on it.")
+        int, typer.Option(help="Pictures that a worker gets at once; no pixel depends on it.")
     ] = 8
     together: Annotated[
         int,
         typer.Option(
-            help="Pictures in one pass of the network: more are faster on a GPU, and the last bits"
-            " of all depend on it."
+            help="Pictures in one pass of the network. More are faster on a GPU, and the last bits"
+            " depend on it."
         ),
     ] = 1
     num_images: Annotated[int, typer.Option(help="Pictures of each row.")] = 1
     num_samples: Annotated[
-        int | None, typer.Option(help="Draw so many without prompts, instead of a list.")
+        int | None, typer.Option(help="Draw this many without prompts, instead of a list.")
     ] = None
     shard_size: Annotated[
         int | None,
-        typer.Option(help="Write WebDataset tar files of so many pictures, not single files."),
+        typer.Option(help="Write WebDataset tar files of this many pictures each."),
     ] = None
-    workers: Annotated[int, typer.Option(help="Pictures in the making at once; uses Ray.")] = 1
+    workers: Annotated[int, typer.Option(help="Number of workers; several use Ray.")] = 1
     address: Annotated[
         str | None,
         typer.Option(metavar="HOST:PORT|auto", help="A Ray cluster. [default: this machine]"),
     ] = None
     threads: Annotated[
-        int, typer.Option(help="CPU threads of a worker; pictures depend on it in the last bits.")
+        int, typer.Option(help="CPU threads of a worker; the last bits of pictures depend on it.")
     ] = 1
     gpus: Annotated[
-        float | None, typer.Option(help="GPUs of a worker. [default: as many as there are, to 1]")
+        float | None, typer.Option(help="GPUs of a worker. [default: 1 if there is one]")
     ] = None
-    max_steps: Annotated[int, typer.Option(help="Most sampling steps.")] = 1000
+    max_steps: Annotated[int, typer.Option(help="Largest number of sampling steps.")] = 1000
 
     def defaults(self, settings: GenerationSettings) -> Defaults:
-        """What holds where a row says nothing.
+        """The values for empty cells of a row.
 
         Args:
             settings: Of the pictures.
@@ -99,7 +99,7 @@ class BatchCommand(OneScaleOptions):
         return Defaults(settings=settings, **{name: getattr(self, name) for name in names})
 
     def run(self) -> None:
-        """Draw what is missing, and tell what became of the list."""
+        """Draw the missing pictures, and report on the list."""
         if importlib.util.find_spec("pyarrow") is None:
             raise ValueError("batch needs pyarrow: pip install pyarrow")
         if (self.prompts is None) == (self.num_samples is None):
@@ -120,9 +120,9 @@ class BatchCommand(OneScaleOptions):
             try:
                 summary = job.run(crew, report)
             except KeyboardInterrupt:
-                typer.echo(f"{_told(latest())}; the same command goes on", err=True)
+                typer.echo(f"{_report(latest())}; the same command resumes", err=True)
                 raise
-        print_line(json.dumps(asdict(summary)) if self.as_json else _told(summary))
+        print_line(json.dumps(asdict(summary)) if self.as_json else _report(summary))
         if summary.failed:
             _tell_failures(job.manifest)
             raise typer.Exit(3)
@@ -204,7 +204,7 @@ def _model_and_defaults(options: BatchCommand) -> tuple[Model, Defaults]:
 def _progress(
     quiet: bool,
 ) -> Generator[tuple[Callable[[Summary], object], Callable[[], Summary]]]:
-    """A bar on stderr, if that is a terminal; yields what to tell it, and what it was told last."""
+    """A bar on stderr, if that is a terminal; yields how to update it, and its last values."""
     from tqdm import tqdm
 
     from ..batch import Summary
@@ -229,7 +229,7 @@ def _progress(
         yield report, lambda: latest
 
 
-def _told(summary: Summary) -> str:
+def _report(summary: Summary) -> str:
     earlier = summary.done - summary.drawn
     parts = [f"{summary.done} of {summary.total} pictures are done"]
     if earlier:

@@ -18,7 +18,7 @@ def as_typed(message: str, command: Any, arguments: Sequence[str]) -> str:
     """A message of the library, with options in it where it names settings.
 
     Args:
-        message: "num_inference_steps=0 must be at least 1", say.
+        message: For example "num_inference_steps=0 must be at least 1".
         command: What typer made of the app.
         arguments: Of the command line.
 
@@ -40,7 +40,7 @@ def as_typed(message: str, command: Any, arguments: Sequence[str]) -> str:
 
 
 def memory_advice(error: BaseException, command: Any, arguments: Sequence[str]) -> str | None:
-    """What to do where there is not enough memory; `None` if an error is another.
+    """Advice for running out of memory; `None` for other errors.
 
     Args:
         error: What was raised.

@@ -37,7 +37,7 @@ def evaluate_command(
         int, typer.Option(help="Pictures encoded at once; results do not depend on it.")
     ] = 64,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here, too.")
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures here.")
     ] = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Draw all sets in one figure.")
@@ -51,7 +51,7 @@ def evaluate_command(
     """Measure how good samples are against a reference, and print a table.
 
     Fréchet distance (FID with Inception's features), sFID, KID, Inception Score, precision and
-    recall (k = 3), each with a 95 % interval. One path alone, with --save-statistics, is encoded
+    recall (k = 3), each with a 95 % interval. A single path with --save-statistics is encoded
     and saved.
 
     \b
@@ -83,8 +83,8 @@ def evaluate_command(
         measured = _measure(samples, reference, bootstrap, seed)
         sets = {one.name: sample.features for one, sample in zip(measured, samples, strict=True)}
         sets["the reference"] = reference.features
-        told = evaluate.advice({name: one for name, one in sets.items() if one is not None})
-        report = evaluate.Report(reference, features, bootstrap, seed, measured, told)
+        notes = evaluate.advice({name: one for name, one in sets.items() if one is not None})
+        report = evaluate.Report(reference, features, bootstrap, seed, measured, notes)
         _show(report, json_file, plot)
 
 
@@ -136,5 +136,5 @@ def _show(report: Report, json_file: Path | None, plot: Path | None) -> None:
     if plot is not None:
         write_plot(plot, report)
     print_line(format_table(report))
-    for told in report.warnings:
-        typer.echo(f"warning: {told}", err=True)
+    for warning in report.warnings:
+        typer.echo(f"warning: {warning}", err=True)

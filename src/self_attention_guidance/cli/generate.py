@@ -25,7 +25,7 @@ class GenerateCommand(OneScaleOptions):
     """Make pictures and print their paths.
 
     Picture k of a prompt has the seed SEED + k and is saved as INDEX-SEED.png with its settings.
-    Numbers go on from those in the folder.
+    Numbering continues in a folder that holds pictures.
 
     \b
     Examples:
@@ -44,17 +44,19 @@ class GenerateCommand(OneScaleOptions):
         ),
     ] = Path("out")
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Number from 0 again, and replace existing files.")
+        bool,
+        typer.Option("--overwrite", help="Start numbering at 0 again, and replace existing files."),
     ] = False
     prompts_file: Annotated[
         str | None,
-        typer.Option("--prompts", metavar="FILE", help="Prompts, one a line; - is stdin."),
+        typer.Option("--prompts", metavar="FILE", help="Prompts, one per line; - is stdin."),
     ] = None
     like: Annotated[
         Path | None,
         typer.Option(
             metavar="PICTURE",
-            help="Draw as this picture was drawn: its prompt and settings, but for what is given.",
+            help="Draw as this picture was drawn: its prompt and settings, except for those given"
+            " here.",
         ),
     ] = None
 

@@ -13,12 +13,13 @@ def info_command(
     files: Annotated[list[Path], typer.Argument(metavar="FILE", help="PNG or .npz files.")],
     *,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Everything, as one JSON object a line.")
+        bool, typer.Option("--json", help="Print all settings, as one JSON object per line.")
     ] = False,
 ) -> None:
     """Show how pictures were made.
 
-    Without --json it is the text that web interfaces read. Pictures of other programs have no more.
+    Without --json, it prints the text that web interfaces read. Pictures of other programs hold
+    only that text.
 
     \b
     Examples:

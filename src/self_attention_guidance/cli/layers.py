@@ -23,7 +23,7 @@ def layers_command(
     """List what guidance can read or weaken in a model, without loading its weights.
 
     Each line is a name for `layers=`, and for `--guidance pag:layers=NAME+NAME`. Behind it are the
-    methods that use it by default. What a name begins with is a name, too: "mid" or "down.1".
+    methods that use it by default. The beginning of a name works, too: "mid" or "down.1".
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""What commands that draw do before they draw: refuse wrong options, then load the model."""
+"""The start of commands that draw: refuse wrong options, then load the model."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def check_prompting(options: PromptOptions, num_images: int) -> None:
     from ..generate import GenerationSettings, check_start, find_model
 
     given: dict[str, Any] = options.generation_arguments()
-    told = {name: value for name, value in given.items() if value is not None}
-    check_start(GenerationSettings(**told), options.max_size)
+    chosen = {name: value for name, value in given.items() if value is not None}
+    check_start(GenerationSettings(**chosen), options.max_size)
     for name in ("width", "height"):
         if (given[name] or 0) > options.max_size:
             raise ValueError(

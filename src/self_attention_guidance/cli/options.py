@@ -42,7 +42,7 @@ class DrawingOptions:
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Options from a TOML file, say steps = 25; those given here go first.",
+            help="Options from a TOML file, such as steps = 25; those given here win.",
             callback=read_config,
             is_eager=True,
         ),
@@ -60,9 +60,9 @@ class SamplingOptions(DrawingOptions):
         list[str] | None,
         typer.Option(
             metavar="METHOD[:NAME=VALUE,...]",
-            help="sag, blur, pag, seg, slg or tpg, and its settings, say"
-            " 'sag:scale=0.5,blur_sigma=2'. What is not given is the model's if it recommends this"
-            " guidance, else its default. Give several, or 'sag + pag', to add them up.",
+            help="sag, blur, pag, seg, slg or tpg, and its settings, for example"
+            " 'sag:scale=0.5,blur_sigma=2'. Other settings are those that the model recommends for"
+            " it, else its defaults. Give several, or 'sag + pag', to add them up.",
         ),
     ] = None
     blur_sigma: Annotated[
@@ -70,7 +70,10 @@ class SamplingOptions(DrawingOptions):
         typer.Option(min=0, help="SAG: width of the blur. [default: the model's, else 1]"),
     ] = None
     blur_kernel_size: Annotated[
-        int | None, typer.Option(min=1, help="SAG: odd. [default: the model's, else 9]")
+        int | None,
+        typer.Option(
+            min=1, help="SAG: size of the blur's kernel, odd. [default: the model's, else 9]"
+        ),
     ] = None
     threshold: Annotated[
         float | None,
@@ -83,7 +86,7 @@ class SamplingOptions(DrawingOptions):
     ] = None
     start: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="Guidance: first guided part of the steps."),
+        typer.Option(min=0, max=1, help="Guidance: start of the guided part of the steps."),
     ] = None
     stop: Annotated[
         float | None,
@@ -91,7 +94,9 @@ class SamplingOptions(DrawingOptions):
     ] = None
     fast: Annotated[
         bool,
-        typer.Option("--fast", help="Guidance: a sixth of its cost; guides the middle steps only."),
+        typer.Option(
+            "--fast", help="Guidance: the preset at a sixth of the cost; guides the middle steps."
+        ),
     ] = False
     every: Annotated[
         int | None,
@@ -109,7 +114,7 @@ class SamplingOptions(DrawingOptions):
         return guidance_of(*self._guidance_given())
 
     def check_guidance(self) -> None:
-        """Refuses settings of guidance, as far as that needs no heavy import.
+        """Refuses settings of guidance, if that needs no heavy import.
 
         Raises:
             ValueError: One is unknown or given twice.
@@ -150,7 +155,7 @@ class PromptOptions(SamplingOptions):
         str | None,
         typer.Option(help="Guidance: uncond or cond. [default: the model's, else its own]"),
     ] = None
-    max_size: Annotated[int, typer.Option(min=8, help="Most pixels of a side.")] = 2048
+    max_size: Annotated[int, typer.Option(min=8, help="Largest side, in pixels.")] = 2048
     lora: Annotated[
         list[str] | None,
         typer.Option(metavar="FILE[:SCALE]", help="A LoRA in a .safetensors file; several add up."),
@@ -159,16 +164,18 @@ class PromptOptions(SamplingOptions):
         str | None,
         typer.Option(
             metavar="model|sequential",
-            help="For GPUs with little memory: keep there one network, or one layer, at a time.",
+            help="For GPUs with little memory: keep one network, or one layer, on it at a time.",
         ),
     ] = None
     is_compiled: Annotated[
         bool,
-        typer.Option("--compile", help="Compile the network: a minute at first, then faster."),
+        typer.Option(
+            "--compile", help="Compile the network: takes a minute at first, then is faster."
+        ),
     ] = False
     image: Annotated[
         str | None,
-        typer.Option(metavar="PICTURE", help="Begin with this picture: image to image."),
+        typer.Option(metavar="PICTURE", help="Start from this picture: image to image."),
     ] = None
     mask: Annotated[
         str | None,

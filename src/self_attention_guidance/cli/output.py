@@ -1,4 +1,4 @@
-"""What the commands of the command line say while they work."""
+"""Messages and progress bars of the commands."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def warn_unread(picture: GeneratedImage) -> None:
         picture: Drawn of it.
     """
     end = picture.unread if len(picture.unread) < 60 else f"...{picture.unread[-60:]}"
-    told = f"warning: the prompt is too long for this model, and its end was cut: {end!r}"
-    print(told, file=sys.stderr)
+    message = f"warning: the prompt is too long for this model, and its end was cut: {end!r}"
+    print(message, file=sys.stderr)
 
 
 def note(text: str, quiet: bool = False) -> None:
@@ -69,7 +69,7 @@ def drawn_with(record: Mapping[str, Any], seeds: Sequence[int]) -> str:
 
 
 def _start_of(settings: Mapping[str, Any]) -> list[str]:
-    """What the picture began with, if it was not noise."""
+    """The picture that drawing began with, if it was not noise."""
     if settings["image"] is None:
         return []
     strength = settings["strength"]
@@ -96,9 +96,9 @@ def progress(
     from tqdm import tqdm
 
     form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-    told = description or f"{total} picture" + ("s" if total != 1 else "")
+    label = description or f"{total} picture" + ("s" if total != 1 else "")
     # disable=None: not where stderr is a file or a pipe.
-    with tqdm(total=total, desc=told, bar_format=form, disable=quiet or None) as bar:
+    with tqdm(total=total, desc=label, bar_format=form, disable=quiet or None) as bar:
         yield bar.update
 
 
@@ -106,7 +106,7 @@ def progress(
 def counting_progress(
     pictures: int, drawn: int, quiet: bool = False
 ) -> Generator[Callable[[float], object]]:
-    """A bar like that of `progress` that also tells how many are drawn, and how fast.
+    """A bar like that of `progress` that also shows how many are drawn, and how fast.
 
     Args:
         pictures: How many there will be.

@@ -45,7 +45,7 @@ class Operands:
 
 
 Attend = Callable[[Operands, Callable[[], Tensor]], Tensor]
-"""What stands in for a kernel: given its operands and the kernel's own work, its result."""
+"""A replacement of a kernel: from its operands and the kernel itself to a result."""
 
 
 class _KernelCalls(TorchFunctionMode):
@@ -160,7 +160,7 @@ def why_unseen(denoiser: nn.Module, layer: str) -> str:
 
 
 def received(noted: list[Operands], batch: int, rows: slice, picture: slice) -> Tensor:
-    """What the picture's positions received, in some rows, in a layer's calls of its kernel."""
+    """The attention that the picture's positions received in a layer, for part of the batch."""
     # Image prompts are attended to in a call of their own.
     positions = noted[0].key.shape[-2]
     noted = [each for each in noted if each.key.shape[-2] == positions]
@@ -189,7 +189,7 @@ def received(noted: list[Operands], batch: int, rows: slice, picture: slice) -> 
 
 
 def _added(call: Operands) -> Tensor:
-    """What is added to the scores, with as many dimensions as these have."""
+    """The bias of the scores, with as many dimensions as these have."""
     bias = call.query.new_zeros(()) if call.bias is None else call.bias
     if bias.dtype == torch.bool:
         bias = torch.where(bias, 0.0, -torch.inf)

@@ -45,7 +45,7 @@ class Call:
         return [self.counted(number) for number in numbers]
 
     def given(self, timestep: float) -> float:
-        """What the network is given at a timestep of the scheduler."""
+        """The network's timestep at a timestep of the scheduler."""
         return self.family.timestep_offset + timestep * self.timestep_scale
 
     def counted(self, given: float) -> float:
@@ -130,10 +130,10 @@ def _copied(argument: Any) -> Any:
 
 @dataclass(frozen=True)
 class Layout:
-    """What a call holds, and whether the pipeline or the user said so, instead of the samples."""
+    """The layout of a call, and whether the pipeline or the user gave it, not the samples."""
 
     kind: BatchLayout
-    is_told: bool
+    is_given: bool
 
     @property
     def has_halves(self) -> bool:
@@ -154,7 +154,7 @@ class Layout:
 
 
 def layout_of(call: Call, caller: Caller | None, given: BatchLayout | None) -> Layout | None:
-    """The layout that the user, a pipeline or the denoiser's family tells; `None` if none does."""
+    """The layout that the user, a pipeline or the denoiser's family gives; `None` if none does."""
     if given is not None:
         return Layout(given, True)
     if call.arguments.get("skip_layers") is not None:

@@ -1,7 +1,7 @@
-"""Who calls a denoiser: the pipeline that runs, its scheduler, and what it says of its batch.
+"""The caller of a denoiser: the pipeline that runs, its scheduler, and its batch layout.
 
-A denoiser is not told. Several pipelines may share it, a copy of a guided pipeline calls a copy of
-it, and inversion has a scheduler of its own. The pipeline that runs stands on the call stack.
+A denoiser does not know its pipeline. Several pipelines may share it, a copy of a guided pipeline
+calls a copy of it, and inversion has its own scheduler. The running pipeline is on the call stack.
 """
 
 from __future__ import annotations

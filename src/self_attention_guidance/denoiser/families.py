@@ -1,4 +1,4 @@
-"""What guidance needs to know about each class of denoisers: a table, no code per class."""
+"""The table of supported denoisers: one entry for each class, without code of its own."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import nn
 BatchLayout = Literal[
     "single", "uncond_first", "cond_first", "cond_call_first", "uncond_call_first"
 ]
-"""What a call holds under classifier-free guidance: a picture a row ("single"), two halves of a
+"""The content of a call under classifier-free guidance: pictures ("single"), two halves of a
 batch in either order, or the first of two calls of a step, in either order."""
 
 Joint = Literal["picture_first", "picture_last", "behind_own_text"]
 """Where the picture's tokens lie in attention over text, too (see `Family`)."""
 
-# What holds a row for each picture, in every class of diffusers' denoisers that has it.
+# Arguments that hold one entry for each picture, in all of diffusers' denoisers.
 _BATCHED = tuple(
     """
     encoder_hidden_states encoder_hidden_states_mask encoder_hidden_states_t5 attention_mask
@@ -39,7 +39,7 @@ _BATCHED = tuple(
 class Packing:
     """How latents are packed into a sequence of tokens, (batch, tokens, channels).
 
-    The forward argument `ids` tells where tokens lie: "img_ids" holds a row and a column for each,
+    The forward argument `ids` holds where tokens lie: "img_ids" holds a row and a column for each,
     "img_shapes" the rows and columns of each picture. `patch` is the side of the square of latent
     pixels that makes a token.
     """
@@ -56,7 +56,7 @@ class Family:
         layer: Dotted path of the self-attention layer that guidance reads or weakens by default;
             "middle" stands for the middle one of a list of blocks.
         sample_argument: Name of the forward argument that holds x_t.
-        batched: Names of the forward arguments that hold a row for each picture: tensors, or
+        batched: Names of the forward arguments that hold one entry for each picture: tensors, or
             lists of tensors or of other things, or dictionaries of these. "a.b" is the entry b of
             the dictionary a. All others, but x_t and the timestep, reach the weakened pass whole.
             By default, all such names of diffusers' classes.
@@ -64,7 +64,8 @@ class Family:
         condition: Name of the one that differs between the halves of classifier-free guidance.
         cfg_layout: What diffusers' pipelines do under classifier-free guidance, else "single".
         null_label: Entry of the denoiser's config that holds the label of "no class", by which
-            the halves are told apart where the pipeline does not tell; `None` if there is none.
+            the halves are recognised where the pipeline does not say which is which; `None`
+            if there is none.
         timestep_argument: Name of the forward argument that holds the timestep.
         timestep_scale: The timestep t' that pipelines give to the network is `timestep_offset` plus
             this times the scheduler's.
@@ -165,12 +166,12 @@ FAMILIES = {
 
 
 def register_family(denoiser: str, family: Family) -> None:
-    """Tell guidance of a class of denoisers of your own, or change what it knows of one.
+    """Add a class of denoisers of your own, or change the entry of one.
 
     Args:
         denoiser: Name of the class; its subclasses are guided, too.
-        family: What guidance needs to know. `family_of(denoiser)` is that of a known one, to be
-            changed by `dataclasses.replace`.
+        family: Its entry in the table. `family_of(denoiser)` is the entry of a known class, which
+            `dataclasses.replace` can change.
 
     Raises:
         ValueError: The name is empty, or `family` is not a `Family`.
@@ -181,7 +182,7 @@ def register_family(denoiser: str, family: Family) -> None:
 
 
 def register_batch_arguments(denoiser: str, *names: str) -> None:
-    """Tell guidance of arguments that hold a row for each picture, beside those that it knows.
+    """Add forward arguments that hold one entry for each picture.
 
     Args:
         denoiser: Name of a class of denoisers that is known.

@@ -89,7 +89,7 @@ class Prediction:
         return None if may_be_zero else term * self.noise_from_output
 
     def held(self, noise: Tensor) -> Tensor:
-        """What `noise` gave, at this noise level and in units of the output."""
+        """The noise of `noise`, at this noise level, in units of the output."""
         return noise / self.noise_from_output
 
 
@@ -135,7 +135,7 @@ class Schedule:
         return None if index is None else int(index)
 
     def step_at(self, timestep: float) -> int:
-        """The step that the scheduler says it is at, or else the one that the timestep tells."""
+        """The step that the scheduler says it is at, or else the one that the timestep implies."""
         step = self.own_step()
         if step is not None:
             return step

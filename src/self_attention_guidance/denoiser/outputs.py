@@ -1,4 +1,4 @@
-"""What the calls of a step return, with guidance in it."""
+"""The guided outputs of the calls of a step."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class TwoCalls:
     def finish(
         self, prediction: Tensor, terms: dict[int, Tensor]
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """What a call returns, and the terms in it: its own, and those of the first call."""
+        """The output of a call, and its terms: its own, and those of the first call."""
         if not self._is_second:
             guided = added(prediction, terms) if terms else prediction.clone()
             self._first, self._first_plain = weakref.ref(guided), prediction

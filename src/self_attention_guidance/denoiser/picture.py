@@ -92,7 +92,7 @@ def _first_grid(ids: Tensor) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class PictureTokens:
-    """The picture's tokens among those that a layer sees, as far as the call tells before it runs.
+    """The picture's tokens among those that a layer sees, as known before the call runs.
 
     Attributes:
         layer: Dotted path of the layer, for messages.
@@ -100,7 +100,7 @@ class PictureTokens:
             blocks round odd sides up, others down.
         pictures: Tokens of all pictures of the sequence, `None` if there is only this one.
         joint: See `Family`.
-        words: How many lie in front of the picture's in each row; `None` if `joint` tells.
+        words: How many lie in front of the picture's in each row; `None` if `joint` determines it.
     """
 
     layer: str

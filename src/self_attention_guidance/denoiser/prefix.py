@@ -1,4 +1,4 @@
-"""What a network computes before its first weakened block, which is the same in both passes.
+"""The part of a network before its first weakened block, which is the same in both passes.
 
 The weakened pass sees the same x_t and condition as the first one, so that the blocks before its
 first weakened layer would compute again what they did. It takes their outputs from the first pass
@@ -100,13 +100,13 @@ class _Output:
         self._kept = self._kept if self._is_needed else None
 
     def take(self) -> None:
-        """What is weakened begins: keep the tensor if the network does."""
+        """Called where the weakened part begins: keep the tensor if the network does."""
         self._kept = self._weak() if self._kept is None else self._kept
         self._is_needed = self._kept is not None
 
     @property
     def is_unchanged(self) -> bool:
-        """Whether nobody wrote into the tensor, as far as torch knows."""
+        """Whether the tensor is unchanged since, by torch's own count of changes."""
         kept = self._kept
         return kept is None or self._version is None or kept._version == self._version
 
@@ -140,7 +140,7 @@ class _Noted:
         return tree_map(functools.partial(_replayed, rows=rows), self._output)
 
     def fits(self, args: Any, kwargs: Any) -> bool:
-        """Whether what the block is given has the shapes of what it was given, but for its rows."""
+        """Whether the block's inputs have the shapes of the first pass, except for the batch."""
         shapes = self._shapes_of(args, kwargs)
         return all(self._shapes.get(name, shape) == shape for name, shape in shapes.items())
 

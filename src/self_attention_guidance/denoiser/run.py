@@ -133,7 +133,7 @@ class Run:
         raise _not_at(schedulers[0], call, call.timestep)
 
     def _schedule_of(self, scheduler: Scheduler) -> Schedule:
-        """What is known of a scheduler since its timesteps were set: every run has others."""
+        """The state of a scheduler's timesteps, which every run sets anew."""
         for known in (self.schedule, *self._schedules):
             if known.scheduler is scheduler and known.timesteps is scheduler.timesteps:
                 return known
@@ -149,7 +149,7 @@ class Run:
         place = schedule.place_of(call.timestep) if is_own else None
         step = schedule.own_step()
         if step is None and place is not None:
-            # PNDM evaluates a timestep twice, and does not tell which time it is.
+            # PNDM evaluates a timestep twice, and does not say which time it is.
             return schedule.equal_to(place)[0], True
         if step is None:
             self._note_wait(call.timestep)
@@ -238,12 +238,14 @@ class Run:
                 is_same = torch.equal(before.sample, call.sample)
             self.two_calls.begin(is_same, cfg, terms)
         if layout.has_halves:
-            told = (
-                f"batch_layout={layout.kind!r}" if layout.is_told else "they were the same before"
+            reason = (
+                f"batch_layout={layout.kind!r}" if layout.is_given else "they were the same before"
             )
-            message = f"the two halves of the batch hold different samples ({told}); {_WITHOUT_CFG}"
+            message = (
+                f"the two halves of the batch hold different samples ({reason}); {_WITHOUT_CFG}"
+            )
             self.refuse(~halves_agree(call.sample), ValueError, message)
-        elif before is not None and not layout.is_told:
+        elif before is not None and not layout.is_given:
             pairs = (before.sample, call.sample), (before.condition, call.condition)
             if all(a is not None and b is not None and a.shape == b.shape for a, b in pairs):
                 same, alike = ((a == b).all() for a, b in pairs)
@@ -254,7 +256,7 @@ class Run:
     def hold(self, number: int, noise: Tensor | None, shape: torch.Size) -> None:
         """Hold what a guidance's weakened pass at x_t of a shape gave, as noise."""
         before, passes = self._held.get(number), 1
-        # Schedulers that evaluate one timestep twice may not tell which time it is.
+        # Schedulers that evaluate one timestep twice may not say which time it is.
         is_unique = len(self.schedule.equal_to(self.step)) == 1
         if before is not None and before.step == self.step and is_unique:
             passes += before.passes

@@ -46,7 +46,7 @@ def refuse_caches(denoiser: nn.Module) -> None:
 
 @functools.cache
 def _replaced_by(cls: type[nn.Module]) -> Any:
-    """What took the place of a class's `forward`, as TeaCache does it; `None` if it is its own."""
+    """The replacement of a class's `forward`, as TeaCache does it; `None` if there is none."""
     base = next(base for base in cls.__mro__ if "forward" in vars(base))
     forward = vars(base)["forward"]
     is_of_its_module = getattr(forward, "__module__", None) == base.__module__
@@ -70,7 +70,7 @@ def not_finite(stages: dict[str, Tensor], step: int, timestep: Any) -> FloatingP
 
 
 def refuse_compiled_in_place(module: nn.Module) -> None:
-    """Refuse a denoiser that torch was told to compile with its hooks: it ignores later ones."""
+    """Refuse a denoiser that was compiled with its hooks: it ignores later ones."""
     is_compiled = any(each._compiled_call_impl is not None for each in (module, uncompiled(module)))
     if is_compiled and getattr(torch._dynamo.config, "wrap_top_frame", False):
         raise ValueError(

@@ -50,7 +50,7 @@ class PictureOperands(Operands):
 
 
 Weaken = Callable[[PictureOperands, Callable[[], Tensor]], Tensor]
-"""What stands in for a kernel: given its operands and the kernel's own work, its result."""
+"""A replacement of a kernel: from its operands and the kernel itself to a result."""
 
 
 @contextmanager
@@ -88,19 +88,19 @@ def _weakened(weaken: Weaken, operands: Operands, tokens: PictureTokens) -> Tens
 
 
 Change = Callable[[Tensor], Tensor]
-"""What a block is given instead of its tokens."""
+"""The inputs of a block instead of its own."""
 
 
 class RunsForBlock(Protocol):
     """A class that replaces that of a block for one pass."""
 
     def run(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the block returns, given its arguments."""
+        """The block's output for its arguments."""
         ...
 
 
 class BlockStandIn:
-    """What a block does during one pass.
+    """A replacement of a block during one pass.
 
     Attributes:
         was_called: Whether it ran.
@@ -117,7 +117,7 @@ class BlockStandIn:
         self._thread = threading.get_ident()
 
     def run(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the block returns, given its arguments."""
+        """The block's output for its arguments."""
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         # Another thread may be in a pass that it began before this one (see `attention`).
         is_mine = torch.compiler.is_compiling() or threading.get_ident() == self._thread
@@ -187,7 +187,7 @@ def replacing_block(block: Any, stand_in: RunsForBlock) -> Generator[None]:
 
 
 def reordered(states: Tensor, tokens: PictureTokens, orders: dict[int, Tensor]) -> Tensor:
-    """What a block is given, with the picture's tokens in another order.
+    """A block's inputs, with the picture's tokens in another order.
 
     Args:
         states: Shape (batch, tokens, channels), or a map (batch, channels, rows, columns).

@@ -1,4 +1,4 @@
-"""What figures do not tell: that pictures are too few, or not what the features were made for."""
+"""Warnings: pictures are too few, or unlike those that the features were made for."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ def advice(sets: Mapping[str, FeatureSet]) -> list[str]:
     Raises:
         ValueError: A set is not of the encoder that it names.
     """
-    told: list[str] = []
+    notes: list[str] = []
     for count in sorted({len(one.features) for one in sets.values()}):
         alike = [name for name, one in sets.items() if len(one.features) == count]
-        told += _of_few(_listed(alike), sets[alike[0]])
+        notes += _of_few(_listed(alike), sets[alike[0]])
     emoji = {name: one.features for name, one in sets.items() if one.encoder == "emoji"}
     far = [name for name, features in emoji.items() if farther_than_art(features) > 0.5]
     if far:
-        told.append(
+        notes.append(
             f"{_listed(far)}: most pictures are unlike the art that the features emoji were made"
             " for; for photographs there is --features inception (pip install torch-fidelity)"
         )
-    return told
+    return notes
 
 
 def _of_few(names: str, like: FeatureSet) -> list[str]:
     count = len(like.features)
-    told: list[str] = []
+    notes: list[str] = []
     if count < FEWEST_FOR_SHARES:
-        told.append(
+        notes.append(
             f"{names}: precision and recall are left out, {count} pictures are too few; they need"
             f" {FEWEST_FOR_SHARES}"
         )
@@ -53,11 +53,11 @@ def _of_few(names: str, like: FeatureSet) -> list[str]:
         if values is not None and count <= values.shape[1]
     ]
     if few:
-        told.append(
+        notes.append(
             f"{names}: {count} pictures are few for {_listed(few)}; compare such figures between"
             " sets of as many only"
         )
-    return told
+    return notes
 
 
 def _listed(names: Sequence[str]) -> str:

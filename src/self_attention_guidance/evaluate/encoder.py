@@ -20,11 +20,11 @@ _SPATIAL_GRID = 4
 
 
 class Encoded(NamedTuple):
-    """What an encoder says about a batch of pictures.
+    """The outputs of an encoder for a batch of pictures.
 
     Attributes:
         features: (batch, features), averaged over the picture.
-        spatial: (batch, spatial features), which tell where in the picture, or `None`.
+        spatial: (batch, spatial features), which keep the place in the picture, or `None`.
         logits: (batch, classes), or `None`.
     """
 
@@ -45,7 +45,7 @@ class EmojiEncoder(nn.Module):
         Args:
             size: Edge of the pictures that it looks at, in pixels.
             widths: Channels of the convolutions; all but the last halve the resolution.
-            classes: How many classes the head tells apart.
+            classes: How many classes the head knows.
         """
         super().__init__()
         self.config = {"size": size, "widths": list(widths), "classes": classes}

@@ -40,7 +40,7 @@ class FeatureSet:
 
 
 class Encoder(Protocol):
-    """What turns pictures into features.
+    """A network that turns pictures into features.
 
     Attributes:
         name: One of `ENCODERS`.

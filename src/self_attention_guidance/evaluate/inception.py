@@ -59,7 +59,7 @@ def _load() -> Any:
             "inception-v3-compat", ["2048", "logits_unbiased"]
         )
     except Exception as error:  # a download fails in as many ways as there are networks
-        told = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ValueError(
-            f"torch-fidelity could not fetch the weights of inception: {told}"
+            f"torch-fidelity could not fetch the weights of inception: {reason}"
         ) from error

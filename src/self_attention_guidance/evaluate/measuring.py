@@ -19,7 +19,7 @@ Advance = Callable[[int], object]
 
 @dataclass(frozen=True)
 class Metric:
-    """What one figure is called and how it is read.
+    """The name of one figure and how to read it.
 
     Attributes:
         key: In JSON.

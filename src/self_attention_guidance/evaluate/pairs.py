@@ -1,4 +1,4 @@
-"""KID, precision and recall: what all pairs of pictures tell, in one look at each pair.
+"""KID, precision and recall: statistics of all pairs of pictures, with each pair computed once.
 
 KID is the unbiased squared maximum mean discrepancy of the kernel (x y / features + 1)^3, over all
 pairs (Bińkowski et al., arXiv 1801.01401). Precision and recall (Kynkäänniemi et al., arXiv

@@ -47,8 +47,8 @@ def write_plot(path: Path, report: Report) -> None:
     columns = min(_COLUMNS, len(known))
     rows = -(-len(known) // columns)
     width = columns * _PANEL_INCHES + 1.2
-    told = [footnote(report), *(f"Warning: {each}" for each in report.warnings)]
-    lines = [line for each in told for line in wrap(each, int(_LETTERS_PER_INCH * width))]
+    remarks = [footnote(report), *(f"Warning: {each}" for each in report.warnings)]
+    lines = [line for each in remarks for line in wrap(each, int(_LETTERS_PER_INCH * width))]
     height = rows * (1.1 + _ROW_INCHES * len(report.samples)) + _LINE_INCHES * len(lines)
     figure: Any = module.Figure(figsize=(width, height), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True)

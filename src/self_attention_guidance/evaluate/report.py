@@ -1,4 +1,4 @@
-"""What was measured, as a table and as JSON."""
+"""The results of an evaluation, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def format_table(report: Report) -> str:
 
 
 def footnote(report: Report) -> str:
-    """What the figures were taken with, in one line.
+    """The settings of the evaluation, in one line.
 
     Args:
         report: What was measured.

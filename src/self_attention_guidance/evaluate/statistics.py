@@ -113,7 +113,7 @@ def frechet_distances(rows: Tensor, samples: Moments, reference: Moments, halves
     """Fréchet distances of samples and of parts of them, these to first order.
 
     The trace of the root changes by tr(W dM) / 2 where M changes by dM, and W is found once: parts
-    need no decompositions of their own. They tell the spread as exact ones do (Jaeckel 1972, the
+    need no decompositions of their own. Their spread is that of exact ones (Jaeckel 1972, the
     infinitesimal jackknife); their larger bias is left out.
 
     Args:

@@ -1,4 +1,4 @@
-"""What pipelines of different models call the same settings, read off their calls."""
+"""Names of the same settings in pipelines of different models, read from their signatures."""
 
 from __future__ import annotations
 

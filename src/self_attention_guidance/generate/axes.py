@@ -1,4 +1,4 @@
-"""What a grid varies along a side: an axis is a name and values, a cell is settings replaced."""
+"""The axes of a grid: an axis is a name and values, a cell is a set of changed settings."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Axis:
 
     @property
     def headings(self) -> list[str]:
-        """What the grid calls the values."""
+        """The labels of the values in the grid."""
         if self.name == "guidance":
             pairs = zip(self._texts(), self.values, strict=True)
             return ["no guidance" if value is None else text for text, value in pairs]

@@ -205,7 +205,7 @@ def _drawn_columns(
 
 
 def _footer(record: Mapping[str, Any], varied: Sequence[str] = ()) -> str:
-    """What all pictures have in common."""
+    """The settings that all pictures share."""
     settings = record["settings"]
     guidance = {} if "guidance" in varied else record["guidance"]
     shown = {

@@ -15,7 +15,7 @@ from .settings import GenerationSettings
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a picture took.
+    """The cost of a picture.
 
     Attributes:
         seconds: From prompt to picture.

@@ -133,7 +133,7 @@ class PromptArtist:
             )
 
     def _record(self, size: tuple[int, int], together: int) -> Record:
-        """What all pictures of a batch have in common; the last bits depend on its size."""
+        """The shared settings of a batch; the last bits of its pictures depend on its size."""
         return describe(
             self.pipeline,
             self.settings,

@@ -1,4 +1,4 @@
-"""What names stand for, without loading it: models, classifiers and types. No heavy import."""
+"""Finds models, classifiers and types by name, without loading them. No heavy import."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DTYPES = {
     "fp16": "float16",
     "bf16": "bfloat16",
 }
-"""What torch calls the floating-point types, by the names that users know."""
+"""torch's names of the floating-point types, by the names that users know."""
 
 IndexCheck = Callable[[str, Mapping[str, Any], Path], object]
 """Called with a model's name, the content of its `model_index.json` and its folder."""
@@ -173,12 +173,12 @@ def model_index(model: str, folder: Path) -> dict[str, Any]:
 
 
 def check_prompt_index(model: str, index: Mapping[str, Any], folder: Path) -> None:
-    """Refuses models that take no prompts, or more than prompts, as far as their folder tells.
+    """Refuses models that take no prompts, or more than prompts, if their folder shows that.
 
     Args:
         model: As the user named it, for the message.
         index: The content of its `model_index.json`.
-        folder: Where its other files are, as far as they are here.
+        folder: Where its other files are, if they are on this machine.
 
     Raises:
         ValueError: It is such a model.
@@ -256,10 +256,10 @@ def loading_failed(model: str, source: str, error: Exception) -> str:
         error: What the libraries raised.
     """
     if Path(source).exists():
-        told = f"{type(error).__name__}: {_one_line(error)}"
-        if isinstance(error, NotImplementedError) and "meta tensor" in told:
-            told = "weights are missing: it is damaged, or of another model"
-        return f"model={model!r} cannot be loaded: {told}"
+        reason = f"{type(error).__name__}: {_one_line(error)}"
+        if isinstance(error, NotImplementedError) and "meta tensor" in reason:
+            reason = "weights are missing: it is damaged, or of another model"
+        return f"model={model!r} cannot be loaded: {reason}"
     return (
         f"model={model!r} is no local folder or file and could not be loaded from the Hugging"
         f" Face hub (is the id right, the network there, HF_HUB_OFFLINE unset?): give a local"

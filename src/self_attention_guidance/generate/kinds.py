@@ -24,7 +24,7 @@ def prompt_pipeline(model: str, index: Mapping[str, Any], folder: Path) -> type[
     Args:
         model: As the user named it, for the message.
         index: The content of its `model_index.json`.
-        folder: Where its other files are, as far as they are here.
+        folder: Where its other files are, if they are on this machine.
 
     Returns:
         `StableDiffusionSAGPipeline` where it fits, else a guided subclass of the model's own.

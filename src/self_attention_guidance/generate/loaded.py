@@ -14,7 +14,7 @@ Settings = TypeVar("Settings")
 
 
 class Loaded(Generic[Settings]):
-    """What loaded models of all kinds have in common."""
+    """The shared part of loaded models of all kinds."""
 
     pipeline: Any
     recommended: RecommendedSettings

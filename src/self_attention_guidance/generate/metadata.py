@@ -41,7 +41,7 @@ _FIELD = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """What a picture's `parameters` text says.
+    """The content of a picture's `parameters` text.
 
     Attributes:
         prompt: What was asked for; may have several lines, may be empty.

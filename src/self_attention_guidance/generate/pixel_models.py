@@ -129,8 +129,8 @@ def _load_classifier(folder: str | Path, size: int) -> Any:
             str(path), use_safetensors=True, local_files_only=True
         )
     except Exception as error:  # the libraries raise every kind for files that they cannot read
-        told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise ValueError(f"classifier={str(folder)!r} cannot be loaded: {told}") from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ValueError(f"classifier={str(folder)!r} cannot be loaded: {reason}") from error
     if classifier.config.sample_size != size:
         raise ValueError(
             f"classifier={str(folder)!r} is for pictures of {classifier.config.sample_size} pixels,"

@@ -1,4 +1,4 @@
-"""What of a prompt a model does not read, because its text encoders end before."""
+"""The end of a prompt that is too long for a model's text encoders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What decides how pictures look, as one record: metadata and the identity of runs are made of it.
+"""A record of all that decides how pictures look, for metadata and for the identity of runs.
 
 A record holds values that JSON can hold:
 
@@ -96,12 +96,12 @@ def difference(earlier: Mapping[str, Any], present: Mapping[str, Any]) -> str | 
     """
     before, now = _flat(earlier), _flat(present)
     names = [n for n in {**now, **before} if n not in now or n not in before or now[n] != before[n]]
-    told = [
+    changes = [
         f"{n.removeprefix('settings.')}={before.get(n)!r:.80}, not {now.get(n)!r:.80}"
         for n in names
     ]
-    more = [f"{len(told) - 3} more"] if len(told) > 3 else []
-    return "; ".join(told[:3] + more) or None
+    more = [f"{len(changes) - 3} more"] if len(changes) > 3 else []
+    return "; ".join(changes[:3] + more) or None
 
 
 def fingerprints(pipeline: Any, with_classifier: bool = True) -> dict[str, str]:
@@ -147,7 +147,7 @@ def _guidance(guidance: Guidance | GuidanceSum, scale: float | None) -> dict[str
 
 
 def _public(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration without what only tells where it came from."""
+    """A configuration without the entries that only say where it came from."""
     return {name: value for name, value in config.items() if not name.startswith("_")}
 
 

@@ -1,4 +1,4 @@
-"""What all samples of a run have in common."""
+"""The settings that all samples of a run share."""
 
 from __future__ import annotations
 

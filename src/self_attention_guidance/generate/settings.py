@@ -1,4 +1,4 @@
-"""What all pictures of a run have in common."""
+"""The settings that all pictures of a run share."""
 
 from __future__ import annotations
 

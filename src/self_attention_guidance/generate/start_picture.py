@@ -63,7 +63,7 @@ def start_arguments(settings: GenerationSettings, multiple: int, count: int) -> 
 
 
 def digests(settings: GenerationSettings) -> dict[str, str]:
-    """What tells a start picture and a mask from others of their names, by "image" and "mask"."""
+    """Digests that identify a start picture and a mask, by "image" and "mask"."""
     paths = {"image": settings.image, "mask": settings.mask}
     found: dict[str, str] = {}
     for name, path in paths.items():

@@ -1,4 +1,4 @@
-"""What all guidances have in common: when, whose, how much, and how the network is weakened."""
+"""The base of all methods: which steps, which branch, how much, and how to weaken the network."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ METHODS: dict[str, type[Guidance]] = {}
 
 @dataclass(frozen=True)
 class Step:
-    """What a guidance sees of a guided step, of the pictures of its branch.
+    """The view of a guided step that a method gets, for the pictures of its branch.
 
     Attributes:
         denoiser: The network.

@@ -1,4 +1,4 @@
-"""Algorithm 1 of Self-Attention Guidance, without what tells one method from another."""
+"""Algorithm 1 of Self-Attention Guidance, without the parts that differ between methods."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _no_effect(step: int, guidance: Guidance) -> RuntimeError:
 def _rounding(dtype: torch.dtype) -> float:
     """How far outputs may differ, relative to the largest, because batches differ in size.
 
-    In half precision what rounds off can't be told from a small effect.
+    In half precision, rounding looks like a small effect.
     """
     eps = torch.finfo(dtype).eps
     return 256 * eps if eps < 1e-6 else 0.0
@@ -57,7 +57,7 @@ class GuidedCall:
 
     @functools.cached_property
     def prefix(self) -> Prefix:
-        """What the first pass computed that weakened passes need not."""
+        """Values of the first pass that weakened passes reuse."""
         return Prefix(uncompiled(self.denoiser))
 
     def noting_prefix(self) -> AbstractContextManager[None]:
@@ -70,7 +70,7 @@ class GuidedCall:
         return self.prefix.noting(blocks, weak) if blocks else nullcontext()
 
     def terms(self, whole: Tensor) -> tuple[dict[int, Tensor], list[Step]]:
-        """What each guidance adds to the output of its branch, and what weakened passes saw."""
+        """The term of each guidance in its branch's output, and what weakened passes saw."""
         place = place_of(self.call, whole, self.run.on_cpu)
         prediction = self.run.prediction(self.call)
         terms: dict[int, Tensor] = {}
@@ -157,7 +157,7 @@ class GuidedCall:
         return term, step
 
     def _attention(self, layer: str, rows: slice, place: PicturePlace) -> Tensor:
-        """What each of the picture's tokens received, (rows, token rows, columns)."""
+        """The attention that each of the picture's tokens received, (batch, rows, columns)."""
         noted = self.read[layer].noted
         if not noted:
             reason = why_unseen(self.denoiser, layer)
@@ -171,7 +171,7 @@ class GuidedCall:
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def _weak_output(self, rows: slice, sample: Tensor, weak: tuple[str, ...]) -> Tensor:
-        """What the network returns, weakened in these layers alone if there are any."""
+        """The network's output, weakened only in these layers if there are any."""
         self.run.is_weak = True
         try:
             batch = len(self.call.sample)

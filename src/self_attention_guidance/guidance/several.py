@@ -73,7 +73,7 @@ class GuidanceSum:
 
 
 def guidance_of(settings: Mapping[str, Any]) -> Guidance | GuidanceSum:
-    """What `to_dict` gave, of one guidance or of several; missing settings have their defaults.
+    """The inverse of `to_dict`, for one guidance or several; missing settings have their defaults.
 
     Args:
         settings: With the short name as "method", or several, "sag+pag", and their settings as

@@ -1,4 +1,4 @@
-"""What guidances have in common that weaken some layers or blocks of the network."""
+"""The shared part of methods that weaken layers or blocks of the network."""
 
 from __future__ import annotations
 

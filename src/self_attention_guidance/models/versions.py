@@ -1,4 +1,4 @@
-"""What versions of diffusers call differently."""
+"""Names that differ between versions of diffusers."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ class ADMPipeline(GuidedPipelineMixin, DiffusionPipeline):
         if class_labels is None:
             return None
         if classes is None and self.classifier is None:
-            raise ValueError(f"class_labels={class_labels!r}: the model knows no classes")
+            raise ValueError(f"class_labels={class_labels!r}: the model has no classes")
         labels = torch.as_tensor(class_labels, device=self._execution_device).long().flatten()
         if classes is not None and not ((labels >= 0) & (labels < classes)).all():
             raise ValueError(f"class_labels={class_labels!r} must be from 0 to {classes - 1}")
@@ -278,6 +278,6 @@ def _batch_size(given: int | None, labels: Labels | None, latents: Tensor | None
     }
     known = {name: length for name, length in lengths.items() if length is not None}
     if len(set(known.values())) > 1:
-        told = ", ".join(f"{name} for {length}" for name, length in known.items())
-        raise ValueError(f"the number of pictures is not clear: {told}")
+        counts = ", ".join(f"{name} for {length}" for name, length in known.items())
+        raise ValueError(f"the number of pictures is not clear: {counts}")
     return next(iter(known.values()), 1)

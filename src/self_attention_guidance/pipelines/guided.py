@@ -1,4 +1,4 @@
-"""What all pipelines with a `sag_scale` have in common."""
+"""The shared part of all pipelines with a `sag_scale`."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class GuidedPipelineMixin:
         """Write the `model_index.json` of a saved folder.
 
         It names the class of diffusers that this one extends, which is all that diffusers' loaders
-        know. Without such a class it keeps the name, and tells the package.
+        know. Without such a class it keeps the name, and also names the package.
 
         Args:
             json_file_path: The file.

@@ -80,7 +80,7 @@ class _Guider(ClassifierFreeGuidance):
         self._release()
         if not was_called:
             raise RuntimeError(
-                f"{type(denoiser).__name__} was prepared for guidance, and not called: it would "
+                f"{type(denoiser).__name__} was prepared for guidance but not called, so it would "
                 "not be guided; call what prepare_models was given"
             )
 
@@ -158,7 +158,7 @@ class GuidanceGuider(_Guider):
         pipe.update_components(guider=guider)
 
     What would do nothing is an error: no guidance, a layer that does not run, a weakened prediction
-    that is the usual one, a pipeline that does not tell the guider of its calls.
+    that is the usual one, a pipeline that does not inform the guider of its calls.
 
     Attributes:
         scheduler: The scheduler that drives a loop of your own; not saved with the config. `None`

@@ -1,4 +1,4 @@
-"""What the constructors of ADM, IDDPM and the classifiers were told, in one form."""
+"""The arguments of the constructors of ADM, IDDPM and the classifiers, in one form."""
 
 from __future__ import annotations
 

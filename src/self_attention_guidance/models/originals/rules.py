@@ -104,7 +104,7 @@ def convert(original: Mapping[str, Tensor], model: nn.Module, rules: Iterable[Ru
 
 
 def _parts(rule: Rule, tensor: Tensor, count: int) -> Sequence[Tensor]:
-    """The parts of a tensor; what can't be cut is handed on whole, for its shape to be told."""
+    """The parts of a tensor, or all of it if it can't be cut, so that its shape is reported."""
     try:
         parts = rule.split(tensor)
     except (RuntimeError, ValueError):
