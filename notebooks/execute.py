@@ -12,7 +12,7 @@ import nbformat
 from nbclient import NotebookClient
 
 NOTEBOOK = Path(__file__).parent / "self_attention_guidance.ipynb"
-SECONDS = 180
+SECONDS = 300
 
 
 def execute(source: Path, target: Path) -> None:
