@@ -25,7 +25,9 @@ from gradio_client.exceptions import AppError
 
 from command_line import error_of, help_without_torch
 from demo_app import SETTINGS, running
+from self_attention_guidance import PerturbedAttentionGuidance
 from self_attention_guidance.demo import Limits, VisitorSettings, build_page
+from self_attention_guidance.demo.earlier import values_of
 from self_attention_guidance.demo.limits import check_axes
 from self_attention_guidance.demo.pictures import Pictures
 from self_attention_guidance.demo.studio import Studio
@@ -38,6 +40,7 @@ from self_attention_guidance.generate import (
     overlay_attended,
     parse_axis,
     read_record,
+    save_png,
     with_guidances,
 )
 from self_attention_guidance.generate.counting import counted_rows
@@ -235,6 +238,67 @@ def test_pictures_of_the_host_or_of_the_network_are_not_taken(
             event = json.load(answer)["event_id"]
         with urllib.request.urlopen(f"{address}/{event}") as answer:
             assert answer.read().startswith(b"event: error")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"method": "sag", "threshold": 0.9, "every": 2, "scheduler": "euler"},
+        {"method": "seg", "blur_sigma": 0.0, "layers": "mid", "scheduler": "dpm++ 2m"},
+        {"method": "slg", "start": 0.25, "stop": 0.5, "blur_sigma": 1.0, "size": 64},
+    ],
+)
+def test_a_picture_gives_its_settings_back(
+    demo: tuple[str, LoadedPipeline], tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    studio = Studio(demo[1], Limits())
+    asked = VisitorSettings(**{**SETTINGS, "method": "sag", **changed})
+    (_, _), (guided, _) = studio.pair(asked, lambda share: None)
+    save_png(guided.image, tmp_path / "a.png", guided.record)
+    values, told = values_of(str(tmp_path / "a.png"), studio)
+    assert told == "The page has its settings now."
+    read = {name: type(getattr(asked, name))(values.get(name, "")) for name in SETTINGS}
+    again = replace(asked, **read, method=values["method"], layers=values["layers"])
+    assert again == asked
+    assert studio.pair(again, lambda share: None)[1][0].image.tobytes() == guided.image.tobytes()
+
+
+def test_what_the_page_cannot_take_from_a_picture_is_told(
+    demo: tuple[str, LoadedPipeline], tmp_path: Path, start: Path
+) -> None:
+    studio, path = Studio(demo[1], Limits(max_steps=20)), tmp_path / "a.png"
+    pipeline, own = demo[1].pipeline, demo[1].pipeline.guidance
+
+    def told_of(guidance: Any = own, model: str | None = "emoji", **given: Any) -> str:
+        settings = demo[1].settings(**{"num_inference_steps": 2, **given})
+        pipeline.guidance = guidance
+        try:
+            (picture,) = generate(pipeline, "cat", settings, model_name=model)
+        finally:
+            pipeline.guidance = own
+        save_png(picture.image, path, picture.record, overwrite=True)
+        return values_of(str(path), studio)[1]
+
+    assert told_of() == "The page has its settings now."
+    assert "guidance.branch='cond', not 'uncond'" in told_of(replace(own, branch="cond"))
+    assert "height=64, not None" in told_of(width=72, height=64)
+    assert "It began with" in told_of(image=str(start)) and "give that" in told_of(image=str(start))
+    assert "method='sag+pag'" in told_of(own + PerturbedAttentionGuidance(2.0))
+    assert "steps=21 must be at most 20" in told_of(num_inference_steps=21)
+    assert "was drawn by None, and this page draws with emoji" in told_of(model=None)
+    for content in (b"", b"no picture", start.read_bytes(), path.read_bytes()[:-40]):
+        path.write_bytes(content)
+        values, told = values_of(str(path), studio)
+        assert not values and told.startswith("This picture ")
+
+
+def test_a_grid_gives_its_sides_back(demo: tuple[str, LoadedPipeline], client: Client) -> None:
+    sides = {"rows": "prompt", "row_values": "a|b, c", "columns": "cfg", "column_values": "1,3"}
+    path = client.predict(**{**SETTINGS, "steps": 1}, **sides, api_name="/sweep")
+    values, told = values_of(path, Studio(demo[1], Limits()))
+    assert told == "The page has its settings now."
+    assert values.items() >= sides.items()
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,11 @@ from axe_playwright_python.sync_playwright import Axe  # noqa: E402
 from playwright.sync_api import Page, expect, sync_playwright  # noqa: E402
 
 from demo_app import running  # noqa: E402
-from self_attention_guidance.generate import LoadedPipeline  # noqa: E402
+from self_attention_guidance.generate import (  # noqa: E402
+    LoadedPipeline,
+    read_record,
+    save_png,
+)
 from self_attention_guidance.generate.counting import counted_rows  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -295,6 +299,39 @@ def test_it_begins_with_a_picture(page: Page, tmp_path: Path) -> None:
     expect(page.get_by_text(re.compile("guided .* 9 network evaluations$"))).to_be_visible()
     assert "Image:" not in downloaded_parameters(page)
     assert query(page)["draw"] == "compare"
+
+
+def test_an_earlier_picture_sets_the_controls(page: Page, address: str, tmp_path: Path) -> None:
+    visit(page, address, "?prompt=cat&seed=4&steps=3&method=pag&sag_scale=2&layers=mid&size=64")
+    draw(page)
+    with page.expect_download() as downloading:
+        page.get_by_text("Download guided").click()
+    earlier = downloading.value.path().rename(tmp_path / "earlier.png")
+    visit(page, address, "?prompt=cat")
+    page.get_by_role("button", name="Settings of an earlier picture").click()
+    block = page.locator(".block", has=page.get_by_text("Earlier picture", exact=True)).last
+    block.locator("input[type=file]").set_input_files(earlier)
+    expect(page.get_by_text("The page has its settings now.")).to_be_visible()
+    expect(field(page, "Seed")).to_have_value("4")
+    expect(field(page, "Layers")).to_have_value("mid")
+    expect(page.get_by_label("number input for PAG scale (0 is off)")).to_have_value("2")
+    page.screenshot(path=SHOTS / "earlier.png", full_page=True)
+    draw(page)
+    with page.expect_download() as downloading:
+        page.get_by_text("Download guided").click()
+    with Image.open(downloading.value.path()) as again, Image.open(earlier) as before:
+        assert again.tobytes() == before.tobytes()
+    record = {**read_record(earlier), "model": "emoji-styles"}
+    save_png(Image.new("RGB", (8, 8)), earlier, record, overwrite=True)
+    block.locator("input[type=file]").set_input_files(earlier)
+    told = "drawn by emoji-styles, and this page draws with emoji: nothing was changed."
+    expect(page.get_by_text(told)).to_be_visible()
+    Image.new("RGB", (8, 8)).save(earlier)
+    block.locator("input[type=file]").set_input_files(earlier)
+    expect(page.get_by_text("This picture holds no settings")).to_be_visible()
+    expect(field(page, "Layers")).to_have_value("mid")  # nothing was changed
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.screenshot(path=SHOTS / "earlier-phone.png", full_page=True)
 
 
 def test_an_example_is_a_click_away(page: Page) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,8 +22,10 @@ from self_attention_guidance import (
 )
 from self_attention_guidance.batch import Storage
 from self_attention_guidance.generate import (
+    class_names,
     find_model,
     load_pixel_model,
+    parse_classes,
 )
 from tiny import seeded
 from tiny import tiny_unet as tiny_conditional_unet
@@ -119,6 +122,46 @@ def test_command_prints_paths_and_rate(
     assert captured.err == ""
     assert arrays_of(out)["arr_1"].tolist() == [4, 0, 6, 4, 0, 6, 4]
     assert "a.npz' exists" in error_of(capsys, *arguments, "--num-samples", "7")
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("classes.json", ["tench, Tinca tinca", "heart", "food-fruit", "d", "e", "f", "g"]),
+        ("classes.json", {"0": "tench, Tinca tinca", "1": "heart", "2": "food-fruit"}),
+        ("model_index.json", {"0": "tench, Tinca tinca", "1": "heart", "2": "food-fruit"}),
+    ],
+)
+def test_classes_have_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, content: object
+) -> None:
+    model = Path(save_tiny_pixels(tmp_path / "model"))
+    index = json.loads((model / "model_index.json").read_text())
+    written = content if file == "classes.json" else {**index, "id2label": content}
+    (model / file).write_text(json.dumps(written))
+    asked = ["sample", "--model", model, "--num-samples", 5, "--steps", 1, "--out"]
+    named = "food-fruit,Tinca Tinca,1, heart,tench"
+    assert run(*asked, tmp_path / "a.npz", "--classes", named) == 0
+    assert run(*asked, tmp_path / "b.npz", "--classes", "2,0,1,1,0") == 0
+    assert arrays_of(tmp_path / "a.npz")["arr_1"].tolist() == [2, 0, 1, 1, 0]
+    assert (pictures_of(tmp_path / "a.npz") == pictures_of(tmp_path / "b.npz")).all()
+    capsys.readouterr()
+    for wrong, told in (
+        ("hart", "--classes='hart' is no class of this model: the nearest are heart"),
+        ("1,fruit", "--classes='fruit' is no class of this model: the nearest are food-fruit"),
+        ("zzz", "--classes='zzz' is no class of this model, which has tench, tinca tinca, heart"),
+        ("7", "classes=7 must be from 0 to 6"),
+    ):
+        assert told in error_of(capsys, *asked, tmp_path / "c.npz", "--classes", wrong)
+    (model / "classes.json").write_text("[1, 2]")
+    told = error_of(capsys, *asked, tmp_path / "c.npz", "--classes", "heart")
+    assert "the classes must be names, by numbers" in told
+
+
+def test_classes_of_the_builtin_model_have_names() -> None:
+    names = class_names(builtin.builtin_folder("emoji-adm"))
+    assert (names["face-smiling"], names["drink"], len(names)) == (0, 22, 23)
+    assert parse_classes("Drink,3,heart", names) == (22, 3, 8)
 
 
 def test_options_reach_the_samples(tmp_path: Path, model: str) -> None:

@@ -291,23 +291,6 @@ def parse_numbers(text: str) -> list[float]:
         ) from None
 
 
-def parse_classes(text: str) -> tuple[int, ...]:
-    """Reads classes like "207,360,387".
-
-    Args:
-        text: Whole numbers, separated by commas.
-
-    Raises:
-        ValueError: It has another form.
-    """
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(
-            f"classes={text!r} must be whole numbers separated by commas, for example 207,360"
-        ) from None
-
-
 def check_outputs(outputs: dict[str, Path | None], overwrite: bool) -> None:
     """Refuses files that can't be written, before any work.
 

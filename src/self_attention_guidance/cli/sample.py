@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..generate.classes import class_names, parse_classes
 from .loading import check_sampling
-from .options import SamplingOptions, parse_classes
+from .options import SamplingOptions
 from .output import counting_progress, hide_loading_bars, print_line
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class SampleCommand(SamplingOptions):
 
     \b
     Examples:
-      sag sample --num-samples 64 --steps 25 --scheduler ddim
+      sag sample --num-samples 64 --steps 25 --scheduler ddim --classes heart,food-fruit
       sag sample --model ./imagenet128 --num-samples 8 --classes 207,360 --sag-scale 0.1
       sag sample --model ./imagenet256 --num-samples 50000 --batch-size 16 --out in256.npz
     """
@@ -49,7 +50,8 @@ class SampleCommand(SamplingOptions):
         str | None,
         typer.Option(
             metavar="C,C,...",
-            help="In turn. [default: random ones, or none if the model can do without]",
+            help="In turn: numbers, or names of the model's classes.json."
+            " [default: random ones, or none if the model can do without]",
         ),
     ] = None
     steps: Annotated[
@@ -82,11 +84,18 @@ class SampleCommand(SamplingOptions):
         """Arguments of `SampleSettings`; `None` was not given."""
         return {
             "num_inference_steps": self.steps,
-            "classes": None if self.classes is None else parse_classes(self.classes),
+            "classes": self._classes(),
             "sag_scale": self.sag_scale,
             "classifier_scale": self.classifier_scale,
             "eta": self.eta,
         }
+
+    def _classes(self) -> tuple[int, ...] | None:
+        from ..generate import find_pixel_model
+
+        if self.classes is None:
+            return None
+        return parse_classes(self.classes, class_names(find_pixel_model(self.model)))
 
     def run(self) -> None:
         """Draw what is missing, and write the files."""

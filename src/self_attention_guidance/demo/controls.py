@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import gradio as gr
 
-from ..generate import GenerationSettings, method_label, scheduler_names
+from ..generate import GenerationSettings, method_label
 from ..guidance import Guidance
+from .earlier import values_of
 from .limits import LARGEST_SEED, MOST_CHARACTERS, Limits, VisitorSettings
 from .studio import Studio
 from .uploads import upload
@@ -109,8 +110,8 @@ class Controls:
             "prompt": self.prompt,
             "seed": seed,
             "negative_prompt": gr.Textbox(label="Negative prompt", max_length=MOST_CHARACTERS),
-            **_of_guidance(self.studio.usual(""), self.studio.methods()),
-            **_of_sampling(model.settings(), limits),
+            **_of_guidance(self.studio.model.usual(""), self.studio.methods()),
+            **_of_sampling(model.settings(), limits, self.studio.schedulers),
             **_of_start(self.studio),
         }
         self.inputs = [by_name[name] for name in SETTINGS]
@@ -157,8 +158,33 @@ class Controls:
 
     def _of_method(self, method: str) -> list[Any]:
         """The controls of a method's settings, with its usual values."""
-        usual = self.studio.usual(method)
+        usual = self.studio.model.usual(method)
         return [gr.update(**_look(name, usual)) for name in _OF_METHOD]
+
+    def draw_earlier(self) -> None:
+        """Draw into the present block what takes the settings of an earlier picture."""
+        with gr.Accordion("Settings of an earlier picture", open=False):
+            told = gr.Markdown("A PNG file that was drawn here, or by `sag`, sets all controls.")
+            place = upload("Earlier picture")
+        # Emptied, so that it takes the next one.
+        outputs = [told, place, *self.files, *self.in_address.values()]
+        place.upload(
+            self._of_earlier,
+            place,
+            outputs,
+            queue=False,
+            show_progress="hidden",
+            api_visibility="private",
+        )
+
+    def _of_earlier(self, path: str) -> list[Any]:
+        values, told = values_of(path, self.studio)
+        unfit = [n for n, text in values.items() if not _value_for(self.in_address[n], text)]
+        if unfit:
+            told += f" Out of range here: {', '.join(f'{n}={values[n]}' for n in unfit)}."
+        if not values:
+            return [told, None, *(gr.skip() for _ in (*self.files, *self.in_address))]
+        return [told, None, *(None for _ in self.files), *self.from_address(values)]
 
     def add_tips(self) -> None:
         """Say below each label, in a sentence, what the control is for."""
@@ -186,7 +212,7 @@ class Controls:
         A text that doesn't fit its control is passed over.
         """
         method = given.get("method", "")
-        usual = self.studio.usual(method if method in self.studio.methods() else "")
+        usual = self.studio.model.usual(method if method in self.studio.methods() else "")
         updates: list[Any] = []
         for name, control in self.in_address.items():
             update: dict[str, Any] = _look(name, usual) if name in _OF_METHOD else {}
@@ -239,9 +265,11 @@ def _look(name: str, guidance: Guidance) -> dict[str, Any]:
     return look
 
 
-def _of_sampling(settings: GenerationSettings, limits: Limits) -> dict[str, Any]:
+def _of_sampling(
+    settings: GenerationSettings, limits: Limits, schedulers: Iterable[str]
+) -> dict[str, Any]:
     steps = min(settings.num_inference_steps, limits.max_steps)
-    choices = [("the model's own", ""), *((name, name) for name in scheduler_names())]
+    choices = [(name or "the model's own", name) for name in schedulers]
     cfg = settings.guidance_scale
     with gr.Accordion("Sampling", open=False):
         return {

@@ -107,6 +107,7 @@ class _Builder:
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 self.controls.draw_settings()
+                earlier = gr.Column()  # it sets the sweep's controls, too
             with gr.Column(scale=3, min_width=300, elem_classes="drawings"), gr.Tabs() as tabs:
                 with gr.Tab("Compare", id="compare", elem_id="compare", render_children=True):
                     self._draw_compare()
@@ -114,6 +115,8 @@ class _Builder:
                     self._draw_steps()
                 with gr.Tab("Sweep", id="sweep", elem_id="sweep", render_children=True):
                     self._draw_sweep()
+        with earlier:
+            self.controls.draw_earlier()
         self.controls.add_tips()
         for name, event in self.drawn.items():
             self.controls.write_address(event, name)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,18 +21,23 @@ from ..generate import (
     GeneratedImage,
     GenerationSettings,
     LoadedPipeline,
+    Record,
     compare_axes,
     draw_grid,
     generate_one,
     make_scheduler,
     pipeline_for,
+    scheduler_names,
     why_no_start,
     with_guidances,
 )
+from ..generate.record import choices
 from ..guidance import METHODS, Guidance
 from .limits import Limits, VisitorSettings
 from .steps import step_pictures
 
+OF_GUIDANCE = ("blur_sigma", "threshold", "start", "stop", "every")
+"""Settings that several methods have, and the page has controls for."""
 Watch = Callable[[float], object]
 """Told the share of the work that is done, 0 to 1; may raise to stop."""
 
@@ -179,25 +185,37 @@ class Studio:
             "layer": ", ".join(["default", *layers[:: max(1, len(layers) // 3)][:3]]),
         }[axis]
 
-    def usual(self, method: str) -> Guidance:
-        """A guidance as the model recommends it, else with its defaults.
-
-        Args:
-            method: Its short name; an empty text is the model's own.
-        """
-        own = self.model.recommended.make_guidance()
-        return own if method in ("", own.method) else Guidance.from_dict({"method": method})
-
     def _guidance(self, asked: VisitorSettings) -> Guidance:
         """The guidance that was chosen, with what the page has controls for."""
-        own = self.usual(asked.method).to_dict()
-        controls = ("blur_sigma", "threshold", "start", "stop", "every")
-        chosen = {name: getattr(asked, name) for name in controls if name in own}
+        own = self.model.usual(asked.method).to_dict()
+        chosen = {name: getattr(asked, name) for name in OF_GUIDANCE if name in own}
         if own.get("blur_sigma") == "inf" and not asked.blur_sigma:
             chosen["blur_sigma"] = "inf"  # a slider has no infinity
         if "layers" in own:
             chosen["layers"] = asked.layers.split("+") if asked.layers else None
         return Guidance.from_dict({**own, **chosen, "scale": asked.sag_scale})
+
+    @functools.cached_property
+    def schedulers(self) -> Mapping[str, Any]:
+        """The schedulers that suit the model, by name; its own by an empty one."""
+        own: Any = self.model.pipeline.scheduler
+        found = {"": own}
+        for name in scheduler_names():
+            with suppress(ValueError, ImportError):  # some need a package that is not there
+                found[name] = make_scheduler(name, own.config)
+        return found
+
+    def scheduler_name(self, record: Mapping[str, Any]) -> str:
+        """Which of the schedulers drew a picture; if none did, an empty text."""
+        for name, scheduler in self.schedulers.items():
+            made = choices(GenerationSettings(), self.model.usual(""), scheduler)
+            if all(made[key] == record[key] for key in ("scheduler", "scheduler_config")):
+                return name
+        return ""
+
+    def choices(self, asked: VisitorSettings) -> Record:
+        """What the record of a visitor's picture says of the settings."""
+        return choices(asked.generation(), self._guidance(asked), self.schedulers[asked.scheduler])
 
     @contextmanager
     def _set_up(self, asked: VisitorSettings) -> Generator[GenerationSettings]:

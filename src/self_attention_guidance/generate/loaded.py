@@ -64,20 +64,25 @@ class Loaded(Generic[Settings]):
             several = [self.guidance(fast, **each) for each in guidance["guidances"]]
             parts = tuple(part for each in several for part in each.parts)
             return GuidanceSum(parts, guidance.get("scale", 1.0))
-        own: Guidance | GuidanceSum = (
-            self.recommended.make_fast_guidance() if fast else self.pipeline.guidance
-        )
-        settings = own.to_dict()
+        own: Guidance | GuidanceSum = self.pipeline.guidance
         method = guidance.get("method", own.method)
-        if method != own.method:
-            base = self.recommended.make_guidance()
-            if method == base.method:
-                base = self.recommended.make_fast_guidance() if fast else base
-            else:
-                base = Guidance.from_dict({"method": method})
-                base = base.fast() if fast else base
-            settings = base.to_dict()
-        return guidance_of({**settings, **guidance})
+        if fast or method != own.method:
+            own = self.usual(guidance.get("method"), fast)
+        return guidance_of({**own.to_dict(), **guidance})
+
+    def usual(self, method: str | None = None, fast: bool = False) -> Guidance:
+        """A guidance as the model recommends it, else with its defaults.
+
+        Args:
+            method: Its short name; `None` or an empty text is the model's own.
+            fast: Whether it is the fast preset.
+        """
+        recommended = self.recommended
+        own = recommended.make_fast_guidance() if fast else recommended.make_guidance()
+        if method in (None, "", own.method):
+            return own
+        default = Guidance.from_dict({"method": method})
+        return default.fast() if fast else default
 
     def restore(self, record: Mapping[str, Any]) -> Settings:
         """Prepares the pipeline to draw pictures again: gives it their guidance and scheduler.

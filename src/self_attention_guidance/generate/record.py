@@ -38,20 +38,38 @@ def describe(pipeline: Any, settings: GenerationSettings | SampleSettings, **mor
         settings: Of the pictures.
         **more: What else there is to know of them.
     """
-    scheduler, denoiser = pipeline.scheduler, cast("Any", denoiser_of(pipeline))
-    shared = dataclasses.asdict(settings)
-    scale = shared.pop("sag_scale")
+    denoiser = cast("Any", denoiser_of(pipeline))
     record = {
         "version": version_label(),
         **more,
-        "settings": shared,
-        "guidance": _guidance(pipeline.guidance, scale),
-        "scheduler": type(scheduler).__name__,
-        "scheduler_config": _public(scheduler.config),
+        **choices(settings, pipeline.guidance, pipeline.scheduler),
         "dtype": str(denoiser.dtype).removeprefix("torch."),
         **({"loras": pipeline.loras} if pipeline.loras else {}),
     }
     return json.loads(json.dumps(record, default=_plain))
+
+
+def choices(
+    settings: GenerationSettings | SampleSettings,
+    guidance: Guidance | GuidanceSum,
+    scheduler: Any,
+) -> Record:
+    """What of a record does not tell of the model, the prompt or the machine.
+
+    Args:
+        settings: Of the pictures.
+        guidance: Their guidance.
+        scheduler: Their scheduler.
+    """
+    shared = dataclasses.asdict(settings)
+    scale = shared.pop("sag_scale")
+    chosen = {
+        "settings": shared,
+        "guidance": _guidance(guidance, scale),
+        "scheduler": type(scheduler).__name__,
+        "scheduler_config": _public(scheduler.config),
+    }
+    return json.loads(json.dumps(chosen, default=_plain))
 
 
 def describe_samples(

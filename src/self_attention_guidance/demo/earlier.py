@@ -1,0 +1,83 @@
+"""The settings of an earlier picture, for the controls of the page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..generate import read_record
+from ..generate.record import difference
+from .limits import VisitorSettings
+from .studio import OF_GUIDANCE, Studio
+from .visits import FILES, SETTINGS
+
+
+def values_of(path: str, studio: Studio) -> tuple[dict[str, str], str]:
+    """What a picture's file says of how it was drawn.
+
+    Args:
+        path: A file that a visitor gave.
+        studio: What the page draws with.
+
+    Returns:
+        Texts by the names that controls have in the page's address, none if the page can't draw
+        it; and in a sentence or two what came of it.
+    """
+    try:
+        record = read_record(path)
+    except Exception:  # visitors give files of every kind
+        return {}, "This picture holds no settings: only PNG files that this program saved do."
+    drawn_by, own = record.get("model"), studio.model.name
+    if drawn_by != own:
+        told = f"This picture was drawn by {drawn_by}, and this page draws with {own}"
+        return {}, f"{told}: nothing was changed."
+    try:
+        values = _values(record, studio)
+        asked = VisitorSettings(**{name: values[name] for name in SETTINGS if name not in FILES})
+        asked.check(studio.limits)
+        present = studio.choices(asked)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        told = " ".join(str(error).split())[:200]
+        return {}, f"Its settings are not for this page, and nothing was changed: {told}"
+    given = record["settings"]
+    earlier = {name: record.get(name, present[name]) for name in present}
+    earlier["settings"] = {**given, "image": None, "mask": None, "strength": None}
+    changed = difference(earlier, present)
+    sentences = [
+        "The page has its settings now.",
+        f"It has no controls for all of them: {changed}." if changed else "",
+        f"It began with {given['image']}: give that below, too." if given["image"] else "",
+    ]
+    texts = {name: str(value) for name, value in values.items()}
+    return texts, " ".join(filter(None, sentences))
+
+
+def _values(record: Mapping[str, Any], studio: Studio) -> dict[str, Any]:
+    """Values of controls, by their names in the page's address."""
+    settings = record["settings"]
+    # Of guidance that was off, no more is known.
+    guidance = {**studio.model.usual(record["guidance"]["method"]).to_dict(), **record["guidance"]}
+    sides: dict[str, str] = {}
+    for side in ("row", "column") if "rows" in record else ():
+        name, _, values = record[f"{side}s"].partition("=")
+        sides |= {f"{side}s": name, f"{side}_values": values}
+    width, height = settings["width"], settings["height"]
+    return {
+        "prompt": record["prompts"][0] if sides else record["prompt"],
+        "negative_prompt": settings["negative_prompt"],
+        "seed": record["seed"],
+        "steps": settings["num_inference_steps"],
+        "scheduler": studio.scheduler_name(record),
+        "guidance_scale": settings["guidance_scale"],
+        "sag_scale": guidance["scale"],
+        **{name: _number(guidance.get(name, 1)) for name in OF_GUIDANCE},
+        "size": width if width and width == height else 0,
+        "method": guidance["method"],
+        "layers": "+".join(guidance.get("layers") or []),
+        "strength": settings["strength"] or VisitorSettings.strength,
+        **sides,
+    }
+
+
+def _number(value: Any) -> Any:
+    return 0 if value == "inf" else value  # a slider has no infinity

@@ -1,0 +1,82 @@
+"""Classes of pixel-space models by their names. No heavy import."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+_FILE = "classes.json"
+
+
+def class_names(folder: str | Path) -> dict[str, int]:
+    """The numbers of a model's classes by their names, in small letters; empty if it names none.
+
+    Args:
+        folder: Of the model. The names are in its `classes.json`, a list or an object of names by
+            numbers, or, as diffusers' `DiTPipeline` has them, under "id2label" in its
+            `model_index.json`. Commas in a name are between several of the same class.
+
+    Raises:
+        ValueError: They have another form.
+    """
+    path = Path(folder)
+    named: object = _read(path / _FILE)
+    if named is None:
+        index = _read(path / "model_index.json")
+        named = cast("dict[str, Any]", index).get("id2label") if isinstance(index, dict) else None
+    if isinstance(named, list):
+        named = dict(enumerate(cast("list[object]", named)))
+    try:
+        pairs = cast("Mapping[object, Any]", named or {}).items()
+        return {
+            each.strip().lower(): int(cast("Any", number))
+            for number, names in pairs
+            for each in names.split(",")
+        }
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(f"{path}: the classes must be names, by numbers") from None
+
+
+def parse_classes(text: str, names: Mapping[str, int]) -> tuple[int, ...]:
+    """Reads classes like "207,360" or "heart,food-fruit".
+
+    Args:
+        text: Numbers or names, separated by commas.
+        names: Of `class_names`.
+
+    Raises:
+        ValueError: A name is unknown; the message tells the nearest ones.
+    """
+    return tuple(_number(part.strip(), names) for part in text.split(","))
+
+
+def _number(part: str, names: Mapping[str, int]) -> int:
+    try:
+        return int(part) if part.lower() not in names else names[part.lower()]
+    except ValueError:
+        raise ValueError(f"classes={part!r} {_rule(part.lower(), names)}") from None
+
+
+def _rule(name: str, names: Iterable[str]) -> str:
+    known = list(names)
+    if not known:
+        told = "must be whole numbers separated by commas, for example 207,360"
+        return f"{told}: this model has no names for its classes"
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    near += [each for each in known if name and name in each and each not in near][:3]
+    if near:
+        return f"is no class of this model: the nearest are {', '.join(near)}"
+    more = f" and {len(known) - 12} more" if len(known) > 12 else ""
+    return f"is no class of this model, which has {', '.join(known[:12])}{more}"
+
+
+def _read(path: Path) -> object:
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
