@@ -197,15 +197,16 @@ def test_what_was_drawn_and_the_open_tab_are_in_the_address(page: Page) -> None:
     assert "draw" not in query(page)
     page.get_by_role("tab", name="Sweep").click()
     page.wait_for_url("**tab=sweep**")
-    field(page, "Guidance scales").fill("0, 1")
-    field(page, "Prompts").fill("cat\nheart")
+    field(page, "Values of the columns").fill("0, 1")
+    field(page, "Values of the rows").fill("4")
     button(page, "Draw the grid").click()
     page.wait_for_url("**draw=sweep**")
     found = query(page)
-    assert (found["scales"], found["prompts"], found["num_seeds"]) == ("0, 1", "cat\nheart", "2")
+    asked = {"rows": "seed", "row_values": "4", "columns": "scale", "column_values": "0, 1"}
+    assert found.items() >= asked.items()
     page.reload()
     expect(shown_picture(page)).to_be_visible()
-    expect(field(page, "Guidance scales")).to_have_value("0, 1")
+    expect(field(page, "Values of the columns")).to_have_value("0, 1")
 
 
 def test_settings_are_in_the_address_and_come_back(page: Page, address: str) -> None:
@@ -343,7 +344,10 @@ def test_an_example_is_a_click_away(page: Page) -> None:
 def test_the_dark_page(page: Page, address: str) -> None:
     visit(page, address, "?prompt=cat&seed=4&steps=4&__theme=dark")
     draw(page)
-    page.screenshot(path=SHOTS / "dark.png")
+    for name in ("Begin with a picture", "Settings of an earlier picture"):
+        page.get_by_role("button", name=name).click()
+    expect(page.get_by_text("Earlier picture", exact=True)).to_be_visible()
+    page.screenshot(path=SHOTS / "dark.png", full_page=True)
 
 
 def test_the_steps_can_be_watched(page: Page, address: str) -> None:
