@@ -25,7 +25,7 @@ PAGES = ("README.md", "docs/quality.md", "docs/quality-trials.md")
 _BLOCK = re.compile(r"(<!-- study: ([\w -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _TITLES = {
     "none": "no guidance",
-    "none-dpm++": "no guidance, DPM-Solver++",
+    "none-dpm++": "DPM-Solver++ alone",
     "blur": "blur",
     "sag": "SAG",
     "pag": "PAG",
@@ -111,8 +111,8 @@ def answers(budget: str) -> Iterator[str]:
     """For each task, the best setting at a budget, and what it gains."""
     lines = [_answer(task, rows_of(name, budget)) for name, task in TASKS.items()]
     if any(lines):
-        yield "| Model | best | also in rank 1 | Fréchet distance ↓ | without guidance | settings |"
-        yield "| --- | --- | --- | --- | --- | --- |"
+        yield "| Model | best | also in rank 1 | Fréchet distance ↓ | without guidance |"
+        yield "| --- | --- | --- | --- | --- |"
         yield from filter(None, lines)
 
 
@@ -128,7 +128,6 @@ def _answer(task: Task, rows: list[Row]) -> str:
         ", ".join(equals) or "none",
         interval(best.result.estimate("frechet_distance"), 2),
         interval(without.result.estimate("frechet_distance"), 2),
-        f"`{as_typed(best.result.setting, task)}`",
     ]
     return f"| {' | '.join(cells)} |"
 
