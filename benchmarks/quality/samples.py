@@ -1,6 +1,8 @@
 """Draw samples of some points of the study beside each other, the same seeds in each row.
 
-python benchmarks/quality/samples.py FILE.png adm/every/none adm/every/sag adm/cheap/tpg
+    python benchmarks/quality/samples.py FILE.png adm/every/none adm/every/sag
+
+The page of the study shows adm/every/none, adm/every/sag, adm/every/pag and adm/cheap/tpg.
 """
 
 from __future__ import annotations
@@ -16,10 +18,10 @@ import results
 from self_attention_guidance import attach
 from tasks import TASKS, asked_with
 
-COUNT = 20
+COUNT = 12
 # Behind those of the report, and the first ones there are: nothing was chosen.
 SEEDS = range(600_000, 600_000 + COUNT)
-ENLARGED = 2
+ENLARGED = 3
 
 
 def row(name: str) -> torch.Tensor:
