@@ -16,6 +16,8 @@ import pytest
 import torch
 import transformers
 
+pytest_plugins = ["start_pictures"]
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--support-report", type=Path, help="JSON file to write")

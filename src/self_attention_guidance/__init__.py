@@ -60,33 +60,36 @@ __all__ = [
 
 # Importing diffusers takes seconds; the command line's --help must not pay them.
 # diffusers finds the classes of saved models here, too.
-_HOMES = {
-    "ADMPipeline": "pipelines.adm",
-    "ADMUNet2DModel": "models.originals",
-    "BlurGuidance": "guidance",
-    "DiTSAGPipeline": "pipelines.dit",
-    "Family": "denoiser.families",
-    "Guidance": "guidance",
-    "GuidanceGuider": "pipelines.modular",
-    "GuidanceHandle": "guidance",
-    "NoisyClassifier": "models.originals",
-    "OriginalDiTModel": "models.originals",
-    "SelfAttentionGuidance": "guidance",
-    "SelfAttentionGuider": "pipelines.modular",
-    "PerturbedAttentionGuidance": "guidance",
-    "SkipLayerGuidance": "guidance",
-    "SmoothedEnergyGuidance": "guidance",
-    "TokenPerturbationGuidance": "guidance",
-    "attach": "guidance",
-    "register_batch_arguments": "denoiser.families",
-    "register_family": "denoiser.families",
-    "StableDiffusionSAGPipeline": "pipelines.stable_diffusion",
-    "Step": "guidance",
-    "StableDiffusionXLSAGPipeline": "pipelines.stable_diffusion_xl",
-    "builtin_model": "models.builtin",
-    "load_original": "models.originals",
-}
-_exported = exported(__name__, {name: f".{home}" for name, home in _HOMES.items()})
+_exported, __dir__ = exported(
+    __name__,
+    {
+        ".denoiser.families": ("Family", "register_batch_arguments", "register_family"),
+        ".guidance": (
+            "BlurGuidance",
+            "Guidance",
+            "GuidanceHandle",
+            "PerturbedAttentionGuidance",
+            "SelfAttentionGuidance",
+            "SkipLayerGuidance",
+            "SmoothedEnergyGuidance",
+            "Step",
+            "TokenPerturbationGuidance",
+            "attach",
+        ),
+        ".models.builtin": ("builtin_model",),
+        ".models.originals": (
+            "ADMUNet2DModel",
+            "NoisyClassifier",
+            "OriginalDiTModel",
+            "load_original",
+        ),
+        ".pipelines.adm": ("ADMPipeline",),
+        ".pipelines.dit": ("DiTSAGPipeline",),
+        ".pipelines.modular": ("GuidanceGuider", "SelfAttentionGuider"),
+        ".pipelines.stable_diffusion": ("StableDiffusionSAGPipeline",),
+        ".pipelines.stable_diffusion_xl": ("StableDiffusionXLSAGPipeline",),
+    },
+)
 
 
 def __getattr__(name: str) -> Any:
@@ -94,7 +97,3 @@ def __getattr__(name: str) -> Any:
         # diffusers asks a package for the base class of the models that it loads from it.
         return import_module("diffusers").ModelMixin
     return _exported(name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

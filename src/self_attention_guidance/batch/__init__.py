@@ -45,25 +45,16 @@ __all__ = [
 ]
 
 # Importing torch takes seconds, and a wrong list is reported before that.
-_HOMES = {
-    "Artist": ".artists",
-    "BatchJob": ".job",
-    "COLUMNS": ".tasks",
-    "Defaults": ".tasks",
-    "FinishedSamples": ".samples",
-    "Manifest": ".manifest",
-    "Model": ".artists",
-    "PromptList": ".lists",
-    "SampleJob": ".samples",
-    "Storage": ".storage",
-    "Summary": ".job",
-    "Task": ".tasks",
-    "unused_columns": ".plan",
-}
-
-
-__getattr__ = exported(__name__, _HOMES)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = exported(
+    __name__,
+    {
+        ".artists": ("Artist", "Model"),
+        ".job": ("BatchJob", "Summary"),
+        ".lists": ("PromptList",),
+        ".manifest": ("Manifest",),
+        ".plan": ("unused_columns",),
+        ".samples": ("FinishedSamples", "SampleJob"),
+        ".storage": ("Storage",),
+        ".tasks": ("COLUMNS", "Defaults", "Task"),
+    },
+)

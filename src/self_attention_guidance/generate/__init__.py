@@ -46,12 +46,7 @@ if TYPE_CHECKING:
         read_record,
         read_text,
     )
-    from .models import (
-        LoadedPipeline,
-        find_device,
-        find_dtype,
-        load_pipeline,
-    )
+    from .models import LoadedPipeline, find_device, find_dtype, load_pipeline
     from .pixel_drawing import draw_samples, to_image, to_uint8
     from .pixel_models import LoadedPixelModel, load_pixel_model
     from .sample_settings import SampleSettings
@@ -130,55 +125,50 @@ __all__ = [
 ]
 
 # Importing torch and diffusers takes seconds, and wrong command lines are answered before that.
-_NAMES = {
-    "..checks": ("check_count", "check_prompts", "check_scales", "seeds_of"),
-    ".arguments": ("check_size",),
-    ".axes": ("AXES", "Axis", "parse_axis", "with_guidances"),
-    ".classes": ("class_names", "parse_classes"),
-    ".comparison": ("Comparison", "compare", "compare_axes"),
-    ".cost": ("Cost", "generate_one"),
-    ".drawing": ("GeneratedImage", "PromptArtist"),
-    ".files": (
-        "check_folder",
-        "check_free",
-        "check_samples_path",
-        "next_index",
-        "picture_path",
-        "save_png",
-    ),
-    ".finding": ("check_dtype_name", "find_classifier", "find_model", "find_pixel_model"),
-    ".grid": ("draw_grid", "draw_tiles", "overlay_attended"),
-    ".kinds": ("pipeline_for", "why_no_start"),
-    ".metadata": (
-        "Parameters",
-        "Record",
-        "format_parameters",
-        "method_label",
-        "parse_parameters",
-        "read_parameters",
-        "read_record",
-        "read_text",
-    ),
-    ".models": ("LoadedPipeline", "find_device", "find_dtype", "load_pipeline"),
-    ".pixel_drawing": ("draw_samples", "to_image", "to_uint8"),
-    ".pixel_models": ("LoadedPixelModel", "load_pixel_model"),
-    ".sample_settings": ("SampleSettings",),
-    ".sampling": ("generate",),
-    ".schedulers": (
-        "check_scheduler_name",
-        "make_pixel_scheduler",
-        "make_scheduler",
-        "scheduler_label",
-        "scheduler_names",
-    ),
-    ".settings": ("GenerationSettings",),
-    ".start_picture": ("check_start", "digests"),
-}
-_HOMES = {name: home for home, names in _NAMES.items() for name in names}
-
-
-__getattr__ = exported(__name__, _HOMES)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = exported(
+    __name__,
+    {
+        "..checks": ("check_count", "check_prompts", "check_scales", "seeds_of"),
+        ".arguments": ("check_size",),
+        ".axes": ("AXES", "Axis", "parse_axis", "with_guidances"),
+        ".classes": ("class_names", "parse_classes"),
+        ".comparison": ("Comparison", "compare", "compare_axes"),
+        ".cost": ("Cost", "generate_one"),
+        ".drawing": ("GeneratedImage", "PromptArtist"),
+        ".files": (
+            "check_folder",
+            "check_free",
+            "check_samples_path",
+            "next_index",
+            "picture_path",
+            "save_png",
+        ),
+        ".finding": ("check_dtype_name", "find_classifier", "find_model", "find_pixel_model"),
+        ".grid": ("draw_grid", "draw_tiles", "overlay_attended"),
+        ".kinds": ("pipeline_for", "why_no_start"),
+        ".metadata": (
+            "Parameters",
+            "Record",
+            "format_parameters",
+            "method_label",
+            "parse_parameters",
+            "read_parameters",
+            "read_record",
+            "read_text",
+        ),
+        ".models": ("LoadedPipeline", "find_device", "find_dtype", "load_pipeline"),
+        ".pixel_drawing": ("draw_samples", "to_image", "to_uint8"),
+        ".pixel_models": ("LoadedPixelModel", "load_pixel_model"),
+        ".sample_settings": ("SampleSettings",),
+        ".sampling": ("generate",),
+        ".schedulers": (
+            "check_scheduler_name",
+            "make_pixel_scheduler",
+            "make_scheduler",
+            "scheduler_label",
+            "scheduler_names",
+        ),
+        ".settings": ("GenerationSettings",),
+        ".start_picture": ("check_start", "digests"),
+    },
+)

@@ -50,30 +50,15 @@ __all__ = [
 ]
 
 # Importing torch takes seconds, and wrong command lines are answered before that.
-_HOMES = {
-    "About": ".report",
-    "Budget": ".plan",
-    "Candidate": ".space",
-    "Plan": ".plan",
-    "Row": ".result",
-    "Space": ".space",
-    "TuneJob": ".job",
-    "TuneSettings": ".settings",
-    "Tuned": ".result",
-    "fewest_pictures": ".plan",
-    "make_plan": ".plan",
-    "parse_budget": ".plan",
-    "prefer_cheaper": ".halving",
-    "search": ".halving",
-    "settings_content": ".result",
-    "space_of": ".space",
-    "write_report": ".report",
-    "write_settings": ".result",
-}
-
-
-__getattr__ = exported(__name__, _HOMES)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = exported(
+    __name__,
+    {
+        ".halving": ("prefer_cheaper", "search"),
+        ".job": ("TuneJob",),
+        ".plan": ("Budget", "Plan", "fewest_pictures", "make_plan", "parse_budget"),
+        ".report": ("About", "write_report"),
+        ".result": ("Row", "Tuned", "settings_content", "write_settings"),
+        ".settings": ("TuneSettings",),
+        ".space": ("Candidate", "Space", "space_of"),
+    },
+)

@@ -30,7 +30,7 @@ class Drawn:
     Attributes:
         features: (pictures, features) float32.
         figures: (pictures, len(FIGURES)) float64.
-        evaluations: Rows that the network was run on, for a picture.
+        evaluations: Network evaluations for a picture.
         seconds: That a picture took, scoring included.
     """
 
@@ -41,12 +41,12 @@ class Drawn:
 
 
 class Score(Protocol):
-    """What settings are ranked by; lower is better.
+    """Ranks settings; lower is better.
 
     Attributes:
         title: In reports.
         least: The smallest possible value.
-        advice: What the score tells, and what it can't tell, in sentences.
+        advice: What the score shows and what it cannot show, in sentences.
     """
 
     title: ClassVar[str]

@@ -64,7 +64,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Space:
-    """What there is to choose from on a model.
+    """The settings that can be tried on a model.
 
     Attributes:
         steps: Sampling steps, at least 1.
@@ -222,7 +222,7 @@ def space_of(
     methods: Sequence[str] = (),
     cfg: float | None = None,
 ) -> Space:
-    """What there is to choose from on a network.
+    """Finds the settings that can be tried on a network.
 
     Args:
         denoiser: The network.

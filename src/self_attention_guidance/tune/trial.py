@@ -69,7 +69,7 @@ class Trial:
         """Draws nothing yet.
 
         Args:
-            space: What there is to choose from.
+            space: The settings that can be tried.
             gallery: Where pictures come from.
             score: What settings are ranked by.
             plan: How many settings and seeds.
