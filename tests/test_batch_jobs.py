@@ -210,7 +210,7 @@ def test_shards_are_tar_files_as_webdataset_reads_them(tmp_path: Path) -> None:
 def test_a_shard_is_written_as_it_is_drawn(tmp_path: Path) -> None:
     """It may hold more pictures than memory has room for."""
     artist = StandIn(watches=True)
-    assert job(40, tmp_path / "out", artist, shard_size=40).run().done == 40
+    assert job(12, tmp_path / "out", artist, shard_size=12).run().done == 12
     assert max(artist.held) <= 3
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import subprocess
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -31,15 +30,16 @@ from tiny_models import MODELS
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-@pytest.fixture(scope="module")
-def drawn(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Image.Image]:
-    """What an example draws."""
+@pytest.fixture
+def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Image.Image]:
+    """What an example draws; further arguments are its own."""
+    monkeypatch.chdir(tmp_path)
 
-    @functools.cache
-    def draw(name: str) -> Image.Image:
-        out = tmp_path_factory.mktemp(name) / "out.png"
-        command = [sys.executable, EXAMPLES / f"{name}.py", out]
-        subprocess.run(command, check=True, capture_output=True, cwd=out.parent)
+    def draw(name: str, *arguments: object) -> Image.Image:
+        out = tmp_path / "out.png"
+        program = EXAMPLES / f"{name}.py"
+        monkeypatch.setattr(sys, "argv", [str(each) for each in (program, out, *arguments)])
+        runpy.run_path(str(program), run_name="__main__")
         with Image.open(out) as image:
             return image.copy()
 
@@ -55,7 +55,7 @@ def test_an_example_is_short(path: Path) -> None:
     assert len(path.read_text().splitlines()) < 30
 
 
-def test_the_drop_in_draws_what_attaching_draws(drawn: Callable[[str], Image.Image]) -> None:
+def test_the_drop_in_draws_what_attaching_draws(drawn: Callable[..., Image.Image]) -> None:
     pipe = StableDiffusionPipeline(**builtin_model("emoji").components)
 
     def picture() -> bytes:
@@ -69,7 +69,7 @@ def test_the_drop_in_draws_what_attaching_draws(drawn: Callable[[str], Image.Ima
 
 
 def test_another_pipeline_draws_what_its_denoiser_draws(
-    drawn: Callable[[str], Image.Image],
+    drawn: Callable[..., Image.Image],
 ) -> None:
     emoji: Any = builtin_model("emoji")
     pipe = StableDiffusionImg2ImgPipeline(**emoji.components)
@@ -90,7 +90,7 @@ def test_another_pipeline_draws_what_its_denoiser_draws(
     assert drawn("any_pipeline").tobytes() == guided != unguided
 
 
-def test_the_loop_draws_what_the_pipeline_draws(drawn: Callable[[str], Image.Image]) -> None:
+def test_the_loop_draws_what_the_pipeline_draws(drawn: Callable[..., Image.Image]) -> None:
     pipe: Any = builtin_model("emoji-adm")
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.guidance = SelfAttentionGuidance(2.0, blur_sigma=3.0, start=0.1)
@@ -102,7 +102,7 @@ def test_the_loop_draws_what_the_pipeline_draws(drawn: Callable[[str], Image.Ima
 
 
 def test_the_papers_case_draws_what_the_library_draws(
-    drawn: Callable[[str], Image.Image],
+    drawn: Callable[..., Image.Image],
 ) -> None:
     """Its pictures are (rows, columns) = (without and with guidance, seeds)."""
     picture = drawn("paper_adm")
@@ -117,19 +117,22 @@ def test_the_papers_case_draws_what_the_library_draws(
 
 
 @pytest.mark.parametrize(("name", "passes"), [("sdxl", 30), ("flux", 5)])
-def test_large_models_are_guided(tmp_path: Path, name: str, passes: int) -> None:
+def test_large_models_are_guided(
+    drawn: Callable[..., Image.Image],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    passes: int,
+) -> None:
     """There is no hub here: tiny networks of the same classes stand for the published ones."""
     folder = tmp_path / name
     MODELS[{"sdxl": "stable_diffusion_xl"}.get(name, name)]().save_pretrained(folder)
-    size = ["64"] if name == "flux" else []
-    program = [sys.executable, EXAMPLES / f"{name}.py", tmp_path / "out.png", folder, *size]
-    done = subprocess.run(program, check=True, capture_output=True, text=True)
-    assert done.stdout == f"{passes} second passes\n"
-    with Image.open(tmp_path / "out.png") as picture:
-        assert np.asarray(picture).std() > 1
+    picture = drawn(name, folder, *([64] if name == "flux" else []))
+    assert capsys.readouterr().out == f"{passes} second passes\n"
+    assert np.asarray(picture).std() > 1
 
 
-def test_two_guidances_add_up(drawn: Callable[[str], Image.Image]) -> None:
+def test_two_guidances_add_up(drawn: Callable[..., Image.Image]) -> None:
     pipe: Any = builtin_model("emoji")
 
     def picture(*guidances: Any) -> bytes:
