@@ -95,6 +95,7 @@ def _filled(block: re.Match[str]) -> str:
     kinds = {
         "answers": answers,
         "claims": claims,
+        "judged": judged,
         "table": table,
         "settings": settings,
         "trials": trials,
@@ -215,6 +216,25 @@ def _claim(row: Row, other: Row) -> str:
     return f"- {words[0]} against {words[1]}: {change}"
 
 
+def judged(name: str) -> Iterator[str]:
+    """Which of the judge's scores each method changes by more than chance explains."""
+    for budget in ("every", "cheap"):
+        rows = rows_of(name, budget)
+        without = next((row for row in rows if row.point.method == "none"), None)
+        for row in rows:
+            if without is not None and row.result.setting.guidance:
+                gains = {
+                    title: row.result.gain(key, without.result)
+                    for key, title in _QUESTION_TITLES.items()
+                }
+                changed = [
+                    f"{title} {points_of(gain)}" for title, gain in gains.items() if is_clear(gain)
+                ]
+                evaluations = row.result.setting.evaluations
+                found = ", ".join(changed) or "no score"
+                yield f"- {row.title} with {evaluations} evaluations: {found}"
+
+
 def plot(name: str) -> Iterator[str]:
     """The picture of a task."""
     if rows_of(name, "every"):
@@ -305,9 +325,20 @@ def percent(found: Estimate) -> str:
     return f"{parts[0]} % [{parts[1]}, {parts[2]}]"
 
 
+def points_of(found: Estimate) -> str:
+    """A difference of shares in percentage points, like "+7.0 [+3.1, +11.3]"."""
+    values = [100 * value for value in (found.value, found.low or 0, found.high or 0)]
+    return f"{values[0]:+.1f} [{values[1]:+.1f}, {values[2]:+.1f}]"
+
+
+def is_clear(difference: Estimate) -> bool:
+    """Whether the interval of a difference excludes zero."""
+    assert difference.low is not None
+    assert difference.high is not None
+    return difference.low > 0 or difference.high < 0
+
+
 def signed(found: Estimate, digits: int) -> str:
     """A difference like "-3.1 [-3.5, -2.7]"; bold if its interval excludes zero."""
-    assert found.low is not None
-    assert found.high is not None
     text = f"{found.value:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
-    return f"**{text}**" if found.low > 0 or found.high < 0 else text
+    return f"**{text}**" if is_clear(found) else text
