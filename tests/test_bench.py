@@ -19,7 +19,7 @@ from measuring import Result, VariantResult, bench, measure, work
 from memory import Memory, of_process
 from plan import Configuration, plan
 from random_networks import sd15_unet, sdxl_unet, stable_diffusion, stable_diffusion_xl
-from self_attention_guidance import StableDiffusionSAGPipeline
+from self_attention_guidance import PerturbedAttentionGuidance, StableDiffusionSAGPipeline
 from table import Report, as_json, format_table
 from timing import order, ratios, spread, time_rounds
 from tiny import TEXT_WIDTH, tiny_pipeline, tiny_unet
@@ -97,8 +97,22 @@ def test_rows_and_agreement(cfg: bool, batch_size: int) -> None:
     assert plain < fast < plain + STEPS
     assert result.difference is not None
     assert result.difference < TOLERANCE
-    assert variants["exact"].guidance == exact_guidance(None)
-    assert variants["fast"].guidance == fast_guidance(None)
+    assert variants["exact"].guidance == exact_guidance(None, "sag")
+    assert variants["fast"].guidance == fast_guidance(None, "sag")
+
+
+def test_perturbed_attention_is_measured_against_its_own_class() -> None:
+    result, variants = result_of(network(), method="pag")
+    assert rows_of(variants) == [2 * STEPS, 3 * STEPS, 2 * STEPS + 1, 3 * STEPS]
+    assert variants["exact"].guidance == PerturbedAttentionGuidance()
+    assert result.difference is not None
+    assert result.difference < TOLERANCE
+
+
+def test_where_diffusers_has_no_class_the_row_says_so() -> None:
+    _, variants = result_of(network(), method="seg")
+    assert rows_of(variants)[:2] == [2 * STEPS, 3 * STEPS]
+    assert variants["diffusers"].unsuitable == "there is none for seg"
 
 
 def test_difference_is_seen_in_a_wrong_result() -> None:
@@ -128,7 +142,7 @@ def test_half_precision_runs() -> None:
 @pytest.mark.parametrize("name", ["emoji", "emoji-adm"])
 def test_builtin_models_are_guided_at_every_step_exactly(name: str) -> None:
     folder = NETWORKS[name].folder
-    exact, fast = exact_guidance(folder), fast_guidance(folder)
+    exact, fast = exact_guidance(folder, "sag"), fast_guidance(folder, "sag")
     assert (exact.start, exact.stop, exact.every, exact.layer) == (0, 1, 1, None)
     assert exact.blur_sigma == 3
     assert fast != exact
@@ -331,7 +345,7 @@ def test_memory_of_a_process_that_fails_is_told(monkeypatch: pytest.MonkeyPatch)
     assert told == "process ended with 1"
     variants = [VariantResult(variant="none", memory=told)]
     result = Result(configuration=wanted, variants=variants, difference=None)
-    assert f"memory of no SAG: {told}" in format_table(Report(1, [result]))
+    assert f"memory of no guidance: {told}" in format_table(Report(1, [result]))
 
 
 def test_json_holds_what_was_measured() -> None:

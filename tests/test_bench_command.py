@@ -105,14 +105,14 @@ def test_json_has_times_ratios_and_agreement(measured: Measured) -> None:
 def test_table_names_every_variant(measured: Measured) -> None:
     blocks = measured.table.strip().split("\n\n")
     assert len(blocks) == 4
-    assert blocks[0].startswith("emoji, eager, float32, CFG; 1 picture of 64x64, 3 steps\n")
+    assert blocks[0].startswith("emoji, eager, float32, CFG, SAG; 1 picture of 64x64, 3 steps\n")
     for block in blocks[:3]:
         _, titles, *rows = block.splitlines()
         assert titles.split()[:2] == ["variant", "rows/image"]
         assert [row.split("  ")[1] for row in rows[:4]] == [
-            "no SAG",
-            "exact SAG",
-            "fast SAG",
+            "no guidance",
+            "exact",
+            "fast",
             "diffusers' class",
         ]
     assert "does not run: it is for Stable Diffusion 1 and 2" in blocks[2]
@@ -156,6 +156,7 @@ def test_memory_grows_with_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (("--networks", "emoji,emoji"), "networks: 'emoji' must be named once only"),
         (("--modes", "eager,fast"), "modes='fast' must be one of eager, compiled"),
         (("--dtypes", "int8"), "dtypes='int8' must be one of float32, bfloat16, float16"),
+        (("--methods", "sag,cfg"), "methods='cfg' must be one of "),
         (("--cfg", "maybe"), "cfg='maybe' must be one of both, on, off"),
         (("--networks", "emoji-adm", "--cfg", "on"), "cfg='on' leaves nothing to measure"),
         (("--pairs", 0), "pairs=0 must be a whole number, at least 1"),

@@ -3,6 +3,7 @@
     python benchmarks/cost/bench.py
     python benchmarks/cost/bench.py --networks emoji --modes eager,compiled --json bench.json
     python benchmarks/cost/bench.py --networks sd15,sdxl --dtypes bfloat16 --cfg on --pairs 5
+    python benchmarks/cost/bench.py --networks sd15 --methods pag --cfg on --steps 25
 
 Time, network evaluations per picture and peak memory of the pipeline without guidance, with exact
 guidance, with the fast preset, and of diffusers' own class on the same weights. All take turns in
@@ -24,6 +25,7 @@ from self_attention_guidance.checks import check_count
 from self_attention_guidance.cli.options import check_outputs
 from self_attention_guidance.cli.output import hide_loading_bars, progress
 from self_attention_guidance.generate import find_device
+from self_attention_guidance.guidance import METHODS
 from table import Report, as_json, format_table
 
 
@@ -67,6 +69,7 @@ def measure(options: argparse.Namespace) -> None:
         size=options.size,
         steps=options.steps,
         batch_size=options.batch_size,
+        methods=options.methods.split(","),
     )
     hide_loading_bars()
     total = work(configurations, options.pairs, options.memory)
@@ -104,6 +107,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="NAMES",
         default="float32",
         help="of float32, bfloat16, float16; " + named,
+    )
+    add(
+        "--methods",
+        metavar="NAMES",
+        default="sag",
+        help=f"of {', '.join(METHODS)}; diffusers has classes for sag and pag; " + named,
     )
     add("--cfg", default="both", help="both, on or off; emoji-adm has none; " + named)
     add("--pairs", type=int, default=7, help="timed rounds, of every variant once; " + named)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from random_networks import sd15_unet, sdxl_unet, stable_diffusion, stable_diffusion_xl
-from self_attention_guidance.guidance import Guidance, SelfAttentionGuidance
+from self_attention_guidance.guidance import METHODS, Guidance
 from self_attention_guidance.models.builtin import (
     builtin_folder,
     builtin_model,
@@ -40,7 +40,7 @@ class Network:
         cpu_size: The same, where there is no accelerator.
         takes_size: Whether it draws other sizes, too.
         cfg_scale: Weight of classifier-free guidance; `None` if it has none.
-        suits_diffusers: Whether diffusers' `StableDiffusionSAGPipeline` can draw with it.
+        suits_diffusers: Whether diffusers' pipelines of Stable Diffusion can draw with it.
         folder: The builtin model's, else `None`.
     """
 
@@ -68,28 +68,30 @@ class Network:
         return self.cpu_size if torch.device(device).type == "cpu" else self.size
 
 
-def exact_guidance(folder: Path | None) -> Guidance:
-    """The paper's guidance: a second pass at every step, and the mask of the default layer.
+def exact_guidance(folder: Path | None, method: str) -> Guidance:
+    """The papers' guidance: a weakened pass at every step, and the default layer.
 
-    diffusers' class has that layer fixed; a model may recommend another.
+    diffusers' class for SAG has that layer fixed; a model may recommend another.
 
     Args:
-        folder: The model's, for its recommended settings; `None` takes the defaults.
+        folder: The model's, for its recommended settings of SAG; `None` takes the defaults.
+        method: Short name of the guidance.
     """
-    if folder is None:
-        return SelfAttentionGuidance()
+    if folder is None or method != "sag":
+        return METHODS[method]()
     recommended = recommended_settings(folder).make_guidance()
     return replace(recommended, start=0.0, stop=1.0, every=1, layer=None)
 
 
-def fast_guidance(folder: Path | None) -> Guidance:
-    """The fast preset.
+def fast_guidance(folder: Path | None, method: str) -> Guidance:
+    """The fast preset: for SAG that which the model recommends, whatever its method.
 
     Args:
         folder: The model's, for its recommended settings; `None` takes the defaults.
+        method: Short name of the guidance.
     """
-    if folder is None:
-        return SelfAttentionGuidance.fast()
+    if folder is None or method != "sag":
+        return METHODS[method].fast()
     return recommended_settings(folder).make_fast_guidance()
 
 

@@ -16,7 +16,7 @@ from plan import Configuration
 from self_attention_guidance.generate.counting import counted_rows
 from self_attention_guidance.guidance import Guidance
 from timing import Advance, Spread, ratios, spread, time_rounds
-from variants import VARIANTS, Subject, Unsuitable, difference_to_diffusers
+from variants import VARIANTS, Subject, Unsuitable, check_theirs, difference_to_diffusers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +121,11 @@ def _by_process(configuration: Configuration) -> bool:
 def _of_processes(configuration: Configuration, advance: Advance) -> dict[str, Memory | str]:
     if not _by_process(configuration):
         return {}
-    suits_diffusers = NETWORKS[configuration.network].suits_diffusers
-    variants = [name for name in VARIANTS if name != "diffusers" or suits_diffusers]
+    variants = list(VARIANTS)
+    try:
+        check_theirs(NETWORKS[configuration.network], configuration.method)
+    except Unsuitable:
+        variants.remove("diffusers")
     found: dict[str, Memory | str] = {}
     for variant in variants:
         found[variant] = of_process(configuration, variant)

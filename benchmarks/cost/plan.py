@@ -8,6 +8,7 @@ from itertools import product
 
 from known_networks import NETWORKS, Network
 from self_attention_guidance.checks import check_count
+from self_attention_guidance.guidance import METHODS
 
 MODES = ("eager", "compiled")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -31,6 +32,7 @@ class Configuration:
         size: Side of the picture in pixels.
         steps: Sampling steps of a picture.
         batch_size: Pictures drawn at once.
+        method: Short name of the guidance.
     """
 
     network: str
@@ -41,6 +43,7 @@ class Configuration:
     size: int
     steps: int
     batch_size: int
+    method: str = "sag"
 
 
 def plan(
@@ -53,6 +56,7 @@ def plan(
     size: int | None = None,
     steps: int | None = None,
     batch_size: int = 1,
+    methods: Sequence[str] = ("sag",),
 ) -> list[Configuration]:
     """All combinations; those that share a network, mode and type follow each other.
 
@@ -66,6 +70,7 @@ def plan(
             `None` is the network's own, smaller on a CPU.
         steps: Sampling steps, 1 to 1000; `None` is the network's own.
         batch_size: Pictures drawn at once, at least 1.
+        methods: Short names of guidances.
 
     Raises:
         ValueError: An argument is unknown or out of its range, or leaves nothing to measure.
@@ -75,6 +80,7 @@ def plan(
         ("modes", modes, MODES),
         ("dtypes", dtypes, DTYPES),
         ("cfg", [cfg], tuple(CFG)),
+        ("methods", methods, tuple(METHODS)),
     ):
         _check_names(name, given, known)
     _check_numbers(networks, size, steps, batch_size)
@@ -88,8 +94,10 @@ def plan(
             size=size if size and NETWORKS[name].takes_size else NETWORKS[name].size_on(device),
             steps=steps or NETWORKS[name].steps,
             batch_size=batch_size,
+            method=method,
         )
         for name, dtype, mode in product(networks, dtypes, modes)
+        for method in methods
         for is_on in _cfg_of(NETWORKS[name], cfg)
     ]
     if not found:

@@ -35,7 +35,7 @@ def write_plot(path: Path, report: Report) -> None:
     names = [title(result.configuration) for result in report.results]
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.set_xlabel("time / time without SAG: median, quartiles, range", fontsize=8)
+    axes.set_xlabel("time / time without guidance: median, quartiles, range", fontsize=8)
     axes.tick_params(axis="x", labelsize=7)
     axes.grid(axis="x", alpha=0.3)
     _draw_legend(figure, axes)

@@ -21,7 +21,7 @@ _TITLES = (
     "variant",
     "rows/image",
     "seconds",
-    "time / no SAG",
+    "time / no guidance",
     "time / diffusers' class",
     "peak MiB",
 )
@@ -48,7 +48,8 @@ def title(configuration: Configuration) -> str:
         configuration: What was measured.
     """
     cfg = "CFG" if configuration.cfg else "no CFG"
-    return f"{configuration.network}, {configuration.mode}, {configuration.dtype}, {cfg}"
+    words = (configuration.network, configuration.mode, configuration.dtype, cfg)
+    return ", ".join((*words, configuration.method.upper()))
 
 
 def format_ratio(found: Spread | None) -> str:

@@ -6,27 +6,49 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
+import diffusers
 import torch
 from torch import Tensor
 
 from known_networks import Network, exact_guidance, fast_guidance
 from plan import Configuration
 from self_attention_guidance.denoiser.families import uncompiled
-from self_attention_guidance.guidance import Guidance, SelfAttentionGuidance
+from self_attention_guidance.guidance import METHODS, Guidance
 
 VARIANTS = {
-    "none": "no SAG",
-    "exact": "exact SAG",
-    "fast": "fast SAG",
+    "none": "no guidance",
+    "exact": "exact",
+    "fast": "fast",
     "diffusers": "diffusers' class",
 }
 """What each variant is called in tables."""
 
 _SEED = 0
+# diffusers' class for a method, and what it needs to know of the layers that are the default here.
+_THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sag": ("StableDiffusionSAGPipeline", {}),
+    "pag": ("StableDiffusionPAGPipeline", {"pag_applied_layers": "mid"}),
+}
 
 
 class Unsuitable(ValueError):
     """A variant can't draw with a network; the message says why."""
+
+
+def check_theirs(network: Network, method: str) -> None:
+    """Refuse what diffusers has no class for.
+
+    Args:
+        network: Whose pictures are drawn.
+        method: Short name of the guidance.
+
+    Raises:
+        Unsuitable: There is none for the method, or for the network.
+    """
+    if method not in _THEIRS:
+        raise Unsuitable(f"there is none for {method}")
+    if not network.suits_diffusers:
+        raise Unsuitable("it is for Stable Diffusion 1 and 2")
 
 
 class Subject:
@@ -49,8 +71,8 @@ class Subject:
         self.network = network
         self.configuration = configuration
         self.guidance = {
-            "exact": exact_guidance(network.folder),
-            "fast": fast_guidance(network.folder),
+            "exact": exact_guidance(network.folder, configuration.method),
+            "fast": fast_guidance(network.folder, configuration.method),
         }
         self._pipeline = pipeline
         self._theirs: Any = None
@@ -84,12 +106,12 @@ class Subject:
             Latents, (pictures, channels, rows, columns).
 
         Raises:
-            Unsuitable: diffusers' class can't draw with this network.
+            Unsuitable: diffusers has no class for the method, or it can't draw with this network.
         """
         if variant == "diffusers":
             return self.draw_theirs()
         if variant == "none":
-            return self._draw(self._pipeline, 0.0)
+            return self._draw(self._pipeline, sag_scale=0.0)
         return self.draw_ours(self.guidance[variant])
 
     def draw_ours(self, guidance: Guidance) -> Tensor:
@@ -102,7 +124,7 @@ class Subject:
             Latents, (pictures, channels, rows, columns).
         """
         self._pipeline.guidance = guidance
-        return self._draw(self._pipeline, guidance.scale)
+        return self._draw(self._pipeline, sag_scale=guidance.scale)
 
     def draw_theirs(self) -> Tensor:
         """Draw with diffusers' class at the scale of the exact variant.
@@ -111,29 +133,30 @@ class Subject:
             Latents, (pictures, channels, rows, columns).
 
         Raises:
-            Unsuitable: It can't draw with this network.
+            Unsuitable: There is none for the method, or it can't draw with this network.
         """
-        if not self.network.suits_diffusers:
-            raise Unsuitable("it is for Stable Diffusion 1 and 2")
+        method = self.configuration.method
+        check_theirs(self.network, method)
+        scale = {f"{method}_scale": self.guidance["exact"].scale}
         with _processors_restored(uncompiled(self.denoiser)):
             try:
-                return self._draw(self._their_pipeline(), self.guidance["exact"].scale)
+                return self._draw(self._their_pipeline(), **scale)
             except Exception as error:  # their code, which is not ours to keep from failing
                 raise Unsuitable(f"{type(error).__name__}: {error}") from error
 
     def _their_pipeline(self) -> Any:
         if self._theirs is None:
-            from diffusers import StableDiffusionSAGPipeline as DiffusersPipeline
-
-            self._theirs = DiffusersPipeline(
-                **self._pipeline.components, requires_safety_checker=False
+            name, layers = _THEIRS[self.configuration.method]
+            make = getattr(diffusers, name)
+            self._theirs = make(
+                **self._pipeline.components, **layers, requires_safety_checker=False
             )
             self._theirs.set_progress_bar_config(disable=True)
         return self._theirs
 
-    def _draw(self, pipeline: Any, scale: float) -> Tensor:
+    def _draw(self, pipeline: Any, **scale: float) -> Tensor:
         generator = torch.Generator().manual_seed(_SEED)
-        return pipeline(**self._arguments, sag_scale=scale, generator=generator).images
+        return pipeline(**self._arguments, **scale, generator=generator).images
 
 
 @contextmanager
@@ -160,5 +183,6 @@ def difference_to_diffusers(subject: Subject) -> float:
         Unsuitable: It can't.
     """
     theirs = subject.draw_theirs().float()
-    ours = subject.draw_ours(SelfAttentionGuidance(subject.guidance["exact"].scale)).float()
+    usual = METHODS[subject.configuration.method](subject.guidance["exact"].scale)
+    ours = subject.draw_ours(usual).float()
     return float((ours - theirs).abs().max() / theirs.abs().max())
