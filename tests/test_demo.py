@@ -240,7 +240,7 @@ def test_a_picture_gives_its_settings_back(
     (_, _), (guided, _) = studio.pair(asked, lambda share: None)
     save_png(guided.image, tmp_path / "a.png", guided.record)
     values, told = values_of(str(tmp_path / "a.png"), studio)
-    assert told == "The page has its settings now."
+    assert told == "The page now has its settings."
     read = {name: type(getattr(asked, name))(values.get(name, "")) for name in SETTINGS}
     again = replace(asked, **read, method=values["method"], layers=values["layers"])
     assert again == asked
@@ -263,10 +263,12 @@ def test_what_the_page_cannot_take_from_a_picture_is_told(
         save_png(picture.image, path, picture.record, overwrite=True)
         return values_of(str(path), studio)[1]
 
-    assert told_of() == "The page has its settings now."
+    assert told_of() == "The page now has its settings."
     assert "guidance.branch='cond', not 'uncond'" in told_of(replace(own, branch="cond"))
     assert "height=64, not None" in told_of(width=72, height=64)
-    assert "It began with" in told_of(image=str(start)) and "give that" in told_of(image=str(start))
+    assert "It began with" in told_of(image=str(start)) and "upload that" in told_of(
+        image=str(start)
+    )
     assert "method='sag+pag'" in told_of(own + PerturbedAttentionGuidance(2.0))
     assert "steps=21 must be at most 20" in told_of(num_inference_steps=21)
     assert "was drawn by None, and this page draws with emoji" in told_of(model=None)
@@ -280,7 +282,7 @@ def test_a_grid_gives_its_sides_back(demo: tuple[str, LoadedPipeline], client: C
     sides = {"rows": "prompt", "row_values": "a|b, c", "columns": "cfg", "column_values": "1,3"}
     path = client.predict(**{**SETTINGS, "steps": 1}, **sides, api_name="/sweep")
     values, told = values_of(path, Studio(demo[1], Limits()))
-    assert told == "The page has its settings now."
+    assert told == "The page now has its settings."
     assert values.items() >= sides.items()
 
 

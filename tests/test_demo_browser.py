@@ -322,7 +322,7 @@ def test_an_earlier_picture_sets_the_controls(page: Page, address: str, tmp_path
     page.get_by_role("button", name="Settings of an earlier picture").click()
     block = page.locator(".block", has=page.get_by_text("Earlier picture", exact=True)).last
     block.locator("input[type=file]").set_input_files(earlier)
-    expect(page.get_by_text("The page has its settings now.")).to_be_visible()
+    expect(page.get_by_text("The page now has its settings.")).to_be_visible()
     expect(field(page, "Seed")).to_have_value("4")
     expect(field(page, "Layers")).to_have_value("mid")
     expect(page.get_by_label("number input for PAG scale (0 is off)")).to_have_value("2")

@@ -176,7 +176,7 @@ class _Piece(Generic[Unit]):
 
 
 class _OnRay(Generic[Unit, Result]):
-    """One call of `distribute` on Ray. An actor has one call at a time, so a death has one cause."""
+    """One call of `distribute` on Ray. An actor does one unit at a time: a death has one cause."""
 
     def __init__(
         self,
