@@ -354,7 +354,7 @@ def test_classifier_comes_from_its_folder(tmp_path: Path, model: str) -> None:
         (["adm", "none.pt", "new"], "checkpoint='none.pt' must be a file"),
         (["adm", "a.pt", "a.pt"], "out='a.pt' is a file: name a folder"),
         (["adm", "a.pt", "full"], "out: 'full' exists and is not empty"),
-        (["adm", "a.pt", "new", "--config", "a.json", "--preset", "x"], "must not be given both"),
+        (["adm", "a.pt", "new", "--config", "a.json", "--preset", "x"], "must not both be given"),
         (["adm", "a.pt", "new", "--config", "none.json"], "config='none.json' cannot be read as"),
         (["adm", "a.pt", "new", "--config", "a.pt"], "config='a.pt' cannot be read as JSON"),
         (["adm", "a.pt", "new", "--config", "list.json"], "must hold a JSON object"),
