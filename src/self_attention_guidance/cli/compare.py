@@ -41,7 +41,7 @@ class CompareCommand(PromptOptions):
         str | None,
         typer.Option(
             metavar="NAME=V,V,...",
-            help="The setting that changes from row to row: prompt (with | between), seed, guidance,"
+            help="The setting that differs by row: prompt (with | between), seed, guidance,"
             " scale, cfg, steps, blur, window (START-STOP) or layer. [default: prompts and seeds]",
         ),
     ] = None
@@ -49,7 +49,7 @@ class CompareCommand(PromptOptions):
         str | None,
         typer.Option(
             metavar="NAME=V,V,...",
-            help="The setting that changes from column to column. [default: --sag-scales, or with"
+            help="The setting that differs by column. [default: --sag-scales, or with"
             " --rows the prompts]",
         ),
     ] = None
