@@ -182,7 +182,7 @@ class TuneJob:
         return plan
 
     def _seconds_of_a_picture(self, gallery: Gallery) -> float:
-        """Time for a picture of a usual setting, which guides about half of the steps."""
+        """Time for a picture of a usual setting, whose guidance adds about half a pass."""
         unguided = gallery.draw(self.space.unguided, 0)
         self._check_size(unguided.size.tolist())
         seconds = [unguided.seconds]
