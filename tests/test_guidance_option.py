@@ -211,7 +211,7 @@ def test_runs_that_go_on_name_the_setting_that_differs(
     ("arguments", "told"),
     [
         (["pagg"], "'pagg' is no guidance; did you mean pag? There are "),
-        ([""], "'' is no guidance; There are"),
+        ([""], "'' is no guidance; there are"),
         (["sag:blur_sgima=1"], "'blur_sgima' is no setting of sag; did you mean blur_sigma?"),
         (["pag:threshold=1"], "'threshold' is no setting of pag; "),
         (["sag:method=pag"], "'method' is no setting of sag"),
@@ -228,7 +228,7 @@ def test_runs_that_go_on_name_the_setting_that_differs(
         (["pag:layers="], "layers='' must be a dotted module path"),
         (["pag + sagg"], "'sagg' is no guidance; did you mean sag?"),
         (["pag", "--guidance", "sag:scale=x"], "scale='x' must be a number"),
-        (["pag + sag", "--start", "0"], "start of which guidance? Give it inside of --guidance"),
+        (["pag + sag", "--start", "0"], "start of which guidance? Give it inside --guidance"),
         (["pag", "--threshold", "1"], "'threshold' is no setting of pag"),
         (["pag:start=0.2", "--start", "0"], "start was given twice: by --guidance and by"),
     ],

@@ -101,7 +101,7 @@ class Gallery:
 
     @property
     def elapsed(self) -> float:
-        """Seconds that this run and earlier ones took, without chunks that those left unfinished."""
+        """Seconds that this run and earlier ones took, without chunks that were lost with those."""
         return self._kept + time.monotonic() - self._last
 
     @property
