@@ -85,9 +85,9 @@ def test_a_row_that_always_kills_costs_only_itself(cluster: Cluster, tmp_path: P
         1,
         3,
     )
-    told = [row["error"] for row in rows_of(tmp_path / "out")]
-    assert told[2].startswith("its worker died 3 times")
-    assert [told[0], told[1], told[3]] == [None, None, None]
+    errors = [row["error"] for row in rows_of(tmp_path / "out")]
+    assert errors[2].startswith("its worker died 3 times")
+    assert [errors[0], errors[1], errors[3]] == [None, None, None]
 
 
 def test_a_node_may_go_while_it_works(cluster: Cluster, tmp_path: Path) -> None:
@@ -154,10 +154,10 @@ def test_units_are_asked_for_when_someone_can_take_them(cluster: Cluster) -> Non
 
 def test_a_cluster_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "self_attention_guidance.cli", "batch", "--num-samples", "1"]
-    told = subprocess.run(
+    done = subprocess.run(
         [*command, "--address", "127.0.0.1:1", "--out", str(tmp_path)],
         capture_output=True,
         text=True,
     )
-    assert told.returncode == 2
-    assert told.stderr.startswith("error: --address=")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --address=")
