@@ -77,7 +77,7 @@ def test_a_seed_that_a_float_can_not_hold_is_an_error(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "seed": seed} for seed in (float(2**60 + 1), float(2**40), 2**60 + 1)]
     job(listed(tmp_path / "a.jsonl", rows), tmp_path / "out").run()
     lost, exact, whole = rows_of(tmp_path / "out")
-    assert "may be another number" in lost["error"]
+    assert "may not be the number" in lost["error"]
     assert (exact["seed"], exact["error"]) == (2**40, None)
     assert (whole["seed"], whole["error"]) == (2**60 + 1, None)
 

@@ -37,7 +37,7 @@ class Unit:
     """Tasks that a worker draws before it gets the next ones.
 
     Attributes:
-        tasks: In the order of the list.
+        tasks: The tasks, in the order of the list.
         shard: Name of the tar file for the pictures; `None` gives each picture its own file.
     """
 

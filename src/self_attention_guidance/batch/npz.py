@@ -17,8 +17,8 @@ class StreamedArray(NamedTuple):
     """An array that is written piece by piece.
 
     Attributes:
-        shape: Of the whole array.
-        dtype: Of the whole array, for example "uint8".
+        shape: Shape of the whole array.
+        dtype: Its type, for example "uint8".
         pieces: Parts along the first axis, in order; together they have `shape`.
     """
 

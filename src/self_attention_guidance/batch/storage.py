@@ -67,7 +67,7 @@ class Storage:
 
         Args:
             name: Name of the file, with "/" between folders.
-            content: All of it.
+            content: Its whole content.
 
         Raises:
             OSError: It cannot be written, for example because the disk is full.

@@ -153,7 +153,7 @@ def bad_row(row: int, values: Mapping[str, Any] | ValueError, error: ValueError)
 
     Args:
         row: Its number in the list.
-        values: As `tasks_of` takes them.
+        values: The cells that were given to `tasks_of`.
         error: What `tasks_of` raised.
     """
     cells: Mapping[str, Any] = {} if isinstance(values, ValueError) else values

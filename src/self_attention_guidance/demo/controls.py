@@ -77,7 +77,7 @@ class Controls:
     Attributes:
         inputs: The controls of `VisitorSettings`, in its order.
         files: Those of `inputs` that take files, which no address can hold.
-        in_address: All others by their names in the address.
+        in_address: All other controls, by their names in the address.
     """
 
     def __init__(self, studio: Studio) -> None:

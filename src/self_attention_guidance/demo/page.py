@@ -23,8 +23,8 @@ _CACHE_SECONDS = 3600
 # gradio keeps 80 kB for each session, and by default remembers 10,000.
 _SESSIONS_PER_PLACE = 4
 _INTRODUCTION = """# Self-Attention Guidance
-Each sampling step is compared with that of a weakened network, for example one that sees a blurred
-picture where it attends. The difference makes the picture clearer. Model: **{model}**"""
+Each sampling step is compared with that of a weakened network, for example one whose input is
+blurred where it attends. The difference makes the picture clearer. Model: **{model}**"""
 _ABOUT_STEPS = """For every second pass, this shows the picture that the network predicts, how much
 attention each part receives, where it is blurred, the blurred prediction, and the size of the
 guidance term."""

@@ -59,8 +59,8 @@ def check_size(pipeline: Any, width: int | None, height: int | None) -> None:
 
     Args:
         pipeline: The model.
-        width: In pixels; `None` is the model's own.
-        height: In pixels; `None` is the model's own.
+        width: Width in pixels; `None` is the model's own.
+        height: Height in pixels; `None` is the model's own.
 
     Raises:
         ValueError: The size is too small, or not a multiple of the required number.

@@ -33,7 +33,7 @@ class Axis:
     """A side of a grid.
 
     Attributes:
-        name: Of `AXES`: "prompt", "seed", "guidance", "scale" (of the guidance), "cfg" (the scale
+        name: One of "prompt", "seed", "guidance", "scale" (of the guidance), "cfg" (the scale
             of classifier-free guidance), "steps", "blur" (`blur_sigma` of the guidance), "window"
             (its `start` and `stop`) or "layer" (its `layer` or `layers`).
         values: At least one text or number. For "guidance", each is a `Guidance`, or `None` for no

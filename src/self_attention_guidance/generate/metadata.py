@@ -79,7 +79,7 @@ def parse_parameters(text: str) -> Parameters:
     """Parse text of the web interfaces.
 
     Args:
-        text: As `format_parameters` writes it.
+        text: Text in the format of `format_parameters`.
 
     Returns:
         Prompt, negative prompt and settings, the latter as texts.

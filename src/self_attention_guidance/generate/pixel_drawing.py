@@ -64,7 +64,7 @@ def to_uint8(samples: Tensor) -> NDArray[np.uint8]:
     """Convert samples to bytes, as the original scripts do.
 
     Args:
-        samples: In [-1, 1], (samples, channels, height, width).
+        samples: (samples, channels, height, width) in [-1, 1].
 
     Returns:
         (samples, height, width, channels).

@@ -107,7 +107,7 @@ def difference(earlier: Mapping[str, Any], present: Mapping[str, Any]) -> str | 
 
     Args:
         earlier: The values of the earlier picture.
-        present: Those of the present one.
+        present: The values of the present one.
 
     Returns:
         The line, with three differences at most; `None` if the records are equal.

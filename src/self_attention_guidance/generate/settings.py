@@ -16,8 +16,8 @@ class GenerationSettings:
         sag_scale: Scale of self-attention guidance; `None` is that of `pipeline.guidance`.
         guidance_scale: Scale of classifier-free guidance; 1 or less is off.
         num_inference_steps: Sampling steps, at least 1.
-        width: In pixels, a multiple of 8; `None` is the model's own.
-        height: In pixels, a multiple of 8; `None` is the model's own.
+        width: Width in pixels, a multiple of 8; `None` is the model's own.
+        height: Height in pixels, a multiple of 8; `None` is the model's own.
         image: Path of the picture that drawing begins with; `None` begins with noise.
         mask: Path of a picture that is white where `image` is redrawn; `None` redraws all of it.
         strength: How much `image` changes, above 0, at most 1: the part of the steps that is
