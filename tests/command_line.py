@@ -35,11 +35,11 @@ def help_without_torch(command: str) -> str:
         f"main(['{command}', '--help']);"
         "assert not {'torch', 'numpy', 'diffusers'} & set(sys.modules)"
     )
-    told = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ)
     )
-    assert told.returncode == 0, told.stderr
-    return told.stdout
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def in_a_process(*arguments: object) -> subprocess.Popen[str]:

@@ -16,9 +16,9 @@ from tiny_pixels import arrays_of, save_tiny_pixels
 
 
 def test_help_needs_no_torch() -> None:
-    told = help_without_torch("batch")
-    assert "sag batch prompts.jsonl" in told
-    assert "manifest.parquet" in told
+    text = help_without_torch("batch")
+    assert "sag batch prompts.jsonl" in text
+    assert "manifest.parquet" in text
 
 
 def test_it_draws_what_generate_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,7 +75,7 @@ def test_failed_rows_change_the_exit_status(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ([], "give either PROMPTS or --num-samples"),
         (["missing.jsonl"], "there is none"),
@@ -93,9 +93,9 @@ def test_failed_rows_change_the_exit_status(
     ],
 )
 def test_errors_are_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    assert told in error_of(capsys, "batch", *arguments, "--out", tmp_path / "out")
+    assert message in error_of(capsys, "batch", *arguments, "--out", tmp_path / "out")
 
 
 def test_a_model_that_cannot_be_read_is_one_line(
@@ -104,19 +104,19 @@ def test_a_model_that_cannot_be_read_is_one_line(
     broken = tmp_path / "model"
     broken.mkdir()
     (broken / "model_index.json").write_text('{"_class_name": "ADMPipeline"}')
-    told = error_of(
+    message = error_of(
         capsys, "batch", "--num-samples", 1, "--model", broken, "--out", tmp_path / "out"
     )
-    assert "cannot be loaded" in told
+    assert "cannot be loaded" in message
 
 
 def test_ctrl_c_leaves_a_job_that_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "out"
     job = in_a_process("batch", "--num-samples", 20, "--steps", 3, "--out", out)
-    told = interrupted(job, out)
+    message = interrupted(job, out)
     assert job.returncode == 130
-    assert "of 20 pictures are done" in told
-    assert "the same command resumes" in told
-    assert told.strip().splitlines()[-1] == "error: interrupted"
+    assert "of 20 pictures are done" in message
+    assert "the same command resumes" in message
+    assert message.strip().splitlines()[-1] == "error: interrupted"
     assert run("batch", "--num-samples", 20, "--steps", 3, "--out", out) == 0
     assert [row["row"] for row in sorted(rows_of(out), key=lambda r: r["row"])] == list(range(20))

@@ -65,19 +65,19 @@ def test_a_bad_row_costs_only_itself(tmp_path: Path) -> None:
         out = tmp_path / str(together)
         source = listed(tmp_path / "a.jsonl", rows)
         assert counts(job(source, out, together=together).run()) == (5, 2, 3, 2)
-        told = [r["error"] for r in rows_of(out)]
-        assert told[0] is None
-        assert told[1] == "the sample is not finite"
-        assert "seed=-1" in told[2]
-        assert told[3] == "out of memory"
-        assert told[4] is None
+        errors = [r["error"] for r in rows_of(out)]
+        assert errors[0] is None
+        assert errors[1] == "the sample is not finite"
+        assert "seed=-1" in errors[2]
+        assert errors[3] == "out of memory"
+        assert errors[4] is None
 
 
 def test_a_seed_that_a_float_can_not_hold_is_an_error(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "seed": seed} for seed in (float(2**60 + 1), float(2**40), 2**60 + 1)]
     job(listed(tmp_path / "a.jsonl", rows), tmp_path / "out").run()
     lost, exact, whole = rows_of(tmp_path / "out")
-    assert "may be another number" in lost["error"]
+    assert "may not be the number" in lost["error"]
     assert (exact["seed"], exact["error"]) == (2**40, None)
     assert (whole["seed"], whole["error"]) == (2**60 + 1, None)
 
@@ -124,7 +124,7 @@ def test_pictures_of_other_rows_or_models_are_not_mixed(tmp_path: Path) -> None:
     before = rows_of(tmp_path / "out")
     start = str(tmp_path / "a.png")
     Image.new("RGB", (8, 8)).save(start)
-    for other, told in (
+    for other, message in (
         ("other", "prompt='b', not 'other'"),
         ({"prompt": "b", "steps": 6}, "steps=5, not 6"),
         (
@@ -137,7 +137,7 @@ def test_pictures_of_other_rows_or_models_are_not_mixed(tmp_path: Path) -> None:
         ({"prompt": "b", "image": "no.png"}, "other cells, and image='no.png' does not exist"),
         ({"prompt": "b", "seed": -1}, "other cells, and seed=-1 must be"),
     ):
-        with pytest.raises(ValueError, match=rf"row 1 \(from 0\) was drawn with {told}"):
+        with pytest.raises(ValueError, match=rf"row 1 \(from 0\) was drawn with {message}"):
             job(listed(tmp_path / "b.jsonl", ["a", other]), tmp_path / "out").run()
     scaled = Defaults(settings=GenerationSettings(num_inference_steps=5, sag_scale=2))
     with pytest.raises(ValueError, match=r"row 0 \(from 0\) was drawn with sag_scale=0\.0, not 2"):
@@ -221,8 +221,8 @@ def test_object_stores_hold_the_same(tmp_path: Path, shard_size: int | None) -> 
         assert counts(job(7, out, shard_size=shard_size).run()) == (7, 7, 0, 7)
         assert counts(job(7, out, shard_size=shard_size).run()) == (7, 7, 0, 0)
     here, there = rows_of(tmp_path / "out"), rows_of("memory://out")
-    told = ("row", "file", "member", "sha256")
-    assert [[r[n] for n in told] for r in here] == [[r[n] for n in told] for r in there]
+    columns = ("row", "file", "member", "sha256")
+    assert [[r[n] for n in columns] for r in here] == [[r[n] for n in columns] for r in there]
 
 
 def test_a_killed_job_goes_on_where_it_was(tmp_path: Path) -> None:

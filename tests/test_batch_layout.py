@@ -279,8 +279,8 @@ def test_a_named_argument_with_other_rows_is_refused() -> None:
     scheduler.set_timesteps(3)
     x, texts = randn(1, 4, 8, 8).repeat(2, 1, 1, 1), randn(2, 7, 32)
     guided = GUIDANCE.attach(unet, scheduler=scheduler, batch_layout="uncond_first")
-    told = "encoder_attention_mask holds 4 rows for a batch of 2 pictures"
-    with guided, torch.no_grad(), pytest.raises(ValueError, match=told):
+    message = "encoder_attention_mask holds 4 rows for a batch of 2 pictures"
+    with guided, torch.no_grad(), pytest.raises(ValueError, match=message):
         unet(x, scheduler.timesteps[0], texts, encoder_attention_mask=torch.ones(4, 7))
 
 

@@ -80,7 +80,7 @@ def test_an_unreadable_row_costs_only_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
         ("a.txt", "", "must end in .jsonl, .csv or .parquet"),
         ("a.csv", "text\nred heart\n", "has no column prompt"),
@@ -89,9 +89,9 @@ def test_an_unreadable_row_costs_only_itself(tmp_path: Path) -> None:
         ("a.jsonl.gz", "no gzip", "cannot be read"),
     ],
 )
-def test_what_is_no_list_is_refused(tmp_path: Path, name: str, content: str, told: str) -> None:
+def test_what_is_no_list_is_refused(tmp_path: Path, name: str, content: str, message: str) -> None:
     (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         list(PromptList(str(tmp_path / name)))
     with pytest.raises(ValueError, match=r"there is none|must end in"):
         PromptList(str(tmp_path / "missing" / name))
@@ -122,7 +122,7 @@ def test_cells_decide_and_defaults_fill_up() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cells", "told"),
+    ("cells", "message"),
     [
         ({"prompt": None}, "prompt is missing"),
         ({"prompt": 3}, "prompt"),
@@ -143,11 +143,11 @@ def test_cells_decide_and_defaults_fill_up() -> None:
         ({"prompt": "a", "negative_prompt": ["b"]}, "negative_prompt"),
     ],
 )
-def test_cells_out_of_range_are_refused_in_a_line(cells: dict[str, Any], told: str) -> None:
-    with pytest.raises(ValueError, match=told) as error:
+def test_cells_out_of_range_are_refused_in_a_line(cells: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
         tasks_of(0, cells, DEFAULTS)
     bad = bad_row(0, cells, error.value)
-    assert told in bad.error
+    assert message in bad.error
     assert "\n" not in bad.error
     (bad.error + bad.prompt + bad.id).encode()
 

@@ -148,10 +148,10 @@ def test_units_are_asked_for_when_someone_can_take_them(cluster: Cluster) -> Non
 
 def test_a_cluster_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "self_attention_guidance.cli", "batch", "--num-samples", "1"]
-    told = subprocess.run(
+    done = subprocess.run(
         [*command, "--address", "127.0.0.1:1", "--out", str(tmp_path)],
         capture_output=True,
         text=True,
     )
-    assert told.returncode == 2
-    assert told.stderr.startswith("error: --address=")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --address=")

@@ -341,11 +341,11 @@ def test_large_networks_are_small_pictures_on_a_cpu_only() -> None:
 def test_memory_of_a_process_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     (wanted,) = plan(["emoji-adm"], device="cpu", steps=1)
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
-    told = of_process(wanted, "none")
-    assert told == "process ended with 1"
-    variants = [VariantResult(variant="none", memory=told)]
+    message = of_process(wanted, "none")
+    assert message == "process ended with 1"
+    variants = [VariantResult(variant="none", memory=message)]
     result = Result(configuration=wanted, variants=variants, difference=None)
-    assert f"memory of no guidance: {told}" in format_table(Report(1, [result]))
+    assert f"memory of no guidance: {message}" in format_table(Report(1, [result]))
 
 
 def test_json_holds_what_was_measured() -> None:

@@ -56,12 +56,12 @@ class Measured:
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
     """What one run on both builtin models wrote and printed."""
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    folder, told = tmp_path_factory.mktemp("bench"), io.StringIO()
+    folder, output = tmp_path_factory.mktemp("bench"), io.StringIO()
     files = ("--json", folder / "a.json", "--plot", folder / "a.png")
-    with redirect_stdout(told):
+    with redirect_stdout(output):
         assert run("--pairs", 2, "--steps", 3, "--no-memory", *files) == 0
     content = json.loads((folder / "a.json").read_text(encoding="utf-8"))
-    return Measured(folder, told.getvalue(), content)
+    return Measured(folder, output.getvalue(), content)
 
 
 def named(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -149,7 +149,7 @@ def test_memory_grows_with_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (("--networks", "sd3"), "networks='sd3' must be one of emoji, emoji-adm, sd15, sdxl"),
         (("--networks", ""), "networks='' must be one of"),
@@ -173,9 +173,9 @@ def test_memory_grows_with_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ],
 )
 def test_nonsense_is_refused(
-    arguments: tuple[object, ...], told: str, capsys: pytest.CaptureFixture[str]
+    arguments: tuple[object, ...], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert told in error_of(capsys, *arguments)
+    assert message in error_of(capsys, *arguments)
 
 
 def test_files_are_replaced_when_asked_only(
@@ -195,8 +195,8 @@ def test_plots_need_matplotlib(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    told = error_of(capsys, "--plot", tmp_path / "a.png")
-    assert "plot needs matplotlib" in told
+    message = error_of(capsys, "--plot", tmp_path / "a.png")
+    assert "plot needs matplotlib" in message
 
 
 @pytest.mark.parametrize("arguments", [("--pairs", "many"), ("--rows", 1), ("emoji",)])
@@ -211,6 +211,6 @@ def test_options_are_checked(
 
 def test_it_is_a_program_with_a_help() -> None:
     script = Path(__file__).parents[1] / "benchmarks" / "cost" / "bench.py"
-    told = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
-    assert told.returncode == 0, told.stderr
-    assert "bench.py --networks emoji --modes eager,compiled" in told.stdout
+    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "bench.py --networks emoji --modes eager,compiled" in done.stdout

@@ -216,7 +216,7 @@ def test_the_shipped_files_name_the_method_of_each_preset(name: str, fast: str) 
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ([], "JSON object"),
         ({"guidence": {}}, "'guidence' is unknown; known are compare, fast, generation, guidance"),
@@ -235,9 +235,9 @@ def test_the_shipped_files_name_the_method_of_each_preset(name: str, fast: str) 
     ],
 )
 def test_bad_settings_name_the_file_and_the_rule(
-    tmp_path: Path, content: object, told: str
+    tmp_path: Path, content: object, message: str
 ) -> None:
-    with pytest.raises(ValueError, match=rf"sag_settings\.json: .*{told}"):
+    with pytest.raises(ValueError, match=rf"sag_settings\.json: .*{message}"):
         recommended_settings(write_settings(tmp_path, content))
 
 

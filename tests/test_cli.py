@@ -271,7 +271,7 @@ def test_compare_shows_attention_in_columns_of_their_own(tmp_path: Path, model: 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["generate"], "PROMPT is missing"),
         (["generate", "a", "--sag-scale", "nan"], "--sag-scale=nan must be a finite number"),
@@ -307,12 +307,12 @@ def test_user_errors_are_one_line(
     tmp_path: Path,
     model: str,
     arguments: list[str],
-    told: str,
+    message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     if "--model" not in arguments and arguments[-1] != "paint":
         arguments = [*arguments, "--model", model]
-    assert told in error_of(capsys, *arguments)
+    assert message in error_of(capsys, *arguments)
     assert not list(tmp_path.glob("**/*.*"))
 
 

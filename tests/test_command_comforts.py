@@ -45,10 +45,10 @@ def test_shells_complete_options() -> None:
         "COMP_WORDS": "sag generate --guid",
         "COMP_CWORD": "2",
     }
-    told = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | asked, capture_output=True, text=True
     )
-    assert told.stdout.split() == ["--guidance", "--guidance-scale"]
+    assert done.stdout.split() == ["--guidance", "--guidance-scale"]
 
 
 def test_prompts_come_from_a_file_or_stdin(
@@ -67,22 +67,22 @@ def test_prompts_come_from_a_file_or_stdin(
         assert drawn == ["first", "red heart", "Füchse"]
     capsys.readouterr()
     (tmp_path / "prompts.txt").write_bytes("füchse".encode("utf-16"))
-    told = error_of(capsys, "generate", "--prompts", tmp_path / "prompts.txt", "--model", model)
-    assert "prompts.txt' is no text in UTF-8" in told
+    message = error_of(capsys, "generate", "--prompts", tmp_path / "prompts.txt", "--model", model)
+    assert "prompts.txt' is no text in UTF-8" in message
 
 
 def test_the_settings_that_were_used_are_printed(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, model: str
 ) -> None:
     shared = ("generate", "a", "--model", model, "--out", tmp_path)
-    for options, told in (
+    for options, message in (
         ([], "64x64, 2 steps, DDIM, CFG 3, sag:scale=1.5,blur_sigma=2, seed 0"),
         (["--sag-scale", 0, "--seed", 5], "64x64, 2 steps, DDIM, CFG 3, no guidance, seed 5"),
         (["--guidance", "pag:layers=mid+up", "--size", "48x40", "--scheduler", "euler-a"],
          "48x40, 2 steps, Euler a, CFG 3, pag:scale=3,layers=mid+up, seed 0"),
     ):  # fmt: skip
         assert run(*shared, *options) == 0
-        assert capsys.readouterr().err == f"note: drawn by tiny: {told}\n"
+        assert capsys.readouterr().err == f"note: drawn by tiny: {message}\n"
     # The guidance is written as the option reads it.
     assert parse_guidance("pag:scale=3,layers=mid+up")["layers"] == ["mid", "up"]
     assert run(*shared, "--quiet") == 0
@@ -122,8 +122,8 @@ def test_too_little_memory_is_one_sentence(
             raise error
 
         monkeypatch.setattr(generate, "load_pipeline_of", fail)
-        told = error_of(capsys, "generate", "a", "--model", model, "--out", tmp_path)
-        assert told.startswith("error: out of memory: try smaller pictures (--size) or fewer")
+        message = error_of(capsys, "generate", "a", "--model", model, "--out", tmp_path)
+        assert message.startswith("error: out of memory: try smaller pictures (--size) or fewer")
 
 
 def test_sizes_have_a_limit_that_can_be_raised(
@@ -131,8 +131,8 @@ def test_sizes_have_a_limit_that_can_be_raised(
 ) -> None:
     shared = ("--model", model, "--size", "64x72", "--out")
     for command, out in (("generate", tmp_path / "out"), ("compare", tmp_path / "grid.png")):
-        told = error_of(capsys, command, "a", *shared, out, "--max-size", 64)
-        assert "--size: height=72 must be at most 64 (--max-size)" in told
+        message = error_of(capsys, command, "a", *shared, out, "--max-size", 64)
+        assert "--size: height=72 must be at most 64 (--max-size)" in message
         assert run(command, "a", *shared, out, "--max-size", 72) == 0
         capsys.readouterr()
 
@@ -143,9 +143,9 @@ def test_the_traceback_is_there_for_those_who_ask(
     assert error_of(capsys, "generate", "a", "--steps", 0)
     monkeypatch.setenv("SAG_DEBUG", "1")
     assert run("generate", "a", "--steps", 0) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("Traceback (most recent call last):")
-    assert told.endswith("error: --steps=0 must be a whole number, at least 1\n")
+    message = capsys.readouterr().err
+    assert message.startswith("Traceback (most recent call last):")
+    assert message.endswith("error: --steps=0 must be a whole number, at least 1\n")
 
 
 def test_settings_in_the_text_of_guidance_keep_their_names(
@@ -153,8 +153,8 @@ def test_settings_in_the_text_of_guidance_keep_their_names(
 ) -> None:
     shared = ("generate", "a", "--model", model, "--out", tmp_path)
     assert ": start=2.0 must be" in error_of(capsys, *shared, "--guidance", "sag:start=2")
-    told = error_of(capsys, *shared, "--start", 0.5, "--stop", 0.25)
-    assert told == "error: --start=0.5 must be below --stop=0.25\n"
+    message = error_of(capsys, *shared, "--start", 0.5, "--stop", 0.25)
+    assert message == "error: --start=0.5 must be below --stop=0.25\n"
 
 
 def test_the_first_bad_rows_of_a_list_are_printed(
@@ -164,10 +164,10 @@ def test_the_first_bad_rows_of_a_list_are_printed(
     (tmp_path / "list.jsonl").write_text("\n".join([json.dumps({"prompt": "good"}), *rows]))
     asked = ("batch", tmp_path / "list.jsonl", "--model", model, "--out", tmp_path / "job")
     assert run(*asked, "--quiet") == 3
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 6
-    assert told[0].startswith("row 1 (from 0), 'bad 0': steps=0 must be a whole number")
-    assert told[-1] == "and 2 more: see the column error of manifest.parquet"
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 6
+    assert lines[0].startswith("row 1 (from 0), 'bad 0': steps=0 must be a whole number")
+    assert lines[-1] == "and 2 more: see the column error of manifest.parquet"
 
 
 def test_names_of_settings_are_those_of_the_methods() -> None:
@@ -192,7 +192,7 @@ class TestConfig:
         assert (record["guidance"]["method"], record["guidance"]["scale"]) == ("pag", 0.5)
 
     @pytest.mark.parametrize(
-        ("content", "told"),
+        ("content", "message"),
         [
             ("stepz = 3", "'stepz' is no option; there are "),
             ("steps = ", "is no TOML: "),
@@ -203,12 +203,12 @@ class TestConfig:
         ],
     )
     def test_mistakes_are_one_line(
-        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None, told: str
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None, message: str
     ) -> None:
         config = tmp_path / "mine.toml"
         if content is not None:
             config.write_text(content)
-        assert told in error_of(capsys, "generate", "cat", "--config", config, "--out", tmp_path)
+        assert message in error_of(capsys, "generate", "cat", "--config", config, "--out", tmp_path)
 
 
 def test_a_run_without_a_guided_step_warns(
@@ -241,7 +241,7 @@ def test_out_may_be_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert run(*asked, out, "--overwrite", "--seed", 3) == 0
     assert read_record(out)["seed"] == 3
     capsys.readouterr()
-    told = error_of(capsys, *asked, tmp_path / "two.png", "--num-images", 2)
-    assert "is one file, for 2 pictures: name a folder" in told
+    message = error_of(capsys, *asked, tmp_path / "two.png", "--num-images", 2)
+    assert "is one file, for 2 pictures: name a folder" in message
     assert "must end in .png" in error_of(capsys, *asked, tmp_path / "cat.jpg")
     assert not (tmp_path / "cat.jpg").exists()

@@ -162,8 +162,8 @@ def test_the_command_draws_them_and_the_file_tells(
     assert (record["rows"], record["columns"]) == ("cfg=1,3", columns)
     assert record["prompts"] == ["red heart"]
     assert read_parameters(out).settings["Columns"] == columns
-    told = error_of(capsys, "generate", "--like", out, "--model", model)
-    assert "is no single picture of a prompt" in told
+    message = error_of(capsys, "generate", "--like", out, "--model", model)
+    assert "is no single picture of a prompt" in message
     for options in (
         ("a", "b", "--columns", "steps=1,2"),
         ("--rows", "seed=1,2"),
@@ -183,7 +183,7 @@ def test_axes_are_read_as_they_were_written() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (["--rows", "cfg"], "--rows='cfg' must be NAME=VALUE,VALUE,... with a name of prompt,"),
         (["--rows", "size=1"], "--rows='size=1' must be NAME=VALUE"),
@@ -206,16 +206,16 @@ def test_errors_are_one_line_before_the_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     options: list[str],
-    told: str,
+    message: str,
 ) -> None:
     from self_attention_guidance.cli import compare
 
     monkeypatch.delattr(compare, "load_pipeline_of")
-    assert told in error_of(capsys, "compare", "a", "--out", tmp_path / "a.png", *options)
+    assert message in error_of(capsys, "compare", "a", "--out", tmp_path / "a.png", *options)
 
 
 @pytest.mark.parametrize(
-    ("name", "values", "told"),
+    ("name", "values", "message"),
     [
         ("size", [1], "axis='size' must be one of"),
         ("cfg", [], "must have values"),
@@ -224,6 +224,6 @@ def test_errors_are_one_line_before_the_model_is_loaded(
         ("layer", [""], "layer"),
     ],
 )
-def test_axes_refuse_what_they_cannot_hold(name: str, values: list[Any], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_axes_refuse_what_they_cannot_hold(name: str, values: list[Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         Axis(name, values)

@@ -183,7 +183,7 @@ def test_start_pictures_are_bounded(client: Client, tmp_path: Path, start: Path)
     Image.new("1", (8000, 8000)).save(huge)
     other.write_text("no picture")
     (tmp_path / "half.png").write_bytes(start.read_bytes()[:2000])
-    for given, told in (
+    for given, message in (
         ({"image": large}, "image='large.png' has 200x72 pixels, and a side must have at most 128"),
         ({"image": huge}, "8000x8000 pixels are too many"),
         ({"image": other}, "other.png is no picture that can be read"),
@@ -191,7 +191,7 @@ def test_start_pictures_are_bounded(client: Client, tmp_path: Path, start: Path)
         ({"mask": start}, "mask='start.png' needs an image"),
     ):
         files = {name: handle_file(path) for name, path in given.items()}
-        with pytest.raises(AppError, match=told) as raised:
+        with pytest.raises(AppError, match=message) as raised:
             client.predict(**SETTINGS, **files, api_name="/generate")
         assert "gradio" not in str(raised.value) and "\n" not in str(raised.value)
     sized = {**SETTINGS, "size": 64, "image": handle_file(large)}
@@ -200,8 +200,8 @@ def test_start_pictures_are_bounded(client: Client, tmp_path: Path, start: Path)
 
 def test_a_model_that_begins_with_noise_only_says_so(saved: Callable[[str], Path]) -> None:  # noqa: F811
     blocks = build_page(load_pipeline(str(saved("pixart"))), Limits()).app.blocks.values()
-    (told,) = (b for b in blocks if "begins with noise" in str(getattr(b, "value", "")))
-    assert "diffusers has no image to image for PixArtSigmaPipeline" in str(told.value)
+    (note,) = (b for b in blocks if "begins with noise" in str(getattr(b, "value", "")))
+    assert "diffusers has no image to image for PixArtSigmaPipeline" in str(note.value)
     shown = [block for block in blocks if getattr(block, "label", "") == "Strength"]
     assert [block.visible for block in shown] == [False]
 
@@ -239,8 +239,8 @@ def test_a_picture_gives_its_settings_back(
     asked = VisitorSettings(**{**SETTINGS, "method": "sag", **changed})
     (_, _), (guided, _) = studio.pair(asked, lambda share: None)
     save_png(guided.image, tmp_path / "a.png", guided.record)
-    values, told = values_of(str(tmp_path / "a.png"), studio)
-    assert told == "The page has its settings now."
+    values, message = values_of(str(tmp_path / "a.png"), studio)
+    assert message == "The page now has its settings."
     read = {name: type(getattr(asked, name))(values.get(name, "")) for name in SETTINGS}
     again = replace(asked, **read, method=values["method"], layers=values["layers"])
     assert again == asked
@@ -253,7 +253,7 @@ def test_what_the_page_cannot_take_from_a_picture_is_told(
     studio, path = Studio(demo[1], Limits(max_steps=20)), tmp_path / "a.png"
     pipeline, own = demo[1].pipeline, demo[1].pipeline.guidance
 
-    def told_of(guidance: Any = own, model: str | None = "emoji", **given: Any) -> str:
+    def message_of(guidance: Any = own, model: str | None = "emoji", **given: Any) -> str:
         settings = demo[1].settings(**{"num_inference_steps": 2, **given})
         pipeline.guidance = guidance
         try:
@@ -263,24 +263,26 @@ def test_what_the_page_cannot_take_from_a_picture_is_told(
         save_png(picture.image, path, picture.record, overwrite=True)
         return values_of(str(path), studio)[1]
 
-    assert told_of() == "The page has its settings now."
-    assert "guidance.branch='cond', not 'uncond'" in told_of(replace(own, branch="cond"))
-    assert "height=64, not None" in told_of(width=72, height=64)
-    assert "It began with" in told_of(image=str(start)) and "give that" in told_of(image=str(start))
-    assert "method='sag+pag'" in told_of(own + PerturbedAttentionGuidance(2.0))
-    assert "steps=21 must be at most 20" in told_of(num_inference_steps=21)
-    assert "was drawn by None, and this page draws with emoji" in told_of(model=None)
+    assert message_of() == "The page now has its settings."
+    assert "guidance.branch='cond', not 'uncond'" in message_of(replace(own, branch="cond"))
+    assert "height=64, not None" in message_of(width=72, height=64)
+    assert "It began with" in message_of(image=str(start)) and "upload that" in message_of(
+        image=str(start)
+    )
+    assert "method='sag+pag'" in message_of(own + PerturbedAttentionGuidance(2.0))
+    assert "steps=21 must be at most 20" in message_of(num_inference_steps=21)
+    assert "was drawn by None, and this page draws with emoji" in message_of(model=None)
     for content in (b"", b"no picture", start.read_bytes(), path.read_bytes()[:-40]):
         path.write_bytes(content)
-        values, told = values_of(str(path), studio)
-        assert not values and told.startswith("This picture ")
+        values, message = values_of(str(path), studio)
+        assert not values and message.startswith("This picture ")
 
 
 def test_a_grid_gives_its_sides_back(demo: tuple[str, LoadedPipeline], client: Client) -> None:
     sides = {"rows": "prompt", "row_values": "a|b, c", "columns": "cfg", "column_values": "1,3"}
     path = client.predict(**{**SETTINGS, "steps": 1}, **sides, api_name="/sweep")
-    values, told = values_of(path, Studio(demo[1], Limits()))
-    assert told == "The page has its settings now."
+    values, message = values_of(path, Studio(demo[1], Limits()))
+    assert message == "The page now has its settings."
     assert values.items() >= sides.items()
 
 
@@ -327,7 +329,7 @@ def test_a_sweep_draws_what_the_library_draws(
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "message"),
     [
         ({"steps": 21}, "greater than maximum value 20"),
         ({"steps": 0}, "less than minimum value 1"),
@@ -342,16 +344,16 @@ def test_a_sweep_draws_what_the_library_draws(
     ],
 )
 def test_what_is_out_of_bounds_is_one_sentence_and_the_app_goes_on(
-    client: Client, changed: dict[str, Any], told: str
+    client: Client, changed: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(AppError, match=told) as raised:
+    with pytest.raises(AppError, match=message) as raised:
         client.predict(**{**SETTINGS, **changed}, api_name="/generate")
     assert "\n" not in str(raised.value) and "Traceback" not in str(raised.value)
     assert client.predict(**{**SETTINGS, "steps": 1}, api_name="/generate")
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "message"),
     [
         ({"steps": 21}, "steps=21 must be at most 20 on this page"),
         ({"steps": 0}, "steps=0 must be a whole number, at least 1"),
@@ -365,10 +367,10 @@ def test_what_is_out_of_bounds_is_one_sentence_and_the_app_goes_on(
         ({"method": "pagg"}, "method='pagg' must be one of "),
     ],
 )
-def test_limits_do_not_rely_on_the_pages_controls(changed: dict[str, Any], told: str) -> None:
+def test_limits_do_not_rely_on_the_pages_controls(changed: dict[str, Any], message: str) -> None:
     limits = Limits(max_steps=20, max_size=128)
     VisitorSettings(**SETTINGS).check(limits)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         VisitorSettings(**{**SETTINGS, **changed}).check(limits)
 
 
@@ -376,7 +378,7 @@ def test_a_grid_is_bounded() -> None:
     limits = Limits(max_images=6, max_steps=20)
     rows, columns = check_axes("prompt", "a|b, c", "guidance", "none, sag:scale=2", limits)
     assert (rows.values, columns.values) == (["a", "b, c"], [None, "sag:scale=2"])
-    for name, values, told in (
+    for name, values, message in (
         ("scale", "0,1,2,3", "pictures=8 must be at most 6"),
         ("scale", "0,x", "columns='scale=0,x': could not convert"),
         ("scale", "nan", "finite"),
@@ -389,7 +391,7 @@ def test_a_grid_is_bounded() -> None:
         ("prompt", "a" * 2001, "2000 characters"),
         ("size", "8", "with a name of prompt"),
     ):
-        with pytest.raises(ValueError, match=re.escape(told)):
+        with pytest.raises(ValueError, match=re.escape(message)):
             check_axes("layer", "default,mid", name, values, limits)
 
 

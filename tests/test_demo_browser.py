@@ -155,8 +155,8 @@ def test_compare_drag_and_keep(page: Page) -> None:
 
 def test_what_a_pair_took_and_where_it_was_blurred(page: Page) -> None:
     draw(page)
-    told = r"^Unguided [\d.]+ s, 8 network evaluations; guided [\d.]+ s, 9 network evaluations$"
-    expect(page.get_by_text(re.compile(told))).to_be_visible()
+    message = r"^Unguided [\d.]+ s, 8 network evaluations; guided [\d.]+ s, 9 network evaluations$"
+    expect(page.get_by_text(re.compile(message))).to_be_visible()
     blurred = button(page, "Where it was blurred")
     expect(blurred).to_be_visible()
     field(page, "Guidance").click()
@@ -322,7 +322,7 @@ def test_an_earlier_picture_sets_the_controls(page: Page, address: str, tmp_path
     page.get_by_role("button", name="Settings of an earlier picture").click()
     block = page.locator(".block", has=page.get_by_text("Earlier picture", exact=True)).last
     block.locator("input[type=file]").set_input_files(earlier)
-    expect(page.get_by_text("The page has its settings now.")).to_be_visible()
+    expect(page.get_by_text("The page now has its settings.")).to_be_visible()
     expect(field(page, "Seed")).to_have_value("4")
     expect(field(page, "Layers")).to_have_value("mid")
     expect(page.get_by_label("number input for PAG scale (0 is off)")).to_have_value("2")
@@ -335,8 +335,8 @@ def test_an_earlier_picture_sets_the_controls(page: Page, address: str, tmp_path
     record = {**read_record(earlier), "model": "emoji-styles"}
     save_png(Image.new("RGB", (8, 8)), earlier, record, overwrite=True)
     block.locator("input[type=file]").set_input_files(earlier)
-    told = "drawn by emoji-styles, and this page draws with emoji: nothing was changed."
-    expect(page.get_by_text(told)).to_be_visible()
+    message = "drawn by emoji-styles, and this page draws with emoji: nothing was changed."
+    expect(page.get_by_text(message)).to_be_visible()
     Image.new("RGB", (8, 8)).save(earlier)
     block.locator("input[type=file]").set_input_files(earlier)
     expect(page.get_by_text("This picture holds no settings")).to_be_visible()

@@ -217,10 +217,10 @@ def test_pictures_unlike_the_art_are_a_warning(
     out, plot = tmp_path / "a.json", tmp_path / "a.png"
     paths = (strange, sets / "sharp.npz", sets / "reference.npz")
     assert run("evaluate", *paths, *QUICK, "--json", out, "--plot", plot) == 0
-    told = "strange: most pictures are unlike the art that the features emoji were made for"
+    message = "strange: most pictures are unlike the art that the features emoji were made for"
     lines = [line for line in capsys.readouterr().err.splitlines() if "unlike" in line]
     assert len(lines) == 1
-    assert lines[0].startswith(f"warning: {told}")
+    assert lines[0].startswith(f"warning: {message}")
     assert lines[0].endswith("--features inception (pip install torch-fidelity)")
     saved = json.loads(out.read_text(encoding="utf-8"))["warnings"]
     assert lines[0].removeprefix("warning: ") in saved
@@ -236,8 +236,8 @@ def test_few_pictures_have_no_precision(
         captured = capsys.readouterr()
         assert "precision" not in captured.out
         name = "few" if paths[0] == few else "the reference"
-        told = f"warning: {name}: precision and recall are left out, 99 pictures are too few"
-        assert told in captured.err
+        message = f"warning: {name}: precision and recall are left out, 99 pictures are too few"
+        assert message in captured.err
     both = evaluate(few, sets / "sharp.npz", sets / "reference.npz", out=tmp_path / "a.json")
     assert [len(each["metrics"]) for each in both] == [4, 6]
     (row,) = [line for line in capsys.readouterr().out.splitlines() if "precision" in line]
@@ -268,8 +268,8 @@ def test_plots_tell_features_and_warnings(tmp_path: Path) -> None:
     reference: Any = SimpleNamespace(path=Path("reference"), features=None)
     sample = SampleReport("samples", Path("samples"), 100, metrics)
     heights: list[int] = []
-    for told in ((), ("Beware of these figures.",), ("Beware of these figures.",) * 2):
-        report = Report(reference, "emoji", 0, 0, [sample], told)
+    for notes in ((), ("Beware of these figures.",), ("Beware of these figures.",) * 2):
+        report = Report(reference, "emoji", 0, 0, [sample], notes)
         write_plot(tmp_path / "a.png", report)
         with Image.open(tmp_path / "a.png") as image:
             heights.append(image.height)
@@ -306,7 +306,7 @@ def test_wrong_inputs_are_one_line(
     save_npz(tmp_path / "large.npz", draw(12, 0, size=64))
     np.savez(tmp_path / "mu.npz", mu=np.zeros(5), sigma=np.eye(5))
     np.savez(tmp_path / "shapes.npz", mu=np.zeros(5), sigma=np.eye(4))
-    for name, told in {
+    for name, message in {
         "none": "does not exist: give a folder of pictures or an .npz file",
         "empty": "holds no pictures: none of .apng, .bmp, .gif, .jfif, .jpe, .jpeg, .jpg, .png",
         "mixed": "z.png' is 40x32, 00000.png is 32x32: all pictures must have one size",
@@ -321,13 +321,13 @@ def test_wrong_inputs_are_one_line(
         "mu.npz": "holds moments and no features: it can be the reference only",
         "shapes.npz": "sigma is float64 of shape (4, 4); it must be finite numbers of shape (5, 5)",
     }.items():
-        assert told in error_of(capsys, "evaluate", tmp_path / name, sets / "sharp.npz"), name
-    told = error_of(capsys, "evaluate", sets / "sharp.npz", tmp_path / "mu.npz")
-    assert "holds statistics of 5 features, emoji has 64" in told
+        assert message in error_of(capsys, "evaluate", tmp_path / name, sets / "sharp.npz"), name
+    message = error_of(capsys, "evaluate", sets / "sharp.npz", tmp_path / "mu.npz")
+    assert "holds statistics of 5 features, emoji has 64" in message
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "message"),
     [
         ({"features": np.full((12, 64), np.nan)}, "features is float64 of shape (12, 64); it must"),
         ({"features": np.zeros(64)}, "it must be finite numbers of shape (any, any)"),
@@ -345,7 +345,7 @@ def test_wrong_inputs_are_one_line(
     ],
 )
 def test_broken_statistics_are_one_line(
-    changed: dict[str, Any], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    changed: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = np.random.default_rng(0).standard_normal((12, 64), dtype=np.float32)
     arrays = {"encoder": np.array("emoji"), "size": np.array([32, 32]), "features": rows}
@@ -354,7 +354,7 @@ def test_broken_statistics_are_one_line(
     np.savez(tmp_path / "broken.npz", **given)
     save_npz(tmp_path / "samples.npz", draw(12, 0))
     error = error_of(capsys, "evaluate", tmp_path / "samples.npz", tmp_path / "broken.npz")
-    assert told in error
+    assert message in error
 
 
 def test_statistics_may_be_of_any_type_of_number(sets: Path, tmp_path: Path) -> None:
@@ -397,7 +397,7 @@ def test_broken_archives_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ([], "SAMPLES and REFERENCE must be given"),
         (["b.npz", "--features", "clip"], "--features='clip' must be one of emoji, inception"),
@@ -415,12 +415,12 @@ def test_wrong_options_are_one_line(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     arguments: list[str],
-    told: str,
+    message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("a.npz", "b.npz"):
         save_npz(tmp_path / name, draw(12, 0))
-    assert told in error_of(capsys, "evaluate", "a.npz", *arguments)
+    assert message in error_of(capsys, "evaluate", "a.npz", *arguments)
 
 
 def test_statistics_of_other_features_are_refused(
@@ -430,15 +430,15 @@ def test_statistics_of_other_features_are_refused(
     assert run("evaluate", sets / "reference.npz", "--save-statistics", saved) == 0
     capsys.readouterr()
     np.savez(tmp_path / "other.npz", **arrays_of(saved) | {"encoder": np.array("inception")})
-    told = error_of(capsys, "evaluate", sets / "sharp.npz", tmp_path / "other.npz")
-    assert "holds features of inception, not of emoji" in told
+    message = error_of(capsys, "evaluate", sets / "sharp.npz", tmp_path / "other.npz")
+    assert "holds features of inception, not of emoji" in message
 
 
 def test_missing_libraries_are_one_line(
     sets: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     paths = (sets / "sharp.npz", sets / "reference.npz")
-    for name, arguments, told in (
+    for name, arguments, message in (
         (INCEPTION, ("--features", "inception"), "need torch-fidelity: pip install torch-fidelity"),
         (
             "matplotlib",
@@ -447,7 +447,7 @@ def test_missing_libraries_are_one_line(
         ),
     ):
         monkeypatch.setitem(sys.modules, name, None)
-        assert told in error_of(capsys, "evaluate", *paths, *arguments)
+        assert message in error_of(capsys, "evaluate", *paths, *arguments)
 
 
 # Inception
@@ -507,9 +507,10 @@ def test_failed_downloads_are_one_line(
     fake = SimpleNamespace(FeatureExtractorInceptionV3=fail)
     monkeypatch.setitem(sys.modules, INCEPTION, fake)
     paths = (sets / "sharp.npz", sets / "reference.npz")
-    told = error_of(capsys, "evaluate", *paths, "--features", "inception")
+    message = error_of(capsys, "evaluate", *paths, "--features", "inception")
     assert (
-        "torch-fidelity could not fetch the weights of inception: RuntimeError: no network" in told
+        "torch-fidelity could not fetch the weights of inception: RuntimeError: no network"
+        in message
     )
 
 
@@ -549,6 +550,6 @@ def test_builtin_features_need_neither_diffusers_nor_the_extra(sets: Path) -> No
         " '--bootstrap', '0']);"
         "assert not {'diffusers', 'matplotlib', 'torchmetrics'} & set(sys.modules)"
     )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert told.returncode == 0, told.stderr
-    assert "Fréchet distance" in told.stdout
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Fréchet distance" in done.stdout

@@ -255,7 +255,7 @@ REFUSED: dict[str, tuple[str, Write, str]] = {
     "floats of 64 bits": (
         ".tif",
         tiff((GRAY / 255).astype("<f8").tobytes(), 64, sample_format=3),
-        "none, or of an unknown kind",
+        "no picture, or of an unknown format",
     ),
     "colours in floats": (
         ".tif",
@@ -266,7 +266,7 @@ REFUSED: dict[str, tuple[str, Write, str]] = {
             channels=3,
             sample_format=3,
         ),
-        "none, or of an unknown kind",
+        "no picture, or of an unknown format",
     ),
     "16 bits, signed": (
         ".tif",
@@ -279,11 +279,15 @@ REFUSED: dict[str, tuple[str, Write, str]] = {
         "white is not known",
     ),
     "empty": (".png", lambda path: path.write_bytes(b""), "it is empty"),
-    "text": (".jpg", lambda path: path.write_text("no picture"), "none, or of an unknown kind"),
+    "text": (
+        ".jpg",
+        lambda path: path.write_text("no picture"),
+        "no picture, or of an unknown format",
+    ),
     "a program's page": (
         ".png",
         lambda path: path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n"),
-        "none, or of an unknown kind",
+        "no picture, or of an unknown format",
     ),
     "half a PNG": (
         ".png",
@@ -302,12 +306,12 @@ REFUSED: dict[str, tuple[str, Write, str]] = {
 def test_what_cannot_be_right_is_refused(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    suffix, write, told = REFUSED[kind]
+    suffix, write, message = REFUSED[kind]
     folder = save_folder(tmp_path / "pictures", np.stack([COLOUR] * 12))
     write(folder / f"z{suffix}")
     error = error_of(capsys, "evaluate", folder, folder)
     assert f"z{suffix}' cannot be read as a picture: " in error
-    assert told in error
+    assert message in error
 
 
 def test_files_that_are_no_pictures_are_left_out(tmp_path: Path) -> None:
@@ -327,8 +331,8 @@ def test_rotated_pictures_have_the_size_that_is_seen(
     exif = Image.Exif()
     exif[274] = 6
     image(COLOUR).save(folder / "z.png", exif=exif)
-    told = error_of(capsys, "evaluate", folder, folder)
-    assert "z.png' is 12x16, 00000.png is 16x12: all pictures must have one size" in told
+    message = error_of(capsys, "evaluate", folder, folder)
+    assert "z.png' is 12x16, 00000.png is 16x12: all pictures must have one size" in message
 
 
 def test_pictures_of_16_bits_have_the_figures_of_8_bits(tmp_path: Path) -> None:

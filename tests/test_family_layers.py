@@ -131,8 +131,8 @@ def test_a_network_without_attention_is_refused_by_name(method: str) -> None:
         up_block_types=("UpBlock2D",) * 2,
         mid_block_type=None,
     )
-    told = f"layers=None: {METHODS[method].__name__} has no default here: .*there is none"
-    with pytest.raises(ValueError, match=told):
+    message = f"layers=None: {METHODS[method].__name__} has no default here: .*there is none"
+    with pytest.raises(ValueError, match=message):
         METHODS[method]().attach(bare, scheduler=tiny_scheduler())
     assert not bare._forward_hooks
 
@@ -188,14 +188,14 @@ def test_what_the_command_refuses(capsys: pytest.CaptureFixture[str], tmp_path: 
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "Any"}))
     assert "neither unet/config.json nor" in error_of(capsys, "layers", tmp_path)
     (tmp_path / "unet").mkdir()
-    for config, told in (
+    for config, message in (
         ("[", "is not the config of a denoiser"),
         ("{}", "is not the config of a denoiser"),
         ('{"_class_name": "Nothing"}', "there is no denoiser 'Nothing' in diffusers"),
         ('{"_class_name": "AutoencoderKL"}', "AutoencoderKL is not supported"),
     ):
         (tmp_path / "unet" / "config.json").write_text(config)
-        assert told in error_of(capsys, "layers", tmp_path)
+        assert message in error_of(capsys, "layers", tmp_path)
     assert "--guidance pag:layers" in " ".join(help_without_torch("layers").split())
 
 

@@ -115,8 +115,8 @@ def test_a_layer_that_does_not_run_is_caught(method: str) -> None:
 
     pipe.unet.mid_block.__class__ = Idle
     untouched = traces(pipe)
-    told = "no (attention was weakened|tokens were changed) at 'mid_block.* did not run"
-    with pytest.raises(RuntimeError, match=told), METHODS[method](layers="mid").attach(pipe):
+    message = "no (attention was weakened|tokens were changed) at 'mid_block.* did not run"
+    with pytest.raises(RuntimeError, match=message), METHODS[method](layers="mid").attach(pipe):
         KINDS["Stable Diffusion"].draw(pipe)
     assert traces(pipe) == untouched
 
@@ -216,7 +216,7 @@ def test_the_fast_preset_costs_a_sixth(method: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "setting", "told"),
+    ("method", "setting", "message"),
     [
         *((method, {"layers": []}, "must be a dotted module path") for method in METHODS),
         *((method, {"branch": "both"}, "branch='both' must be") for method in METHODS),
@@ -227,6 +227,6 @@ def test_the_fast_preset_costs_a_sixth(method: str) -> None:
         ("tpg", {"seed": -1}, "seed=-1 must be a whole number, at least 0"),
     ],
 )
-def test_settings_that_are_wrong_are_refused(method: str, setting: Any, told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_settings_that_are_wrong_are_refused(method: str, setting: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         METHODS[method](**setting)

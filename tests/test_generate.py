@@ -142,7 +142,7 @@ def test_metadata_reproduces_the_picture(pipe: StableDiffusionSAGPipeline) -> No
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ({"num_inference_steps": 0}, "num_inference_steps=0 must be a whole number, at least 1"),
         ({"num_inference_steps": 2.5}, "num_inference_steps=2.5"),
@@ -154,13 +154,13 @@ def test_metadata_reproduces_the_picture(pipe: StableDiffusionSAGPipeline) -> No
         ({"negative_prompt": None}, "negative_prompt: None must be a text"),
     ],
 )
-def test_bad_settings_are_refused(arguments: dict[str, object], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_bad_settings_are_refused(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         GenerationSettings(**arguments)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ({"prompts": []}, r"prompts=\[\] must hold at least one"),
         ({"prompts": ["a", 3]}, "prompts: 3 must be a text"),
@@ -171,9 +171,9 @@ def test_bad_settings_are_refused(arguments: dict[str, object], told: str) -> No
     ],
 )
 def test_bad_arguments_are_refused_by_the_call(
-    pipe: StableDiffusionSAGPipeline, arguments: dict[str, object], told: str
+    pipe: StableDiffusionSAGPipeline, arguments: dict[str, object], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         generate(pipe, **{"prompts": "a", **arguments})  # type: ignore[arg-type]
 
 
@@ -241,11 +241,11 @@ def test_a_single_file(tmp_path: Path, hub_cache: Path) -> None:
     loaded = load_pipeline(str(file), "cpu")
     assert loaded.name == "model"
     assert_same_weights(loaded, folder)
-    for part, told in (("diffusion_model", "weights are missing"), ("cond", "does not hold '")):
+    for part, message in (("diffusion_model", "weights are missing"), ("cond", "does not hold '")):
         tensors = load_file(file)
         gone = max(name for name in tensors if part in name)
         save_file({n: v for n, v in tensors.items() if n != gone}, tmp_path / "less.safetensors")
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             load_pipeline(str(tmp_path / "less.safetensors"), "cpu")
 
 

@@ -105,8 +105,8 @@ def test_several_act_together(tmp_path: Path, model: str, options: list[object])
     assert (drawn(model, tmp_path, *options) == wanted).all()
     for one in together.parts:
         assert (of_library(model, one) != wanted).any()
-    told = read_parameters(path).settings
-    assert told["Guidance Method"] == "sag+pag"
+    parameters = read_parameters(path).settings
+    assert parameters["Guidance Method"] == "sag+pag"
     again = ("generate", "--like", path, "--model", model, "--out", tmp_path / "again")
     assert run(*again) == 0
     with Image.open(tmp_path / "again" / "00000-0.png") as image:
@@ -129,11 +129,11 @@ def test_metadata_has_what_extensions_of_web_interfaces_read(
     tmp_path: Path, model: str, method: str
 ) -> None:
     drawn(model, tmp_path, "--guidance", f"{method}:scale=2,start=0.25,stop=0.75", "--steps", 8)
-    told = read_parameters(tmp_path / "00000-0.png").settings
+    parameters = read_parameters(tmp_path / "00000-0.png").settings
     name = method.upper()
-    assert told[f"{name} Active"] == "True"
-    assert told[f"{name} Scale"] == "2"
-    assert (told[f"{name} Start Step"], told[f"{name} End Step"]) == ("2", "5")
+    assert parameters[f"{name} Active"] == "True"
+    assert parameters[f"{name} Scale"] == "2"
+    assert (parameters[f"{name} Start Step"], parameters[f"{name} End Step"]) == ("2", "5")
     drawn(model, tmp_path, "--guidance", f"{method}:scale=0")
     assert f"{name} Active" not in read_parameters(tmp_path / "00000-0.png").settings
 
@@ -164,8 +164,8 @@ def test_compare_shows_attention_of_guidances_that_blur(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, model: str
 ) -> None:
     arguments = ("compare", "a", "--model", model, "--show-attention", "--out", tmp_path / "a.png")
-    told = error_of(capsys, *arguments, "--guidance", "pag")
-    assert "show_attention shows where pictures were blurred: pag blurs none" in told
+    message = error_of(capsys, *arguments, "--guidance", "pag")
+    assert "show_attention shows where pictures were blurred: pag blurs none" in message
     assert not (tmp_path / "a.png").exists()
     assert run(*arguments, "--guidance", "blur") == 0
 
@@ -194,24 +194,24 @@ def test_runs_that_go_on_name_the_setting_that_differs(
     shared = ("--model", pixel_model, "--guidance")
     sample = ("sample", "--num-samples", 5, "--batch-size", 1, "--out", out, *shared)
     assert "with guidance.every=2, not 3: go on" in error_of(capsys, *sample, "pag:every=3")
-    told = error_of(capsys, *sample, "sag")
-    assert "guidance.method='pag', not 'sag'; guidance.scale=3.0, not 1.5" in told
+    message = error_of(capsys, *sample, "sag")
+    assert "guidance.method='pag', not 'sag'; guidance.scale=3.0, not 1.5" in message
     assert run(*sample, "pag:every=2") == 0
     assert "2 of them drawn before, 3 now" in capsys.readouterr().out
     batch = ("batch", "--num-samples", 2, "--out", tmp_path / "list", *shared)
     assert run(*batch, "pag:every=2") == 0
     capsys.readouterr()
     longer = (*batch[:2], 3, *batch[3:])
-    told = error_of(capsys, *longer, "pag:every=3")
-    assert "out holds pictures with guidance.every=2, not 3: go on with the same" in told
+    message = error_of(capsys, *longer, "pag:every=3")
+    assert "out holds pictures with guidance.every=2, not 3: go on with the same" in message
     assert run(*longer, "pag:every=2") == 0
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["pagg"], "'pagg' is no guidance; did you mean pag? There are "),
-        ([""], "'' is no guidance; There are"),
+        ([""], "'' is no guidance; there are"),
         (["sag:blur_sgima=1"], "'blur_sgima' is no setting of sag; did you mean blur_sigma?"),
         (["pag:threshold=1"], "'threshold' is no setting of pag; "),
         (["sag:method=pag"], "'method' is no setting of sag"),
@@ -228,7 +228,7 @@ def test_runs_that_go_on_name_the_setting_that_differs(
         (["pag:layers="], "layers='' must be a dotted module path"),
         (["pag + sagg"], "'sagg' is no guidance; did you mean sag?"),
         (["pag", "--guidance", "sag:scale=x"], "scale='x' must be a number"),
-        (["pag + sag", "--start", "0"], "start of which guidance? Give it inside of --guidance"),
+        (["pag + sag", "--start", "0"], "start of which guidance? Give it inside --guidance"),
         (["pag", "--threshold", "1"], "'threshold' is no setting of pag"),
         (["pag:start=0.2", "--start", "0"], "start was given twice: by --guidance and by"),
     ],
@@ -241,13 +241,13 @@ def test_errors_are_one_line(
     pixel_model: str,
     command: str,
     arguments: list[str],
-    told: str,
+    message: str,
 ) -> None:
     start = {
         "generate": ["a", "--model", model, "--out", tmp_path / "out"],
         "sample": ["--num-samples", 1, "--model", pixel_model, "--out", tmp_path / "a.npz"],
     }[command]
-    assert told in error_of(capsys, command, *start, "--guidance", *arguments)
+    assert message in error_of(capsys, command, *start, "--guidance", *arguments)
     assert not list(tmp_path.rglob("*.*"))
 
 

@@ -91,7 +91,7 @@ class TestLora:
     ) -> None:
         (tmp_path / "style.pt").touch()
         save_file({"other.weight": torch.ones(2)}, tmp_path / "other.safetensors")
-        for text, told in (
+        for text, message in (
             ("none.safetensors", "--lora='none.safetensors' does not exist"),
             (tmp_path / "style.pt", "must be FILE.safetensors or FILE.safetensors:SCALE"),
             (f"{lora}:much", "the scale 'much' must be a finite number"),
@@ -99,7 +99,7 @@ class TestLora:
             (tmp_path / "other.safetensors", "other.safetensors'"),
         ):
             asked = ("generate", "a", "--model", model, "--lora", text, "--out", tmp_path / "out")
-            assert told in error_of(capsys, *asked)
+            assert message in error_of(capsys, *asked)
         sample = ("batch", "--num-samples", 1, "--model", "emoji-adm", "--out", tmp_path / "out")
         assert "emoji-adm takes no prompts" in error_of(capsys, *sample, "--lora", lora)
 

@@ -42,8 +42,8 @@ def draw(pipe: Any, **arguments: Any) -> torch.Tensor:
 def test_a_prediction_is_reported_with_its_step_and_cause() -> None:
     pipe = tiny_pipeline(StableDiffusionSAGPipeline)
     poison(pipe.unet)
-    told = r"^step 0 \(timestep \d+\): the denoiser's prediction is not finite; the weights are"
-    with pytest.raises(FloatingPointError, match=told):
+    message = r"^step 0 \(timestep \d+\): the denoiser's prediction is not finite; the weights are"
+    with pytest.raises(FloatingPointError, match=message):
         draw(pipe)
 
 
@@ -53,8 +53,8 @@ def test_a_later_step_differs_from_the_first() -> None:
     def spoil(_pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         return {"latents": tensors["latents"] * (torch.nan if step == 1 else 1)}
 
-    told = r"^step 2 \(timestep \d+\): the denoiser's input is not finite"
-    with pytest.raises(FloatingPointError, match=told):
+    message = r"^step 2 \(timestep \d+\): the denoiser's input is not finite"
+    with pytest.raises(FloatingPointError, match=message):
         draw(pipe, callback_on_step_end=spoil)
 
 
@@ -67,10 +67,10 @@ def test_the_second_pass_alone_is_reported_and_leaves_the_model_as_it_was() -> N
         calls.append(len(output[0]))
         return (output[0] * torch.nan,) if len(calls) == 2 else None
 
-    told = "step 0 .* its prediction in the weakened pass is not finite"
+    message = "step 0 .* its prediction in the weakened pass is not finite"
     # A hook that is there first sees both passes before guidance does.
     hook = pipe.unet.register_forward_hook(spoil)
-    with SelfAttentionGuidance().attach(pipe), pytest.raises(FloatingPointError, match=told):
+    with SelfAttentionGuidance().attach(pipe), pytest.raises(FloatingPointError, match=message):
         draw(pipe)
     hook.remove()
     assert calls == [2, 1]
@@ -91,11 +91,11 @@ def test_generate_says_so_in_one_line_and_writes_nothing(
     poison(pipe.unet)
     pipe.save_pretrained(tmp_path / "model")
     out = tmp_path / "out"
-    told = last_line(
+    message = last_line(
         *(capsys, "generate", "a", "--model", tmp_path / "model", "--out", out),
         *("--steps", 2, "--sag-scale", scale),
     )
-    assert "step 0 (timestep" in told and "is not finite" in told
+    assert "step 0 (timestep" in message and "is not finite" in message
     assert list(out.glob("*")) == []
 
 
@@ -106,8 +106,8 @@ def test_generate_notices_a_decoder_that_overflows(
     poison(pipe.vae.decoder)
     pipe.save_pretrained(tmp_path / "model")
     command = ("generate", "a", "--model", tmp_path / "model", "--steps", 2)
-    told = last_line(capsys, *command, "--out", tmp_path / "out")
-    assert "the decoded picture is not finite" in told
+    message = last_line(capsys, *command, "--out", tmp_path / "out")
+    assert "the decoded picture is not finite" in message
     assert list((tmp_path / "out").glob("*")) == []
 
 
@@ -119,9 +119,9 @@ def test_sample_says_so_in_one_line(
     poison(pipe.unet)
     pipe.save_pretrained(tmp_path / "model")
     out = tmp_path / "samples.npz"
-    told = last_line(
+    message = last_line(
         *(capsys, "sample", "--model", tmp_path / "model", "--out", out, "--num-samples", 2),
         *("--steps", 2, "--sag-scale", scale),
     )
-    assert "step 0 (timestep" in told and "is not finite" in told
+    assert "step 0 (timestep" in message and "is not finite" in message
     assert not out.exists()

@@ -247,8 +247,8 @@ def test_iddpm_scripts_rescale_timesteps_by_default() -> None:
     script = {"image_size": 64, "diffusion_steps": 4000}
     assert architecture_of(complete_config("iddpm", script)).timestep_scale == 0.25
     assert architecture_of(complete_config("adm", script)).timestep_scale == 1
-    told = {**script, "rescale_timesteps": False}
-    assert architecture_of(complete_config("iddpm", told)).timestep_scale == 1
+    changed = {**script, "rescale_timesteps": False}
+    assert architecture_of(complete_config("iddpm", changed)).timestep_scale == 1
 
 
 @torch.no_grad()

@@ -226,8 +226,8 @@ def test_several_guidances_of_two_calls_a_step(name: str, branches: Any) -> None
 
 
 def test_attaching_several_is_refused_where_one_is_there_already(pipe: Any) -> None:
-    told = "guided already, by SelfAttentionGuidance.* and PerturbedAttentionGuidance"
-    with attach(pipe, SAG, PAG), pytest.raises(ValueError, match=told):
+    message = "guided already, by SelfAttentionGuidance.* and PerturbedAttentionGuidance"
+    with attach(pipe, SAG, PAG), pytest.raises(ValueError, match=message):
         PAG.attach(pipe)
     for wrong in ((), ("sag",), (SelfAttentionGuidance,)):
         with pytest.raises(ValueError, match="attach needs a guidance behind its target"):
@@ -246,7 +246,7 @@ def test_settings_are_plain_data_and_back(guidance: Guidance) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({}, "method=None must be one of blur, pag, sag, seg, slg, tpg"),
         ({"method": "cfg"}, "method='cfg' must be one of"),
@@ -254,8 +254,8 @@ def test_settings_are_plain_data_and_back(guidance: Guidance) -> None:
         ({"method": "sag", "scale": "much"}, "scale='much' must be a finite number"),
     ],
 )
-def test_settings_that_are_wrong_are_refused(settings: Any, told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_settings_that_are_wrong_are_refused(settings: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         Guidance.from_dict(settings)
 
 

@@ -91,8 +91,8 @@ def test_every_argument_of_the_parent_is_there_by_name(cls: type) -> None:
             assert ours[name].default == parameter.default
     bound = parameters(MAKE[cls]().__call__)
     assert list(bound) == list(ours)[1:]
-    told = pydoc.render_doc(cls.__call__, renderer=pydoc.plaintext)
-    assert all(name in told.split("Draw pictures")[0] for name in theirs)
+    text = pydoc.render_doc(cls.__call__, renderer=pydoc.plaintext)
+    assert all(name in text.split("Draw pictures")[0] for name in theirs)
 
 
 @pytest.mark.parametrize("cls", [XL, DiTSAGPipeline])

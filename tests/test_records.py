@@ -275,8 +275,10 @@ def test_samples_of_batch(tmp_path: Path, pixel_model: str, method: str) -> None
 def test_web_interfaces_find_the_settings_under_their_names(tmp_path: Path, model: str) -> None:
     command = ("generate", "cat", "--model", model, "--steps", 8, "--out", tmp_path)
     assert run(*command, "--guidance", guidance_text("sag", "prompts")) == 0
-    told = read_parameters(tmp_path / "00000-0.png").settings
-    assert {name: value for name, value in told.items() if "uidance" in name or "SAG" in name} == {
+    parameters = read_parameters(tmp_path / "00000-0.png").settings
+    assert {
+        name: value for name, value in parameters.items() if "uidance" in name or "SAG" in name
+    } == {
         "Guidance Method": "sag",
         "SAG Guidance Enabled": "True",
         "SAG Guidance Scale": "2.5",
@@ -294,8 +296,12 @@ def test_web_interfaces_find_the_settings_under_their_names(tmp_path: Path, mode
         "SAG Layer": LAYER["prompts"],
     }
     assert run(*command, "--guidance", "pag", "--overwrite") == 0
-    told = read_parameters(tmp_path / "00000-0.png").settings
-    assert {"PAG Scale": "3", "PAG Layers": "default", "PAG Branch": "cond"}.items() <= told.items()
+    parameters = read_parameters(tmp_path / "00000-0.png").settings
+    assert {
+        "PAG Scale": "3",
+        "PAG Layers": "default",
+        "PAG Branch": "cond",
+    }.items() <= parameters.items()
 
 
 def test_the_text_of_samples_tells_what_shaped_them(
@@ -304,12 +310,12 @@ def test_the_text_of_samples_tells_what_shaped_them(
     command = ["sample", "--model", pixel_model, "--num-samples", 1, "--out", tmp_path / "a.npz"]
     command += ["--eta", 0.5, "--classes", "4,0", "--classifier", classifier, "--blur-guidance"]
     assert run(*command, "--every", 2) == 0
-    told = read_parameters(tmp_path / "a.png").settings
+    parameters = read_parameters(tmp_path / "a.png").settings
     expected = {"Eta": "0.5", "Classes": "4, 0", "Classifier scale": "1", "Blur Every": "2"}
-    assert expected.items() <= told.items()
-    assert told["Guidance Method"] == "blur"
-    assert told["Classifier"].startswith("NoisyClassifier ")
-    assert not [name for name in told if "SAG" in name]
+    assert expected.items() <= parameters.items()
+    assert parameters["Guidance Method"] == "blur"
+    assert parameters["Classifier"].startswith("NoisyClassifier ")
+    assert not [name for name in parameters if "SAG" in name]
 
 
 def test_a_new_setting_of_a_guidance_appears_by_itself(tmp_path: Path, model: str) -> None:

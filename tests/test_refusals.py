@@ -64,8 +64,8 @@ def test_a_forward_that_was_replaced_in_its_class_is_refused_by_name(pipe: Any) 
 
     Cached.forward = cached  # as TeaCache does it
     pipe.unet.__class__ = Cached
-    told = r"the forward of Cached was replaced by '\S+cached'"
-    with pytest.raises(ValueError, match=told):
+    message = r"the forward of Cached was replaced by '\S+cached'"
+    with pytest.raises(ValueError, match=message):
         SelfAttentionGuidance(1.0).attach(pipe)
 
 
@@ -75,10 +75,12 @@ def test_a_forward_that_was_replaced_in_its_class_is_refused_by_name(pipe: Any) 
 def test_a_replaced_forward_is_refused_by_name(
     pipe: Any, guidance: Any, replace: Callable[[Any], None], when: str
 ) -> None:
-    told = r"the forward of UNet2DConditionModel\S* was replaced by 'replace_\w+.*caches over the"
+    message = (
+        r"the forward of UNet2DConditionModel\S* was replaced by 'replace_\w+.*caches over the"
+    )
     if when == "before":
         replace(pipe.unet)
-    with pytest.raises(ValueError, match=told), guidance.attach(pipe):
+    with pytest.raises(ValueError, match=message), guidance.attach(pipe):
         replace(pipe.unet)
         draw(pipe)
 
@@ -108,8 +110,10 @@ def test_merged_tokens_are_refused(pipe: Any) -> None:
             return super().forward(few, *args, **kwargs).repeat_interleave(4, 1)
 
     block.attn1.__class__ = Merging
-    told = r"attends over 16 positions, but its picture has 8 x 8: what merges or leaves out tokens"
-    with SelfAttentionGuidance(1.0).attach(pipe), pytest.raises(ValueError, match=told):
+    message = (
+        r"attends over 16 positions, but its picture has 8 x 8: what merges or leaves out tokens"
+    )
+    with SelfAttentionGuidance(1.0).attach(pipe), pytest.raises(ValueError, match=message):
         draw(pipe, height=128, width=128)
 
 
@@ -134,8 +138,10 @@ def test_a_kernel_that_is_not_torch_s_is_named(
         return (query @ key.mT / query.shape[-1] ** 0.5).softmax(-1) @ value
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", by_hand)
-    told = r"no attention was \w+ at .*: torch.nn.functional.scaled_dot_product_attention was repl"
-    with guidance.attach(pipe), pytest.raises(RuntimeError, match=told):
+    message = (
+        r"no attention was \w+ at .*: torch.nn.functional.scaled_dot_product_attention was repl"
+    )
+    with guidance.attach(pipe), pytest.raises(RuntimeError, match=message):
         draw(pipe)
 
 
@@ -163,8 +169,8 @@ def ignore_the_layer(pipe: Any) -> Any:
 
 @pytest.mark.parametrize("ignore", [ignore_the_input, ignore_the_layer])
 def test_guidance_that_does_nothing_is_an_error(pipe: Any, ignore: Callable[[Any], Any]) -> None:
-    told = "step 0: .* had no effect: the weakened network predicted what the network"
-    with ignore(pipe).attach(pipe), pytest.raises(RuntimeError, match=told):
+    message = "step 0: .* had no effect: the weakened network predicted what the network"
+    with ignore(pipe).attach(pipe), pytest.raises(RuntimeError, match=message):
         draw(pipe, guidance_scale=1.0)
 
 

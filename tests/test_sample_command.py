@@ -89,8 +89,8 @@ def test_other_networks_alone_are_refused_by_what_they_lack(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny_conditional_unet().save_pretrained(tmp_path / "unet")
-    told = error_of(capsys, "generate", "a", "--model", tmp_path / "unet")
-    assert "is a network alone (UNet2DConditionModel), without what reads prompts" in told
+    message = error_of(capsys, "generate", "a", "--model", tmp_path / "unet")
+    assert "is a network alone (UNet2DConditionModel), without what reads prompts" in message
     sample = ("sample", "--model", tmp_path / "unet", "--num-samples", 1)
     assert "it must be one of" in error_of(capsys, *sample)
 
@@ -103,8 +103,8 @@ def test_a_network_without_attention_is_pointed_to_blur_guidance(
     UNet2DModel(**blocks, **shape, add_attention=False).save_pretrained(tmp_path / "unet")
     asked = ("sample", "--model", tmp_path / "unet", "--num-samples", 1, "--steps", 2)
     asked += ("--out", tmp_path / "a.npz")
-    told = error_of(capsys, *asked)
-    assert "this UNet2DModel has no self-attention; BlurGuidance ('blur') needs none" in told
+    message = error_of(capsys, *asked)
+    assert "this UNet2DModel has no self-attention; BlurGuidance ('blur') needs none" in message
     assert run(*asked, "--guidance", "blur") == 0
 
 
@@ -146,16 +146,16 @@ def test_classes_have_names(
     assert arrays_of(tmp_path / "a.npz")["arr_1"].tolist() == [2, 0, 1, 1, 0]
     assert (pictures_of(tmp_path / "a.npz") == pictures_of(tmp_path / "b.npz")).all()
     capsys.readouterr()
-    for wrong, told in (
+    for wrong, message in (
         ("hart", "--classes='hart' is no class of this model: the nearest are heart"),
         ("1,fruit", "--classes='fruit' is no class of this model: the nearest are food-fruit"),
         ("zzz", "--classes='zzz' is no class of this model, which has tench, tinca tinca, heart"),
         ("7", "classes=7 must be from 0 to 6"),
     ):
-        assert told in error_of(capsys, *asked, tmp_path / "c.npz", "--classes", wrong)
+        assert message in error_of(capsys, *asked, tmp_path / "c.npz", "--classes", wrong)
     (model / "classes.json").write_text("[1, 2]")
-    told = error_of(capsys, *asked, tmp_path / "c.npz", "--classes", "heart")
-    assert "the classes must be names, by numbers" in told
+    message = error_of(capsys, *asked, tmp_path / "c.npz", "--classes", "heart")
+    assert "the classes must be names, by numbers" in message
 
 
 def test_classes_of_the_builtin_model_have_names() -> None:
@@ -197,15 +197,15 @@ def test_other_settings_are_one_line(
     loaded = load_pixel_model(model, "cpu")
     loaded.pipeline.set_progress_bar_config(disable=True)
     interrupt(loaded.pipeline, out, 2, loaded.settings())
-    told = error_of(capsys, *arguments, "--seed", 4)
-    assert "holds an unfinished run with seed=0, not 4" in told
-    assert "--overwrite" in told
+    message = error_of(capsys, *arguments, "--seed", 4)
+    assert "holds an unfinished run with seed=0, not 4" in message
+    assert "--overwrite" in message
     assert run(*arguments) == 0
     assert "5 pictures, 2 of them drawn before, 3 now in " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--num-samples", "0"], "--num-samples=0 must be a whole number, at least 1"),
         (["--num-samples", "x"], "--num-samples"),
@@ -239,14 +239,14 @@ def test_user_errors_are_one_line(
     tmp_path: Path,
     model: str,
     arguments: list[str],
-    told: str,
+    message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     if "--num-samples" not in arguments:
         arguments = [*arguments, "--num-samples", "2"]
     if "--model" not in arguments:
         arguments = [*arguments, "--model", model]
-    assert told in error_of(capsys, "sample", *arguments)
+    assert message in error_of(capsys, "sample", *arguments)
     assert not list(tmp_path.iterdir())
 
 
@@ -256,8 +256,8 @@ def test_it_needs_neither_pyarrow_nor_ray(tmp_path: Path, model: str) -> None:
         "from self_attention_guidance.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     arguments = ["sample", "--model", model, "--num-samples", "1", "--out", tmp_path / "a.npz"]
-    told = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
-    assert (told.returncode, told.stderr) == (0, "")
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
     assert len(pictures_of(tmp_path / "a.npz")) == 1
 
 
@@ -267,8 +267,8 @@ def test_two_runs_of_one_file_are_refused(
     out = tmp_path / "a.npz"
     with Storage(f"{out}.parts").locked():
         for _ in range(2):
-            told = error_of(capsys, "sample", "--model", model, "--num-samples", 1, "--out", out)
-            assert "is in use by another run" in told
+            message = error_of(capsys, "sample", "--model", model, "--num-samples", 1, "--out", out)
+            assert "is in use by another run" in message
 
 
 def test_number_of_samples_must_be_given(capsys: pytest.CaptureFixture[str]) -> None:
@@ -280,22 +280,22 @@ def test_classes_of_models_without_are_refused(
 ) -> None:
     tiny_pipeline().save_pretrained(tmp_path / "tiny")
     arguments = ["sample", "--model", tmp_path / "tiny", "--num-samples", 1, "--classes", 1]
-    told = error_of(capsys, *arguments, "--out", tmp_path / "a.npz")
-    assert "classes=[1] must not be given: the model has no classes" in told
+    message = error_of(capsys, *arguments, "--out", tmp_path / "a.npz")
+    assert "classes=[1] must not be given: the model has no classes" in message
 
 
 def test_foreign_folders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["sample", "--num-samples", 1, "--out", tmp_path / "a.npz", "--model", tmp_path]
     assert "without model_index.json" in error_of(capsys, *arguments)
     index = tmp_path / "model_index.json"
-    for content, told in {
+    for content, message in {
         "{": "model_index.json cannot be read",
         "[]": "must hold a JSON object",
         '{"_class_name": "KandinskyPipeline", "movq": []}': "must be one of ADMPipeline",
         '{"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]}': "cannot be loaded",
     }.items():
         index.write_text(content)
-        assert told in error_of(capsys, *arguments)
+        assert message in error_of(capsys, *arguments)
 
 
 # Models
@@ -314,8 +314,8 @@ def test_builtin_pixel_model(
     assert pipe.guidance == SelfAttentionGuidance(1.5)
     with pytest.raises(ValueError, match="takes no prompts: draw from it with `sag sample`"):
         find_model("emoji-adm")
-    told = error_of(capsys, "generate", "a", "--model", "emoji-adm", "--out", tmp_path / "out")
-    assert "`sag sample`" in told
+    message = error_of(capsys, "generate", "a", "--model", "emoji-adm", "--out", tmp_path / "out")
+    assert "`sag sample`" in message
     assert run("sample", "--num-samples", "1", "--out", tmp_path / "a.npz") == 0
 
 
@@ -348,13 +348,13 @@ def test_classifier_comes_from_its_folder(tmp_path: Path, model: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["gan", "a.pt", "new"], "kind='gan' must be one of adm, iddpm, dit, classifier"),
         (["adm", "none.pt", "new"], "checkpoint='none.pt' must be a file"),
         (["adm", "a.pt", "a.pt"], "out='a.pt' is a file: name a folder"),
         (["adm", "a.pt", "full"], "out: 'full' exists and is not empty"),
-        (["adm", "a.pt", "new", "--config", "a.json", "--preset", "x"], "must not be given both"),
+        (["adm", "a.pt", "new", "--config", "a.json", "--preset", "x"], "must not both be given"),
         (["adm", "a.pt", "new", "--config", "none.json"], "config='none.json' cannot be read as"),
         (["adm", "a.pt", "new", "--config", "a.pt"], "config='a.pt' cannot be read as JSON"),
         (["adm", "a.pt", "new", "--config", "list.json"], "must hold a JSON object"),
@@ -367,7 +367,7 @@ def test_wrong_conversions_are_one_line(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     arguments: list[str],
-    told: str,
+    message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("a.pt").write_bytes(b"nothing")
@@ -375,7 +375,7 @@ def test_wrong_conversions_are_one_line(
     Path("list.json").write_text("[]")
     Path("full").mkdir()
     Path("full", "mine").write_text("mine")
-    assert told in error_of(capsys, "convert", *arguments)
+    assert message in error_of(capsys, "convert", *arguments)
     assert not Path("new").exists()
 
 

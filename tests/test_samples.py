@@ -135,8 +135,8 @@ def test_npz_refuses_pieces_that_do_not_fit(tmp_path: Path) -> None:
     piece = np.zeros((2, 4), dtype=np.uint8)
     write_npz(tmp_path / "a.npz", {"a": StreamedArray((4, 4), "uint8", [piece, piece])})
     assert (arrays_of(tmp_path / "a.npz")["a"] == np.zeros((4, 4))).all()
-    for shape, told in (((3, 4), "2 rows, the array 3"), ((2, 5), r"of shape \(2, 4\)")):
-        with pytest.raises(ValueError, match=told):
+    for shape, message in (((3, 4), "2 rows, the array 3"), ((2, 5), r"of shape \(2, 4\)")):
+        with pytest.raises(ValueError, match=message):
             write_npz(tmp_path / "b.npz", {"a": StreamedArray(shape, "uint8", [piece])})
 
 

@@ -129,7 +129,7 @@ def other_guidance() -> Any:
 
 
 @pytest.mark.parametrize(
-    ("make", "settings", "seed", "told"),
+    ("make", "settings", "seed", "message"),
     [
         (tiny_pipeline, replace(FEW, eta=0.5), 0, r"with eta=0\.0, not 0\.5: go on"),
         (tiny_pipeline, replace(FEW, num_inference_steps=3), 0, "num_inference_steps=2, not 3"),
@@ -142,11 +142,11 @@ def other_guidance() -> Any:
     ],
 )
 def test_other_settings_are_refused(
-    tmp_path: Path, make: Any, settings: SampleSettings, seed: int, told: str
+    tmp_path: Path, make: Any, settings: SampleSettings, seed: int, message: str
 ) -> None:
     out = tmp_path / "a.npz"
     interrupt(tiny_pipeline(), out, 1)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         SampleJob(make(), out, 5, settings, seed=seed)
     assert SampleJob(tiny_pipeline(), out, 5, FEW).drawn == 1
 

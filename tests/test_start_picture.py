@@ -104,8 +104,8 @@ def test_it_is_drawn_again_from_its_file(
     assert read_record(path)["settings"]["strength"] == 0.6
     Image.new("RGB", (64, 64)).save(start)
     capsys.readouterr()
-    told = error_of(capsys, "generate", "--like", path, "--out", tmp_path / "c")
-    assert "is another picture than it was" in told
+    message = error_of(capsys, "generate", "--like", path, "--out", tmp_path / "c")
+    assert "is another picture than it was" in message
     assert run("generate", "--like", path, "--image", start, "--out", tmp_path / "c") == 0
 
 
@@ -129,7 +129,7 @@ def test_rows_of_a_list_begin_with_pictures(tmp_path: Path, start: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (["--image", "none.png"], "--image='none.png' does not exist"),
         (["--image", __file__], "is no picture that can be read"),
@@ -141,10 +141,12 @@ def test_rows_of_a_list_begin_with_pictures(tmp_path: Path, start: Path) -> None
     ],
 )
 def test_mistakes_are_one_line(
-    capsys: pytest.CaptureFixture[str], start: Path, options: list[object], told: str
+    capsys: pytest.CaptureFixture[str], start: Path, options: list[object], message: str
 ) -> None:
     given = [start if option == "START" else option for option in options]
-    assert told in error_of(capsys, "generate", "red heart", *given, "--out", start.parent / "out")
+    assert message in error_of(
+        capsys, "generate", "red heart", *given, "--out", start.parent / "out"
+    )
 
 
 def test_a_model_without_image_to_image_is_refused(
@@ -153,5 +155,5 @@ def test_a_model_without_image_to_image_is_refused(
     start: Path,
 ) -> None:
     asked = ("generate", "a", "--model", saved("pixart"), "--image", start, "--steps", 1)
-    told = error_of(capsys, *asked, "--out", start.parent / "out")
-    assert "image must not be given: diffusers has no image to image for PixArtSigmaP" in told
+    message = error_of(capsys, *asked, "--out", start.parent / "out")
+    assert "image must not be given: diffusers has no image to image for PixArtSigmaP" in message

@@ -447,12 +447,12 @@ def test_a_guided_run_of_sdxl_may_be_divided_between_two_pipelines(stop: float) 
     with guidance.attach(base):
         whole = latents(base, **size)
         first = latents(base, **size, denoising_end=0.5)
-    with guidance.attach(refiner) as handle, warnings.catch_warnings(record=True) as told:
+    with guidance.attach(refiner) as handle, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         second = latents(refiner, image=first, denoising_start=0.5)
     assert handle.steps == (2 if stop == 1 else 0)
     unguided_part = "this run has the 2 steps from 0.5 of the way on"
-    assert any(unguided_part in str(each.message) for each in told) == (stop == 0.5)
+    assert any(unguided_part in str(each.message) for each in caught) == (stop == 0.5)
     assert torch.equal(second, whole)
     unguided = latents(refiner, image=first, denoising_start=0.5)
     assert torch.equal(unguided, whole) == (stop == 0.5)

@@ -236,10 +236,12 @@ def test_a_run_with_other_settings_is_refused_by_their_name(
         job_of(model, work).run(report=interrupt)
     arguments = ["tune", model, *FEW, "--budget", PICTURES]
     capsys.readouterr()
-    told = error_of(capsys, *arguments, "--steps", "3")
-    assert f"holds a run with steps={STEPS}, not 3" in told and told.startswith("error: --work=")
-    told = error_of(capsys, *arguments, "--steps", STEPS, "--reference", reference)
-    assert "reference=None, not 'pag.npz " in told
+    message = error_of(capsys, *arguments, "--steps", "3")
+    assert f"holds a run with steps={STEPS}, not 3" in message and message.startswith(
+        "error: --work="
+    )
+    message = error_of(capsys, *arguments, "--steps", STEPS, "--reference", reference)
+    assert "reference=None, not 'pag.npz " in message
     parts = len(list((work / "parts").iterdir()))
     anew = job_of(model, work, steps=1, overwrite=True)
     assert len(list((work / "parts").iterdir())) == parts  # until it runs
@@ -258,16 +260,16 @@ def test_a_reference_of_another_size_is_refused(
     noise = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 3), np.uint8)
     np.savez(tmp_path / "small.npz", arr_0=noise)
     arguments = [*FEW, "--budget", PICTURES, "--steps", 1, "--reference", tmp_path / "small.npz"]
-    told = error_of(capsys, "tune", model, *arguments)
-    assert "--reference: it holds pictures of 8x8 pixels, the model draws 16x16" in told
+    message = error_of(capsys, "tune", model, *arguments)
+    assert "--reference: it holds pictures of 8x8 pixels, the model draws 16x16" in message
 
 
 def test_settings_of_others_are_not_replaced(
     model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (model / "sag_settings.json").write_text('{"guidance": {"scale": 1.5}}')
-    told = error_of(capsys, "tune", model, *FEW, "--budget", PICTURES)
-    assert "sag_settings.json' exists" in told
+    message = error_of(capsys, "tune", model, *FEW, "--budget", PICTURES)
+    assert "sag_settings.json' exists" in message
     assert not (model / "sag_tune").exists()
 
 
@@ -302,8 +304,8 @@ def test_a_time_budget_holds_across_runs(
     with pytest.raises(KeyboardInterrupt):
         job_of(model, tmp_path / "work", budget=budget).run(report=stop)
     assert 80 <= clock.now <= 160
-    told: list[str] = []
-    found, _ = job_of(model, tmp_path / "work", budget=budget).run(told.append)
+    lines: list[str] = []
+    found, _ = job_of(model, tmp_path / "work", budget=budget).run(lines.append)
     assert found.seconds <= 250
     assert clock.now == found.seconds > 170
     assert_equal_counts(found)
@@ -312,7 +314,7 @@ def test_a_time_budget_holds_across_runs(
     again, _ = job_of(model, tmp_path / "work", budget=budget).run()
     assert again.pictures == found.pictures
     assert (again.ranking, again.chosen) == (found.ranking, found.chosen)
-    assert "settings in" in told[0] and told[1].startswith("about ")
+    assert "settings in" in lines[0] and lines[1].startswith("about ")
 
 
 def test_time_that_is_short_is_kept_for_the_report(

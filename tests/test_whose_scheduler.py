@@ -123,9 +123,9 @@ def test_a_scheduler_that_does_not_run_is_refused(scheduler: Any) -> None:
     running.set_timesteps(5)
     idle.set_timesteps(7)
     x, texts = torch.randn(1, 4, 8, 8), torch.randn(1, 7, 32)
-    told = r"is not at timestep .* attach guidance to the pipeline that runs"
+    message = r"is not at timestep .* attach guidance to the pipeline that runs"
     guided = GUIDANCE.attach(unet, scheduler=idle)
-    with guided, torch.no_grad(), pytest.raises(ValueError, match=told):
+    with guided, torch.no_grad(), pytest.raises(ValueError, match=message):
         for t in running.timesteps:
             sample = running.scale_model_input(x, t)
             x = running.step(unet(sample, t, texts).sample, t, x).prev_sample
@@ -171,8 +171,8 @@ def test_inversion_by_a_pipeline_is_refused_and_drawing_is_not() -> None:
 
 def test_a_denoiser_that_replaces_the_guided_one_is_not_silently_unguided() -> None:
     pipe = tiny_pipeline(StableDiffusionPipeline)
-    told = "got another denoiser after guidance was attached"
-    with pytest.raises(RuntimeError, match=told), GUIDANCE.attach(pipe):
+    message = "got another denoiser after guidance was attached"
+    with pytest.raises(RuntimeError, match=message), GUIDANCE.attach(pipe):
         pipe.unet = tiny_unet(seed=1)
         draw(pipe)
     pipe.unet = tiny_unet()

@@ -91,14 +91,14 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_they_are_answered_without_torch(folder: Path) -> None:
-    told = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", _CODE, str(folder)],
         input="\n".join(AT_ONCE),
         capture_output=True,
         text=True,
     )
-    assert told.returncode == 0, told.stderr
-    answers = told.stderr.splitlines()
+    assert done.returncode == 0, done.stderr
+    answers = done.stderr.splitlines()
     assert len(answers) == len(AT_ONCE)
     for (line, begin), answer in zip(AT_ONCE.items(), answers, strict=True):
         assert answer.startswith(f"error: {begin}"), line

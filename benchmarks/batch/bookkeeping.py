@@ -86,8 +86,8 @@ def main() -> None:
 def measured(options: argparse.Namespace, workers: int) -> dict[str, float]:
     """The figures of a run in a fresh process."""
     command = [sys.executable, __file__, "--work", str(options.work), "--measure", str(workers)]
-    told = subprocess.run(command, check=True, capture_output=True, text=True)
-    return json.loads(told.stdout.splitlines()[-1])
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -35,8 +35,8 @@ def rate(options: argparse.Namespace, workers: int) -> float:
     command = [sys.executable, "-m", "self_attention_guidance.cli", "batch", "--json"]
     command += ["--num-samples", options.rows, "--steps", options.steps, "--out", options.work]
     command += ["--workers", workers]
-    told = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
-    summary = json.loads(told.stdout.splitlines()[-1])
+    done = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
+    summary = json.loads(done.stdout.splitlines()[-1])
     assert summary["drawn"] == options.rows
     return summary["drawn"] / summary["seconds"]
 

@@ -54,8 +54,8 @@ def of_process(configuration: Configuration, variant: str) -> Memory | str:
     )
     if done.returncode == 0:
         return Memory(**json.loads(done.stdout))
-    told = done.stderr.strip().splitlines()
-    return f"process ended with {done.returncode}" + (f": {told[-1]}" if told else "")
+    lines = done.stderr.strip().splitlines()
+    return f"process ended with {done.returncode}" + (f": {lines[-1]}" if lines else "")
 
 
 def of_cuda(run: Callable[[], object], device: torch.device) -> Memory:

@@ -64,8 +64,8 @@ def drawn(task: Task, setting: Setting, seeds: range, folder: Path) -> Drawn:
 
 
 def _digest(task: Task, setting: Setting, seeds: range) -> str:
-    told = task.description() | setting.to_dict() | {"first": seeds.start, "count": len(seeds)}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:24]
+    described = task.description() | setting.to_dict() | {"first": seeds.start, "count": len(seeds)}
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:24]
 
 
 @torch.no_grad()

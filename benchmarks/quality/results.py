@@ -80,24 +80,24 @@ def measured(task: Task, setting: Setting, samples: Drawn) -> Result:
 def write(name: str, result: Result) -> None:
     """Keep a result under a name such as "adm/every/sag"."""
     values = {key: [round(v, 5) for v in part.tolist()] for key, part in result.values.items()}
-    told = {**vars(result), "setting": result.setting.to_dict(), "values": values}
-    _write(name, told)
+    content = {**vars(result), "setting": result.setting.to_dict(), "values": values}
+    _write(name, content)
 
 
 def read(name: str, task: Task, count: int | None = None) -> Result | None:
     """A result that was kept; `None` if there is none of these weights and so many samples."""
-    told = _read(name)
-    if told is None or told["task"] != json.loads(json.dumps(task.description())):
+    stored = _read(name)
+    if stored is None or stored["task"] != json.loads(json.dumps(task.description())):
         return None
-    if count not in (None, told["count"]):
+    if count not in (None, stored["count"]):
         return None
-    values = {key: torch.tensor(v, dtype=torch.float64) for key, v in told["values"].items()}
-    return Result(told["task"], Setting.from_dict(told["setting"]), told["count"], values)
+    values = {key: torch.tensor(v, dtype=torch.float64) for key, v in stored["values"].items()}
+    return Result(stored["task"], Setting.from_dict(stored["setting"]), stored["count"], values)
 
 
 def write_trials(name: str, task: Task, trials: list[Trial]) -> None:
     """Keep what the search tried, the best first."""
-    told = [
+    described = [
         {
             "setting": trial.setting.to_dict(),
             "evaluations": trial.setting.evaluations,
@@ -105,27 +105,27 @@ def write_trials(name: str, task: Task, trials: list[Trial]) -> None:
         }
         for trial in trials
     ]
-    _write(f"{name}-trials", {"task": task.description(), "trials": told})
+    _write(f"{name}-trials", {"task": task.description(), "trials": described})
 
 
 def read_trials(name: str, task: Task) -> list[Trial] | None:
     """What `write_trials` kept; `None` if nothing, or of other weights."""
-    told = _read(f"{name}-trials")
-    if told is None or told["task"] != json.loads(json.dumps(task.description())):
+    stored = _read(f"{name}-trials")
+    if stored is None or stored["task"] != json.loads(json.dumps(task.description())):
         return None
     return [
         Trial(
             Setting.from_dict(one["setting"]),
             {int(count): value for count, value in one["distances"].items()},
         )
-        for one in told["trials"]
+        for one in stored["trials"]
     ]
 
 
-def _write(name: str, told: dict[str, Any]) -> None:
+def _write(name: str, content: dict[str, Any]) -> None:
     path = FOLDER / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in told.items())
+    lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
     partial = path.with_suffix(".partial")
     partial.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
     partial.replace(path)

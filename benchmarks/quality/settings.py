@@ -36,14 +36,14 @@ class Setting:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it that is not as usual, for JSON."""
-        told = {**vars(self), "guidance": [each.to_dict() for each in self.guidance]}
-        return {name: value for name, value in told.items() if value is not None}
+        described = {**vars(self), "guidance": [each.to_dict() for each in self.guidance]}
+        return {name: value for name, value in described.items() if value is not None}
 
     @staticmethod
-    def from_dict(told: dict[str, Any]) -> Setting:
+    def from_dict(described: dict[str, Any]) -> Setting:
         """What `to_dict` gave."""
-        guidance = tuple(Guidance.from_dict(each) for each in told["guidance"])
-        return Setting(**{**told, "guidance": guidance})
+        guidance = tuple(Guidance.from_dict(each) for each in described["guidance"])
+        return Setting(**{**described, "guidance": guidance})
 
 
 def _passes(guidance: Guidance, steps: int) -> int:

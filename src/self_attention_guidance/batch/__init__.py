@@ -1,4 +1,4 @@
-"""Lists of pictures of any length, on one machine or a Ray cluster; nothing is lost or doubled.
+"""Lists of pictures of any length, on one machine or a Ray cluster; none is lost or drawn twice.
 
 Example:
     ```python
@@ -8,7 +8,7 @@ Example:
     model = Model(name="emoji")
     defaults = Defaults(settings=model.settings())
     job = BatchJob(PromptList("prompts.jsonl"), "pictures", model, defaults)
-    summary = job.run(Crew(workers=2))  # killed at any moment, the same lines go on
+    summary = job.run(Crew(workers=2))  # if it is killed, the same lines resume it
     ```
 """
 
@@ -44,7 +44,7 @@ __all__ = [
     "unused_columns",
 ]
 
-# Importing torch takes seconds, and a wrong list is reported before that.
+# Importing torch takes seconds; a wrong list is reported without it.
 __getattr__, __dir__ = exported(
     __name__,
     {

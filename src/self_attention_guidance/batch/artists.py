@@ -1,4 +1,4 @@
-"""Models that draw tasks, and how a worker gets one."""
+"""Models that draw tasks, and how a worker loads one."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ from .tasks import Task
 
 
 class Artist(Protocol):
-    """Draws tasks; a picture depends on its task and the number of tasks alone."""
+    """What draws tasks; a picture depends only on its task and the number of tasks."""
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """All that pictures depend on besides their tasks; values that JSON can hold."""
+        """Everything that pictures depend on besides their tasks, as JSON values."""
         ...
 
     def draw(self, tasks: Sequence[Task]) -> list[GeneratedImage]:
-        """Draws tasks of equal settings in one batch."""
+        """Draw tasks with equal settings in one batch."""
         ...
 
 
@@ -54,9 +54,9 @@ class Model:
         device: As in `find_device`.
         dtype: As in `find_dtype`.
         scheduler: A name of `scheduler_names()`; `None` is the model's own.
-        fast: Whether guidance is the model's fast preset, and not what it recommends.
-        guidance: Settings that differ from these; with the short name of another guidance as
-            "method", those of that one.
+        fast: Whether guidance is the model's fast preset instead of what it recommends.
+        guidance: Settings that differ from that guidance. With the short name of another guidance
+            as "method", they differ from the defaults of that one, or its fast preset.
         loras: As in `load_pipeline`.
         offload: As in `load_pipeline`.
         is_compiled: As in `load_pipeline`.
@@ -76,7 +76,7 @@ class Model:
     is_compiled: bool = False
 
     def __post_init__(self) -> None:
-        """Checks what can be checked before it is loaded."""
+        """Check what can be checked without loading the model."""
         self.find()
         guidance_of({"method": "sag", **self.guidance})
         for name in ("loras", "offload", "is_compiled") if is_pixel_model(self.name) else ():
@@ -91,12 +91,12 @@ class Model:
         """The folder, file or hub id of the model.
 
         Raises:
-            ValueError: There is none.
+            ValueError: There is no such model.
         """
         return find_prompt_or_pixel_model(self.name)
 
     def settings(self, **given: Any) -> GenerationSettings:
-        """Settings of pictures: what is given, else what the model recommends.
+        """Settings of pictures: those given, and for the rest what the model recommends.
 
         Args:
             **given: Arguments of `GenerationSettings`; `None` counts as not given.
@@ -111,7 +111,7 @@ class Model:
         return settings_of(GenerationSettings, own, **given)
 
     def __call__(self) -> Artist:
-        """Loads it.
+        """Load the model.
 
         Raises:
             ValueError: It cannot be loaded.
@@ -160,13 +160,13 @@ class PixelArtist:
         networks: Mapping[str, str] | None = None,
         on_progress: Progress | None = None,
     ) -> None:
-        """Draws nothing yet.
+        """Describe the model; draw nothing yet.
 
         Args:
             pipeline: An `ADMPipeline`.
-            name: Of the model, for the metadata; `None` leaves it out.
-            networks: What `fingerprints` says of the pipeline, if it was asked before.
-            on_progress: As in `draw_samples`; a batch that was filled up counts as what it holds.
+            name: Name of the model, for the metadata; `None` leaves it out.
+            networks: What `fingerprints` returned for the pipeline, if it is known already.
+            on_progress: As in `draw_samples`; copies that fill up a batch are not counted.
         """
         self.pipeline = pipeline
         self.name = name
@@ -176,10 +176,10 @@ class PixelArtist:
         self.identity = _identity(record, pipeline)
 
     def draw(self, tasks: Sequence[Task]) -> list[GeneratedImage]:
-        """Draws tasks of equal settings in one batch; without classes, they are as the seeds say.
+        """Draw tasks with equal settings in one batch; seeds choose the classes that are missing.
 
         Args:
-            tasks: Without prompts.
+            tasks: Tasks without prompts.
 
         Raises:
             ValueError: The model cannot follow a setting.
@@ -228,6 +228,6 @@ class PixelArtist:
 
 
 def _identity(record: Record, pipeline: Any) -> dict[str, Any]:
-    """All that pictures depend on besides their tasks, which may choose another scale."""
+    """Everything that pictures depend on besides their tasks, which may choose another scale."""
     kept = {name: value for name, value in record.items() if name != "settings"}
     return kept | {"guidance": pipeline.guidance.to_dict(), "device": pipeline.device.type}

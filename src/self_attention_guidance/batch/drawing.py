@@ -1,4 +1,4 @@
-"""The work of a worker: it draws units of tasks into files, and reports on each."""
+"""The work of a worker: to draw units of tasks into files, and report on each."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ _Drawn = tuple[Task, GeneratedImage | None, Row]
 
 @dataclass(frozen=True)
 class Unit:
-    """Tasks that one worker draws before it is asked for the next.
+    """Tasks that a worker draws before it gets the next ones.
 
     Attributes:
-        tasks: In the order of the list.
-        shard: Name of the tar file that the pictures go to; `None` gives each a file.
+        tasks: The tasks, in the order of the list.
+        shard: Name of the tar file for the pictures; `None` gives each picture its own file.
     """
 
     tasks: tuple[Task, ...]
@@ -50,8 +50,8 @@ class UnitResult:
     """The results of a unit.
 
     Attributes:
-        identity: Of the artist.
-        rows: Of the manifest, one a task.
+        identity: Identity of the artist.
+        rows: Rows of the manifest, one for each task.
     """
 
     identity: dict[str, Any]
@@ -59,7 +59,7 @@ class UnitResult:
 
 
 class UnitWorker:
-    """Draws units; it holds the model."""
+    """A worker that holds the model and draws units."""
 
     def __init__(
         self,
@@ -69,19 +69,19 @@ class UnitWorker:
         expected: Mapping[str, Any] | None = None,
         stops_at_errors: bool = False,
     ) -> None:
-        """Loads the model.
+        """Load the model.
 
         Args:
-            make_artist: Loads it.
+            make_artist: Loads the model.
             storage: Where the pictures go.
-            together: Tasks in one pass of the network. Short batches are filled up, so that all
-                have this size: what a network computes depends on it in the last bits.
-            expected: Identity of the artist that drew what is there; `None` takes any.
-            stops_at_errors: Whether a task that cannot be drawn ends the work, instead of costing
-                only itself.
+            together: Tasks in one pass of the network. Short batches are filled up to this size,
+                because the last bits of what a network computes depend on it.
+            expected: Identity of the artist that drew the existing pictures; `None` accepts any.
+            stops_at_errors: Whether an error in one task stops the work; otherwise only that task
+                fails.
 
         Raises:
-            ValueError: The model is another one than expected.
+            ValueError: The model is not the expected one.
         """
         self.artist = make_artist()
         self.storage = storage
@@ -94,11 +94,11 @@ class UnitWorker:
         check_identity(self.identity, expected)
 
     def __call__(self, unit: Unit) -> UnitResult:
-        """Draws a unit.
+        """Draw a unit.
 
         Raises:
             OSError: A file cannot be written.
-            RuntimeError: The device does not answer any more.
+            RuntimeError: The device no longer responds.
         """
         # Pictures are written as they are drawn: a shard may hold more than fit in memory.
         drawn = (found for group in _groups(unit.tasks) for found in self._draw_group(group))
@@ -115,7 +115,7 @@ class UnitWorker:
             started = time.monotonic()
             try:
                 drawings = self._draw(batch)
-            except Exception as error:  # a row must cost only itself, whatever is wrong with it
+            except Exception as error:  # whatever is wrong, only this row may fail
                 if _is_out_of_memory(error) and self.together > 1:
                     self.together //= 2
                     continue
@@ -130,7 +130,7 @@ class UnitWorker:
             del waiting[: len(batch)]
 
     def _draw_alone(self, tasks: Sequence[Task], error: Exception) -> Iterator[_Drawn]:
-        """Finds the tasks to blame for an error."""
+        """Find the tasks that cause an error."""
         if len(tasks) > 1:
             for task in tasks:
                 yield from self._draw_group([task])
@@ -156,7 +156,7 @@ class UnitWorker:
     def _save_shard(self, shard: str, drawn: Iterator[_Drawn]) -> list[Row]:
         rows: list[Row] = []
         for first in drawn:
-            if first[1] is not None:  # else there may be nothing to write at all
+            if first[1] is not None:  # without any, no shard is written
                 return rows + self._write_shard(shard, itertools.chain([first], drawn))
             rows.append(first[2])
         return rows
@@ -223,11 +223,11 @@ def row_of_bad_row(bad: BadRow) -> Row:
 
 
 def check_identity(found: Mapping[str, Any], expected: Mapping[str, Any] | None) -> None:
-    """Refuses to add pictures of one model to those of another.
+    """Refuse to add pictures of one model to those of another.
 
     Args:
         found: Identity of the model.
-        expected: Identity of the one that drew what is there; `None` is any.
+        expected: Identity of the model that drew the existing pictures; `None` accepts any.
 
     Raises:
         ValueError: They differ.
@@ -236,7 +236,7 @@ def check_identity(found: Mapping[str, Any], expected: Mapping[str, Any] | None)
         return
     raise ValueError(
         f"out holds pictures with {difference(expected, found)}: go on with the same, choose"
-        " another place, or begin anew with --overwrite"
+        " another place, or start again with --overwrite"
     )
 
 
@@ -292,7 +292,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _refuse_broken_device(error: Exception) -> None:
-    """After such an error, every picture of this process would fail."""
+    """Raise an error after which every picture of this process would fail."""
     if isinstance(error, RuntimeError) and "CUDA error" in str(error):
         raise error
 

@@ -1,4 +1,4 @@
-"""A whole list: its missing pictures are drawn, and the manifest records each."""
+"""Drawing a list: its missing pictures are drawn, and the manifest records each."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .storage import Storage
 from .tasks import Defaults
 from .workers import Crew, Lost, distribute
 
-# A part of the manifest is written after as many rows or seconds: what `kill -9` can cost.
+# A part of the manifest is written after this many rows or seconds; `kill -9` loses no more.
 _ROWS_IN_PART = 1000
 _SECONDS_OF_PART = 5.0
 
@@ -40,10 +40,10 @@ class Summary:
 
     Attributes:
         total: Pictures that the list asks for; a row that cannot be read counts as one.
-        done: Of these, how many there are.
-        failed: Of these, how many failed; the manifest says why.
-        drawn: How many of those that are there were drawn by this run.
-        seconds: How long this run takes.
+        done: How many of these are drawn.
+        failed: How many of these failed; the manifest says why.
+        drawn: How many of the drawn ones this run drew.
+        seconds: How long this run has taken.
     """
 
     total: int
@@ -57,9 +57,9 @@ Progress = Callable[[Summary], object]
 
 
 class BatchJob:
-    """A list of pictures and the folder that they go to; killed at any moment, it goes on.
+    """A list of pictures and their folder; a job that was killed resumes.
 
-    A picture depends on its task, the model and `together` alone: not on batches, workers, order
+    A picture depends only on its task, the model and `together`, not on batches, workers, order
     or restarts.
     """
 
@@ -76,20 +76,20 @@ class BatchJob:
         overwrite: bool = False,
         retry_failed: bool = False,
     ) -> None:
-        """Checks what can be checked without the list and without the model.
+        """Check what can be checked without the list and without the model.
 
         Args:
             source: A list, or a number of pictures without a prompt.
             out: The folder, or its URL; see `Storage`.
             make_artist: Loads the model, in each worker; `Model` is one. It must be picklable.
-            defaults: What holds where a row says nothing.
-            batch_size: Pictures that one of several workers is given at once, at least 1: what its
-                death costs. Pictures do not depend on it.
-            together: Pictures in one pass of the network, at least 1. Pictures depend on it in the
-                last bits; with 1 each is what it is alone.
-            shard_size: Pictures in a tar file, at least 1; `None` gives each a file.
-            overwrite: Whether what an earlier run left in `out` is deleted.
-            retry_failed: Whether what failed in an earlier run is tried again.
+            defaults: Values for the empty cells of rows.
+            batch_size: Pictures that each of several workers gets at once, at least 1. Its death
+                costs no more. Pictures do not depend on it.
+            together: Pictures in one pass of the network, at least 1. The last bits of pictures
+                depend on it; with 1, each is as if drawn alone.
+            shard_size: Pictures in a tar file, at least 1; `None` gives each its own file.
+            overwrite: Whether to delete what an earlier run left in `out`.
+            retry_failed: Whether to try again what failed in an earlier run.
 
         Raises:
             ValueError: An argument is outside its range.
@@ -107,16 +107,16 @@ class BatchJob:
         self.manifest = Manifest(self.storage)
 
     def run(self, crew: Crew | None = None, on_progress: Progress | None = None) -> Summary:
-        """Draws what is missing.
+        """Draw the missing pictures.
 
         Args:
-            crew: Who works; `None` is this process.
-            on_progress: Called when it is known how much there is to do, and after each unit.
+            crew: The workers; `None` is this process.
+            on_progress: Called once the amount of work is known, and after each unit.
 
         Raises:
-            ValueError: The list cannot be read, the model cannot be loaded, another run is in the
+            ValueError: The list cannot be read, the model cannot be loaded, another run uses the
                 folder, or it holds pictures of another job.
-            OSError: Something cannot be written; what is there stays, and the next run goes on.
+            OSError: Something cannot be written; finished pictures stay, and the next run resumes.
         """
         with self.storage.locked():
             if self.overwrite:
@@ -153,7 +153,7 @@ class _Run:
         self._report()
         if self.plan.bad:
             self._add([row_of_bad_row(bad) for bad in self.plan.bad])
-        # Alone, a worker is asked for as little at a time as it can, so that as little is lost.
+        # A single worker gets the smallest possible units, so that its death costs little.
         size = job.together if self.crew.is_here else max(job.batch_size, job.together)
         units = self.plan.units(job.shard_size or size, job.shard_size is not None)
         make_worker = functools.partial(
@@ -165,7 +165,7 @@ class _Run:
                 self._add(self._rows(unit, result))
         finally:
             results.close()
-            # What cannot be written now will be drawn again.
+            # Pictures whose rows cannot be written now will be drawn again.
             with suppress(OSError):
                 self._write()
         self._write()
@@ -207,7 +207,7 @@ class _Run:
             self.on_progress(self.summary)
 
     def _identity(self) -> dict[str, Any] | None:
-        """Of the model that drew what is there; `None` if nothing is."""
+        """Identity of the model that drew the existing pictures; `None` if there are none."""
         content = self.job.storage.read(JOB)
         if content is None:
             return None

@@ -14,13 +14,13 @@ from ..pipelines.adm import ADMPipeline
 def choose_labels(
     pipeline: ADMPipeline, settings: SampleSettings, seeds: Sequence[int]
 ) -> list[int] | None:
-    """Chooses a class for each sample.
+    """Choose a class for each sample.
 
     Args:
         pipeline: The model.
-        settings: Its `classes` are given out in turn. Without any, a class is drawn with the seed
-            of each sample, if the model needs one or if a classifier guides.
-        seeds: One a sample.
+        settings: Samples take its `classes` in turn. Without any, each sample's class is drawn with
+            its seed, if the model needs classes or a classifier guides.
+        seeds: One for each sample.
 
     Returns:
         A class for each sample, or `None` if none has one.
@@ -47,7 +47,7 @@ def choose_labels(
     if not guided and (of_model is None or null_label is not None):
         return None
     if not known:
-        raise ValueError("classes=() must be given: the classifier does not tell how many it knows")
+        raise ValueError("classes=() must be given: the classifier does not say how many it has")
     choices = [label for label in range(min(known)) if label != null_label]
     return [choices[int(np.random.default_rng(seed).integers(len(choices)))] for seed in seeds]
 

@@ -1,4 +1,4 @@
-"""Lists of prompts: JSON Lines, CSV and Parquet, here or in an object store."""
+"""Lists of prompts: JSON Lines, CSV and Parquet, on this machine or in an object store."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import fsspec.core
 
 Row = Mapping[str, Any] | ValueError
 
-# What damaged files make of the libraries that read them.
+# What the libraries raise for damaged files.
 _DAMAGE = (
     *(OSError, EOFError, ValueError, ImportError, LookupError, MemoryError, ArithmeticError),
     *(NotImplementedError, csv.Error, zlib.error, LZMAError),
@@ -24,15 +24,15 @@ _COMPRESSED = (".gz", ".bz2", ".xz")
 
 
 class PromptList:
-    """A list of prompts, which is read row by row, as often as wanted.
+    """A list of prompts, read row by row; it can be read several times.
 
     Attributes:
-        path: A file, or a URL that fsspec knows, in the form of JSON Lines (`.jsonl`, `.ndjson`),
-            CSV (`.csv`) or Parquet (`.parquet`). The texts may be compressed: `.jsonl.gz`.
+        path: A file, or a URL that fsspec knows: JSON Lines (`.jsonl`, `.ndjson`), CSV (`.csv`)
+            or Parquet (`.parquet`). Text files may be compressed: `.jsonl.gz`.
     """
 
     def __init__(self, path: str) -> None:
-        """Reads nothing yet.
+        """Check the path; read nothing yet.
 
         Args:
             path: The file or URL.
@@ -44,8 +44,8 @@ class PromptList:
         name = path.lower()
         for ending in _COMPRESSED:
             name = name.removesuffix(ending)
-        self._form = name.rsplit(".", 1)[-1]
-        if self._form not in ("jsonl", "ndjson", "csv", "parquet"):
+        self._format = name.rsplit(".", 1)[-1]
+        if self._format not in ("jsonl", "ndjson", "csv", "parquet"):
             raise ValueError(f"prompts={path!r} must end in .jsonl, .csv or .parquet")
         with _explained(path):
             filesystem, place = cast("tuple[Any, str]", fsspec.core.url_to_fs(path))
@@ -53,19 +53,19 @@ class PromptList:
                 raise ValueError(f"prompts={path!r} must be a file: there is none")
 
     def __iter__(self) -> Iterator[Row]:
-        """The rows; an error stands for a row that cannot be read while those after it can.
+        """Iterate over the rows; an error replaces a single row that cannot be read.
 
         Yields:
             Cells by column; `None` is an empty cell.
 
         Raises:
-            ValueError: The file cannot be read on, because it is cut off or of another form.
+            ValueError: The rest of the file cannot be read: it is cut off or in another format.
         """
         with _explained(self.path):
-            if self._form == "parquet":
+            if self._format == "parquet":
                 yield from self._parquet()
                 return
-            is_csv = self._form == "csv"
+            is_csv = self._format == "csv"
             text = {"encoding": "utf-8-sig", "newline": ""} if is_csv else {}
             opened: Any = fsspec.open(
                 self.path, "rt" if is_csv else "rb", compression="infer", **text
@@ -79,7 +79,7 @@ class PromptList:
                 continue
             row = _json_row(line, number)
             if isinstance(row, ValueError) and not line.endswith(b"\n"):
-                raise ValueError(f"ends in the middle of line {number}: is the file whole?")
+                raise ValueError(f"ends in the middle of line {number}: is the file complete?")
             yield row
 
     def _csv(self, file: Any) -> Iterator[Row]:
@@ -90,7 +90,7 @@ class PromptList:
             row = _csv_row(cast("dict[Any, Any]", cells), reader.line_num)
             if isinstance(row, ValueError) and not text.last.endswith("\n"):
                 raise ValueError(
-                    f"ends in the middle of line {reader.line_num}: is the file whole?"
+                    f"ends in the middle of line {reader.line_num}: is the file complete?"
                 )
             yield row
 
@@ -128,7 +128,7 @@ def _csv_row(cells: dict[Any, Any], line: int) -> Row:
 
 
 class _WatchedLines:
-    """Lines of a text, of which the last one that was read is known."""
+    """Lines of a text; the last one that was read is in `last`."""
 
     def __init__(self, lines: Iterable[str]) -> None:
         self.lines = lines
@@ -142,7 +142,7 @@ class _WatchedLines:
 
 @contextmanager
 def _explained(path: str) -> Generator[None]:
-    """Turns errors of libraries for unreadable files into one line that names the file."""
+    """Turn the libraries' errors for unreadable files into one line that names the file."""
     try:
         yield
     except FileNotFoundError:

@@ -1,7 +1,7 @@
 """The manifest: a Parquet file with a row for each picture.
 
-A run adds parts, each a whole file, and joins them when it ends. At every moment the file and the
-parts together hold each picture that was finished; while they are being joined, some twice.
+A run adds parts, each a complete file, and joins them when it ends. At any moment, the file and the
+parts together hold every finished picture; while they are being joined, they hold some twice.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ SCHEMA = pa.schema(
 Finished = dict[tuple[int, int], tuple[int, bool]]
 
 _ROWS_IN_MEMORY = 10_000
-# What damaged files make of pyarrow.
+# What pyarrow raises for damaged files.
 _DAMAGE = (pa.ArrowException, OSError, ValueError, LookupError, MemoryError, ArithmeticError)
 
 
@@ -63,7 +63,7 @@ class Manifest:
     """The manifest of a folder, for one run at a time."""
 
     def __init__(self, storage: Storage) -> None:
-        """Reads nothing yet.
+        """Store the folder; read nothing yet.
 
         Args:
             storage: The folder.
@@ -72,7 +72,7 @@ class Manifest:
         self._parts = 0
 
     def finished(self) -> Finished:
-        """Which pictures it holds; of several rows of one, the newest counts."""
+        """The pictures it holds; if one has several rows, the newest counts."""
         found: Finished = {}
         for batch in self._batches(["row", "image", "digest", "error"]):
             known = [batch.column(name).to_pylist() for name in ("row", "image", "digest")]
@@ -82,10 +82,10 @@ class Manifest:
         return found
 
     def add(self, rows: list[dict[str, Any]]) -> None:
-        """Adds rows as a part.
+        """Add rows as a part.
 
         Args:
-            rows: Values by the names of `SCHEMA`; what is left out is empty.
+            rows: Values by the names in `SCHEMA`; missing values are empty.
         """
         if not rows:
             return
@@ -98,7 +98,7 @@ class Manifest:
             parquet.write_table(table, file)
 
     def join(self) -> None:
-        """Joins file and parts to one file that holds each picture once, its newest row."""
+        """Join the file and its parts into one file with the newest row of each picture."""
         if not self.storage.names(PARTS):
             return
         keys = np.concatenate([_keys(batch) for batch in self._batches(["row", "image"])])
@@ -114,7 +114,7 @@ class Manifest:
         self._parts = 0
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """All rows, in the order in which they are held; values by the names of `SCHEMA`."""
+        """All rows, in stored order; values by the names in `SCHEMA`."""
         for batch in self._batches():
             yield from batch.to_pylist()
 
@@ -142,7 +142,7 @@ class Manifest:
         try:
             table: Any = parquet.ParquetFile(file)
             if not table.schema_arrow.equals(SCHEMA):
-                raise ValueError("its columns are others")
+                raise ValueError("it has other columns")
             yield from table.iter_batches(batch_size=_ROWS_IN_MEMORY, columns=columns)
         except _DAMAGE as error:
             place = f"{self.storage.url}/{name}"
@@ -151,6 +151,6 @@ class Manifest:
 
 
 def _keys(batch: Any) -> NDArray[np.uint64]:
-    """Row, below 2**44, and image, below 2**20, as one number, in the order of the list."""
+    """Row (below 2**44) and image (below 2**20) as one number that sorts in list order."""
     row, image = (batch.column(name).to_numpy().astype(np.uint64) for name in ("row", "image"))
     return row << np.uint64(20) | image

@@ -1,4 +1,4 @@
-"""Arrays larger than memory to uncompressed `.npz` files."""
+"""Writing arrays larger than memory to uncompressed `.npz` files."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class StreamedArray(NamedTuple):
     """An array that is written piece by piece.
 
     Attributes:
-        shape: Of the whole array.
-        dtype: Of the whole array, for example "uint8".
+        shape: Shape of the whole array.
+        dtype: Its type, for example "uint8".
         pieces: Parts along the first axis, in order; together they have `shape`.
     """
 
@@ -30,13 +30,13 @@ class StreamedArray(NamedTuple):
 def write_npz(
     path: str | Path, arrays: Mapping[str, StreamedArray], folder: Path | None = None
 ) -> None:
-    """Writes arrays as `numpy.savez` does, with one piece at a time in memory.
+    """Write arrays as `numpy.savez` does, with one piece at a time in memory.
 
-    The same arrays make the same file, byte by byte.
+    Equal arrays give equal files, byte for byte.
 
     Args:
         path: The file.
-        arrays: By their names, for example "arr_0".
+        arrays: Arrays by name, for example "arr_0".
         folder: As in `whole_file`.
 
     Raises:

@@ -17,18 +17,18 @@ Item = Task | BadRow
 Source = PromptList | int
 
 # In the manifest, "image" is the number of a picture in its row.
-_TOLD = ["start_image" if n == "image" else n for n in COLUMNS if n not in ("id", "num_images")]
+_GIVEN = ["start_image" if n == "image" else n for n in COLUMNS if n not in ("id", "num_images")]
 
 
 def items_of(source: Source, defaults: Defaults) -> Iterator[Item]:
-    """All that a list asks for, in its order.
+    """All pictures and bad rows of a list, in its order.
 
     Args:
         source: A list, or a number of pictures without a prompt.
-        defaults: What holds where a row says nothing.
+        defaults: Values for the empty cells of rows.
 
     Raises:
-        ValueError: The list cannot be read on.
+        ValueError: The rest of the list cannot be read.
     """
     if isinstance(source, int):
         yield from unconditional_tasks(source, defaults)
@@ -41,7 +41,7 @@ def items_of(source: Source, defaults: Defaults) -> Iterator[Item]:
 
 
 def unused_columns(source: Source) -> list[str]:
-    """Columns of a list's first row that mean nothing here.
+    """Columns of a list's first row that are not used.
 
     Args:
         source: A list, or a number of pictures without a prompt.
@@ -51,31 +51,32 @@ def unused_columns(source: Source) -> list[str]:
 
 
 class Plan:
-    """The finished and the missing part of a list, which is read once, as a whole.
+    """The finished and the missing part of a list.
 
-    Its end is known to be there before work begins, and what it holds when work ends is the same.
+    The whole list is read once, before work begins: it is known to be complete, and later changes
+    to it have no effect.
 
     Attributes:
-        missing: Tasks that are to be drawn, in the order of the list, each with its number in it.
-        bad: Rows that no picture can be drawn of, and that the manifest does not hold.
+        missing: Tasks to draw, in the order of the list, each with its number among all tasks.
+        bad: Rows that cannot be drawn and are not in the manifest yet.
         total: Pictures that the list asks for; a row that cannot be read counts as one.
-        done: How many of them are there.
-        failed: How many of them failed, and are not missing.
+        done: How many of them are drawn.
+        failed: How many of them failed and are not tried again.
     """
 
     def __init__(
         self, source: Source, defaults: Defaults, manifest: Manifest, retry_failed: bool
     ) -> None:
-        """Compares a list with a manifest.
+        """Compare a list with a manifest.
 
         Args:
             source: A list, or a number of pictures without a prompt.
-            defaults: What holds where a row says nothing.
-            manifest: What is there.
-            retry_failed: Whether what failed is missing.
+            defaults: Values for the empty cells of rows.
+            manifest: What earlier runs did.
+            retry_failed: Whether failed pictures count as missing.
 
         Raises:
-            ValueError: The list cannot be read, or is empty, or a picture that is there was of
+            ValueError: The list cannot be read or is empty, or an existing picture was drawn with
                 other settings.
         """
         self.manifest = manifest
@@ -93,11 +94,11 @@ class Plan:
         self.total += 1
         is_task = isinstance(item, Task)
         digest, is_bad = finished.get((item.row, item.image if is_task else 0), (None, True))
-        if digest != item.digest and not is_bad:  # else it's not there, or was mended since
+        if digest != item.digest and not is_bad:  # otherwise it is missing, or was corrected
             raise ValueError(
-                f"prompts: row {item.row} (from 0) was drawn with {self._difference(item)}: give"
-                " what was given, with rows added at the end at most, choose another place, or"
-                " begin anew with --overwrite"
+                f"prompts: row {item.row} (from 0) was drawn with {self._difference(item)}: go on"
+                " with the same list (rows may be added at its end), choose another place, or"
+                " start again with --overwrite"
             )
         if digest == item.digest and not (is_bad and self.retry_failed):
             self.done += not is_bad
@@ -112,8 +113,8 @@ class Plan:
         """The missing tasks, in the order of the list.
 
         Args:
-            size: Most tasks of a unit.
-            is_sharded: Whether each unit has a tar file for itself.
+            size: Largest number of tasks in a unit.
+            is_sharded: Whether each unit has its own tar file.
         """
         if not is_sharded:
             for first in range(0, len(self.missing), size):
@@ -125,12 +126,12 @@ class Plan:
             yield Unit(tasks, _shard_name(number, tasks, len(tasks) == whole))
 
     def _difference(self, item: Item) -> str:
-        """How the picture that is there was drawn, where it is not what the list now asks for."""
+        """How an existing picture was drawn, where that differs from what the list now asks for."""
         if isinstance(item, BadRow):
             return f"other cells, and {item.error}"
         before, row = self.manifest.row_of(item.row, item.image), row_of_task(item)
-        left_open = [name for name in _TOLD if row[name] is None]  # the manifest has the model's
-        given = [name for name in _TOLD if name not in left_open]
+        left_open = [name for name in _GIVEN if row[name] is None]  # the manifest has the model's
+        given = [name for name in _GIVEN if name not in left_open]
         changed = difference({n: before.get(n) for n in given}, {n: row[n] for n in given})
         if not changed and "start_image" in given:
             left_open = ["content of its image or mask"]
@@ -138,13 +139,13 @@ class Plan:
 
 
 def after_death(unit: Unit, deaths: int) -> list[Unit]:
-    """The retry of a unit whose worker died: each task alone, to find the cause.
+    """What to try after a unit's worker died: each task alone, to find the cause.
 
     Args:
         unit: The unit.
-        deaths: How many workers died that had it.
+        deaths: How many workers died while they had it.
     """
-    # Tasks of their own would make many small shards of one, so that it is tried again first.
+    # Single tasks would split a shard into many small ones, so it is first tried again whole.
     is_last_try = deaths >= TRIES
     if len(unit.tasks) > 1 and (unit.shard is None or is_last_try):
         number = (unit.shard or "").split("-")[0]
@@ -154,7 +155,7 @@ def after_death(unit: Unit, deaths: int) -> list[Unit]:
 
 
 def _shard_name(number: int, tasks: tuple[Task, ...], is_whole: bool) -> str:
-    """A name for the part of a shard that is drawn later: it must not replace the first part."""
+    """The name of a shard; a part that is drawn later must not replace the first one."""
     return f"{number:06d}" if is_whole else f"{number:06d}-{_digest(tasks)}"
 
 

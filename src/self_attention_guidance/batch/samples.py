@@ -1,4 +1,4 @@
-"""Many samples of a pixel-space model to one file that evaluators read.
+"""Drawing many samples of a pixel-space model into one file that evaluators read.
 
 Example:
     ```python
@@ -7,7 +7,7 @@ Example:
 
     loaded = load_pixel_model("./imagenet128")
     job = SampleJob(loaded.pipeline, "samples.npz", 50_000, loaded.settings(sag_scale=0.1))
-    job.run(batch_size=16)  # goes on where an earlier, killed run ended
+    job.run(batch_size=16)  # resumes an earlier run that was killed
     ```
 """
 
@@ -54,7 +54,7 @@ class FinishedSamples:
         path: The `.npz` file.
         grid: The PNG file that shows the first samples.
         count: Samples in the file.
-        drawn: Samples that the last run drew; the others were there.
+        drawn: Samples that the last run drew; earlier runs drew the others.
         seconds: How long the last run drew.
     """
 
@@ -66,15 +66,15 @@ class FinishedSamples:
 
 
 class SampleJob:
-    """Draws samples into a file; killed at any moment, the same job goes on where it was.
+    """A job that draws samples into a file; if it is killed, the same job resumes.
 
     Sample i has the seed `seed + i` and its own generator of random numbers on the CPU, so it
     depends neither on the batch size nor on the other samples, up to the rounding of the kernels.
-    They wait in the folder `OUT.parts`, as pictures, until all are there.
+    They are kept as pictures in the folder `OUT.parts` until all are drawn.
 
     Attributes:
-        drawn: How many of the samples an earlier run left.
-        record: What decides how the samples look: see `describe_samples`.
+        drawn: How many of the samples an earlier run drew.
+        record: Everything that decides how the samples look: see `describe_samples`.
     """
 
     def __init__(
@@ -88,22 +88,22 @@ class SampleJob:
         overwrite: bool = False,
         model_name: str | None = None,
     ) -> None:
-        """Looks at earlier files, and refuses what cannot be done; draws nothing.
+        """Look at earlier files, and refuse what cannot be done; draw nothing.
 
         Args:
             pipeline: Its `guidance` and `scheduler` are part of the settings.
             out: A `.npz` file: `arr_0`, the samples, uint8, (samples, height, width, channels),
                 and `arr_1`, their classes, int64, (samples,), if they have any; `read_record`
                 reads its settings. A PNG file beside it shows the first 64.
-            num_samples: How many.
-            settings: What all samples share; `None` is the defaults.
-            seed: Of the first sample.
+            num_samples: Number of samples.
+            settings: Settings that all samples share; `None` is the defaults.
+            seed: Seed of the first sample.
             overwrite: Whether `out`, and what a run with other settings left, may be replaced.
-            model_name: For the metadata; `None` leaves it out.
+            model_name: Name for the metadata; `None` leaves it out.
 
         Raises:
-            ValueError: An argument is outside its range or does not fit the model, or an
-                unfinished run with other settings is in the way.
+            ValueError: An argument is outside its range or does not fit the model, or the
+                folder holds an unfinished run with other settings.
             FileExistsError: `out` exists and `overwrite` is False.
         """
         self.pipeline = pipeline
@@ -126,7 +126,7 @@ class SampleJob:
         if other is not None and not overwrite:
             raise ValueError(
                 f"out: {self.storage.url!r} holds an unfinished run with {other}: go on with its"
-                " settings, choose another place, or begin anew with overwrite=True"
+                " settings, choose another place, or start again with overwrite=True"
             )
         self.is_written = self._is_written()
         missing = () if self.is_written else self.tasks if other else self._missing()
@@ -141,24 +141,24 @@ class SampleJob:
         crew: Crew | None = None,
         load: Callable[[], ADMPipeline] | None = None,
     ) -> FinishedSamples:
-        """Draws what is missing and writes the files. Call it once.
+        """Draw the missing samples and write the files. Call it once.
 
         Args:
-            batch_size: Samples drawn at once; it does not have to be that of the earlier run.
-            on_progress: Called with the share of one sample's work that was done, summed over the
-                batch, after each step, or with several workers after each batch: its arguments
-                add up to the samples that were missing.
-            crew: Who draws; `None` is this process.
-            load: Makes the pipeline in the process of each of several workers; picklable.
+            batch_size: Samples drawn at once; it may differ from that of an earlier run.
+            on_progress: Called after each step, or with several workers after each batch, with the
+                work done since the last call, in samples. Its arguments add up to the number of
+                missing samples.
+            crew: The workers; `None` is this process.
+            load: Makes the pipeline in each worker's process, if there are several; picklable.
 
         Returns:
             What was written.
 
         Raises:
             ValueError: An argument is outside its range or does not fit the model, or another run
-                draws the same.
+                draws into the same file.
             FloatingPointError: A prediction is NaN or infinite.
-            RuntimeError: A batch ended three workers.
+            RuntimeError: Three workers died while they had the same batch.
         """
         check_count("batch_size", batch_size)
         crew = crew or Crew()
@@ -213,30 +213,30 @@ class SampleJob:
                 on_progress(len(unit.tasks))
 
     def _missing(self) -> Sequence[Task]:
-        """The tasks that no run with these settings has drawn; files need a record."""
+        """The tasks that no run with these settings has drawn; files count only with a record."""
         if not self.storage.exists(JOB):
             return self.tasks
         folders = {picture_file(task).rpartition("/")[0] for task in self.tasks}
-        there = {name for folder in folders for name in self.storage.names(folder)}
-        return [task for task in self.tasks if picture_file(task) not in there]
+        existing = {name for folder in folders for name in self.storage.names(folder)}
+        return [task for task in self.tasks if picture_file(task) not in existing]
 
     def _difference(self) -> str | None:
         """The settings of the pictures in the folder that differ from this job's."""
-        there = self.storage.read(JOB)
-        if there is None or not any(map(self.storage.names, self.storage.names(IMAGES))):
+        stored = self.storage.read(JOB)
+        if stored is None or not any(map(self.storage.names, self.storage.names(IMAGES))):
             return None
         try:
-            return difference(json.loads(there), self.record)
+            return difference(json.loads(stored), self.record)
         except (ValueError, TypeError, AttributeError):
             return f"a damaged {JOB}"
 
     def _is_written(self) -> bool:
-        """Whether a run was killed behind its last step, when only its pictures had to go."""
+        """Whether a run was killed after the files were written, before its parts were deleted."""
         if not (self.out.exists() and parts_folder(self.out).is_dir()):
             return False
         with suppress(ValueError):
-            there = read_record(self.out)
-            return {**there, **self.record, "num_samples": len(self.tasks)} == there
+            stored = read_record(self.out)
+            return {**stored, **self.record, "num_samples": len(self.tasks)} == stored
         return False
 
     def _write_files(self) -> None:
@@ -260,14 +260,14 @@ class SampleJob:
         write_npz(self.out, arrays, parts_folder(self.out) / UNFINISHED)
 
     def _pictures(self, tasks: Sequence[Task]) -> Iterator[NDArray[np.uint8]]:
-        """Each as (1, height, width, channels)."""
+        """The pictures of tasks, each as an array (1, height, width, channels)."""
         for task in tasks:
             with self.storage.open(picture_file(task)) as file, Image.open(file) as image:
                 pixels: NDArray[np.uint8] = np.asarray(image)
             yield pixels.reshape(1, *pixels.shape[:2], -1)
 
     def _remove_if_empty(self) -> None:
-        """The folder, unless pictures or files of others are in it."""
+        """Remove the folder, unless it holds pictures or other programs' files."""
         if any(map(self.storage.names, self.storage.names(IMAGES))):
             return
         self.storage.remove(JOB, IMAGES, UNFINISHED)

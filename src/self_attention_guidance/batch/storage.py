@@ -1,4 +1,4 @@
-"""A folder, here or in an object store, in which files appear whole or not at all."""
+"""A folder, local or in an object store, in which files appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from ..generate.files import whole_file
 
 UNFINISHED = ".unfinished"
 LOCK = ".lock"
-# In an object store, a run shows that it is alive by writing its lock again.
+# In an object store, a run shows that it is alive by rewriting its lock.
 _LOCK_SECONDS = 60.0
 
 
 class Storage:
-    """Files below a folder. It can be pickled, and used by many processes.
+    """The files in a folder. It can be pickled and used by many processes.
 
     Attributes:
         url: The folder, or its URL as fsspec knows it, for example "s3://bucket/folder".
     """
 
     def __init__(self, url: str) -> None:
-        """Makes nothing yet.
+        """Open the file system; create nothing yet.
 
         Args:
             url: The folder.
 
         Raises:
-            ValueError: It is of no kind that fsspec knows.
+            ValueError: fsspec does not know this kind of URL.
         """
         self.url = url
         self._files, self._root = self._open()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Connections do not go to another process; it makes its own."""
+        """Pickle the URL only: another process makes its own connection."""
         return Storage, (self.url,)
 
     @property
@@ -51,10 +51,10 @@ class Storage:
         return "file" in ((protocols,) if isinstance(protocols, str) else protocols)
 
     def make(self) -> None:
-        """Makes the folder if there is none.
+        """Create the folder if it does not exist.
 
         Raises:
-            ValueError: It cannot be made, or is a file.
+            ValueError: It cannot be created, or is a file.
         """
         try:
             if self.is_local:
@@ -63,11 +63,11 @@ class Storage:
             raise ValueError(f"out={self.url!r} cannot be made: {error.strerror}") from error
 
     def write(self, name: str, content: bytes) -> None:
-        """Writes a file; one of that name is replaced.
+        """Write a file, and replace one of that name.
 
         Args:
-            name: Of the file, with "/" between folders.
-            content: All of it.
+            name: Name of the file, with "/" between folders.
+            content: Its whole content.
 
         Raises:
             OSError: It cannot be written, for example because the disk is full.
@@ -77,28 +77,28 @@ class Storage:
 
     @contextmanager
     def writing(self, name: str) -> Generator[IO[bytes]]:
-        """A file to write piece by piece; it appears under its name when the block ends well.
+        """A file to write piece by piece; it appears under its name if the block raises nothing.
 
         Args:
-            name: Of the file, with "/" between folders.
+            name: Name of the file, with "/" between folders.
 
         Raises:
             OSError: It cannot be written, for example because the disk is full.
         """
-        if self.is_local:  # fsspec's own transactions go by way of another file system
+        if self.is_local:  # fsspec's own transactions use another file system
             with whole_file(self._path(name), folder=self._path(UNFINISHED)) as file:
                 yield file
             return
-        # A connection of its own: the lock is written meanwhile, and is no part of it.
+        # A separate connection: the lock, written meanwhile, must not be in the transaction.
         files, _ = self._open(skip_instance_cache=True)
         with files.transaction, files.open(self._path(name), "wb") as file:
             yield file
 
     def read(self, name: str) -> bytes | None:
-        """A file's content; `None` if there is none.
+        """A file's content; `None` if it does not exist.
 
         Args:
-            name: Of the file.
+            name: Name of the file.
         """
         try:
             return cast("bytes", self._files.cat_file(self._path(name)))
@@ -109,7 +109,7 @@ class Storage:
         """Whether there is such a file.
 
         Args:
-            name: Of the file.
+            name: Name of the file.
         """
         return bool(self._files.isfile(self._path(name)))
 
@@ -117,12 +117,12 @@ class Storage:
         """A file to read.
 
         Args:
-            name: Of the file.
+            name: Name of the file.
         """
         return self._files.open(self._path(name), "rb")
 
     def names(self, folder: str) -> list[str]:
-        """Names of the files directly in a folder, sorted, with the folder before them.
+        """Names of the files directly in a folder, sorted; each begins with the folder's name.
 
         Args:
             folder: Its name; it need not exist.
@@ -134,10 +134,10 @@ class Storage:
         return sorted(f"{folder}/{path.rsplit('/', 1)[-1]}" for path in found)
 
     def remove(self, *names: str) -> None:
-        """Deletes files, or folders with all that is in them; they need not exist.
+        """Delete files, or folders with their contents; they need not exist.
 
         Args:
-            names: Of the files or folders.
+            names: Names of the files or folders.
         """
         for name in names:
             with suppress(FileNotFoundError):
@@ -145,14 +145,14 @@ class Storage:
 
     @contextmanager
     def locked(self) -> Generator[None]:
-        """Keeps other runs out of the folder for the length of the block.
+        """Keep other runs out of the folder while the block runs.
 
         Raises:
-            ValueError: Another run is in it.
+            ValueError: Another run uses it.
         """
         self.make()
         with self._local_lock() if self.is_local else self._lease():
-            self.remove(UNFINISHED)  # what a run that was killed left
+            self.remove(UNFINISHED)  # what a killed run left
             try:
                 yield
             finally:
@@ -168,7 +168,7 @@ class Storage:
         return f"{self._root.rstrip('/')}/{name}"
 
     def _local_lock(self) -> Any:
-        """Ends with the process, however that ends."""
+        """A lock that is released when the process ends, however that happens."""
         try:
             return FileLock(self._path(LOCK)).acquire(timeout=0)
         except Timeout:
@@ -176,14 +176,14 @@ class Storage:
 
     @contextmanager
     def _lease(self) -> Generator[None]:
-        there = self.read(LOCK)
-        age = time.time() - json.loads(there)["time"] if there else _LOCK_SECONDS
+        lock = self.read(LOCK)
+        age = time.time() - json.loads(lock)["time"] if lock else _LOCK_SECONDS
         if age < _LOCK_SECONDS:
             raise self._in_use()
         ended = threading.Event()
 
         def keep() -> None:
-            # From a thread: a single picture may take longer than a lock lasts.
+            # In a thread, because a single picture may take longer than a lock lasts.
             while not ended.wait(_LOCK_SECONDS / 4):
                 self._write_lock()
 

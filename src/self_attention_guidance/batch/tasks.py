@@ -1,4 +1,4 @@
-"""Rows of a list to pictures that are to be drawn."""
+"""From the rows of a list to the pictures to draw."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ _MOST_IMAGES = 100_000
 _LARGEST_EXACT = 2**53
 
 
-@dataclass(frozen=True, slots=True)  # a list may ask for millions
+@dataclass(frozen=True, slots=True)  # a list may have millions
 class Task:
-    """One picture that is to be drawn. Nothing else decides how it looks, beside the model.
+    """A picture to draw. Only this and the model decide how it looks.
 
     Attributes:
         row: Number of its row in the list, from 0.
         image: Number of the picture in its row, from 0.
-        id: What the row is called; its number if it has no name.
-        prompt: Its prompt, may be empty.
+        id: Name of the row; its number if it has none.
+        prompt: Its prompt; may be empty.
         seed: Its seed.
-        settings: All others, without classes.
+        settings: All other settings, without classes.
         label: Its class; `None` leaves it to the model.
     """
 
@@ -61,7 +61,7 @@ class Task:
 
     @property
     def digest(self) -> int:
-        """64 bits that identify its picture; its place and its id do not count."""
+        """64 bits that identify its picture; its place in the list and its id do not count."""
         settings = self.settings
         is_prompted = isinstance(settings, GenerationSettings)
         pictures = digests(settings).values() if is_prompted else ()
@@ -70,13 +70,13 @@ class Task:
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that no picture can be drawn of.
+    """A row that cannot be drawn.
 
     Attributes:
         row: Its number in the list, from 0.
-        id: What it is called.
+        id: Its name, or its number.
         prompt: What it holds instead of a prompt, as text.
-        error: Why, in a line.
+        error: The reason, in one line.
     """
 
     row: int
@@ -95,11 +95,11 @@ class Defaults:
     """The values for empty cells of a row, and the limits of all rows.
 
     Attributes:
-        settings: Of the pictures.
+        settings: Settings of the pictures.
         seed: Picture k of a row has this seed plus k, at least 0.
         num_images: Pictures of a row, at least 1.
-        max_size: Most pixels of a side.
-        max_steps: Most sampling steps.
+        max_size: Largest side, in pixels.
+        max_steps: Largest number of sampling steps.
 
     Raises:
         ValueError: A setting is out of its range.
@@ -112,7 +112,7 @@ class Defaults:
     max_steps: int = 1000
 
     def __post_init__(self) -> None:
-        """Checks every setting."""
+        """Check every setting."""
         seeds_of(self.seed, self.num_images)
         check_count("max_size", self.max_size, least=8)
         check_count("max_steps", self.max_steps)
@@ -125,8 +125,8 @@ def tasks_of(row: int, values: Mapping[str, Any] | ValueError, defaults: Default
     Args:
         row: Its number in the list.
         values: Cells by column, texts or numbers; `None` is an empty cell, and so is ""
-            except for prompts. An error is raised.
-        defaults: What holds for empty cells.
+            except for prompts. If it is an error, that is raised.
+        defaults: Values for empty cells.
 
     Raises:
         ValueError: A cell is of the wrong kind or out of its range, or there is no prompt.
@@ -153,8 +153,8 @@ def bad_row(row: int, values: Mapping[str, Any] | ValueError, error: ValueError)
 
     Args:
         row: Its number in the list.
-        values: As `tasks_of` takes them.
-        error: What that raised.
+        values: The cells that were given to `tasks_of`.
+        error: What `tasks_of` raised.
     """
     cells: Mapping[str, Any] = {} if isinstance(values, ValueError) else values
     line = " ".join(str(error).split())
@@ -171,8 +171,8 @@ def unconditional_tasks(count: int, defaults: Defaults) -> Iterator[Task]:
     """Pictures without a prompt; picture i has the default seed plus i.
 
     Args:
-        count: How many, at least 1.
-        defaults: Of all of them.
+        count: Number of pictures, at least 1.
+        defaults: Settings of all of them.
     """
     for number, seed in enumerate(seeds_of(defaults.seed, count)):
         yield Task(number, 0, str(number), "", seed, defaults.settings)
@@ -217,13 +217,13 @@ def _clean(text: str) -> str:
 
 
 def _whole(name: str, value: object) -> int:
-    """A whole number; tables hold them as texts, or, beside empty cells, as floats."""
+    """A whole number; tables store it as text, or as a float if the column has empty cells."""
     value = _read(name, value, int, "a whole number")
     if isinstance(value, float) and value.is_integer():
         if abs(value) >= _LARGEST_EXACT:
             raise ValueError(
-                f"{name}={value:.17g} may be another number than was written: a column with empty "
-                "cells was read as floats, which hold whole numbers below 2**53; write it as text"
+                f"{name}={value:.17g} may not be the number that was written: a column with empty "
+                "cells was read as floats, which are exact below 2**53; write it as text"
             )
         value = int(value)
     return check_count(name, value, least=0)
@@ -234,7 +234,7 @@ def _number(name: str, value: object) -> float:
 
 
 def _read(name: str, value: object, kind: Callable[[str], object], rule: str) -> object:
-    """A cell's value, of which texts are read as the kind that its column holds."""
+    """A cell's value; texts are converted to the type of the column."""
     if not isinstance(value, str):
         return value
     try:

@@ -1,4 +1,4 @@
-"""Units of work to workers: in this process, or to actors on Ray that may die.
+"""Distribution of work to this process, or to actors on Ray, which may die.
 
 Example:
     ```python
@@ -32,7 +32,7 @@ Worker = Callable[[Unit], Result]
 
 AfterDeath = Callable[[Unit, int], Sequence[Unit]]
 
-# How many workers may die that have a unit before it is blamed for that.
+# A unit is given up when this many workers died while they had it.
 TRIES = 3
 _RESTART_SECONDS = 2.0
 _PATIENCE_SECONDS = 120.0
@@ -43,13 +43,13 @@ class Crew:
     """The number and kind of workers.
 
     Attributes:
-        workers: How many work at once, at least 1. One without an address is this process.
-        address: Of a running Ray cluster, for example "auto" or "ray://host:10001"; `None` starts
-            Ray on this machine for as long as it is needed.
-        threads: CPU threads of each, at least 1. What a network computes can depend on it in the
-            last bits. `None` leaves this process as it is, and is 1 on Ray.
-        gpus: GPUs of each, also a part of one; `None` shares those of the machine, at most one
-            for each.
+        workers: Number of workers, at least 1. A single one without an address is this process.
+        address: Address of a running Ray cluster, for example "auto" or "ray://host:10001"; `None`
+            runs Ray on this machine while it is needed.
+        threads: CPU threads of each worker, at least 1. The last bits of what a network computes
+            can depend on it. `None` leaves this process as it is, and is 1 on Ray.
+        gpus: GPUs of each worker, or a fraction of one; `None` shares all GPUs, at most one for
+            each worker.
 
     Raises:
         ValueError: A setting is out of its range, or Ray is needed and not installed.
@@ -61,7 +61,7 @@ class Crew:
     gpus: float | None = None
 
     def __post_init__(self) -> None:
-        """Checks every setting."""
+        """Check every setting."""
         check_count("workers", self.workers)
         if self.threads is not None:
             check_count("threads", self.threads)
@@ -78,10 +78,10 @@ class Crew:
 
 @dataclass(frozen=True)
 class Lost:
-    """In the place of a result: each worker that had the unit died.
+    """What replaces a result if every worker that had the unit died.
 
     Attributes:
-        reason: In a line.
+        reason: The reason, in one line.
     """
 
     reason: str
@@ -93,19 +93,19 @@ def distribute(
     crew: Crew | None = None,
     after_death: AfterDeath[Unit] | None = None,
 ) -> Generator[tuple[Unit, Result | Lost]]:
-    """Has units worked on, and yields each with its result as it is finished.
+    """Distribute units of work, and yield each unit with its result when it is finished.
 
-    A worker that dies, with its node or alone, is replaced, and its unit is worked on again: a
-    worker must do no harm by doing a unit twice. Units are asked for when there is someone to take
-    them. Closing the iterator ends the workers.
+    A worker that dies, with its node or alone, is replaced, and its unit is done again. So doing
+    a unit twice must do no harm. The next unit is read only when a worker is free. Closing the
+    iterator ends the workers.
 
     Args:
-        units: What to do; with more than one worker, units and results must be picklable.
-        make_worker: Called once in each worker's process, which it can take long in.
-        crew: Who works; `None` is this process.
-        after_death: Called with a unit whose worker died, and how many workers it has lost:
-            what to do instead, the unit itself to try it again, its parts to find the one to
-            blame, or nothing; then it is lost. `None` tries each three times.
+        units: Units of work; with more than one worker, units and results must be picklable.
+        make_worker: Called once in each worker's process; it may take long.
+        crew: The workers; `None` is this process.
+        after_death: Called with a unit whose worker died, and the number of workers that died with
+            it. Returns what to do instead: the unit itself to try it again, its parts to find
+            the cause, or nothing to give it up. `None` tries each unit three times.
 
     Raises:
         Exception: What `make_worker` or a worker raised.
@@ -130,7 +130,7 @@ def _here(
     try:
         worker = None
         for unit in units:
-            # Loading a model takes its time, and there may be nothing to do.
+            # Loading a model takes long, and there may be nothing to do.
             worker = worker or make_worker()
             yield unit, worker(unit)
     finally:
@@ -138,7 +138,7 @@ def _here(
 
 
 class _Station:
-    """An actor. Its process may end at any time; then Ray makes another without its worker."""
+    """An actor. Its process may die at any time; then Ray starts another, without the worker."""
 
     def __init__(self, make_worker: bytes, threads: int) -> None:
         self.make_worker = make_worker
@@ -146,7 +146,7 @@ class _Station:
         self.worker: Worker[Any, Any] | None = None
 
     def prepare(self) -> None:
-        """Makes the worker: not when the actor is made, because Ray reports such errors badly."""
+        """Make the worker. Ray reports errors badly if this happens when the actor is made."""
         import torch
 
         torch.set_num_threads(self.threads)
@@ -160,7 +160,7 @@ class _Station:
         self.worker = make_worker()
 
     def work(self, unit: Any) -> Any:
-        """Works on a unit."""
+        """Do a unit of work."""
         if self.worker is None:
             self.prepare()
         assert self.worker is not None
@@ -169,14 +169,14 @@ class _Station:
 
 @dataclass
 class _Piece(Generic[Unit]):
-    """A unit, and how many workers died that had it."""
+    """A unit, and how many workers died while they had it."""
 
     unit: Unit
     deaths: int = 0
 
 
 class _OnRay(Generic[Unit, Result]):
-    """One call of `distribute` on Ray. Each actor has one call at a time, so blame is exact."""
+    """One call of `distribute` on Ray. An actor does one unit at a time: a death has one cause."""
 
     def __init__(
         self,
@@ -191,12 +191,12 @@ class _OnRay(Generic[Unit, Result]):
         self.after_death = after_death
         self.waiting: deque[_Piece[Unit]] = deque()
         self.idle: list[Any] = []
-        # Calls that run: an actor with its piece, or with `None` while it prepares itself.
+        # Running calls: an actor with its piece, or with `None` while it makes its worker.
         self.running: dict[Any, tuple[Any, _Piece[Unit] | None]] = {}
         self._succeeded()
 
     def run(self) -> Generator[tuple[Unit, Result | Lost]]:
-        """As `distribute`."""
+        """Yield what `distribute` yields."""
         import ray
 
         with _running_ray(self.crew):
@@ -217,8 +217,8 @@ class _OnRay(Generic[Unit, Result]):
 
         gpus = self.crew.gpus
         if gpus is None:
-            there = float(ray.cluster_resources().get("GPU", 0))
-            gpus = min(1.0, there / self.crew.workers)
+            available = float(ray.cluster_resources().get("GPU", 0))
+            gpus = min(1.0, available / self.crew.workers)
         threads = self.crew.threads or 1
         kind: Any = ray.remote(
             num_cpus=threads, num_gpus=gpus, max_restarts=-1, max_task_retries=0
@@ -230,7 +230,7 @@ class _OnRay(Generic[Unit, Result]):
         self.running[actor.prepare.remote()] = (actor, None)
 
     def _assign(self) -> bool:
-        """Gives pieces to idle actors; returns whether any is left to be given."""
+        """Give pieces to idle actors; return whether any is left."""
         while True:
             if not self.waiting:
                 self.waiting.extend(_Piece(unit) for unit in itertools.islice(self.units, 1))
@@ -248,13 +248,13 @@ class _OnRay(Generic[Unit, Result]):
             result = cast("Result", ray.get(done))
         except RayTaskError as error:
             raise error.cause from None
-        except RayError as error:  # the actor, or its node, is no more
-            begins_again = isinstance(error, ActorUnavailableError)
-            if begins_again:
+        except RayError as error:  # the actor or its node is gone
+            restarts = isinstance(error, ActorUnavailableError)
+            if restarts:
                 time.sleep(_RESTART_SECONDS)
             self._prepare(actor)
-            # A machine that is busy takes its time; it is no death that a worker is not there yet.
-            if not (begins_again and piece is None and time.monotonic() < self.patience_ends):
+            # A busy machine is slow to restart an actor; that is not a death.
+            if not (restarts and piece is None and time.monotonic() < self.patience_ends):
                 yield from self._died(piece, error)
             return
         self._succeeded()
@@ -272,7 +272,7 @@ class _OnRay(Generic[Unit, Result]):
             if self.failed_preparations > TRIES * self.crew.workers:
                 cause = " ".join(str(error).split())[:200]
                 raise RuntimeError(
-                    f"workers die before they can begin: is there memory enough? ({cause})"
+                    f"workers die before they can start: is there enough memory? ({cause})"
                 )
             return
         piece.deaths += 1
@@ -286,7 +286,7 @@ class _OnRay(Generic[Unit, Result]):
 
 @contextmanager
 def _running_ray(crew: Crew) -> Generator[None]:
-    """Ray for as long as it is needed, unless it runs already."""
+    """Run Ray while it is needed, unless it runs already."""
     import ray
 
     if ray.is_initialized():
@@ -310,7 +310,7 @@ def _running_ray(crew: Crew) -> Generator[None]:
 
 
 def _check_reachable(address: str | None) -> None:
-    """Ray itself tries for minutes."""
+    """Refuse an address that does not answer; Ray itself would try for minutes."""
     host, _, port = (address or "").removeprefix("ray://").rpartition(":")
     if not (host and port.isdecimal()):
         return

@@ -33,7 +33,7 @@ class Command(Protocol):
     """A command that is a dataclass of its options."""
 
     def run(self) -> None:
-        """Do what it says."""
+        """Run the command."""
         ...
 
 
@@ -42,7 +42,7 @@ _UsageError: Any = typer.BadParameter.__base__
 
 
 def _run(command: Command | None, **_: object) -> None:
-    """Runs what typer made of a command line; a command that is a function has run by then."""
+    """Run a command that typer parsed; a command that is a function has run already."""
     if command is not None:
         command.run()
 
@@ -99,7 +99,7 @@ def _sag(  # pyright: ignore[reportUnusedFunction]  # typer calls it
 
 @contextmanager
 def _quiet_libraries() -> Generator[None]:
-    """Keeps the libraries' remarks to developers from the user of a command line."""
+    """Hide the libraries' warnings, which are for developers."""
     # Waiting threads sleep: spinning slows small models tenfold where other programs run, too.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -112,19 +112,19 @@ def _quiet_libraries() -> Generator[None]:
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    """Shows a remark of this package in one line, as errors are."""
+    """Show a warning of this package in one line, like an error."""
     typer.echo(f"warning: {message}", err=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line.
+    """Run the command line.
 
     Args:
-        arguments: Without the program's name; `None` is those of the process.
+        arguments: Arguments without the program's name; `None` takes those of the process.
 
     Returns:
         The exit status: 0, 2 after a user's error (one line on stderr), 130 after Ctrl-C. With
-        `SAG_DEBUG=1` in the environment, the traceback of an error is before its line.
+        `SAG_DEBUG=1` in the environment, the traceback is printed before the line.
     """
     command = typer.main.get_command(app)
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..generate import GenerationSettings
 
 
-_TOLD_FAILURES = 5
+_SHOWN_FAILURES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class BatchCommand(OneScaleOptions):
 
     Columns: prompt, and optionally id, negative_prompt, seed, width, height, steps,
     guidance_scale, sag_scale, num_images, image, mask, strength. FOLDER/manifest.parquet records
-    each picture. The exit status is 0 if all are there and 3 if some failed. It needs pyarrow and
+    each picture. The exit status is 0 if all are drawn and 3 if some failed. It needs pyarrow and
     Ray: pip install pyarrow ray.
 
     \b
@@ -88,7 +88,7 @@ class BatchCommand(OneScaleOptions):
         """The values for empty cells of a row.
 
         Args:
-            settings: Of the pictures.
+            settings: Settings of the pictures.
 
         Raises:
             ValueError: A setting is outside its range.
@@ -124,7 +124,7 @@ class BatchCommand(OneScaleOptions):
                 raise
         print_line(json.dumps(asdict(summary)) if self.as_json else _report(summary))
         if summary.failed:
-            _tell_failures(job.manifest)
+            _show_failures(job.manifest)
             raise typer.Exit(3)
 
 
@@ -138,7 +138,7 @@ def _source(options: BatchCommand) -> PromptList | int:
 
 
 def _check_before_loading(options: BatchCommand) -> None:
-    """Refuses what can be refused before anything heavy is imported, which takes seconds."""
+    """Refuse wrong options before the heavy imports, which take seconds."""
     from ..checks import check_count
     from ..generate import GenerationSettings, check_dtype_name, check_scheduler_name
     from ..generate.finding import find_prompt_or_pixel_model
@@ -156,10 +156,10 @@ def _check_before_loading(options: BatchCommand) -> None:
     find_prompt_or_pixel_model(options.model)
 
 
-def _tell_failures(manifest: Manifest) -> None:
-    """The first rows that failed, with their errors."""
+def _show_failures(manifest: Manifest) -> None:
+    """Print the first rows that failed, with their errors."""
     failures = (row for row in manifest.rows() if row["error"] is not None)
-    for row in itertools.islice(failures, _TOLD_FAILURES):
+    for row in itertools.islice(failures, _SHOWN_FAILURES):
         typer.echo(f"row {row['row']} (from 0), {row['prompt']!r:.60}: {row['error']}", err=True)
     more = sum(1 for _ in failures)
     if more:
@@ -204,7 +204,7 @@ def _model_and_defaults(options: BatchCommand) -> tuple[Model, Defaults]:
 def _progress(
     quiet: bool,
 ) -> Generator[tuple[Callable[[Summary], object], Callable[[], Summary]]]:
-    """A bar on stderr, if that is a terminal; yields how to update it, and its last values."""
+    """A bar on stderr, if that is a terminal; yield its update function and its last values."""
     from tqdm import tqdm
 
     from ..batch import Summary

@@ -23,7 +23,7 @@ class CompareCommand(PromptOptions):
     """Draw a grid: one row a prompt and seed, one column a guidance scale.
 
     Without a prompt, the model's own suggestions are used. The empty prompt is a good one. --rows
-    and --columns compare any two settings, and tell below each picture what it took.
+    and --columns compare any two settings, and show the cost below each picture.
 
     \b
     Examples:
@@ -41,15 +41,15 @@ class CompareCommand(PromptOptions):
         str | None,
         typer.Option(
             metavar="NAME=V,V,...",
-            help="What differs from row to row: prompt (with | between), seed, guidance, scale,"
-            " cfg, steps, blur, window (START-STOP) or layer. [default: prompts and seeds]",
+            help="The setting that differs by row: prompt (with | between), seed, guidance,"
+            " scale, cfg, steps, blur, window (START-STOP) or layer. [default: prompts and seeds]",
         ),
     ] = None
     columns: Annotated[
         str | None,
         typer.Option(
             metavar="NAME=V,V,...",
-            help="What differs from column to column, likewise. [default: --sag-scales, or with"
+            help="The setting that differs by column. [default: --sag-scales, or with"
             " --rows the prompts]",
         ),
     ] = None
@@ -88,17 +88,17 @@ class CompareCommand(PromptOptions):
             comparison = _compare_scales(loaded, prompts, scales, self)
         save_png(comparison.grid, self.out, comparison.record, self.overwrite)
         drawn = [each for column in comparison.columns for each in column]
-        told = {each.prompt: each for each in drawn if each.unread}
-        for picture in told.values():
+        unread = {each.prompt: each for each in drawn if each.unread}
+        for picture in unread.values():
             warn_unread(picture)
         print_line(self.out)
 
 
 def _axes(options: CompareCommand) -> dict[str, Axis]:
-    """The axes that were given, by their options.
+    """The axes that were given, by option.
 
     Raises:
-        ValueError: They do not go together, or with another option.
+        ValueError: They do not fit each other, or another option.
     """
     prompts = options.prompts or []
     given = {"rows": options.rows, "columns": options.columns}
@@ -178,7 +178,7 @@ def _compare_scales(
 
 
 def _default_scales(loaded: LoadedPipeline, options: CompareCommand) -> Sequence[float]:
-    """What the model suggests for its own guidance; else without, and with that of the options."""
+    """The scales that the model suggests for its own guidance; else 0 and the chosen one."""
     guidance, recommended = loaded.pipeline.guidance, loaded.recommended
     is_own = guidance.method == recommended.make_guidance().method
     if is_own and recommended.compare_sag_scales and "scale" not in options.guidance_arguments():

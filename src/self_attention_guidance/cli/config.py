@@ -15,11 +15,11 @@ else:
 
 
 def read_config(context: typer.Context, path: Path | None) -> Path | None:
-    """Makes what a file says the defaults of a command; its command line goes first.
+    """Make the options of a file the defaults of a command; its command line wins.
 
     Args:
-        context: Of the command.
-        path: A TOML file of options by their names, `sag-scale = 0.5` say; `None` changes nothing.
+        context: Context of the command.
+        path: A TOML file of options by name, such as `sag-scale = 0.5`; `None` changes nothing.
 
     Returns:
         The path.

@@ -34,7 +34,7 @@ def convert_command(
 ) -> None:
     """Convert an original checkpoint to a folder in diffusers format and print its path.
 
-    No code in the checkpoint is ever run. Published files are known by their names.
+    No code in the checkpoint is ever run. Published files are recognized by name.
 
     \b
     Examples:
@@ -45,7 +45,7 @@ def convert_command(
         raise ValueError(f"kind={kind!r} must be one of {', '.join(_KINDS)}")
     _check_paths(checkpoint, out, overwrite)
     if config is not None and preset is not None:
-        raise ValueError("config and preset must not be given both")
+        raise ValueError("config and preset must not both be given")
     chosen = preset if config is None else _read_config(config)
 
     from ..models.originals import convert_original, preset_names

@@ -36,10 +36,10 @@ class DemoCommand:
     port: Annotated[int, typer.Option(help="Port to listen at.")] = 7860
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto"
     dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto"
-    max_steps: Annotated[int, typer.Option(help="Most sampling steps of a picture.")] = 100
-    max_size: Annotated[int, typer.Option(help="Most pixels of a side.")] = 1024
-    max_images: Annotated[int, typer.Option(help="Most pictures of a grid.")] = 24
-    max_queue: Annotated[int, typer.Option(help="Most visitors that wait.")] = 32
+    max_steps: Annotated[int, typer.Option(help="Largest number of sampling steps.")] = 100
+    max_size: Annotated[int, typer.Option(help="Largest side, in pixels.")] = 1024
+    max_images: Annotated[int, typer.Option(help="Largest number of pictures in a grid.")] = 24
+    max_queue: Annotated[int, typer.Option(help="Largest number of waiting visitors.")] = 32
 
     def run(self) -> None:
         """Serve the page until it is interrupted."""

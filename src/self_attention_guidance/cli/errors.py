@@ -8,19 +8,19 @@ from typing import Any
 
 # Settings whose options have other names.
 _OTHER_NAMES = {"num_inference_steps": "steps", "width": "size", "height": "size"}
-# Where a message has the settings that it is about.
+# The places in a message where the settings that it is about are named.
 _SETTING = re.compile(r"(?:^|(?<= below ))([a-z_]+)(?==|: )")
-# torch has a class of its own for the memory of GPUs only.
+# torch has its own class of error for the memory of GPUs only.
 _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 
 
 def as_typed(message: str, command: Any, arguments: Sequence[str]) -> str:
-    """A message of the library, with options in it where it names settings.
+    """A message of the library, with its names of settings replaced by options.
 
     Args:
         message: For example "num_inference_steps=0 must be at least 1".
-        command: What typer made of the app.
-        arguments: Of the command line.
+        command: The app as typer's command.
+        arguments: Arguments of the command line.
 
     Returns:
         "--steps=0 must be at least 1".
@@ -44,8 +44,8 @@ def memory_advice(error: BaseException, command: Any, arguments: Sequence[str]) 
 
     Args:
         error: What was raised.
-        command: What typer made of the app.
-        arguments: Of the command line.
+        command: The app as typer's command.
+        arguments: Arguments of the command line.
     """
     if not isinstance(error, MemoryError) and not _OUT_OF_MEMORY.search(str(error)):
         return None
@@ -60,7 +60,7 @@ def memory_advice(error: BaseException, command: Any, arguments: Sequence[str]) 
 
 
 def _options(command: Any, arguments: Sequence[str]) -> dict[str, str]:
-    """The options of the command that was given, by the names of its parameters."""
+    """The options of the given command, by the names of its parameters."""
     chosen = command.commands.get(arguments[0]) if arguments else None
     found: dict[str, str] = {}
     for parameter in chosen.params if chosen else ():

@@ -22,8 +22,8 @@ def evaluate_command(
         list[Path],
         typer.Argument(
             metavar="SAMPLES... REFERENCE",
-            help="Folders of pictures, .npz files with arr_0, or saved statistics; the last one is"
-            " what the others are compared with.",
+            help="Folders of pictures, .npz files with arr_0, or saved statistics; the others are"
+            " compared with the last one.",
         ),
     ],
     features: Annotated[

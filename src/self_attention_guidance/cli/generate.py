@@ -55,13 +55,13 @@ class GenerateCommand(OneScaleOptions):
         Path | None,
         typer.Option(
             metavar="PICTURE",
-            help="Draw as this picture was drawn: its prompt and settings, except for those given"
+            help="Draw with the prompt and the settings of this picture, except for those given"
             " here.",
         ),
     ] = None
 
     def run(self) -> None:
-        """Draw, save and print."""
+        """Draw and save the pictures, and print their paths."""
         from ..generate import check_folder, check_free, next_index, picture_path, seeds_of
 
         options = self

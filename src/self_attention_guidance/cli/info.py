@@ -18,7 +18,7 @@ def info_command(
 ) -> None:
     """Show how pictures were made.
 
-    Without --json, it prints the text that web interfaces read. Pictures of other programs hold
+    Without --json, it prints the text that web interfaces read. Pictures from other programs hold
     only that text.
 
     \b

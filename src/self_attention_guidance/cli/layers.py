@@ -22,8 +22,8 @@ def layers_command(
 ) -> None:
     """List what guidance can read or weaken in a model, without loading its weights.
 
-    Each line is a name for `layers=`, and for `--guidance pag:layers=NAME+NAME`. Behind it are the
-    methods that use it by default. The beginning of a name works, too: "mid" or "down.1".
+    Each line is a name for `layers=`, and for `--guidance pag:layers=NAME+NAME`. After it come the
+    methods that use it by default. The beginning of a name also works: "mid" or "down.1".
 
     \b
     Examples:
@@ -71,7 +71,7 @@ def _names(denoiser: nn.Module, has_blocks: bool) -> tuple[list[str], dict[str, 
         if issubclass(cls, WeakLayers):
             try:
                 chosen = cls().chosen(denoiser)
-            except ValueError:  # it has no default here
+            except ValueError:  # it has no default for this model
                 chosen = ()
         for name in chosen:
             users.get(name, []).append(method)

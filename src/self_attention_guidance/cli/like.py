@@ -1,4 +1,4 @@
-"""Options of a command, as an earlier picture was drawn."""
+"""Options of a command, taken from an earlier picture."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def record_like(picture: Path) -> dict[str, Any]:
     """The record of a picture.
 
     Args:
-        picture: A PNG file that `sag` drew of a prompt.
+        picture: A PNG file that `sag` drew from a prompt.
 
     Raises:
-        ValueError: There is no such file, or it is no such picture.
+        ValueError: The file does not exist, or is no such picture.
     """
     from ..generate import read_record
 
@@ -35,14 +35,14 @@ def record_like(picture: Path) -> dict[str, Any]:
 
 
 def as_drawn(options: Options, record: Mapping[str, Any]) -> Options:
-    """Options with a picture's model, type, LoRAs and seed, where they have their defaults.
+    """Replace default options by a picture's model, dtype, LoRAs and seed.
 
     Args:
-        options: As they were given.
-        record: Of the picture.
+        options: The options that were given.
+        record: The record of the picture.
 
     Raises:
-        ValueError: The picture's model is not known by its name alone.
+        ValueError: The picture's model cannot be found by its name alone.
     """
     from ..models.builtin import builtin_names
 
@@ -66,12 +66,12 @@ def as_drawn(options: Options, record: Mapping[str, Any]) -> Options:
 def settings_like(
     loaded: LoadedPipeline, given: Mapping[str, Any], record: Mapping[str, Any] | None
 ) -> GenerationSettings:
-    """Settings of pictures: what is given, else a picture's, else what the model recommends.
+    """Settings of pictures: those given, else a picture's, else what the model recommends.
 
     Args:
         loaded: The model.
-        given: Arguments of `GenerationSettings`; `None`, and no negative prompt, is not given.
-        record: Of the picture, if there is one.
+        given: Arguments of `GenerationSettings`; `None` and empty texts count as not given.
+        record: The record of the picture, if there is one.
     """
     if record is None:
         return loaded.settings(**given)

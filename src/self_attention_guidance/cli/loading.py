@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 def check_sampling(options: SamplingOptions, num_images: int) -> None:
-    """Refuses what can be refused before anything heavy is imported, which takes seconds.
+    """Refuse wrong options before the heavy imports, which take seconds.
 
     Args:
-        options: Of a command that draws.
-        num_images: Pictures, which have seeds that follow each other.
+        options: Options of a command that draws.
+        num_images: Number of pictures, with consecutive seeds.
 
     Raises:
         ValueError: An option is outside its range.
@@ -27,10 +27,10 @@ def check_sampling(options: SamplingOptions, num_images: int) -> None:
 
 
 def check_drawing(options: DrawingOptions, num_images: int) -> None:
-    """Like `check_sampling`, for commands that choose guidance by themselves.
+    """Like `check_sampling`, for commands that choose the guidance themselves.
 
     Args:
-        options: Of the command.
+        options: Options of the command.
         num_images: As in `check_sampling`.
 
     Raises:
@@ -49,8 +49,8 @@ def check_prompting(options: PromptOptions, num_images: int) -> None:
     """Like `check_sampling`, for commands that draw prompts.
 
     Args:
-        options: Of the command.
-        num_images: Pictures of each prompt.
+        options: Options of the command.
+        num_images: Number of pictures for each prompt.
 
     Raises:
         ValueError: An option is outside its range, or there is no such model.
@@ -73,11 +73,11 @@ def check_prompting(options: PromptOptions, num_images: int) -> None:
 def load_pipeline_of(
     options: PromptOptions, record: Mapping[str, Any] | None = None
 ) -> LoadedPipeline:
-    """The model that the options name, with the scheduler and guidance that they ask for.
+    """Load the model of the options, with their scheduler and guidance.
 
     Args:
-        options: Of a command that draws prompts.
-        record: Of a picture whose scheduler and guidance it has, unless options differ.
+        options: Options of a command that draws prompts.
+        record: The record of a picture, whose scheduler and guidance replace the model's.
 
     Raises:
         ValueError: The model cannot be loaded, or a setting does not suit it.
@@ -92,6 +92,9 @@ def load_pipeline_of(
     if options.fast:
         fast, usual = (loaded.guidance(is_fast, **guidance) for is_fast in (True, False))
         if fast == usual or options.generation_arguments().get("sag_scale") == 0:
-            note("--fast changes nothing: the other options say all of guidance", options.quiet)
+            note(
+                "--fast changes nothing: other options decide all of the guidance",
+                options.quiet,
+            )
     loaded.use(scheduler=options.scheduler, fast=options.fast, **guidance)
     return loaded

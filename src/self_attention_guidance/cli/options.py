@@ -1,9 +1,9 @@
-"""Options that several commands of the command line share, and texts to values.
+"""Options that several commands share, and functions that parse their values.
 
 A command with such options is a dataclass: typer reads its fields as the parameters of a function.
 """
 
-# Not `from __future__ import annotations`: typer would read them in the module of a subclass.
+# Not `from __future__ import annotations`: typer would look names up in a subclass's module.
 
 import sys
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ _SUFFIXES = {"json": ".json", "plot": ".png", "save_statistics": ".npz"}
 
 @dataclass(frozen=True, kw_only=True)
 class DrawingOptions:
-    """The options that all commands that draw pictures have; `None` was not given."""
+    """Options of all commands that draw pictures; `None` means not given."""
 
     model: str
     steps: Annotated[
@@ -42,19 +42,20 @@ class DrawingOptions:
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Options from a TOML file, such as steps = 25; those given here win.",
+            help="Read options from a TOML file, such as steps = 25; those given here win.",
             callback=read_config,
             is_eager=True,
         ),
     ] = None
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="No bar and no notes; paths and warnings only.")
+        bool,
+        typer.Option("--quiet", "-q", help="Print only paths and warnings."),
     ] = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions(DrawingOptions):
-    """The options of `DrawingOptions`, and those of guidance; `None` was not given."""
+    """`DrawingOptions` with the options of guidance; `None` means not given."""
 
     guidance: Annotated[
         list[str] | None,
@@ -62,7 +63,7 @@ class SamplingOptions(DrawingOptions):
             metavar="METHOD[:NAME=VALUE,...]",
             help="sag, blur, pag, seg, slg or tpg, and its settings, for example"
             " 'sag:scale=0.5,blur_sigma=2'. Other settings are those that the model recommends for"
-            " it, else its defaults. Give several, or 'sag + pag', to add them up.",
+            " it, else its defaults. Give it several times, or 'sag + pag', to add them up.",
         ),
     ] = None
     blur_sigma: Annotated[
@@ -95,13 +96,14 @@ class SamplingOptions(DrawingOptions):
     fast: Annotated[
         bool,
         typer.Option(
-            "--fast", help="Guidance: the preset at a sixth of the cost; guides the middle steps."
+            "--fast", help="Guidance: a preset at a sixth of the cost, for the middle steps only."
         ),
     ] = False
     every: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Guidance: a second pass at every n-th step. [default: the model's, else 1]"
+            min=1,
+            help="Guidance: a second pass at every n-th step. [default: the model's, else 1]",
         ),
     ] = None
 
@@ -114,7 +116,7 @@ class SamplingOptions(DrawingOptions):
         return guidance_of(*self._guidance_given())
 
     def check_guidance(self) -> None:
-        """Refuses settings of guidance, if that needs no heavy import.
+        """Refuse wrong settings of guidance, as far as that needs no heavy import.
 
         Raises:
             ValueError: One is unknown or given twice.
@@ -133,7 +135,7 @@ class SamplingOptions(DrawingOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PromptOptions(SamplingOptions):
-    """The options that all commands that draw prompts have; `None` was not given."""
+    """Options of all commands that draw prompts; `None` means not given."""
 
     model: Annotated[
         str,
@@ -164,13 +166,14 @@ class PromptOptions(SamplingOptions):
         str | None,
         typer.Option(
             metavar="model|sequential",
-            help="For GPUs with little memory: keep one network, or one layer, on it at a time.",
+            help="For GPUs with little memory: keep one network or one layer there at a time.",
         ),
     ] = None
     is_compiled: Annotated[
         bool,
         typer.Option(
-            "--compile", help="Compile the network: takes a minute at first, then is faster."
+            "--compile",
+            help="Compile the network: it takes a minute at first, then it is faster.",
         ),
     ] = False
     image: Annotated[
@@ -179,7 +182,7 @@ class PromptOptions(SamplingOptions):
     ] = None
     mask: Annotated[
         str | None,
-        typer.Option(metavar="PICTURE", help="White where --image is drawn anew: inpainting."),
+        typer.Option(metavar="PICTURE", help="White where --image is redrawn: inpainting."),
     ] = None
     strength: Annotated[
         float | None,
@@ -205,7 +208,7 @@ class PromptOptions(SamplingOptions):
         }
 
     def generation_arguments(self) -> dict[str, Any]:
-        """Arguments of `GenerationSettings`; `None` was not given."""
+        """Arguments of `GenerationSettings`; `None` means not given."""
         width, height = parse_size(self.size) if self.size is not None else (None, None)
         return {
             "negative_prompt": self.negative_prompt,
@@ -221,19 +224,19 @@ class PromptOptions(SamplingOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class OneScaleOptions(PromptOptions):
-    """The options of `PromptOptions`, and one scale of guidance; `None` was not given."""
+    """`PromptOptions` with one scale of guidance; `None` means not given."""
 
     sag_scale: Annotated[
         float | None, typer.Option(help="Guidance: 0 is off. [default: the model's, else 0.75]")
     ] = None
 
     def generation_arguments(self) -> dict[str, Any]:
-        """Arguments of `GenerationSettings`; `None` was not given."""
+        """Arguments of `GenerationSettings`; `None` means not given."""
         return super().generation_arguments() | {"sag_scale": self.sag_scale}
 
 
 def prompts_of(file: str | None) -> list[str]:
-    """The prompts of a file, one a line; empty lines are left out.
+    """The prompts of a file, one per line; empty lines are skipped.
 
     Args:
         file: UTF-8 text; "-" is stdin, and `None` has no prompts.
@@ -257,7 +260,7 @@ def prompts_of(file: str | None) -> list[str]:
 
 
 def parse_size(size: str) -> tuple[int, int]:
-    """Reads a size like "512x768".
+    """Read a size like "512x768".
 
     Args:
         size: Width and height in pixels.
@@ -266,7 +269,7 @@ def parse_size(size: str) -> tuple[int, int]:
         Width, height.
 
     Raises:
-        ValueError: It has another form.
+        ValueError: It has another format.
     """
     width, _, height = size.lower().partition("x")
     if not (width.isdecimal() and height.isdecimal()):
@@ -275,13 +278,13 @@ def parse_size(size: str) -> tuple[int, int]:
 
 
 def parse_numbers(text: str) -> list[float]:
-    """Reads numbers like "0,0.5,1".
+    """Read numbers like "0,0.5,1".
 
     Args:
         text: Numbers, separated by commas.
 
     Raises:
-        ValueError: It has another form.
+        ValueError: It has another format.
     """
     try:
         return [float(part) for part in text.split(",")]
@@ -292,10 +295,10 @@ def parse_numbers(text: str) -> list[float]:
 
 
 def check_outputs(outputs: dict[str, Path | None], overwrite: bool) -> None:
-    """Refuses files that can't be written, before any work.
+    """Refuse files that can't be written, before any work.
 
     Args:
-        outputs: Files by the option that names them; `None` is not wanted.
+        outputs: Files by option; `None` means that none is wanted.
         overwrite: Whether existing files may be replaced.
 
     Raises:

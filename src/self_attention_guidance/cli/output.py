@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def hide_loading_bars() -> None:
-    """Hides the libraries' bars: loading from a disk takes a second. Downloads keep theirs."""
+    """Hide the bars of loading from a disk, which takes a second. Downloads keep theirs."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -24,10 +24,10 @@ def hide_loading_bars() -> None:
 
 
 def warn_unread(picture: GeneratedImage) -> None:
-    """Tells the end of a prompt that the model did not read.
+    """Warn about the end of a prompt that the model did not read.
 
     Args:
-        picture: Drawn of it.
+        picture: A picture of the prompt.
     """
     end = picture.unread if len(picture.unread) < 60 else f"...{picture.unread[-60:]}"
     message = f"warning: the prompt is too long for this model, and its end was cut: {end!r}"
@@ -35,22 +35,22 @@ def warn_unread(picture: GeneratedImage) -> None:
 
 
 def note(text: str, quiet: bool = False) -> None:
-    """Tells on stderr what one need not know.
+    """Print a note on stderr.
 
     Args:
-        text: A line.
-        quiet: Whether it is kept back.
+        text: One line.
+        quiet: Whether to print nothing.
     """
     if not quiet:
         typer.echo(f"note: {text}", err=True)
 
 
 def drawn_with(record: Mapping[str, Any], seeds: Sequence[int]) -> str:
-    """The settings that pictures were drawn with, those of the model included, in a line.
+    """All settings that pictures were drawn with, in one line.
 
     Args:
-        record: Of one of the pictures.
-        seeds: Of all.
+        record: The record of one of the pictures.
+        seeds: The seeds of all.
     """
     from ..generate.schedulers import label_of
     from ..guidance.text import guidance_text
@@ -86,12 +86,12 @@ def progress(
     """A bar on stderr, if that is a terminal, that grows with every sampling step.
 
     Args:
-        total: How much there is to do.
-        description: What is done; `None` is so many pictures.
-        quiet: Whether there is none at all.
+        total: Amount of work.
+        description: What is done; `None` is the number of pictures.
+        quiet: Whether to show no bar.
 
     Yields:
-        A function that takes how much was done since it was last called.
+        A function that takes the work done since the last call.
     """
     from tqdm import tqdm
 
@@ -106,15 +106,15 @@ def progress(
 def counting_progress(
     pictures: int, drawn: int, quiet: bool = False
 ) -> Generator[Callable[[float], object]]:
-    """A bar like that of `progress` that also shows how many are drawn, and how fast.
+    """A bar like that of `progress` that also shows the number of drawn pictures and the rate.
 
     Args:
-        pictures: How many there will be.
-        drawn: How many were drawn by an earlier run.
-        quiet: Whether there is none at all.
+        pictures: Number of pictures.
+        drawn: How many of them an earlier run drew.
+        quiet: Whether to show no bar.
 
     Yields:
-        A function that takes how many pictures' work was done since it was last called.
+        A function that takes the work done since the last call, in pictures.
     """
     from tqdm import tqdm
 
@@ -130,12 +130,12 @@ def counting_progress(
         smoothing=0.05,
         disable=quiet or None,
     ) as bar:
-        # Shares of pictures add up to a little more or less than the whole.
+        # Because of rounding, the shares may add up to a little more than the total.
         yield lambda share: bar.update(min(share, pictures - bar.n))
 
 
 def print_line(line: str | Path) -> None:
-    """Prints a line on stdout, above a bar if there is one.
+    """Print a line on stdout, above a bar if there is one.
 
     Args:
         line: A path or a text.

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 class SampleCommand(SamplingOptions):
     """Draw samples of a pixel-space model into one .npz file that evaluators read.
 
-    The file holds arr_0 (uint8, NHWC) and, of classes, arr_1. A .png beside it shows the first 64.
-    If it is interrupted or killed, the same command goes on where it was.
+    The file holds arr_0 (uint8, NHWC) and, if there are classes, arr_1. A .png beside it shows the
+    first 64. If it is interrupted or killed, the same command resumes.
 
     \b
     Examples:
@@ -35,7 +35,7 @@ class SampleCommand(SamplingOptions):
       sag sample --model ./imagenet256 --num-samples 50000 --batch-size 16 --out in256.npz
     """
 
-    num_samples: Annotated[int, typer.Option(help="How many pictures.")]
+    num_samples: Annotated[int, typer.Option(help="Number of pictures.")]
     out: Annotated[Path, typer.Option(metavar="FILE", help="The .npz file.")] = Path("samples.npz")
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False
     workers: Annotated[int, typer.Option(help="Batches drawn at once; uses Ray.")] = 1
@@ -50,8 +50,8 @@ class SampleCommand(SamplingOptions):
         str | None,
         typer.Option(
             metavar="C,C,...",
-            help="In turn: numbers, or names of the model's classes.json."
-            " [default: random ones, or none if the model can do without]",
+            help="Used in turn: numbers, or names from the model's classes.json."
+            " [default: random ones, or none if the model needs none]",
         ),
     ] = None
     steps: Annotated[
@@ -74,14 +74,14 @@ class SampleCommand(SamplingOptions):
     ] = None
     classifier: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="A classifier that `sag convert` wrote, to guide."),
+        typer.Option(metavar="FOLDER", help="A classifier to guide with, from `sag convert`."),
     ] = None
     classifier_scale: Annotated[
         float | None, typer.Option(help="Classifier guidance: 0 is off. [default: 1]")
     ] = None
 
     def sample_arguments(self) -> dict[str, Any]:
-        """Arguments of `SampleSettings`; `None` was not given."""
+        """Arguments of `SampleSettings`; `None` means not given."""
         return {
             "num_inference_steps": self.steps,
             "classes": self._classes(),
@@ -98,7 +98,7 @@ class SampleCommand(SamplingOptions):
         return parse_classes(self.classes, class_names(find_pixel_model(self.model)))
 
     def run(self) -> None:
-        """Draw what is missing, and write the files."""
+        """Draw the missing samples, and write the files."""
         from ..batch.workers import Crew
 
         crew = Crew(workers=self.workers)
@@ -125,7 +125,7 @@ class SampleCommand(SamplingOptions):
 
 
 def _check_before_loading(options: SampleCommand) -> None:
-    """Refuses what can be refused before a model is loaded, which takes its time."""
+    """Refuse wrong options before a model is loaded, which takes long."""
     from ..generate import (
         SampleSettings,
         check_count,
@@ -167,7 +167,7 @@ def _load_pipeline(options: SampleCommand) -> ADMPipeline:
 
 
 def _without_mask(guidance: Guidance | GuidanceSum) -> Guidance:
-    """Blur guidance with what its settings have in common with those of another guidance."""
+    """Blur guidance with the settings that it shares with another guidance."""
     from ..guidance import BlurGuidance, Guidance
 
     own = guidance.to_dict()

@@ -39,10 +39,10 @@ class Features(str, Enum):
 class TuneCommand(DrawingOptions):
     """Find settings of guidance for a model: method, layers, scale, steps to guide, blur and CFG.
 
-    Many settings are tried on few seeds, the better ones on more. They are scored by their
-    distance to --reference; without, by how gently they change pictures, which is no measure of
-    quality. A report shows the best five on other seeds. Killed at any time, the same command goes
-    on.
+    Many settings are tried on few seeds, the better ones on more. The score is the distance to
+    --reference; without one, it is how gently settings change pictures, which is no measure of
+    quality. A report shows the best five on other seeds. If it is killed, the same command
+    resumes.
 
     \b
     Examples:
@@ -71,12 +71,12 @@ class TuneCommand(DrawingOptions):
         typer.Option(
             "--prompts",
             metavar="FILE",
-            help="Prompts, one a line; - is stdin. [default: draw without]",
+            help="Prompts, one per line; - is stdin. [default: draw without a prompt]",
         ),
     ] = None
     methods: Annotated[
         str | None,
-        typer.Option(metavar="M,M,...", help="Of sag, blur, pag, seg, slg and tpg. [default: all]"),
+        typer.Option(metavar="M,M,...", help="From sag, blur, pag, seg, slg, tpg. [default: all]"),
     ] = None
     steps: Annotated[
         int | None,
@@ -90,7 +90,8 @@ class TuneCommand(DrawingOptions):
     ] = None
     batch_size: Annotated[int, typer.Option(help="Pictures made at once.")] = 8
     features: Annotated[
-        Features, typer.Option(help="Of pictures; emoji suits those of the builtin models.")
+        Features,
+        typer.Option(help="The encoder; emoji suits pictures of the builtin models."),
     ] = Features.EMOJI
     out: Annotated[
         Path | None,
@@ -101,16 +102,16 @@ class TuneCommand(DrawingOptions):
     work: Annotated[
         Path | None,
         typer.Option(
-            metavar="FOLDER", help=f"The report, and what is drawn. [default: {_WORK} beside --out]"
+            metavar="FOLDER", help=f"The report and the pictures. [default: {_WORK} beside --out]"
         ),
     ] = None
     choose: Annotated[
         int | None,
-        typer.Option(help="Take this row of the report instead; draws nothing again."),
+        typer.Option(help="Take this row of the report instead; nothing is drawn again."),
     ] = None
     overwrite: Annotated[
         bool,
-        typer.Option("--overwrite", help="Replace an existing file, and a run of other settings."),
+        typer.Option("--overwrite", help="Replace an existing file and a run with other settings."),
     ] = False
 
     def run(self) -> None:
@@ -131,7 +132,7 @@ class TuneCommand(DrawingOptions):
         found = _chosen(found, self.choose)
         content = settings_content(found.rows[found.chosen].candidate, found.steps, out)
         page = write_report(work, found, gallery, _about(self, out, settings))
-        # Last: once it is there, the run is done.
+        # Written last: once it exists, the run is done.
         write_settings(out, content)
         print_line(out)
         print_line(page)
@@ -143,7 +144,7 @@ def _out(options: TuneCommand) -> Path:
     """The file of settings.
 
     Raises:
-        ValueError: It must be given, or has another ending.
+        ValueError: It is not given where it must be, or has another ending.
     """
     if options.out is not None:
         if options.out.suffix != ".json":
@@ -156,7 +157,7 @@ def _out(options: TuneCommand) -> Path:
 
 
 def _check_before_loading(options: TuneCommand) -> "tuple[TuneSettings, Path, Path]":
-    """Refuses what can be refused before a model is loaded, which takes its time.
+    """Refuse wrong options before a model is loaded, which takes long.
 
     Returns:
         The settings of the run, the file of settings, and the folder of the run.
@@ -195,7 +196,7 @@ def _check_before_loading(options: TuneCommand) -> "tuple[TuneSettings, Path, Pa
     out = _out(options)
     work = out.parent / _WORK if options.work is None else options.work
     check_folder(out.parent)
-    # A file of an earlier run of the same command is its own.
+    # If the same command ran before, the file is its own and may be replaced.
     check_free([out], options.overwrite or (work / RESULT_FILE).is_file())
     return settings, out, work
 
@@ -224,7 +225,7 @@ def _load_reference(options: TuneCommand) -> "tuple[Encoder, LoadedSet | None]":
 
 @contextmanager
 def _bar(quiet: bool) -> "Generator[Report]":
-    """A bar that tells what is drawn next, and what is best so far."""
+    """A bar that shows what is drawn next, and the best so far."""
     from tqdm import tqdm
 
     form = "{percentage:3.0f}%|{bar:10}| {n}/{total} pictures, {elapsed}<{remaining}{postfix}"
@@ -239,7 +240,7 @@ def _bar(quiet: bool) -> "Generator[Report]":
 
 
 def _chosen(found: "Tuned", choose: int | None) -> "Tuned":
-    """What was found, with the row that the user chose."""
+    """The result, with the row that the user chose."""
     if choose is None:
         return found
     if choose >= len(found.rows):

@@ -1,4 +1,4 @@
-"""What the visitor's browser gets beside the page: its style, and scripts."""
+"""The style and the scripts that the visitor's browser gets with the page."""
 
 AT_FIRST = """() => {
   // gradio puts a picture into a button that has no name for screen readers.
@@ -8,7 +8,7 @@ AT_FIRST = """() => {
       frame.parentElement.setAttribute("aria-label", label);
     }
   }).observe(document.body, {childList: true, subtree: true});
-  // Not gradio's event: that comes before the address is read, too.
+  // Not gradio's event, which also fires before the address is read.
   document.addEventListener("click", (event) => {
     const tab = event.target.closest("[role=tab]");
     if (!tab) return;
@@ -17,7 +17,7 @@ AT_FIRST = """() => {
     window.history.replaceState(null, "", address);
   });
 }"""
-# Once the button is there, and not disabled.
+# Clicks the button once it exists and is enabled.
 DRAW_AT_ONCE = """() => {
   const name = new URL(window.location).searchParams.get("draw");
   if (!%s.includes(name)) return;
@@ -28,7 +28,7 @@ DRAW_AT_ONCE = """() => {
     start.click();
   }, 20);
 }"""
-_TILE = 170  # pixels of a column of a grid, from which the line below a picture can be read
+_TILE = 170  # smallest width of a column, in pixels, at which captions can be read
 STYLE = """
 footer {display: none !important}
 .gradio-container {max-width: 1200px !important; margin: 0 auto !important}
@@ -37,9 +37,9 @@ footer {display: none !important}
 /* a grid with many columns scrolls, and does not widen the page */
 .grid .image-frame {display: block !important; overflow-x: auto; contain: inline-size}
 .grid button:has(.image-frame), .grid .image-frame {width: 100%}
-/* as high as its pictures */
+/* only as high as its pictures */
 .grid-wrap {min-height: 0 !important}
-/* the contrast that WCAG asks for */
+/* the contrast that WCAG requires */
 .min_value, .max_value {color: var(--body-text-color) !important}
 .or {color: inherit !important}
 .info-text {color: var(--block-title-text-color) !important}

@@ -30,7 +30,7 @@ _TIPS = {
     "negative_prompt": "What to keep out. Needs a CFG scale above 1.",
     "seed": "The noise to begin with.",
     "steps": "More are finer and take longer.",
-    "scheduler": "The rule by which a step is taken.",
+    "scheduler": "The rule for each step.",
     "guidance_scale": "How closely to follow the prompt.",
     "sag_scale": "How strongly to guide. Too much spoils the picture.",
     "blur_sigma": "How far the blur reaches.",
@@ -42,10 +42,10 @@ _TIPS = {
     "method": "How the second pass is weakened.",
     "layers": "Which layers are weakened.",
     "strength": "How much of the picture changes.",
-    "rows": "What differs from row to row.",
-    "row_values": "With commas between.",
-    "columns": "What differs from column to column.",
-    "column_values": "With commas between.",
+    "rows": "The setting that changes from row to row.",
+    "row_values": "Separated by commas.",
+    "columns": "The setting that changes from column to column.",
+    "column_values": "Separated by commas.",
 }
 _AXES = {
     "guidance": "Method",
@@ -64,7 +64,7 @@ _TO_ADDRESS = """(...values) => {
   const address = new URL(window.location);
   const names = %s;
   names.forEach((name, place) => address.searchParams.set(name, values[place] ?? ""));
-  // An address holds no picture: who opens it would see another drawing.
+  // An address holds no picture, so whoever opens it would get another drawing.
   if (values.slice(names.length).some(Boolean)) address.searchParams.delete("draw");
   else address.searchParams.set("draw", %s);
   window.history.replaceState(null, "", address);
@@ -72,19 +72,19 @@ _TO_ADDRESS = """(...values) => {
 
 
 class Controls:
-    """What a visitor can set, and what of it is in the page's address.
+    """The settings of a visitor, and those of them in the page's address.
 
     Attributes:
         inputs: The controls of `VisitorSettings`, in its order.
         files: Those of `inputs` that take files, which no address can hold.
-        in_address: All others by their names in the address.
+        in_address: All other controls, by their names in the address.
     """
 
     def __init__(self, studio: Studio) -> None:
-        """Draw the prompt, and prompts to click, into the present block.
+        """Add the prompt, and prompts to click, to the current block.
 
         Args:
-            studio: What its model recommends is what the controls show at first.
+            studio: The controls first show what its model recommends.
         """
         self.studio = studio
         examples = [text for text in studio.model.recommended.compare_prompts if text]
@@ -101,7 +101,7 @@ class Controls:
                 example.click(None, None, self.prompt, js=script, api_visibility="private")
 
     def draw_settings(self) -> None:
-        """Draw all others into the present block."""
+        """Add all other settings to the current block."""
         model, limits = self.studio.model, self.studio.limits
         with gr.Row():
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED)
@@ -118,7 +118,7 @@ class Controls:
         self.files = [by_name[name] for name in FILES]
         self.in_address = {name: by_name[name] for name in SETTINGS if name not in FILES}
         dice.click(None, None, seed, js=_RANDOM_SEED, api_visibility="private")
-        # Not `change`: a method of the address comes with its settings.
+        # Not `change`: a method from the address comes with its settings.
         by_name["method"].input(
             self._of_method,
             by_name["method"],
@@ -129,7 +129,7 @@ class Controls:
         )
 
     def draw_axes(self) -> dict[str, Any]:
-        """Draw what a grid varies into the present block; by the names in the address."""
+        """Add the axes of a grid to the current block; return them by name in the address."""
         drawn: dict[str, Any] = {}
         usual = {"row": "seed", "column": "scale"}
         for side, axis in usual.items():
@@ -143,7 +143,7 @@ class Controls:
                     scale=2,
                     min_width=140,
                 )
-            # Not `change`: an axis of the address comes with its values.
+            # Not `change`: an axis from the address comes with its values.
             name.input(
                 self.studio.values_to_try,
                 name,
@@ -157,17 +157,17 @@ class Controls:
         return drawn
 
     def _of_method(self, method: str) -> list[Any]:
-        """The controls of a method's settings, with its usual values."""
+        """Updates of the controls for a method, with its usual values."""
         usual = self.studio.model.usual(method)
         return [gr.update(**_look(name, usual)) for name in _OF_METHOD]
 
     def draw_earlier(self) -> None:
-        """Draw into the present block what takes the settings of an earlier picture."""
+        """Add an upload that sets the controls from an earlier picture to the current block."""
         with gr.Accordion("Settings of an earlier picture", open=False):
-            told = gr.Markdown("A PNG file that was drawn here, or by `sag`, sets all controls.")
+            message = gr.Markdown("A PNG file that was drawn here, or by `sag`, sets all controls.")
             place = upload("Earlier picture")
-        # Emptied, so that it takes the next one.
-        outputs = [told, place, *self.files, *self.in_address.values()]
+        # The upload is emptied, so that it takes the next picture.
+        outputs = [message, place, *self.files, *self.in_address.values()]
         place.upload(
             self._of_earlier,
             place,
@@ -178,16 +178,16 @@ class Controls:
         )
 
     def _of_earlier(self, path: str) -> list[Any]:
-        values, told = values_of(path, self.studio)
+        values, message = values_of(path, self.studio)
         unfit = [n for n, text in values.items() if not _value_for(self.in_address[n], text)]
         if unfit:
-            told += f" Out of range here: {', '.join(f'{n}={values[n]}' for n in unfit)}."
+            message += f" Out of range here: {', '.join(f'{n}={values[n]}' for n in unfit)}."
         if not values:
-            return [told, None, *(gr.skip() for _ in (*self.files, *self.in_address))]
-        return [told, None, *(None for _ in self.files), *self.from_address(values)]
+            return [message, None, *(gr.skip() for _ in (*self.files, *self.in_address))]
+        return [message, None, *(None for _ in self.files), *self.from_address(values)]
 
     def add_tips(self) -> None:
-        """Say below each label, in a sentence, what the control is for."""
+        """Add a sentence below each label that says what the control is for."""
         for name, control in self.in_address.items():
             control.info = _TIPS[name]
 
@@ -196,20 +196,20 @@ class Controls:
         return settings_of([control.value for control in self.inputs])
 
     def write_address(self, drawing: Any, name: str) -> None:
-        """Put the settings into the page's address when it has drawn, so that others see the same.
+        """Write the settings into the page's address after a drawing, so that it can be shared.
 
         Args:
-            drawing: The event.
-            name: What the address says to draw.
+            drawing: The event of a drawing.
+            name: What to draw, as the address has it.
         """
         script = _TO_ADDRESS % (json.dumps([*self.in_address]), json.dumps(name))
         controls = [*self.in_address.values(), *self.files]
         drawing.success(None, controls, None, js=script, api_visibility="private")
 
     def from_address(self, given: Mapping[str, str]) -> list[Any]:
-        """The values of all controls that the page's address gives; others stay as they are.
+        """Updates of the controls that the page's address has values for.
 
-        A text that doesn't fit its control is passed over.
+        A text that does not fit its control is ignored.
         """
         method = given.get("method", "")
         usual = self.studio.model.usual(method if method in self.studio.methods() else "")
@@ -223,7 +223,7 @@ class Controls:
 
 
 def _of_guidance(guidance: Guidance, methods: Sequence[str]) -> dict[str, Any]:
-    """Controls of guidance; those of settings that a method does not have are not shown."""
+    """Controls of guidance; settings that the method does not have are hidden."""
     choices = [(_TITLES.get(name, method_label(name)), name) for name in methods]
     controls: dict[str, Any] = {
         "method": gr.Dropdown(choices, value=guidance.method, label="Guidance"),
@@ -234,7 +234,7 @@ def _of_guidance(guidance: Guidance, methods: Sequence[str]) -> dict[str, Any]:
         ),
         "layers": gr.Textbox(
             label="Layers",
-            placeholder="the method's own; or names of `sag layers`, with + between",
+            placeholder="the method's own, or names from `sag layers` with + between",
             max_length=MOST_CHARACTERS,
             **_look("layers", guidance),
         ),
@@ -281,14 +281,14 @@ def _of_sampling(
 
 
 def _of_start(studio: Studio) -> dict[str, Any]:
-    """Controls of image to image and inpainting, as far as the model has them."""
+    """Controls of image to image and inpainting, if the model supports them."""
     reason, has_mask = studio.why_no_start(), studio.why_no_start(has_mask=True) is None
     with gr.Accordion("Begin with a picture", open=False):
         if reason is None:
-            told = "Only the white parts of a mask are drawn anew; without one, all of the picture."
+            text = "Only the white parts of a mask are redrawn; without a mask, the whole picture."
         else:
-            told = f"This model always begins with noise: {reason.partition(': ')[2]}."
-        gr.Markdown(told)
+            text = f"This model always begins with noise: {reason.partition(': ')[2]}."
+        gr.Markdown(text)
         with gr.Row(visible=reason is None):
             picture = upload("Picture")
             mask = upload("Mask", visible=has_mask)
@@ -297,7 +297,7 @@ def _of_start(studio: Studio) -> dict[str, Any]:
 
 
 def _value_for(control: Any, text: str) -> dict[str, Any]:
-    """A control's value from a text; nothing where that does not fit."""
+    """A control's value from a text; empty if the text does not fit."""
     if isinstance(control, gr.Textbox):
         return {"value": text[: control.max_length]}
     if isinstance(control, gr.Dropdown):

@@ -13,40 +13,40 @@ from .visits import FILES, SETTINGS
 
 
 def values_of(path: str, studio: Studio) -> tuple[dict[str, str], str]:
-    """What a picture's file says of how it was drawn.
+    """The settings that a picture's file holds.
 
     Args:
-        path: A file that a visitor gave.
+        path: A file that a visitor uploaded.
         studio: What the page draws with.
 
     Returns:
-        Texts by the names that controls have in the page's address, none if the page can't draw
-        it; and in a sentence or two what came of it.
+        Texts by the names that controls have in the page's address, empty if the page can't draw
+        the picture; and a message of one or two sentences.
     """
     try:
         record = read_record(path)
-    except Exception:  # visitors give files of every kind
+    except Exception:  # visitors upload files of every kind
         return {}, "This picture holds no settings: only PNG files that this program saved do."
     drawn_by, own = record.get("model"), studio.model.name
     if drawn_by != own:
-        told = f"This picture was drawn by {drawn_by}, and this page draws with {own}"
-        return {}, f"{told}: nothing was changed."
+        message = f"This picture was drawn by {drawn_by}, and this page draws with {own}"
+        return {}, f"{message}: nothing was changed."
     try:
         values = _values(record, studio)
         asked = VisitorSettings(**{name: values[name] for name in SETTINGS if name not in FILES})
         asked.check(studio.limits)
         present = studio.choices(asked)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        told = " ".join(str(error).split())[:200]
-        return {}, f"Its settings are not for this page, and nothing was changed: {told}"
+        reason = " ".join(str(error).split())[:200]
+        return {}, f"Its settings do not fit this page, and nothing was changed: {reason}"
     given = record["settings"]
     earlier = {name: record.get(name, present[name]) for name in present}
     earlier["settings"] = {**given, "image": None, "mask": None, "strength": None}
     changed = difference(earlier, present)
     sentences = [
-        "The page has its settings now.",
+        "The page now has its settings.",
         f"It has no controls for all of them: {changed}." if changed else "",
-        f"It began with {given['image']}: give that below, too." if given["image"] else "",
+        f"It began with {given['image']}: upload that below, too." if given["image"] else "",
     ]
     texts = {name: str(value) for name, value in values.items()}
     return texts, " ".join(filter(None, sentences))
@@ -55,7 +55,7 @@ def values_of(path: str, studio: Studio) -> tuple[dict[str, str], str]:
 def _values(record: Mapping[str, Any], studio: Studio) -> dict[str, Any]:
     """Values of controls, by their names in the page's address."""
     settings = record["settings"]
-    # Of guidance that was off, no more is known.
+    # Nothing else is recorded of guidance that was off.
     guidance = {**studio.model.usual(record["guidance"]["method"]).to_dict(), **record["guidance"]}
     sides: dict[str, str] = {}
     for side in ("row", "column") if "rows" in record else ():

@@ -1,4 +1,4 @@
-"""What a visitor may ask for. Nothing that is typed becomes a path or the name of a model."""
+"""Limits for visitors. Nothing that they type becomes a path or the name of a model."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Limits:
     """How much one visitor may ask for at once.
 
     Attributes:
-        max_steps: Sampling steps of a picture.
-        max_size: Pixels of a side.
-        max_images: Pictures of a grid.
-        max_queue: Visitors that wait; more are told to come again.
+        max_steps: Largest number of sampling steps.
+        max_size: Largest side, in pixels.
+        max_images: Largest number of pictures in a grid.
+        max_queue: Largest number of waiting visitors; others are asked to try again later.
 
     Raises:
         ValueError: A limit is not a whole number of at least 1.
@@ -38,14 +38,14 @@ class Limits:
     max_queue: int = 32
 
     def __post_init__(self) -> None:
-        """Checks every limit."""
+        """Check every limit."""
         for field in fields(self):
             check_count(field.name, getattr(self, field.name))
 
 
 @dataclass(frozen=True, kw_only=True)
 class VisitorSettings:
-    """The controls of the page, as a visitor left them; see `SelfAttentionGuidance`.
+    """The settings of a visitor; see `SelfAttentionGuidance`.
 
     Attributes:
         prompt: What to draw; may be empty.
@@ -53,19 +53,19 @@ class VisitorSettings:
         seed: 0 to 2**32 - 1.
         steps: Sampling steps.
         scheduler: A name of `scheduler_names`; an empty text is the model's own.
-        guidance_scale: Of classifier-free guidance; 1 or less is off.
-        sag_scale: Of self-attention guidance.
-        blur_sigma: In pixels of the denoiser's input.
-        threshold: Attention received above this is blurred.
-        start: First guided part of the steps, 0 to 1.
+        guidance_scale: Scale of classifier-free guidance; 1 or less is off.
+        sag_scale: Scale of self-attention guidance.
+        blur_sigma: Width of the blur, in pixels of the denoiser's input.
+        threshold: Positions that receive more attention than this are blurred.
+        start: Start of the guided part of the steps, 0 to 1.
         stop: End of the guided part.
-        every: From one second pass to the next, in steps.
+        every: Steps from one second pass to the next.
         size: Pixels of a side, a multiple of 8; 0 is the model's own.
         method: Short name of the guidance; an empty text is the model's own.
-        layers: What methods that weaken layers weaken, with plus signs between; empty is the
-            default.
+        layers: The layers to weaken, with plus signs between, for methods that weaken layers;
+            empty is the default.
         image: File of the picture to begin with; `None` begins with noise.
-        mask: File of a picture that is white where `image` is drawn anew; `None` draws all of it.
+        mask: File of a picture that is white where `image` is redrawn; `None` redraws all of it.
         strength: How much of `image` is changed, above 0, at most 1.
     """
 
@@ -89,7 +89,7 @@ class VisitorSettings:
     strength: float = 0.8
 
     def generation(self) -> GenerationSettings:
-        """What does not belong to guidance.
+        """The settings that do not belong to guidance.
 
         Raises:
             ValueError: A setting is outside its range.
@@ -110,10 +110,10 @@ class VisitorSettings:
         """Refuse what is outside the limits; the guidance checks its own settings.
 
         Args:
-            limits: Of this page.
+            limits: The limits of this page.
 
         Raises:
-            ValueError: Names the control, its value and the rule.
+            ValueError: A setting is outside the limits; the message names it and the rule.
         """
         for name in ("prompt", "negative_prompt", "layers"):
             text = check_text(name, getattr(self, name))
@@ -133,14 +133,14 @@ class VisitorSettings:
 
 
 def check_scale(name: str, scale: float) -> float:
-    """A guidance scale that is no accident.
+    """Refuse a guidance scale that must be a mistake.
 
     Args:
-        name: Of the control.
+        name: Name of the control.
         scale: Its value.
 
     Raises:
-        ValueError: It is not finite, or beyond 100.
+        ValueError: It is not finite, or not from -100 to 100.
     """
     if abs(check_finite(name, scale)) > _LARGEST_SCALE:
         raise ValueError(f"{name}={scale:g} must be between -100 and 100")
@@ -153,11 +153,11 @@ def check_axes(
     """The sides of a grid, as `parse_axis` reads them.
 
     Args:
-        rows: Name of the setting that differs from row to row.
+        rows: Name of the setting that changes from row to row.
         row_values: Its values.
-        columns: Likewise from column to column.
-        column_values: Likewise.
-        limits: Of this page.
+        columns: Name of the setting that changes from column to column.
+        column_values: Its values.
+        limits: The limits of this page.
 
     Raises:
         ValueError: A value is outside the limits, or the grid has too many pictures.
@@ -184,7 +184,7 @@ def _checked_axis(side: str, name: str, text: str, limits: Limits) -> Axis:
 
 
 def _check_guidance(settings: Mapping[str, Any]) -> None:
-    """Refuse what would take another's time or memory: each guidance is a pass of the network."""
+    """Limit the time and memory that guidance takes: each one is a pass of the network."""
     several = settings.get("guidances", [settings])
     _check_most("guidances", len(several), len(METHODS))
     for name, value in (pair for each in several for pair in each.items()):

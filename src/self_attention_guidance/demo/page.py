@@ -20,24 +20,24 @@ from .visits import Visits
 
 _MOST_KEPT = 24
 _CACHE_SECONDS = 3600
-# gradio keeps 80 kB for each session that it knows, of 10,000 if nothing is said.
+# gradio keeps 80 kB for each session, and by default remembers 10,000.
 _SESSIONS_PER_PLACE = 4
 _INTRODUCTION = """# Self-Attention Guidance
-Each step of sampling is compared with that of a weakened network: what it attends to is blurred,
-say. The difference makes the picture clearer. Model: **{model}**"""
-_ABOUT_STEPS = """For every second pass: the picture that the network predicts, how much attention
-each part receives, what is blurred for it, the blurred prediction, and the size of the guidance
-term."""
+Each sampling step is compared with that of a weakened network, for example one whose input is
+blurred where it attends. The difference makes the picture clearer. Model: **{model}**"""
+_ABOUT_STEPS = """For every second pass, this shows the picture that the network predicts, how much
+attention each part receives, where it is blurred, the blurred prediction, and the size of the
+guidance term."""
 
 
 @dataclass(frozen=True)
 class Page:
-    """A page to be launched.
+    """A page to launch.
 
     Attributes:
         app: gradio's `Blocks`, with its queue.
-        launch_settings: For `app.launch`: its look, no files of the host, and how many visitors
-            are remembered.
+        launch_settings: Arguments of `app.launch`: the page's look, no access to the host's files,
+            and how many visitors are remembered.
     """
 
     app: gr.Blocks
@@ -48,7 +48,7 @@ def build_page(model: LoadedPipeline, limits: Limits | None = None) -> Page:
     """The page for a model.
 
     Args:
-        model: As `load_pipeline` gives it.
+        model: What `load_pipeline` returned.
         limits: How much a visitor may ask for; `None` is the defaults.
 
     Returns:
@@ -65,7 +65,7 @@ def build_page(model: LoadedPipeline, limits: Limits | None = None) -> Page:
         builder.draw(app)
     builder.draw_example()
     app.queue(max_size=limits.max_queue, default_concurrency_limit=1)
-    # Fonts of the visitor's machine: nothing is fetched from elsewhere.
+    # Fonts of the visitor's machine, so that nothing is fetched from elsewhere.
     theme = gr.themes.Default(
         primary_hue="orange",
         font=["system-ui", "sans-serif"],
@@ -82,14 +82,14 @@ def build_page(model: LoadedPipeline, limits: Limits | None = None) -> Page:
         "max_file_size": MOST_BYTES,
         "share": False,
         "enable_monitoring": False,
-        # Who is forgotten loses the list of earlier pictures, no more.
+        # A visitor that is forgotten loses only the list of earlier pictures.
         "state_session_capacity": _SESSIONS_PER_PLACE * limits.max_queue,
     }
     return Page(app, launch_settings)
 
 
 class _Builder:
-    """Lays the page out and ties buttons to the studio."""
+    """The layout of the page, and the link from its buttons to the studio."""
 
     def __init__(self, model: LoadedPipeline, limits: Limits) -> None:
         self.studio = Studio(model, limits)
@@ -107,7 +107,7 @@ class _Builder:
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 self.controls.draw_settings()
-                earlier = gr.Column()  # it sets the sweep's controls, too
+                earlier = gr.Column()  # it also sets the sweep's controls
             with gr.Column(scale=3, min_width=300, elem_classes="drawings"), gr.Tabs() as tabs:
                 with gr.Tab("Compare", id="compare", elem_id="compare", render_children=True):
                     self._draw_compare()
@@ -121,7 +121,7 @@ class _Builder:
         for name, event in self.drawn.items():
             self.controls.write_address(event, name)
         app.load(None, js=AT_FIRST, api_visibility="private")
-        # Not before: a quick visitor would draw with other settings than the address gives.
+        # Buttons work only after this: a quick visitor would draw without the address's settings.
         opened = app.load(
             self._open,
             None,
@@ -133,9 +133,9 @@ class _Builder:
         opened.then(None, js=DRAW_AT_ONCE % json.dumps([*self.starts]), api_visibility="private")
 
     def _open(self, request: gr.Request) -> list[Any]:
-        """The settings of the page's address, and the buttons that draw with them.
+        """Updates with the settings of the page's address, which also enable the buttons.
 
-        If it gives none, the example is shown.
+        If the address has no settings, the example is shown.
         """
         given = dict(request.query_params)
         tab = given.get("tab") or given.get("draw")
@@ -148,14 +148,14 @@ class _Builder:
         ]
 
     def _example(self, is_shown: bool) -> list[Any]:
-        """What the tab of pairs shows to who opens the page."""
+        """What the tab of pairs shows when the page is opened."""
         if self.example is None or not is_shown:
             return [gr.skip() for _ in self.shown]
         pair, costs, blurred = self.example
         return [pair, costs, blurred, *_keep(pair, blurred, [])]
 
     def draw_example(self) -> None:
-        """Draw, once for all visitors, what the controls say at first, if they have a prompt."""
+        """Draw the first settings once for all visitors, if they have a prompt."""
         asked = self.controls.at_first()
         if asked.prompt:
             self.example = self._compare(asked, lambda share: None, self.lasting)
@@ -175,7 +175,7 @@ class _Builder:
             )
             with gr.Column(visible=False, min_width=140) as beside:
                 blurred = _image("Where it was blurred")
-                gr.Markdown("Pink is where it was blurred, the stronger the more often.")
+                gr.Markdown("Pink shows where it was blurred: stronger means more often.")
         costs = gr.Markdown()
         with gr.Row():
             unguided = gr.DownloadButton("Download unguided", interactive=False)
@@ -222,7 +222,7 @@ class _Builder:
         outputs: list[Any],
         extra: dict[str, Any] | None = None,
     ) -> Any:
-        """Draw when a button is pressed; all drawings of the model share one place in line."""
+        """Draw when a button is pressed; all drawings share one queue."""
         extra = extra or {}
         name = str(start.elem_id).removeprefix("draw-")
         self.starts[name] = start
@@ -270,7 +270,7 @@ class _Builder:
 
 
 def _image(label: str, *classes: str) -> gr.Image:
-    """A picture whose label is for screen readers: it would lie on the picture."""
+    """A picture whose label only screen readers see, because it would cover the picture."""
     return gr.Image(
         label=label,
         elem_classes=["picture", *classes],
@@ -282,13 +282,13 @@ def _image(label: str, *classes: str) -> gr.Image:
 
 
 def _wide_enough(columns: str, values: str) -> gr.Image:
-    """A grid that is no narrower than its columns need to be read: it scrolls if there are many."""
+    """A grid wide enough to read its columns; if there are many, it scrolls."""
     count = len(parse_axis("columns", f"{columns}={values}").values)
     return gr.Image(elem_classes=["picture", "grid", f"columns-{count}"])
 
 
 def _buttons(name: str, label: str) -> tuple[gr.Button, gr.Button]:
-    """One that draws, once the page is ready, and one that stops it."""
+    """A button that draws, once the page is ready, and one that cancels."""
     with gr.Row():
         start = gr.Button(
             label, variant="primary", scale=3, interactive=False, elem_id=f"draw-{name}"
@@ -297,9 +297,9 @@ def _buttons(name: str, label: str) -> tuple[gr.Button, gr.Button]:
 
 
 def _keep(pair: tuple[str, str], blurred: str | None, kept: list[str]) -> tuple[Any, ...]:
-    """Put a pair into the visitor's gallery and behind the buttons that download it.
+    """Add a pair to the visitor's gallery and to the download buttons.
 
-    The column of the picture of what was blurred goes where nothing was.
+    The column that shows where it was blurred is hidden if nothing was blurred.
     """
     kept = [*pair, *kept][:_MOST_KEPT]
     files = (gr.DownloadButton(value=path, interactive=True) for path in pair)

@@ -1,4 +1,4 @@
-"""Pictures on the disk for visitors to see and to keep, the oldest removed as new ones come."""
+"""Pictures on the disk for visitors to see and download; the oldest make room for new ones."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _MOST_FILES = 400
 
 
 class Pictures:
-    """A temporary folder with the newest pictures of all visitors; it goes with the process."""
+    """A temporary folder with the newest pictures of all visitors; it is deleted on exit."""
 
     def __init__(self, most: int = _MOST_FILES) -> None:
         """Make the folder.
 
         Args:
-            most: Files that are kept, at least 1.
+            most: Number of files to keep, at least 1.
         """
         self._folder = tempfile.TemporaryDirectory(prefix="sag-demo-")
         self._files: deque[Path] = deque()
@@ -36,8 +36,8 @@ class Pictures:
 
         Args:
             image: The picture.
-            name: Begins the file's name.
-            record: How it was made, if that is to be told.
+            name: Start of the file's name.
+            record: How it was made; empty stores nothing.
 
         Returns:
             The path of the PNG file.
@@ -53,7 +53,7 @@ class Pictures:
 
 
 def _without_folders(record: Mapping[str, Any] | str) -> Mapping[str, Any] | str:
-    """A record that calls visitors' files by their names: where they are here is nobody's."""
+    """A record with the names of visitors' files, without the folders on this machine."""
     if isinstance(record, str):
         return record
     given = record["settings"]

@@ -1,4 +1,4 @@
-"""One guided step as pictures: what was predicted, attended to, blurred, and what came of it."""
+"""One guided step as pictures: prediction, attention, mask, blurred prediction and term."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MOST_ATTENTION = 3.0
 
 
 def step_pictures(pipeline: Any, handle: GuidanceHandle, side: int) -> dict[str, Image.Image]:
-    """What the last second pass saw, of the first picture of the batch.
+    """Draw the last second pass for the first picture of the batch.
 
     Args:
         pipeline: The pipeline that `handle` guides.
@@ -23,8 +23,8 @@ def step_pictures(pipeline: Any, handle: GuidanceHandle, side: int) -> dict[str,
         side: The longer side of the pictures, in pixels.
 
     Returns:
-        Pictures by their headings; attention and mask of guidances only that have them. Attention
-        is black at 0 and brightest at three times the mean; the term is black where it is 0 and
+        Pictures by heading; attention and mask only for guidances that have them. Attention is
+        black at 0 and brightest at three times the mean; the term is black where it is 0 and
         brightest at its largest.
     """
     assert handle.x0 is not None and handle.term is not None

@@ -1,4 +1,4 @@
-"""Draws for the page, one visitor at a time."""
+"""Drawing for the page, for one visitor at a time."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ from .limits import Limits, VisitorSettings
 from .steps import step_pictures
 
 OF_GUIDANCE = ("blur_sigma", "threshold", "start", "stop", "every")
-"""Settings that several methods have, and the page has controls for."""
+"""Settings that several methods share and that the page has controls for."""
 Watch = Callable[[float], object]
-"""Told the share of the work that is done, 0 to 1; may raise to stop."""
+"""Called with the share of the work that is done, 0 to 1; may raise to stop it."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Studio:
     """A model that visitors share.
 
     Attributes:
-        model: The model; its settings are as before after every call.
-        limits: What a visitor may ask for.
+        model: The model; every call restores its settings.
+        limits: The limits for a visitor.
     """
 
     model: LoadedPipeline
@@ -56,11 +56,11 @@ class Studio:
     _turn: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
     def pair(self, asked: VisitorSettings, watch: Watch) -> list[tuple[GeneratedImage, Cost]]:
-        """The same seed without and with guidance, and what each took.
+        """Draw the same seed without and with guidance, each with its cost.
 
         Args:
             asked: The visitor's settings.
-            watch: Told of the progress.
+            watch: Called with the progress.
 
         Raises:
             ValueError: A setting is outside its range.
@@ -72,11 +72,11 @@ class Studio:
             return [self._generate(pipeline, asked, each, report) for each in both]
 
     def steps(self, asked: VisitorSettings, watch: Watch) -> list[Image.Image]:
-        """A labelled strip of pictures for every second pass.
+        """Draw a labelled strip of pictures for every second pass.
 
         Args:
             asked: The visitor's settings.
-            watch: Told of the progress.
+            watch: Called with the progress.
 
         Raises:
             ValueError: A setting is outside its range, or no step is guided.
@@ -105,20 +105,20 @@ class Studio:
         return strips
 
     def grid(self, asked: VisitorSettings, rows: Axis, columns: Axis, watch: Watch) -> Comparison:
-        """Two settings against each other.
+        """Draw a grid of two settings against each other.
 
         Args:
-            asked: The visitor's settings, which hold where no axis changes them.
-            rows: What differs from row to row, as `parse_axis` read it.
-            columns: What differs from column to column, likewise.
-            watch: Told of the progress.
+            asked: The visitor's settings, where no axis changes them.
+            rows: What changes from row to row, as `parse_axis` read it.
+            columns: What changes from column to column, as `parse_axis` read it.
+            watch: Called with the progress.
 
         Raises:
             ValueError: A setting is outside its range.
             FloatingPointError: A prediction is NaN or infinite.
         """
         with self._set_up(asked) as settings:
-            if "guidance" in (rows.name, columns.name):  # each has a scale of its own
+            if "guidance" in (rows.name, columns.name):  # each has its own scale
                 settings = dataclasses.replace(settings, sag_scale=None)
             rows, columns = (
                 with_guidances(axis, lambda given: self.model.guidance(**given))
@@ -186,7 +186,7 @@ class Studio:
         }[axis]
 
     def _guidance(self, asked: VisitorSettings) -> Guidance:
-        """The guidance that was chosen, with what the page has controls for."""
+        """The chosen guidance, with the settings that the page has controls for."""
         own = self.model.usual(asked.method).to_dict()
         chosen = {name: getattr(asked, name) for name in OF_GUIDANCE if name in own}
         if own.get("blur_sigma") == "inf" and not asked.blur_sigma:
@@ -197,7 +197,7 @@ class Studio:
 
     @functools.cached_property
     def schedulers(self) -> Mapping[str, Any]:
-        """The schedulers that suit the model, by name; its own by an empty one."""
+        """The schedulers that suit the model, by name; its own has an empty name."""
         own: Any = self.model.pipeline.scheduler
         found = {"": own}
         for name in scheduler_names():
@@ -206,7 +206,7 @@ class Studio:
         return found
 
     def scheduler_name(self, record: Mapping[str, Any]) -> str:
-        """Which of the schedulers drew a picture; if none did, an empty text."""
+        """The name of the scheduler that drew a picture; empty if it is none of these."""
         for name, scheduler in self.schedulers.items():
             made = choices(GenerationSettings(), self.model.usual(""), scheduler)
             if all(made[key] == record[key] for key in ("scheduler", "scheduler_config")):
@@ -214,12 +214,12 @@ class Studio:
         return ""
 
     def choices(self, asked: VisitorSettings) -> Record:
-        """What the record of a visitor's picture says of the settings."""
+        """The part of a picture's record that a visitor's settings decide."""
         return choices(asked.generation(), self._guidance(asked), self.schedulers[asked.scheduler])
 
     @contextmanager
     def _set_up(self, asked: VisitorSettings) -> Generator[GenerationSettings]:
-        """The model with a visitor's settings, and to this visitor alone."""
+        """Give the model a visitor's settings, and lock it for this visitor."""
         asked.check(self.limits)
         pipeline: Any = self.model.pipeline
         with self._turn:
@@ -234,7 +234,7 @@ class Studio:
 
 
 def _share_of(pictures: int, watch: Watch) -> Watch:
-    """Turns shares of one picture's work, as `generate` reports them, into the share of all."""
+    """Turn the work on single pictures, as `generate` reports it, into the share of all work."""
     done = 0.0
 
     def report(share: float) -> None:

@@ -1,4 +1,4 @@
-"""Pictures that visitors give, each as the file that it was."""
+"""Pictures that visitors upload, each as its original file."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _MOST_PIXELS = 50_000_000
 
 
 def upload(label: str, visible: bool = True) -> gr.Image:
-    """An empty place for a picture of the visitor's; its value is the path of the file here.
+    """An upload for a picture of the visitor's; its value is the path of the uploaded file.
 
     Args:
         label: What the picture is for.
-        visible: Whether it is there for visitors.
+        visible: Whether visitors see it.
     """
     place: Any = gr.Image(
         label=label,
@@ -33,29 +33,29 @@ def upload(label: str, visible: bool = True) -> gr.Image:
 
     async def without_fetching(path: str | Path | None) -> str | None:
         if "://" in str(path):
-            raise gr.Error("Give a picture's file, not its address.", print_exception=False)
+            raise gr.Error("Upload a picture's file instead of its address.", print_exception=False)
         return await fetch(path)
 
-    # Not a subclass: gradio would write a file beside the source of one.
+    # Not a subclass: gradio would write a file next to its source.
     place.async_move_resource_to_block_cache = without_fetching
     place.preprocess = _checked
     return place
 
 
 def _checked(payload: Any) -> str | None:
-    """The path of an uploaded file, which is a picture that can be read."""
+    """The path of an uploaded file, checked to be a picture that can be read."""
     if payload is None:
         return None
-    # gradio's own check passes over what does not say that it is a file.
+    # gradio's own check skips a payload that is not marked as a file.
     if not Path(payload.path or "").resolve().is_relative_to(Path(get_upload_folder()).resolve()):
         raise gr.Error("The picture was not uploaded.", print_exception=False)
     try:
         with Image.open(payload.path) as picture:
             width, height = picture.size
-    except Exception as error:  # Pillow raises every kind for what it cannot read
-        told = f"{payload.orig_name or 'The file'} is no picture that can be read."
-        raise gr.Error(told, print_exception=False) from error
+    except Exception as error:  # Pillow raises all kinds of errors for what it cannot read
+        message = f"{payload.orig_name or 'The file'} is no picture that can be read."
+        raise gr.Error(message, print_exception=False) from error
     if width * height > _MOST_PIXELS:
-        told = f"{width}x{height} pixels are too many: at most {_MOST_PIXELS:,} are read."
-        raise gr.Error(told, print_exception=False)
+        message = f"{width}x{height} pixels are too many: the limit is {_MOST_PIXELS:,}."
+        raise gr.Error(message, print_exception=False)
     return payload.path

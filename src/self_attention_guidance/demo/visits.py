@@ -22,14 +22,14 @@ _log = logging.getLogger(__name__)
 
 
 class Cancelled(Exception):  # it is no error
-    """A visitor pressed the button."""
+    """A visitor pressed the cancel button."""
 
 
 class Visits:
-    """Who is drawing, so that each can be stopped."""
+    """The drawings of visitors, each of which can be stopped."""
 
     def __init__(self) -> None:
-        """Nobody is drawing."""
+        """Start without any drawing."""
         self._running: dict[str, threading.Event] = {}
         self._turn = threading.Lock()
 
@@ -41,7 +41,7 @@ class Visits:
             stopped.set()
 
     def begin(self, visitor: str) -> threading.Event:
-        """A new drawing; what the visitor drew before is stopped."""
+        """Start a drawing, and stop the visitor's earlier one."""
         stopped = threading.Event()
         with self._turn:
             earlier = self._running.get(visitor)
@@ -62,12 +62,12 @@ class Visits:
         outputs: int,
         extra: Sequence[str] = (),
     ) -> Callable[..., Any]:
-        """What gradio calls for a button.
+        """The function that gradio calls for a button.
 
         Args:
-            draw: Called with the visitor's settings, the values of `extra`, and whom to tell the
-                progress; returns the outputs.
-            outputs: How many there are; they stay as they are after a cancelled drawing.
+            draw: Called with the visitor's settings, the values of `extra`, and a function that
+                takes the progress; returns the outputs.
+            outputs: Number of outputs; a cancelled drawing does not change them.
             extra: Names of further inputs.
 
         Returns:
@@ -85,17 +85,17 @@ class Visits:
                 gr.Info("Cancelled.")
                 return [gr.skip()] * outputs if outputs > 1 else gr.skip()
             except (ValueError, TypeError, FloatingPointError) as error:
-                told = _sentence(error, dict(zip(SETTINGS, inputs, strict=False)))
-                raise gr.Error(told, print_exception=False) from error
+                message = _sentence(error, dict(zip(SETTINGS, inputs, strict=False)))
+                raise gr.Error(message, print_exception=False) from error
             except Exception as error:
                 _log.exception("a drawing failed")
-                told = "The picture could not be drawn; the log of the server says why."
-                raise gr.Error(told, print_exception=False) from error
+                message = "The picture could not be drawn; the log of the server says why."
+                raise gr.Error(message, print_exception=False) from error
             finally:
                 self.end(visitor, stopped)
 
         positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        # A default of `None` says that the app's API does without what the control does without.
+        # A default of `None` lets the app's API leave out what may be empty on the page.
         parameters = [
             inspect.Parameter(name, positional, default=None)
             for name in (*SETTINGS, *extra, "request")
@@ -117,7 +117,7 @@ def _watch(progress: Any, stopped: threading.Event) -> Watch:
 
 
 def settings_of(values: Sequence[Any]) -> VisitorSettings:
-    """The values of the controls; those that count things as whole numbers."""
+    """The settings from the values of the controls; counts become whole numbers."""
     typed: dict[str, Any] = dict(zip(SETTINGS, values, strict=True))
     for name, value in typed.items():
         if value is None and name in _TEXTS:
@@ -130,8 +130,8 @@ def settings_of(values: Sequence[Any]) -> VisitorSettings:
 
 
 def _sentence(error: Exception, inputs: Mapping[str, Any]) -> str:
-    """What is wrong, in a line that does not tell where this machine keeps a visitor's files."""
-    told = str(error)
+    """The error in one line, without the folders of a visitor's files on this machine."""
+    message = str(error)
     for path in filter(None, (inputs.get(name) for name in FILES)):
-        told = told.replace(path, Path(path).name)
-    return " ".join(told.split())[:300]
+        message = message.replace(path, Path(path).name)
+    return " ".join(message.split())[:300]

@@ -1,4 +1,4 @@
-"""How good a set of samples is: distances to a reference, precision and recall, with intervals.
+"""Quality of a set of samples: distances to a reference, precision and recall, with intervals.
 
 Example:
     ```python

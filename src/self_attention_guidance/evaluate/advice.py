@@ -1,4 +1,4 @@
-"""Warnings: pictures are too few, or unlike those that the features were made for."""
+"""Warnings about too few pictures, or pictures unlike those that the features were made for."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Mapping, Sequence
 from .encoder import farther_than_art
 from .features import FeatureSet
 
-# Of fewer, one picture moves a share by more than a hundredth.
+# With fewer pictures, a single one changes a share by more than a hundredth.
 FEWEST_FOR_SHARES = 100
 
 
 def advice(sets: Mapping[str, FeatureSet]) -> list[str]:
-    """Warnings to a reader of the figures of some sets, each a sentence.
+    """Warnings for the reader of the figures of some sets, one sentence each.
 
     Args:
         sets: Features of the samples and of the reference, by the names of the sets.
 
     Raises:
-        ValueError: A set is not of the encoder that it names.
+        ValueError: The features of a set are not from the encoder that it names.
     """
     notes: list[str] = []
     for count in sorted({len(one.features) for one in sets.values()}):
@@ -29,7 +29,7 @@ def advice(sets: Mapping[str, FeatureSet]) -> list[str]:
     if far:
         notes.append(
             f"{_listed(far)}: most pictures are unlike the art that the features emoji were made"
-            " for; for photographs there is --features inception (pip install torch-fidelity)"
+            " for; for photographs, use --features inception (pip install torch-fidelity)"
         )
     return notes
 

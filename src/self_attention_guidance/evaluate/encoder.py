@@ -1,4 +1,4 @@
-"""The small network whose features compare pictures of the builtin models' kind."""
+"""The small network whose features compare pictures like those of the builtin models."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Encoded(NamedTuple):
 
     Attributes:
         features: (batch, features), averaged over the picture.
-        spatial: (batch, spatial features), which keep the place in the picture, or `None`.
+        spatial: (batch, spatial features), which keep positions in the picture, or `None`.
         logits: (batch, classes), or `None`.
     """
 
@@ -40,12 +40,12 @@ class EmojiEncoder(nn.Module):
     """
 
     def __init__(self, *, size: int, widths: tuple[int, ...], classes: int) -> None:
-        """A network with random weights.
+        """Make the network with random weights.
 
         Args:
-            size: Edge of the pictures that it looks at, in pixels.
+            size: Side of the input pictures, in pixels.
             widths: Channels of the convolutions; all but the last halve the resolution.
-            classes: How many classes the head knows.
+            classes: Number of classes of the head.
         """
         super().__init__()
         self.config = {"size": size, "widths": list(widths), "classes": classes}
@@ -82,7 +82,7 @@ class EmojiEncoder(nn.Module):
             pictures = F.interpolate(pictures, (size, size), mode="bilinear", antialias=True)
         maps = self.feature_maps(pictures)
         features = maps[-1].mean((2, 3))
-        # As ADM's evaluator does for sFID: the first few channels of a middle layer, with places.
+        # Like ADM's evaluator for sFID: the first few channels of a middle layer, with positions.
         middle = F.adaptive_avg_pool2d(maps[-3][:, :_SPATIAL_CHANNELS], _SPATIAL_GRID)
         return Encoded(features, middle.flatten(1), self.head(features))
 
@@ -92,10 +92,10 @@ def _block(narrow: int, wide: int, stride: int) -> nn.Module:
 
 
 def load_emoji_encoder(folder: Path = ENCODER_FOLDER) -> EmojiEncoder:
-    """Loads the encoder that ships with the package.
+    """Load the encoder that ships with the package.
 
     Args:
-        folder: With `config.json` and `model.safetensors`.
+        folder: A folder with `config.json` and `model.safetensors`.
 
     Returns:
         The network in evaluation mode, in float64: float32 would round differently in batches of
@@ -112,17 +112,17 @@ def load_emoji_encoder(folder: Path = ENCODER_FOLDER) -> EmojiEncoder:
 
 
 def farther_than_art(features: Tensor, folder: Path = ENCODER_FOLDER) -> float:
-    """Share of pictures that are less like the art that the encoder was made for than any of it.
+    """Share of pictures that are farther from the encoder's art than any of that art itself.
 
     Args:
         features: (pictures, features) of the encoder that ships with the package.
-        folder: With `known_art.safetensors`.
+        folder: A folder with `known_art.safetensors`.
 
     Returns:
-        From 0 to 1, by Mahalanobis distances from the art's mean.
+        The share, 0 to 1, by Mahalanobis distances from the art's mean.
 
     Raises:
-        ValueError: They are not of that encoder.
+        ValueError: The features are not from that encoder.
     """
     from safetensors.torch import load_file
 

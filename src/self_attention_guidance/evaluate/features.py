@@ -16,7 +16,7 @@ from .sources import PictureSource
 
 ENCODERS = ("emoji", "inception")
 
-# Columns that are compared to put rows in order; more are equal only in equal pictures.
+# Columns that rows are sorted by; rows that are equal in these are equal pictures.
 _ORDERING_COLUMNS = 8
 
 
@@ -25,7 +25,7 @@ class FeatureSet:
     """The features of a set of pictures, in an order that depends on the features alone.
 
     Attributes:
-        encoder: Name of what made them.
+        encoder: Name of the encoder.
         size: Width and height of the pictures.
         features: (pictures, features) float32.
         spatial: (pictures, spatial features) float32, or `None`.
@@ -63,14 +63,14 @@ class Encoder(Protocol):
 class Emoji:
     """The encoder that ships with the package, for pictures like those of the builtin models.
 
-    It runs on the CPU in float64 and its features are rounded to float32, which makes them the
-    same in batches of every size.
+    It runs on the CPU in float64 and its features are rounded to float32, so they do not depend
+    on the batch size.
     """
 
     name = "emoji"
 
     def __init__(self, folder: Path = ENCODER_FOLDER) -> None:
-        """Loads the network.
+        """Load the network.
 
         Args:
             folder: As in `load_emoji_encoder`.
@@ -79,18 +79,18 @@ class Emoji:
 
     @torch.no_grad()
     def encode(self, pictures: Tensor) -> Encoded:
-        """As in `Encoder`."""
+        """Features as in `Encoder`."""
         return self._network(pictures.double() / 127.5 - 1)
 
 
 def load_encoder(name: str) -> Encoder:
-    """Loads an encoder.
+    """Load an encoder.
 
     Args:
         name: "emoji", or "inception", which needs the extra `evaluate` and fetches its weights.
 
     Raises:
-        ValueError: The name is unknown, or the encoder cannot be had.
+        ValueError: The name is unknown, or the encoder is not available.
     """
     check_encoder(name)
     if name == "emoji":
@@ -101,13 +101,13 @@ def load_encoder(name: str) -> Encoder:
 
 
 def check_encoder(name: str) -> None:
-    """Refuses unknown encoders.
+    """Refuse unknown encoders.
 
     Args:
-        name: One of `ENCODERS`.
+        name: Name of an encoder.
 
     Raises:
-        ValueError: It is not.
+        ValueError: It is not one of `ENCODERS`.
     """
     if name not in ENCODERS:
         raise ValueError(f"features={name!r} must be one of {', '.join(ENCODERS)}")
@@ -123,16 +123,16 @@ def extract(
 
     Args:
         source: The pictures.
-        encoder: What makes the features.
+        encoder: The encoder of the features.
         batch_size: Pictures encoded at once.
         advance: Called with the number of pictures after each batch.
 
     Returns:
-        The features; sets of the same pictures in other orders give the same.
+        The features; they do not depend on the order of the pictures.
     """
     parts: list[Encoded] = []
     for batch in source.batches(batch_size):
-        # A copy: the arrays of files are read-only, which torch does not know.
+        # A copy, because arrays of files are read-only and torch can't handle that.
         encoded = encoder.encode(torch.from_numpy(batch.transpose(0, 3, 1, 2).copy()))
         parts.append(_as_float32(encoded))
         advance(len(batch))
@@ -148,7 +148,7 @@ def extract(
 
 
 def _as_float32(encoded: Encoded) -> Encoded:
-    """Rounds; logits become probabilities."""
+    """Round to float32, and turn logits into probabilities."""
     logits, spatial = encoded.logits, encoded.spatial
     return Encoded(
         encoded.features.float(),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .encoder import Encoded
 
-# What ADM's evaluator takes for sFID: 7 channels of mixed_6/conv, which is this layer.
+# ADM's evaluator uses 7 channels of mixed_6/conv for sFID, which is this layer.
 _SPATIAL_LAYER = "branch1x1"
 _SPATIAL_CHANNELS = 7
 
@@ -18,17 +18,17 @@ _SPATIAL_CHANNELS = 7
 class Inception:
     """2,048 pooled features, 7 x 17 x 17 spatial ones, and 1,008 class probabilities.
 
-    The same quantities as those of ADM's evaluator, on a GPU if there is one. In float32: batches
-    of other sizes change features by rounding errors.
+    These are the quantities of ADM's evaluator, computed on a GPU if there is one. They are
+    float32, so the batch size changes features by rounding errors.
     """
 
     name = "inception"
 
     def __init__(self) -> None:
-        """Loads the network, and fetches its weights where they are not cached.
+        """Load the network, and download its weights unless they are cached.
 
         Raises:
-            ValueError: torch-fidelity or the weights cannot be had.
+            ValueError: torch-fidelity or the weights are not available.
         """
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._network = _load().to(self._device).eval()
@@ -42,7 +42,7 @@ class Inception:
 
     @torch.no_grad()
     def encode(self, pictures: Tensor) -> Encoded:
-        """As in `Encoder`."""
+        """Features as in `Encoder`."""
         features, logits = self._network(pictures.to(self._device))
         return Encoded(features.cpu(), self._spatial.pop(), logits.cpu())
 

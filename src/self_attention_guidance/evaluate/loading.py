@@ -21,7 +21,7 @@ from .pairs import PairReference
 from .sources import PICTURES_KEY, FolderSource, NpzSource, PictureSource, npz_keys
 from .statistics import Moments, moments_of
 
-# Halves of fewer would leave too few neighbours.
+# With fewer pictures, a half would have too few neighbours.
 FEWEST_PICTURES = 10
 
 _OPTIONAL = ("spatial", "probabilities")
@@ -33,7 +33,7 @@ class SavedStatistics:
 
     Attributes:
         path: The file.
-        arrays: By their names: `mu`, `sigma`, perhaps `mu_s`, `sigma_s`; in ours the features, too.
+        arrays: Arrays by name: `mu`, `sigma`, perhaps `mu_s`, `sigma_s`; in ours also the features.
     """
 
     path: Path
@@ -42,13 +42,13 @@ class SavedStatistics:
 
 @dataclass(frozen=True)
 class LoadedSet:
-    """A set that can be a reference, and if it has features, samples.
+    """A set that can be a reference, and also samples if it has features.
 
     Attributes:
-        path: Where it comes from.
-        moments: Of the features.
-        spatial_moments: Of the spatial features, or `None`.
-        features: `None` where only moments were saved.
+        path: The folder or file.
+        moments: Moments of the features.
+        spatial_moments: Moments of the spatial features, or `None`.
+        features: The features; `None` if only moments were saved.
     """
 
     path: Path
@@ -58,12 +58,12 @@ class LoadedSet:
 
     @cached_property
     def pairs(self) -> PairReference | None:
-        """The features, to compare others with pair by pair."""
+        """The features, prepared for comparisons of pairs; `None` without features."""
         return None if self.features is None else PairReference(self.features.features)
 
 
 def open_set(path: Path) -> PictureSource | SavedStatistics:
-    """Finds out what a path holds, without encoding pictures.
+    """Find out what a path holds, without encoding pictures.
 
     Args:
         path: A folder of pictures, or an `.npz` file with `arr_0` or with `mu` and `sigma`.
@@ -113,16 +113,16 @@ def load_set(
     batch_size: int,
     advance: Callable[[int], object] = lambda pictures: None,
 ) -> LoadedSet:
-    """Encodes pictures, or takes the statistics that were saved.
+    """Encode pictures, or use saved statistics.
 
     Args:
         opened: What `open_set` returned.
-        encoder: What makes the features.
+        encoder: The encoder of the features.
         batch_size: Pictures encoded at once.
         advance: Called with the number of pictures after each batch.
 
     Raises:
-        ValueError: A picture cannot be read, or the statistics are of other features.
+        ValueError: A picture cannot be read, or the statistics are from another encoder.
     """
     if isinstance(opened, SavedStatistics):
         return _from_saved(opened, encoder.name)
@@ -138,7 +138,7 @@ def _from_features(path: Path, features: FeatureSet) -> LoadedSet:
 
 
 def _with_published_moments(loaded: LoadedSet) -> LoadedSet:
-    """ADM's reference files hold some pictures, and the moments of the whole training set."""
+    """Use the moments of ADM's reference files: they are of the whole training set."""
     if not {"mu", "sigma"} <= npz_keys(loaded.path):
         return loaded
     names = ("mu", "sigma", "mu_s", "sigma_s")
@@ -179,7 +179,7 @@ def _moments(saved: SavedStatistics, mean: str, covariance: str) -> Moments:
 
 
 def _numbers(saved: SavedStatistics, name: str, *shape: int | None) -> Tensor:
-    """An array, float32 or float64, that must have a shape; `None` is any length."""
+    """An array as float32 or float64, checked to have a shape; `None` is any length."""
     array = saved.arrays.get(name, np.zeros(()))
     fits = len(shape) == array.ndim and all(
         wanted in (None, length) for wanted, length in zip(shape, array.shape, strict=True)
@@ -195,11 +195,11 @@ def _numbers(saved: SavedStatistics, name: str, *shape: int | None) -> Tensor:
 
 
 def write_statistics(path: Path, loaded: LoadedSet) -> None:
-    """Saves a set, so that later runs need not encode it again.
+    """Save a set, so that later runs need not encode it again.
 
     Args:
-        path: The `.npz` file. `mu` and `sigma` in it are what other tools read, too.
-        loaded: With features.
+        path: The `.npz` file. Other tools can also read its `mu` and `sigma`.
+        loaded: A set with features.
 
     Raises:
         ValueError: It has no features.

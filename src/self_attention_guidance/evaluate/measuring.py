@@ -22,11 +22,11 @@ class Metric:
     """The name of one figure and how to read it.
 
     Attributes:
-        key: In JSON.
-        title: In tables and plots.
+        key: Name in JSON.
+        title: Title in tables and plots.
         better: "lower" or "higher".
         least: Its smallest possible value.
-        most: Its largest.
+        most: Its largest possible value.
     """
 
     key: str
@@ -57,16 +57,16 @@ def measure(
     """All figures that the two sets allow.
 
     Args:
-        samples: With features.
-        reference: Only Fréchet distances can be taken to one without features.
-        repetitions: Halves of the samples that the intervals come from; 0 for no intervals.
-        seed: Of the halves.
+        samples: A set with features.
+        reference: The reference; without features, it allows only Fréchet distances.
+        repetitions: Number of halves of the samples for the intervals; 0 for no intervals.
+        seed: Seed of the halves.
         advance: Called with shares of `work(samples, reference)`.
 
     Returns:
         Estimates by `Metric.key`, in the order of `METRICS`; without precision and recall if the
-        samples or the reference have fewer than `FEWEST_FOR_SHARES` pictures. What no half changes
-        has no interval.
+        samples or the reference have fewer than `FEWEST_FOR_SHARES` pictures. A figure that
+        is the same for all halves has no interval.
 
     Raises:
         ValueError: The sets do not fit each other.
@@ -92,15 +92,15 @@ def repeated_values(
     halves: Tensor,
     advance: Advance = lambda repetitions: None,
 ) -> dict[str, Tensor]:
-    """All figures that the two sets allow, on each of the given parts of the samples.
+    """All figures that the two sets allow, for each of the given parts of the samples.
 
-    Two sets whose samples have the same seeds, measured on the same parts, can be subtracted: see
-    `paired_difference`.
+    If two sets of samples have the same seeds and are measured on the same parts, their values can
+    be subtracted: see `paired_difference`.
 
     Args:
-        samples: With features.
-        reference: Only Fréchet distances can be taken to one without features.
-        halves: (repetitions, samples) bool, as `random_halves` gives them.
+        samples: A set with features.
+        reference: The reference; without features, it allows only Fréchet distances.
+        halves: (repetitions, samples) bool, as `random_halves` returns them.
         advance: As in `measure`.
 
     Returns:
@@ -129,7 +129,7 @@ def repeated_values(
 
 
 def work(samples: LoadedSet, reference: LoadedSet) -> int:
-    """How much `measure` will report to its `advance`, for a progress bar.
+    """The total that `measure` will report to its `advance`, for a progress bar.
 
     Args:
         samples: As in `measure`.
@@ -142,7 +142,7 @@ def work(samples: LoadedSet, reference: LoadedSet) -> int:
 
 
 def _check_fit(samples: LoadedSet, reference: LoadedSet) -> FeatureSet:
-    """Refuses sets that cannot be compared, and returns the samples' features."""
+    """Refuse sets that cannot be compared; return the samples' features."""
     drawn, real = samples.features, reference.features
     if drawn is None:
         raise ValueError(

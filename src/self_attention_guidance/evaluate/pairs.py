@@ -7,8 +7,8 @@ nearest other row; precision is the share of the samples that the reference cove
 of the reference that the samples cover. On a part of the samples (`halves`, see `resampling.py`)
 balls are larger; all parts share the products of rows.
 
-Bounds of distances decide, and where they leave open which row is nearer or whether a ball holds a
-row, the distances themselves: shares are those of counting.
+Bounds of distances decide first. Where they leave open which row is nearer, or whether a ball holds
+a row, the distances themselves decide. So the shares are exact.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from torch import Tensor
 from .rows import TILE, Rows, distances, full_precision, tiles
 
 NEIGHBOURS = 3
-# Nearest rows that are kept at first: a half lacks three of so many once in ten million times.
+# Nearest rows to keep at first. Fewer than three of these are in a half once in ten million times.
 _CANDIDATES = 32
-# Numbers that are in memory at once where pairs are looked at one by one.
+# Numbers in memory at once when pairs are computed one by one.
 _MOST_NUMBERS = 2**22
-# More pairs of a tile than this share cost more one by one than the tile in float64.
+# Above this share of a tile's pairs, computing the whole tile in float64 is cheaper.
 _FEW = 1 / 32
 
 Advance = Callable[[int], object]
 
 
 class PairReference:
-    """A reference that samples are compared with, pair by pair."""
+    """A reference to compare samples with, pair by pair."""
 
     def __init__(self, features: Tensor, k: int = NEIGHBOURS) -> None:
-        """Nothing is compared yet.
+        """Store the reference; compare nothing yet.
 
         Args:
             features: (more than k, features), of any floating type.
-            k: Which neighbour sets the radius of a ball, at least 1.
+            k: The neighbour whose distance is the radius of a ball, at least 1.
         """
         self._features = features
         self._k = k
@@ -87,7 +87,7 @@ class PairReference:
         }
 
     def _own(self, advance: Advance) -> tuple[Rows, Tensor, Tensor]:
-        """The reference, its sum over pairs and its radii, which all samples share."""
+        """The rows, sum over pairs and radii of the reference, computed once for all samples."""
         count = len(self._features)
         if self._known is None:
             sums = [part.double().sum(0) for part in self._features.split(TILE)]
@@ -100,11 +100,11 @@ class PairReference:
 
 
 def pair_work(samples: int, reference: int) -> int:
-    """How much `PairReference.figures` will report to its `advance`.
+    """The total that `PairReference.figures` will report to its `advance`.
 
     Args:
-        samples: How many rows.
-        reference: How many rows.
+        samples: Number of rows of the samples.
+        reference: Number of rows of the reference.
     """
     between = len(tiles(samples)) * len(tiles(reference))
     return _triangle(samples) + _triangle(reference) + between
@@ -140,14 +140,14 @@ def _within(rows: Rows, halves: Tensor, k: int, advance: Advance) -> tuple[Tenso
 
 
 class _Nearest:
-    """Those of the others that may be nearest, by lower bounds of squared distances."""
+    """The rows that may be nearest to others, by lower bounds of squared distances."""
 
     def __init__(self, count: int, others: int, kept: int, dtype: torch.dtype) -> None:
         self.least = torch.full((count, min(kept, others)), torch.inf, dtype=dtype)
         self.index = torch.zeros(self.least.shape, dtype=torch.int64)
 
     def look(self, part: slice, others: slice, least: Tensor) -> None:
-        """Takes some bounds into account."""
+        """Add the bounds of some rows."""
         kept = self.least.shape[1]
         near = least.topk(min(kept, least.shape[1]), dim=1, largest=False, sorted=False)
         joint = torch.cat([self.least[part], near.values], dim=1)
@@ -172,26 +172,26 @@ def _radii(rows: Rows, nearest: _Nearest, halves: Tensor, k: int) -> Tensor:
             for part in torch.arange(count).split(size)
         ]
     )
-    # Now in float64: with as many candidates, then with all.
+    # The rest in float64, first with as many candidates, then with all rows.
     for kept in (_CANDIDATES, count):
         size = max(1, min(TILE, _MOST_NUMBERS // (kept * len(halves))))
         parts = doubtful.split(size) if len(doubtful) else ()
         doubtful = torch.cat(
-            [doubtful[:0], *(_settle_anew(rows, part, halves, k, radii, kept) for part in parts)]
+            [doubtful[:0], *(_settle_exactly(rows, part, halves, k, radii, kept) for part in parts)]
         )
     return radii.masked_fill_(~halves, -1.0)
 
 
-def _settle_anew(
+def _settle_exactly(
     rows: Rows, part: Tensor, halves: Tensor, k: int, radii: Tensor, kept: int
 ) -> Tensor:
-    """As `_settle`, with candidates from bounds in float64."""
+    """Like `_settle`, with candidates from bounds in float64."""
     count = len(rows.features)
     nearest = _Nearest(len(part), count, kept, torch.float64)
     for others in tiles(count):
         products = rows.products(part, rows, others, torch.float64)
         least, slack = rows.bounds(products, part, rows, others)
-        # What is nearer by less than rounding is as near.
+        # Rows whose distances differ by less than rounding count as equally near.
         most = least + slack
         itself = part[:, None] == torch.arange(others.start, others.stop)
         nearest.look(slice(None), others, most.masked_fill_(itself, torch.inf))
@@ -201,19 +201,19 @@ def _settle_anew(
 def _settle(
     rows: Rows, part: Tensor, index: Tensor, least: Tensor, halves: Tensor, k: int, radii: Tensor
 ) -> Tensor:
-    """Finds radii among candidates.
+    """Find radii among candidates.
 
     Args:
-        rows: All of them.
-        part: (some,) which rows.
-        index: (some, candidates) which rows are the candidates.
-        least: (some, candidates) bounds of their distances; all other rows' are no smaller.
+        rows: All rows.
+        part: (some,) indices of the rows to settle.
+        index: (some, candidates) indices of the candidates.
+        least: (some, candidates) bounds of their distances; those of all other rows are no smaller.
         halves: (repetitions, rows).
-        k: Which neighbour.
-        radii: (repetitions, rows), is changed.
+        k: The neighbour whose distance is the radius.
+        radii: (repetitions, rows), changed in place.
 
     Returns:
-        Those of `part` that others than the candidates may be nearer to.
+        The rows of `part` for which a row that is no candidate may be nearer.
     """
     found = distances(rows, part.repeat_interleave(index.shape[1]), rows, index.flatten())
     found = found.view(index.shape).masked_fill_(least.isinf(), torch.inf)
@@ -221,13 +221,13 @@ def _settle(
     rank = halves[:, index.gather(1, order)].cumsum(2, dtype=torch.int32)
     found = found.masked_fill(rank < k, torch.inf).amin(2)
     radii[:, part] = found
-    # Nothing is nearer than a copy.
+    # No distance is below 0, that of a copy.
     nearer = found > least.amax(1).clamp(min=0)
     return part[(nearer & halves[:, part]).any(0)]
 
 
 class _Coverage:
-    """Which targets lie in balls, for each of several sets of balls."""
+    """The targets that lie in balls, for each of several sets of balls."""
 
     def __init__(self, balls: Rows, targets: Rows, radii: Tensor) -> None:
         self._balls, self._targets, self._radii = balls, targets, radii
@@ -236,21 +236,21 @@ class _Coverage:
         self._smallest = radii.masked_fill(~is_ball, torch.inf).amin(0)
         self._smallest[~is_ball.any(0)] = -1.0
         self._largest = radii.amax(0)
-        # How many balls were found to hold a target; not all are looked for.
+        # The number of balls found to hold a target; not all balls are searched.
         self._counts = torch.zeros(len(radii), len(targets.features), dtype=torch.float32)
 
     def covered(self) -> Tensor:
-        """(sets of balls, targets) float64: 1 where a ball that was looked at holds a target."""
+        """(sets of balls, targets) float64: 1 where one of the balls so far holds a target."""
         return (self._counts > 0).double()
 
     def look(self, balls: slice, targets: slice, least: Tensor, slack: Tensor) -> None:
-        """Takes some balls and targets into account.
+        """Add some balls and targets.
 
         Args:
-            balls: Which balls.
-            targets: Which targets.
+            balls: Slice of the balls.
+            targets: Slice of the targets.
             least: (balls, targets) lower bounds of squared distances.
-            slack: (balls, targets) how far upper bounds are above them.
+            slack: (balls, targets) differences of upper and lower bounds.
         """
         if (self._counts[:, targets] > 0).all():
             return
@@ -260,12 +260,12 @@ class _Coverage:
             bounds = self._balls.bounds(products, balls, self._targets, targets)
             may_be = self._decide(balls, targets, *bounds)
         size = max(1, _MOST_NUMBERS // max(self._balls.features.shape[1], len(self._counts)))
-        # Ball by ball: what one ball settles need not be asked of the next.
+        # In the order of balls: targets that one ball covers are skipped for the next.
         for pairs in may_be.nonzero().split(size):
             self._settle(pairs + torch.tensor([balls.start, targets.start]))
 
     def _decide(self, balls: slice, targets: slice, least: Tensor, slack: Tensor) -> Tensor:
-        """Counts what is in balls for certain; returns (balls, targets) bool, what may be."""
+        """Count targets certainly in balls; return (balls, targets) bool, which may be in them."""
         smallest, largest = (
             radii[balls, None].to(least.dtype) for radii in (self._smallest, self._largest)
         )
@@ -278,7 +278,7 @@ class _Coverage:
         return may_be
 
     def _settle(self, pairs: Tensor) -> None:
-        """Computes the distances of some balls and targets."""
+        """Decide some pairs of a ball and a target by their distances."""
         is_open = (self._counts[:, pairs[:, 1]] == 0).any(0)
         ball, target = pairs[is_open].T
         inside = distances(self._balls, ball, self._targets, target) <= self._radii[:, ball]

@@ -14,12 +14,12 @@ _PANEL_INCHES = 2.6
 _ROW_INCHES = 0.32
 _LINE_INCHES = 0.13
 _COLUMNS = 3
-# Of the notes below.
+# Width of the notes below the panels.
 _LETTERS_PER_INCH = 18
 
 
 def check_plotting() -> None:
-    """Refuses to go on without matplotlib.
+    """Raise an error if matplotlib is missing.
 
     Raises:
         ValueError: It is not installed.
@@ -31,13 +31,13 @@ def check_plotting() -> None:
 
 
 def write_plot(path: Path, report: Report) -> None:
-    """Draws the figure.
+    """Draw the figure.
 
     Args:
         path: The `.png` file.
-        report: What was measured.
+        report: The results.
     """
-    # Without pyplot there is no window and no global state.
+    # Not pyplot, which has windows and global state.
     module: Any = import_module("matplotlib.figure")
     known = [
         metric

@@ -19,9 +19,9 @@ class SampleReport:
     """The figures of one set of samples.
 
     Attributes:
-        name: Short, in tables and plots.
-        path: Where the set comes from.
-        count: How many pictures.
+        name: Short name in tables and plots.
+        path: The folder or file of the set.
+        count: Number of pictures.
         metrics: Estimates by `Metric.key`.
     """
 
@@ -33,15 +33,15 @@ class SampleReport:
 
 @dataclass(frozen=True)
 class Report:
-    """All that one run measured.
+    """The results of a run.
 
     Attributes:
-        reference: What the samples were compared with.
-        encoder: Name of what made the features.
-        repetitions: Halves that the intervals come from.
-        seed: Of the halves.
-        samples: One or more sets.
-        warnings: What a reader must know, each a sentence; see `advice`.
+        reference: The set that the samples were compared with.
+        encoder: Name of the encoder of the features.
+        repetitions: Number of halves for the intervals.
+        seed: Seed of the halves.
+        samples: Results of one or more sets.
+        warnings: Sentences that a reader must know; see `advice`.
     """
 
     reference: LoadedSet
@@ -53,7 +53,7 @@ class Report:
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
-    """Names of paths without folder and suffix, or the paths where these are not unique.
+    """Names of paths without folder and suffix, or the whole paths if these are not unique.
 
     Args:
         paths: Folders and files.
@@ -66,7 +66,7 @@ def format_estimate(found: Estimate | None) -> str:
     """An estimate like "12.3 [11.9, 12.8]".
 
     Args:
-        found: `None` gives "-".
+        found: The estimate; `None` gives "-".
     """
     if found is None:
         return "-"
@@ -76,10 +76,10 @@ def format_estimate(found: Estimate | None) -> str:
 
 
 def format_table(report: Report) -> str:
-    """A table: a row for each figure, a column for each set; arrows point to what is better.
+    """A table with a row for each figure and a column for each set; arrows mean better.
 
     Args:
-        report: What was measured.
+        report: The results.
     """
     rows = [
         ["", *(sample.name for sample in report.samples)],
@@ -99,7 +99,7 @@ def footnote(report: Report) -> str:
     """The settings of the evaluation, in one line.
 
     Args:
-        report: What was measured.
+        report: The results.
     """
     features = report.reference.features
     count = "" if features is None else f", {len(features.features)} pictures"
@@ -110,10 +110,10 @@ def footnote(report: Report) -> str:
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """The same as numbers.
+    """The results as JSON values.
 
     Args:
-        report: What was measured.
+        report: The results.
 
     Returns:
         What `json.dumps` takes.

@@ -1,11 +1,11 @@
-"""How far an estimate would move with other samples: intervals by repetition on halves.
+"""Intervals that say how far an estimate would change with other samples, from random halves.
 
-Drawing with replacement, the usual bootstrap, puts pictures into a set twice, which biases what
-looks at pairs of pictures: a copy is its original's nearest neighbour. So each repetition takes a
+The usual bootstrap draws with replacement, so a set can hold a picture twice. This biases figures
+that use pairs of pictures: a copy is its original's nearest neighbour. So each repetition takes a
 random half of the samples without replacement instead. The spread of an estimate over halves is its
-standard error on the whole set (Shao and Wu 1989, the jackknife that deletes half). Estimates on
-halves are shifted, as those of small sets are, so it is their deviations from their own mean that
-are laid around the estimate of the whole set. The reference is taken as given.
+standard error on the whole set (Shao and Wu 1989, the delete-half jackknife). Estimates on halves
+are biased like those of small sets, so the interval uses their deviations from their own mean,
+around the estimate of the whole set. The reference is taken as given.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class Estimate:
     """A figure and its 95 % interval.
 
     Attributes:
-        value: On all samples.
+        value: The figure on all samples.
         low: Lower end of the interval; `None` without repetitions.
-        high: Upper end.
+        high: Upper end, likewise.
     """
 
     value: float
@@ -37,9 +37,9 @@ def random_halves(count: int, repetitions: int, seed: int) -> Tensor:
     """Random halves of a set, the same for the same arguments.
 
     Args:
-        count: Rows of the set.
-        repetitions: How many halves; 0 for none.
-        seed: At least 0.
+        count: Number of rows of the set.
+        repetitions: Number of halves; 0 for none.
+        seed: Seed, at least 0.
 
     Returns:
         (repetitions + 1, count) bool; the first row is the whole set.
@@ -53,7 +53,7 @@ def random_halves(count: int, repetitions: int, seed: int) -> Tensor:
 
 
 def estimate(values: Tensor, least: float, most: float = float("inf")) -> Estimate:
-    """An estimate from what was found on the whole set and on its halves.
+    """An estimate from the values on the whole set and on its halves.
 
     Args:
         values: (repetitions + 1,), the first on the whole set.
@@ -67,17 +67,17 @@ def estimate(values: Tensor, least: float, most: float = float("inf")) -> Estima
     points = torch.tensor([tail, 1 - tail], dtype=torch.float64)
     deviations = values[1:].double() - values[1:].double().mean()
     low, high = (value + deviations.quantile(points)).clamp(least, most).tolist()
-    # A figure at the end of its range may be beyond all others; its interval holds it still.
+    # A value at the end of its range may be beyond all others; the interval must still hold it.
     return Estimate(value, min(low, value), max(high, value))
 
 
 def paired_difference(values: Tensor, others: Tensor) -> Estimate:
-    """How much larger a figure is for one set than for another whose samples have the same seeds.
+    """How much larger a figure is for one set than for another with the same seeds.
 
-    What the sets share moves both, so the interval is narrower than those of the two figures.
+    What the sets share affects both, so the interval is narrower than those of the two figures.
 
     Args:
         values: (repetitions + 1,), the first on the whole set, the others on its halves.
-        others: Of the other set on the same halves: sample i of both has the same seed.
+        others: Values of the other set on the same halves; sample i has the same seed in both.
     """
     return estimate(values - others, least=-float("inf"))

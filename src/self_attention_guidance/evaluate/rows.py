@@ -1,7 +1,7 @@
 """Rows of features, and bounds of the distances between them.
 
-Products are of centred rows in float32, which is fast; each gives bounds of a squared distance.
-Where these are not enough there are bounds from float64, and the distances themselves.
+Products of centred rows in float32 are fast, and give bounds of squared distances. Where these are
+not enough, there are bounds from float64, and the distances themselves.
 """
 
 from __future__ import annotations
@@ -13,35 +13,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Rows and columns of what is in memory at once: 16 MiB of float32.
+# Rows and columns of a tile, which is in memory at once: 16 MiB of float32.
 TILE = 2048
 
 Part = slice | Tensor
 
-# Of features; kernels of larger ones do not fit into float32.
+# Largest size of features; kernels of larger ones do not fit into float32.
 _LARGEST = 1e6
-# What caches hold.
+# Numbers that fit into a cache.
 _CACHED_NUMBERS = 2**18
 
 
 def tiles(count: int) -> list[slice]:
-    """Slices of rows that are looked at together.
+    """Slices of rows that are processed together.
 
     Args:
-        count: How many rows.
+        count: Number of rows.
     """
     return [slice(start, min(start + TILE, count)) for start in range(0, count, TILE)]
 
 
 class Rows:
-    """Features, and how products of them become kernels and distances."""
+    """Features, with their products, kernels and bounds of distances."""
 
     def __init__(self, features: Tensor, mean: Tensor) -> None:
-        """Centres the rows.
+        """Store the features and their centred values.
 
         Args:
             features: (rows, features), of any floating type.
-            mean: (features,) float64, what is taken off them; that of other rows they meet, too.
+            mean: (features,) float64 to subtract; the same for all rows that are compared.
 
         Raises:
             ValueError: A feature is not finite, or larger than 1e6.
@@ -63,12 +63,12 @@ class Rows:
     def products(
         self, part: Part, other: Rows, columns: slice, dtype: torch.dtype = torch.float32
     ) -> Tensor:
-        """Of some rows with some other rows, all centred.
+        """Products of some rows with some other rows, all centred.
 
         Args:
-            part: Which rows, n of them.
-            other: Has the same mean.
-            columns: Which of the others, m of them.
+            part: Indices of n rows.
+            other: The other rows, with the same mean.
+            columns: Slice of m of the other rows.
             dtype: float32 or float64.
 
         Returns:
@@ -80,10 +80,10 @@ class Rows:
         return left @ (other.features[columns].double() - self.mean).T
 
     def kernel(self, products: Tensor, part: slice, other: Rows, columns: slice) -> Tensor:
-        """(x y / features + 1)^3 less a constant, which the figure does not depend on.
+        """The kernel (x y / features + 1)^3 minus a constant that does not affect KID.
 
-        With the mean m, x = m + u and y = m + v, x y / features + 1 is c + z, where c is that of m
-        with itself. (c + z)^3 - c^3 keeps the digits of z.
+        With the mean m, x = m + u and y = m + v, x y / features + 1 is c + z, where c is the value
+        for m with itself. (c + z)^3 - c^3 keeps the digits of z.
         """
         c = float(1 + self.mean.square().sum() / self._width)
         z = products.double().div_(self._width)
@@ -94,10 +94,10 @@ class Rows:
     def bounds(
         self, products: Tensor, part: Part, other: Rows, columns: slice
     ) -> tuple[Tensor, Tensor]:
-        """The least that squared distances may be, and how much more, each (n, m).
+        """Lower bounds of squared distances, and how far upper bounds are above them, each (n, m).
 
-        A product is off by less than features * eps / 2 of its rows' lengths; 16 more are for the
-        rounding of rows, squares, sums and radii.
+        The error of a product is below features * eps / 2 times its rows' lengths. 16 is added to
+        the number of features for the rounding of rows, squares, sums and radii.
         """
         error = (self._width + 16) * torch.finfo(products.dtype).eps / 2
         squares, others = (
@@ -112,10 +112,10 @@ def distances(rows: Rows, these: Tensor, others: Rows, those: Tensor) -> Tensor:
     """Squared distances, one for each pair of indices.
 
     Args:
-        rows: Of the one.
-        these: (pairs,) which.
-        others: Of the other.
-        those: (pairs,) which.
+        rows: The first rows.
+        these: (pairs,) indices of the first rows.
+        others: The second rows.
+        those: (pairs,) indices of the second rows.
 
     Returns:
         (pairs,) float64; exactly 0 between equal rows.
@@ -128,7 +128,7 @@ def distances(rows: Rows, these: Tensor, others: Rows, those: Tensor) -> Tensor:
 
 @contextmanager
 def full_precision() -> Generator[None]:
-    """Products of float32 are not those of bfloat16, whatever a program allows its networks."""
+    """Compute float32 products in float32, even if the program allows bfloat16 for its networks."""
     # Before torch 2.9 there is one setting for all devices.
     matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)
     allowed = matmul.fp32_precision if matmul else torch.get_float32_matmul_precision()

@@ -1,6 +1,6 @@
-"""Where pictures come from: a folder of images, or arr_0 of an `.npz` file of ADM's evaluator.
+"""Sources of pictures: a folder of images, or arr_0 of an `.npz` file of ADM's evaluator.
 
-Nothing is held in memory but the batch that is asked for.
+Only the present batch is held in memory.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 PICTURES_KEY = "arr_0"
 
-# Others may run programs (EPS), or hold values whose white is not known.
+# Other formats may run programs (EPS), or hold values whose white is not known.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 # Tags of TIFF.
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
 _WHITE_IS_ZERO, _UNSIGNED = 0, {1, 4}
-# RuntimeError is of encrypted archives and unknown compression.
+# RuntimeError comes from encrypted archives and unknown compression.
 _UNREADABLE = (OSError, zipfile.BadZipFile, RuntimeError)
 _READ_HEADER = {
     (1, 0): np.lib.format.read_array_header_1_0,
@@ -36,8 +36,8 @@ class PictureSource(Protocol):
     """Pictures of one size.
 
     Attributes:
-        path: For messages.
-        count: How many pictures.
+        path: The folder or file, for messages.
+        count: Number of pictures.
         size: Width and height in pixels.
     """
 
@@ -46,10 +46,10 @@ class PictureSource(Protocol):
     size: tuple[int, int]
 
     def batches(self, batch_size: int) -> Iterator[NDArray[np.uint8]]:
-        """All pictures, once.
+        """All pictures, batch by batch.
 
         Args:
-            batch_size: How many at a time; the last batch may be smaller.
+            batch_size: Pictures in a batch; the last batch may be smaller.
 
         Yields:
             (batch, height, width, 3) uint8.
@@ -63,12 +63,12 @@ class PictureSource(Protocol):
 class FolderSource:
     """The images in a folder, as viewers show them: upright, transparent ones on white.
 
-    Those in folders below it are left out, and so are hidden files, whose names start with a dot.
-    Of an animation it is the first picture. Values of 16 bits are scaled to 8.
+    Subfolders and hidden files, whose names start with a dot, are left out. Of an animation, the
+    first picture is used. Values of 16 bits are scaled to 8.
     """
 
     def __init__(self, path: Path) -> None:
-        """Lists the folder and looks at the first image's size.
+        """List the folder, and read the first image's size.
 
         Args:
             path: A folder.
@@ -90,7 +90,7 @@ class FolderSource:
         self.size = width, height
 
     def batches(self, batch_size: int) -> Iterator[NDArray[np.uint8]]:
-        """As in `PictureSource`."""
+        """All pictures, as in `PictureSource`."""
         for start in range(0, self.count, batch_size):
             yield np.stack([self._read(file) for file in self._files[start : start + batch_size]])
 
@@ -112,13 +112,13 @@ def _suffixes() -> list[str]:
 
 def _read_image(file: Path) -> NDArray[np.uint8]:
     try:
-        # Not by its name: Pillow would map the file, and reads TIFFs on their side wrongly then.
+        # Not by name: Pillow would map the file, and then it reads rotated TIFFs wrongly.
         with open(file, "rb") as content, Image.open(content, formats=_FORMATS) as image:
             drawing = ImageOps.exif_transpose(_in_8_bits(image)).convert("RGBA")
     except UnidentifiedImageError as error:
-        why = "it is none, or of an unknown kind" if file.stat().st_size else "it is empty"
+        why = "it is no picture, or of an unknown format" if file.stat().st_size else "it is empty"
         raise ValueError(f"{str(file)!r} cannot be read as a picture: {why}") from error
-    except Exception as error:  # a broken file fails in as many ways as there are formats
+    except Exception as error:  # each format has its own errors for broken files
         raise ValueError(f"{str(file)!r} cannot be read as a picture: {error}") from error
     white = Image.new("RGBA", drawing.size, "white")
     white.alpha_composite(drawing)
@@ -126,7 +126,7 @@ def _read_image(file: Path) -> NDArray[np.uint8]:
 
 
 def _in_8_bits(image: Image.Image) -> Image.Image:
-    """The same image; Pillow's conversions cut values off that are above 255."""
+    """The image with 8 bits per value; Pillow's own conversions would clip values above 255."""
     tags: Any = getattr(image, "tag_v2", {})
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         white = 2 ** tags.get(_BITS, (16,))[0] - 1
@@ -151,13 +151,13 @@ class NpzSource:
     """The array arr_0 of an `.npz` file: (pictures, height, width, 3) uint8."""
 
     def __init__(self, path: Path) -> None:
-        """Reads the array's shape.
+        """Read the array's shape.
 
         Args:
             path: An `.npz` file.
 
         Raises:
-            ValueError: The file cannot be read, has no such array, or one of another form.
+            ValueError: The file cannot be read, has no such array, or one of another shape or type.
         """
         self.path = path
         with self._opened() as (_, shape):
@@ -165,7 +165,7 @@ class NpzSource:
             self.size = shape[2], shape[1]
 
     def batches(self, batch_size: int) -> Iterator[NDArray[np.uint8]]:
-        """As in `PictureSource`."""
+        """All pictures, as in `PictureSource`."""
         with self._opened() as (member, shape):
             for start in range(0, self.count, batch_size):
                 rows = min(batch_size, self.count - start)

@@ -1,7 +1,7 @@
-"""Statistics that sums over pictures give: moments, Fréchet distance, Inception Score.
+"""Statistics from sums over pictures: moments, Fréchet distance, Inception Score.
 
-Pure maths on float64 tensors. Rows are pictures, columns are features. `halves` are the samples
-that an estimate is repeated on, (repetitions, rows) bool; see `resampling.py`.
+Pure maths on float64 tensors. Rows are pictures, columns are features. `halves` are the parts
+of the samples for repeated estimates, (repetitions, rows) bool; see `resampling.py`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Fixed, so that sums are rounded in the same way whatever the batches were.
+# Fixed, so that the rounding of sums does not depend on the batches.
 CHUNK = 1024
 
 _BLOCK = 256
-# Eigenvalues below this share of the largest are those of rounding.
+# Eigenvalues below this share of the largest come from rounding.
 _NEGLIGIBLE = 1e-12
 
 
@@ -25,7 +25,7 @@ class Moments:
 
     Attributes:
         mean: (features,) float64.
-        covariance: (features, features) float64, of a sample: divided by the count less one.
+        covariance: (features, features) float64, the sample covariance: divided by count - 1.
     """
 
     mean: Tensor
@@ -35,22 +35,22 @@ class Moments:
 class RunningMoments:
     """Mean and covariance of features that come in pieces, in float64.
 
-    Chan, Golub and LeVeque's updating formula: it does not lose digits where the mean is large
-    against the deviations, as sums of squares do.
+    This is Chan, Golub and LeVeque's updating formula. Unlike sums of squares, it loses no digits
+    if the mean is much larger than the deviations.
     """
 
     def __init__(self, features: int) -> None:
-        """Nothing seen yet.
+        """Start without rows.
 
         Args:
-            features: How many columns there will be.
+            features: Number of columns.
         """
         self.count = 0
         self._mean = torch.zeros(features, dtype=torch.float64)
         self._scatter = torch.zeros(features, features, dtype=torch.float64)
 
     def update(self, rows: Tensor) -> None:
-        """Adds a piece.
+        """Add some rows.
 
         Args:
             rows: (any number, features), of any floating type.
@@ -62,7 +62,7 @@ class RunningMoments:
         centred = rows - mean
         count = self.count + len(rows)
         shift = mean - self._mean
-        for start in range(0, len(mean), _BLOCK):  # one half; the other is the same
+        for start in range(0, len(mean), _BLOCK):  # the upper half; the matrix is symmetric
             block = centred[:, start : start + _BLOCK]
             self._scatter[start : start + _BLOCK, start:] += block.T @ centred[:, start:]
         self._scatter += torch.outer(shift, shift) * (self.count * len(rows) / count)
@@ -70,10 +70,10 @@ class RunningMoments:
         self.count = count
 
     def moments(self) -> Moments:
-        """Of all rows so far.
+        """The moments of all rows so far.
 
         Raises:
-            ValueError: There are fewer than two.
+            ValueError: There are fewer than two rows.
         """
         if self.count < 2:
             raise ValueError(f"count={self.count} must be at least 2 for a covariance")
@@ -99,8 +99,8 @@ def frechet_distance(samples: Moments, reference: Moments) -> float:
     |m - r|^2 + tr(M + R - 2 (M R)^(1/2)), Heusel et al., arXiv 1706.08500, equation 6.
 
     Args:
-        samples: Of one set.
-        reference: Of the other, with as many features.
+        samples: Moments of one set.
+        reference: Moments of the other, with as many features.
 
     Returns:
         At least 0; 0 for equal moments, up to rounding.
@@ -110,16 +110,16 @@ def frechet_distance(samples: Moments, reference: Moments) -> float:
 
 
 def frechet_distances(rows: Tensor, samples: Moments, reference: Moments, halves: Tensor) -> Tensor:
-    """Fréchet distances of samples and of parts of them, these to first order.
+    """Fréchet distances of samples, and to first order of parts of them.
 
-    The trace of the root changes by tr(W dM) / 2 where M changes by dM, and W is found once: parts
-    need no decompositions of their own. Their spread is that of exact ones (Jaeckel 1972, the
-    infinitesimal jackknife); their larger bias is left out.
+    If M changes by dM, the trace of the root changes by tr(W dM) / 2. W is computed once, so parts
+    need no decompositions. Their spread is that of exact distances (Jaeckel 1972, the infinitesimal
+    jackknife), without the larger bias of small sets.
 
     Args:
         rows: (n, features), of any floating type.
         samples: Moments of all rows.
-        reference: Of as many features.
+        reference: Moments of the reference, with as many features.
         halves: (repetitions, n) bool, the first row all true.
 
     Returns:
@@ -148,17 +148,17 @@ def frechet_distances(rows: Tensor, samples: Moments, reference: Moments, halves
 
 
 def _factor(moments: Moments) -> Tensor:
-    """F of a covariance F F^T."""
+    """A factor F of the covariance F F^T."""
     factor, info = torch.linalg.cholesky_ex(moments.covariance)
     if int(info) == 0:
         return factor
-    # Of fewer pictures than features, for example.
+    # The covariance is singular, for example with fewer pictures than features.
     values, vectors = torch.linalg.eigh(moments.covariance)
     return vectors * values.clamp(min=0).sqrt()
 
 
 def _symmetric_product(samples: Moments, factor: Tensor) -> Tensor:
-    """F^T M F, which has the eigenvalues of M F F^T: no root of a general matrix is needed."""
+    """F^T M F, a symmetric matrix with the eigenvalues of M F F^T."""
     return factor.T @ samples.covariance @ factor
 
 
@@ -172,8 +172,8 @@ def _distance(samples: Moments, reference: Moments, values: Tensor) -> float:
 def inception_scores(probabilities: Tensor, halves: Tensor) -> Tensor:
     """Inception Score: exp of the mean divergence of p(class | picture) from p(class).
 
-    Salimans et al., arXiv 1606.03498. Over the whole set, not a mean over splits of it, which
-    would depend on the pictures' order.
+    Salimans et al., arXiv 1606.03498. It is over the whole set. A mean over splits
+    would depend on the order of the pictures.
 
     Args:
         probabilities: (n, classes), each row sums to 1.

@@ -5,7 +5,7 @@ Example:
     from self_attention_guidance.generate import generate, load_pipeline, picture_path, save_png
 
     loaded = load_pipeline("emoji")
-    settings = loaded.settings(num_inference_steps=25)  # else as the model recommends
+    settings = loaded.settings(num_inference_steps=25)  # the rest as the model recommends
     for picture in generate(loaded.pipeline, ["red heart", "grinning face"], settings, seed=7):
         save_png(picture.image, picture_path(".", picture.index, picture.seed), picture.record)
     ```
@@ -124,7 +124,7 @@ __all__ = [
     "with_guidances",
 ]
 
-# Importing torch and diffusers takes seconds, and wrong command lines are answered before that.
+# Importing torch and diffusers takes seconds; a wrong command line is reported without it.
 __getattr__, __dir__ = exported(
     __name__,
     {

@@ -1,4 +1,4 @@
-"""Names of the same settings in pipelines of different models, read from their signatures."""
+"""The names that different pipelines have for the same settings, from their signatures."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from .settings import GenerationSettings
 from .start_picture import start_arguments
 
 StepEnd = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
-"""As diffusers calls it after a step: (pipeline, step, timestep, tensors)."""
+"""Called after a step, as diffusers does: (pipeline, step, timestep, tensors)."""
 
 
 def with_defaults(recommended: RecommendedSettings, pipeline: type) -> RecommendedSettings:
-    """Recommended settings; where a model says nothing, those of its pipeline's call.
+    """Recommended settings, completed by the defaults of the pipeline's call.
 
     Args:
-        recommended: By the model.
-        pipeline: Its class.
+        recommended: What the model recommends.
+        pipeline: The class of its pipeline.
     """
     parameters = _parameters(pipeline)
     own = {
@@ -39,13 +39,13 @@ def refuse_without_effect(pipeline: Any, settings: GenerationSettings) -> None:
 
     Args:
         pipeline: The model.
-        settings: Of pictures.
+        settings: Settings of the pictures.
 
     Raises:
-        ValueError: A negative prompt that its call does not take, or would ignore.
+        ValueError: There is a negative prompt that the call does not take, or would ignore.
     """
     parameters = _parameters(type(pipeline))
-    # Flux and its kin have CFG beside a guidance that the network was trained with.
+    # Flux and similar models have CFG besides a guidance that the network was trained with.
     ignores = "true_cfg_scale" in parameters and _cfg_argument(parameters) != "true_cfg_scale"
     if settings.negative_prompt and (ignores or "negative_prompt" not in parameters):
         raise ValueError(
@@ -55,15 +55,15 @@ def refuse_without_effect(pipeline: Any, settings: GenerationSettings) -> None:
 
 
 def check_size(pipeline: Any, width: int | None, height: int | None) -> None:
-    """Refuses sizes that a model can't draw: without a position at its coarsest level, or patches.
+    """Refuse sizes that do not fit a model's coarsest level or its patches.
 
     Args:
         pipeline: The model.
-        width: In pixels; `None` is the model's own.
-        height: In pixels; `None` is the model's own.
+        width: Width in pixels; `None` is the model's own.
+        height: Height in pixels; `None` is the model's own.
 
     Raises:
-        ValueError: The size is too small, or no multiple of what it must be.
+        ValueError: The size is too small, or not a multiple of the required number.
     """
     smallest, multiple = _size_limits(pipeline)
     for name, pixels in {"width": width, "height": height}.items():
@@ -74,11 +74,11 @@ def check_size(pipeline: Any, width: int | None, height: int | None) -> None:
 
 
 def _size_limits(pipeline: Any) -> tuple[int, int]:
-    """The smallest side that a model draws, and what all sides are multiples of, in pixels."""
+    """The smallest side that a model draws, and the number that divides all sides, in pixels."""
     config: Any = config_of(cast("Any", denoiser_of(pipeline)))
     levels = len(config.get("block_out_channels", ())) or 1
     scale = int(getattr(pipeline, "vae_scale_factor", 1))
-    # Transformers see patches of latents, or latents that are packed two by two.
+    # Transformers get patches of latents, or latents packed two by two.
     multiple = 8 if levels > 1 else max(8, 2 * scale)
     return max(8, scale * 2 ** (levels - 1)), multiple
 
@@ -86,19 +86,19 @@ def _size_limits(pipeline: Any) -> tuple[int, int]:
 def call_arguments(
     pipeline: Any, prompts: Sequence[str], settings: GenerationSettings, on_step_end: StepEnd
 ) -> dict[str, Any]:
-    """Arguments of a pipeline's call, under the names that it knows.
+    """Arguments of a pipeline's call, under its own names.
 
     Args:
         pipeline: The model.
         prompts: One for each picture.
-        settings: Of the pictures.
-        on_step_end: Called after each step, if the pipeline can.
+        settings: Settings of the pictures.
+        on_step_end: Called after each step, if the pipeline supports it.
     """
     parameters = _parameters(type(pipeline))
     negative: list[str] | None = [settings.negative_prompt] * len(prompts)
     cfg = _cfg_argument(parameters)
-    # Some pipelines do better without a negative prompt than with an empty one; those of a true
-    # CFG scale have none without.
+    # Some pipelines do better without a negative prompt than with an empty one. Pipelines with a
+    # true CFG scale have no CFG without one.
     if not settings.negative_prompt and cfg != "true_cfg_scale" and not _is_first_kind(parameters):
         negative = None
     wanted: dict[str, Any] = {
@@ -131,12 +131,12 @@ def _default(parameters: Mapping[str, inspect.Parameter], name: str) -> Any:
 
 
 def _cfg_argument(parameters: Mapping[str, inspect.Parameter]) -> str:
-    """The scale that users mean: of guidance of any kind, if the network takes one."""
+    """The argument for the CFG scale, or for the scale that the network itself takes."""
     has_another = "true_cfg_scale" in parameters
     is_unused = _default(parameters, "guidance_scale") is None
     return "true_cfg_scale" if has_another and is_unused else "guidance_scale"
 
 
 def _is_first_kind(parameters: Mapping[str, inspect.Parameter]) -> bool:
-    """Whether a call is that of Stable Diffusion 1 and 2, for which no text is an empty one."""
+    """Whether a call is that of Stable Diffusion 1 and 2, where no text means an empty one."""
     return "clip_skip" in parameters and "prompt_2" not in parameters

@@ -1,4 +1,4 @@
-"""The axes of a grid: an axis is a name and values, a cell is a set of changed settings."""
+"""The axes of a grid: an axis is a name with values, a cell is a picture's settings."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class Axis:
     """A side of a grid.
 
     Attributes:
-        name: Of `AXES`: "prompt", "seed", "guidance", "scale" (of the guidance), "cfg" (the scale
+        name: One of "prompt", "seed", "guidance", "scale" (of the guidance), "cfg" (the scale
             of classifier-free guidance), "steps", "blur" (`blur_sigma` of the guidance), "window"
             (its `start` and `stop`) or "layer" (its `layer` or `layers`).
-        values: At least one: texts, numbers, for "guidance" a `Guidance`, and `None` for none, for
-            "window" pairs, and for "layer" texts with plus signs between several, and `None` for
-            the default.
-        labels: What the grid calls the values; empty writes them out.
+        values: At least one text or number. For "guidance", each is a `Guidance`, or `None` for no
+            guidance; for "window", a pair; for "layer", a text with plus signs between several
+            layers, or `None` for the default.
+        labels: Names of the values in the grid; if empty, the values themselves.
 
     Raises:
         ValueError: The name is unknown, there is no value, or one is outside its range.
@@ -50,7 +50,7 @@ class Axis:
     labels: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        """Checks name and values."""
+        """Check the name and the values."""
         if self.name not in AXES:
             raise ValueError(f"axis={self.name!r} must be one of {', '.join(AXES)}")
         if not self.values or len(self.labels) not in (0, len(self.values)):
@@ -81,7 +81,7 @@ class Axis:
         return [form.format(text) for text in self._texts()]
 
     def __str__(self) -> str:
-        """As the command line takes it."""
+        """The text that the command line takes."""
         # A comma can be part of a prompt.
         return f"{self.name}={('|' if self.name == 'prompt' else ',').join(self._texts())}"
 
@@ -92,7 +92,7 @@ class Axis:
         if value is None:
             return "none" if self.name == "guidance" else "default"
         if self.name == "guidance":
-            return _called(value)
+            return _label(value)
         if self.name == "window":
             return f"{value[0]:g}-{value[1]:g}"
         return f"{value:g}" if isinstance(value, float) else str(value)
@@ -100,12 +100,12 @@ class Axis:
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """A picture of a grid that is to be drawn.
+    """A picture of a grid, to be drawn.
 
     Attributes:
         prompt: Its prompt.
         seed: Its seed.
-        settings: All others.
+        settings: All other settings.
         guidance: Its guidance.
     """
 
@@ -118,7 +118,7 @@ class Cell:
         """This cell with another value on an axis.
 
         Args:
-            axis: Which setting.
+            axis: The axis.
             value: One of its values.
 
         Raises:
@@ -139,12 +139,12 @@ def cells_of(base: Cell, rows: Axis, columns: Axis) -> list[list[Cell]]:
     """The cells of a grid, row by row.
 
     Args:
-        base: What no axis changes.
-        rows: Down the grid.
-        columns: Across it.
+        base: The settings that no axis changes.
+        rows: The axis down the grid.
+        columns: The axis across it.
 
     Raises:
-        ValueError: Both axes change the same.
+        ValueError: Both axes change the same setting.
     """
     if rows.name == columns.name:
         raise ValueError(f"rows and columns must differ: both are {rows.name}")
@@ -152,7 +152,7 @@ def cells_of(base: Cell, rows: Axis, columns: Axis) -> list[list[Cell]]:
     def cell(row: Any, column: Any) -> Cell:
         changes = [(rows, row), (columns, column)]
         is_off = any(axis.name == "guidance" and value is None for axis, value in changes)
-        # A guidance comes before its settings; but no guidance is none at any scale.
+        # A guidance is set before its settings; no guidance last, so that it is off at any scale.
         changes.sort(key=lambda change: (change[0].name == "guidance") == is_off)
         drawn = base
         for axis, value in changes:
@@ -164,18 +164,18 @@ def cells_of(base: Cell, rows: Axis, columns: Axis) -> list[list[Cell]]:
 
 
 def parse_axis(option: str, text: str) -> Axis:
-    """Reads an axis like "guidance=none,sag,pag:scale=2,start=0.2" or "prompt=a cat|a dog, red".
+    """Read an axis like "guidance=none,sag,pag:scale=2,start=0.2" or "prompt=a cat|a dog, red".
 
     Args:
-        option: Which gave it, for messages.
-        text: A name, and values separated by commas, those of prompts by bars. A window is
+        option: The option that it is from, for messages.
+        text: A name and values, separated by commas, or by bars for prompts. A window is
             "0.2-0.65".
 
     Returns:
-        The axis; the values of "guidance" are texts still, `None` for "none".
+        The axis; the values of "guidance" are still texts, and `None` for "none".
 
     Raises:
-        ValueError: It has another form, or a value is unknown or outside its range.
+        ValueError: It has another format, or a value is unknown or outside its range.
     """
     name, equals, rest = text.partition("=")
     name = name.strip()
@@ -199,11 +199,11 @@ def with_guidances(axis: Axis, make: Callable[[Mapping[str, Any]], Guidance | Gu
     """An axis of `parse_axis` with guidances instead of their texts.
 
     Args:
-        axis: Any; others than "guidance" are given back as they are.
-        make: Makes a guidance of the settings that its text gives.
+        axis: Any axis; only one of "guidance" is changed.
+        make: Makes a guidance from the settings in its text.
 
     Raises:
-        ValueError: A setting is outside its range, or not one of a method.
+        ValueError: A setting is outside its range, or the method does not have it.
     """
     if axis.name != "guidance":
         return axis
@@ -229,7 +229,7 @@ _KINDS: Mapping[str, Callable[[str], Any]] = {
 
 
 def _guidances(text: str) -> list[str]:
-    """Texts of guidances; what follows a comma and is a setting belongs to the one before."""
+    """Split a text into guidances; a setting after a comma belongs to the guidance before it."""
     found: list[str] = []
     for part in text.split(","):
         is_setting = "=" in part and ":" not in part.partition("=")[0]
@@ -241,7 +241,7 @@ def _guidances(text: str) -> list[str]:
 
 
 def _changed(guidance: Guidance | GuidanceSum, name: str, value: Any) -> Guidance | GuidanceSum:
-    """A guidance with another blur, window or layer; of several, those that have such a setting."""
+    """A guidance with another blur, window or layer; of a sum, all parts with such a setting."""
     new: dict[str, Any]
     if name == "window":
         new = dict(zip(("start", "stop"), value, strict=True))
@@ -259,7 +259,7 @@ def _changed(guidance: Guidance | GuidanceSum, name: str, value: Any) -> Guidanc
     return parts[0] if len(parts) == 1 else replace(guidance, guidances=parts)
 
 
-def _called(guidance: Guidance | GuidanceSum) -> str:
+def _label(guidance: Guidance | GuidanceSum) -> str:
     from .metadata import method_label  # it imports numpy
 
     return f"{method_label(guidance.method)} {guidance.scale:g}"

@@ -1,4 +1,4 @@
-"""Classes of pixel-space models by their names. No heavy import."""
+"""Names of the classes of pixel-space models. No heavy import."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ _FILE = "classes.json"
 
 
 def class_names(folder: str | Path) -> dict[str, int]:
-    """The numbers of a model's classes by their names, in small letters; empty if it names none.
+    """The numbers of a model's classes by lower-case name; empty if they have no names.
 
     Args:
-        folder: Of the model. The names are in its `classes.json`, a list or an object of names by
-            numbers, or, as diffusers' `DiTPipeline` has them, under "id2label" in its
-            `model_index.json`. Commas in a name are between several of the same class.
+        folder: Folder of the model. The names are in its `classes.json`, a list or an object of
+            names by numbers, or under "id2label" in its `model_index.json`, as diffusers'
+            `DiTPipeline` has them. Commas separate several names of one class.
 
     Raises:
-        ValueError: They have another form.
+        ValueError: They have another format.
     """
     path = Path(folder)
     named: object = _read(path / _FILE)
@@ -41,14 +41,14 @@ def class_names(folder: str | Path) -> dict[str, int]:
 
 
 def parse_classes(text: str, names: Mapping[str, int]) -> tuple[int, ...]:
-    """Reads classes like "207,360" or "heart,food-fruit".
+    """Read classes like "207,360" or "heart,food-fruit".
 
     Args:
         text: Numbers or names, separated by commas.
-        names: Of `class_names`.
+        names: What `class_names` returned.
 
     Raises:
-        ValueError: A name is unknown; the message tells the nearest ones.
+        ValueError: A name is unknown; the message lists the nearest ones.
     """
     return tuple(_number(part.strip(), names) for part in text.split(","))
 
@@ -63,8 +63,8 @@ def _number(part: str, names: Mapping[str, int]) -> int:
 def _rule(name: str, names: Iterable[str]) -> str:
     known = list(names)
     if not known:
-        told = "must be whole numbers separated by commas, for example 207,360"
-        return f"{told}: this model has no names for its classes"
+        rule = "must be whole numbers separated by commas, for example 207,360"
+        return f"{rule}: this model has no names for its classes"
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     near += [each for each in known if name and name in each and each not in near][:3]
     if near:

@@ -29,10 +29,10 @@ class Comparison:
     Attributes:
         grid: The labelled grid.
         columns: The pictures, column by column.
-        record: The settings of the grid, from which it can be drawn again: see `describe`. Of
-            `compare` it has "prompts", "num_images" and "sag_scales"; of `compare_axes` "prompts",
-            "rows" and "columns".
-        costs: Of `compare_axes`, what each picture took, column by column.
+        record: The settings of the grid, from which it can be drawn again: see `describe`. From
+            `compare`, it has "prompts", "num_images" and "sag_scales"; from `compare_axes`,
+            "prompts", "rows" and "columns".
+        costs: From `compare_axes`: the cost of each picture, column by column.
     """
 
     grid: Image.Image
@@ -59,20 +59,20 @@ def compare(
     show_attention: bool = False,
     on_progress: Progress | None = None,
 ) -> Comparison:
-    """Draws a grid: one row a prompt and seed, one column a guidance scale.
+    """Draw a grid with a row for each prompt and seed, and a column for each guidance scale.
 
     Args:
         pipeline: Its `guidance` holds the other settings of guidance.
         prompts: One prompt or several; an empty text is a prompt, too.
-        sag_scales: Guidance scales, 0 is off.
-        settings: What all pictures share; its `sag_scale` is not used.
-        seed: Of every prompt's first row.
+        sag_scales: Guidance scales; 0 is off.
+        settings: Settings that all pictures share; its `sag_scale` is not used.
+        seed: Seed of every prompt's first row.
         num_images: Rows of each prompt; row k has the seed `seed + k`.
         batch_size: Pictures made at once.
-        model_name: For the footer and the metadata; `None` leaves it out.
-        show_attention: Whether a column follows each guided one that shows where the pictures
-            were blurred: the stronger the colour, the more of the guided steps. For guidances
-            that blur.
+        model_name: Name for the footer and the metadata; `None` leaves it out.
+        show_attention: Whether to add a column after each guided one that shows where the
+            pictures were blurred. A stronger colour means more of the guided steps. Only for
+            guidances that blur.
         on_progress: As in `generate`.
 
     Returns:
@@ -95,7 +95,7 @@ def compare(
         list(generate(pipeline, prompts, of_scale, model_name=model_name, **run, **others))
         for of_scale in (replace(settings, sag_scale=scale) for scale in scales)
     ]
-    # A guided column, if there is one, knows all the settings of the guidance.
+    # The record of a guided column, if there is one, has all settings of the guidance.
     guided = [column for column, scale in zip(columns, scales, strict=True) if scale != 0]
     shared = (guided or columns)[0][0].record.items()
     record: dict[str, Any] = {n: v for n, v in shared if n not in ("prompt", "together")}
@@ -118,16 +118,16 @@ def compare_axes(
     model_name: str | None = None,
     on_progress: Progress | None = None,
 ) -> Comparison:
-    """Draws a grid of two settings against each other, with what each picture took below it.
+    """Draw a grid of two settings against each other, with the cost below each picture.
 
     Args:
-        pipeline: Its `guidance` is that of all pictures, where no axis changes it.
-        rows: What differs from row to row.
-        columns: What differs from column to column.
-        settings: What all pictures share, where no axis changes it.
-        prompt: Likewise.
-        seed: Likewise.
-        model_name: For the footer and the metadata; `None` leaves it out.
+        pipeline: Its `guidance` is that of all pictures, unless an axis changes it.
+        rows: The setting that differs by row.
+        columns: The setting that differs by column.
+        settings: Settings of all pictures, unless an axis changes them.
+        prompt: Prompt of all pictures, unless an axis changes it.
+        seed: Seed of all pictures, unless an axis changes it.
+        model_name: Name for the footer and the metadata; `None` leaves it out.
         on_progress: As in `generate`.
 
     Returns:
@@ -142,7 +142,7 @@ def compare_axes(
     denoiser: Any = denoiser_of(pipeline)
     for cell in (cell for row in cells for cell in row if cell.settings.sag_scale != 0):
         for part in cell.guidance.parts:
-            part.reads(denoiser)  # refuses layers that are not there
+            part.reads(denoiser)  # refuses layers that do not exist
     try:
         drawn = [[_draw(pipeline, cell, on_progress) for cell in row] for row in cells]
     finally:

@@ -1,4 +1,4 @@
-"""A picture, and what it took."""
+"""A picture and its cost."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Cost:
     """The cost of a picture.
 
     Attributes:
-        seconds: From prompt to picture.
-        evaluations: Of the network, each row of a batch counted: two a step under classifier-free
-            guidance, one more where it is guided.
+        seconds: Time from prompt to picture.
+        evaluations: Network evaluations, counted for each row of a batch: two a step with
+            classifier-free guidance, and one more in guided steps.
     """
 
     seconds: float
@@ -32,19 +32,19 @@ class Cost:
         return f"{self.seconds:{'.2g' if self.seconds < 99 else '.0f'}} s"
 
     def __str__(self) -> str:
-        """As the grid has it below a picture."""
+        """The text below a picture in a grid."""
         return f"{self.time}, {self.evaluations} evaluations"
 
 
 def generate_one(
     pipeline: Any, prompt: str, settings: GenerationSettings, *, seed: int, **others: Any
 ) -> tuple[GeneratedImage, Cost]:
-    """Makes one picture, alone, because that is what its time is of.
+    """Make one picture, not in a batch, so that the time is its own.
 
     Args:
         pipeline: As in `generate`.
         prompt: What to draw.
-        settings: All others.
+        settings: All other settings.
         seed: Its seed.
         **others: Further arguments of `generate`.
 

@@ -1,4 +1,4 @@
-"""How much a network was asked for."""
+"""Counting the rows that a network computes."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch
 
 @contextmanager
 def counted_rows(denoiser: Any) -> Generator[list[int]]:
-    """Counts the rows of a denoiser's calls inside the `with` statement.
+    """Count the rows of a denoiser's calls inside the `with` statement.
 
     Args:
         denoiser: A network of diffusers. Passes that begin at a later block count in full.
 
     Yields:
-        The rows of each call, as they come.
+        A list that grows by the rows of each call.
     """
     rows: list[int] = []
 
     @torch.compiler.disable
     def count(module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # The picture is the first argument of all denoisers, whatever they call it.
+        # The picture is the first argument of all denoisers, whatever its name.
         rows.append(len(args[0] if args else next(iter(kwargs.values()))))
 
     hook = denoiser.register_forward_pre_hook(count, with_kwargs=True)

@@ -1,4 +1,4 @@
-"""A batch of prompts and seeds to pictures."""
+"""Drawing a batch of prompts and seeds."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class GeneratedImage:
     Attributes:
         image: The picture.
         index: Its number in the run, from 0.
-        record: All its settings, from which it can be drawn again: see `describe`.
+        record: All its settings, which are enough to draw it again: see `describe`.
         flagged: Whether the model's safety checker blacked it out.
-        unread: The end of the prompt, if the model's text encoders end before; else empty.
+        unread: The end of the prompt that the model's text encoders did not read; usually empty.
         attended: Share of the guided steps at which a position was blurred, on the grid of the
             attention layer, (height, width), 0 to 1; `None` if not recorded or if nothing was
             blurred.
@@ -48,25 +48,25 @@ class GeneratedImage:
 
     @property
     def prompt(self) -> str:
-        """Its prompt."""
+        """The prompt of the picture."""
         return self.record["prompt"]
 
     @property
     def seed(self) -> int:
-        """Its seed."""
+        """The seed of the picture."""
         return self.record["seed"]
 
     @property
     def parameters(self) -> str:
-        """All its settings, in the form of `format_parameters`."""
+        """All settings of the picture, in the format of `format_parameters`."""
         return text_of(self.record)
 
 
 class PromptArtist:
-    """Draws pictures of prompts with a pipeline; they share their settings.
+    """A pipeline with settings that draws pictures of prompts.
 
     Attributes:
-        sag_scale: Scale of guidance, of the settings or of the pipeline.
+        sag_scale: Scale of guidance, from the settings or from the pipeline.
     """
 
     def __init__(
@@ -77,12 +77,12 @@ class PromptArtist:
         record_attention: bool = False,
         on_progress: Progress | None = None,
     ) -> None:
-        """Draws nothing yet.
+        """Choose the pipeline for the settings; draw nothing yet.
 
         Args:
             pipeline: Its `guidance` holds the settings of self-attention guidance.
-            settings: What all pictures share.
-            model_name: For the metadata; `None` leaves it out.
+            settings: Settings that all pictures share.
+            model_name: Name for the metadata; `None` leaves it out.
             record_attention: Whether to record where the pictures were blurred.
             on_progress: As in `generate`.
         """
@@ -97,7 +97,7 @@ class PromptArtist:
     def draw(
         self, prompts: Sequence[str], seeds: Sequence[int], first: int = 0
     ) -> Iterator[GeneratedImage]:
-        """Draws pictures in one batch.
+        """Draw pictures in one batch.
 
         Args:
             prompts: One for each picture.
@@ -133,7 +133,7 @@ class PromptArtist:
             )
 
     def _record(self, size: tuple[int, int], together: int) -> Record:
-        """The shared settings of a batch; the last bits of its pictures depend on its size."""
+        """The record of a batch with its size, on which the last bits of pictures depend."""
         return describe(
             self.pipeline,
             self.settings,
@@ -146,23 +146,23 @@ class PromptArtist:
 
 
 def seeded_generators(scheduler: Any, seeds: Sequence[int]) -> list[torch.Generator]:
-    """Generators of random numbers, one a picture, on the CPU so that all devices draw the same.
+    """Generators of random numbers for pictures, on the CPU so that all devices draw the same.
 
     Args:
-        scheduler: A diffusers scheduler; if it has seeds of its own, they are set, too.
-        seeds: One a picture.
+        scheduler: A diffusers scheduler; if it has its own seeds, they are set, too.
+        seeds: One for each picture.
 
     Returns:
-        For the `generator` argument of a pipeline.
+        Generators for the `generator` argument of a pipeline.
     """
     if hasattr(scheduler, "noise_sampler_seed"):
-        # DPM-Solver-SDE takes its noise from these seeds and not from the generators.
+        # DPM-Solver-SDE takes its noise from these seeds instead of the generators.
         scheduler.noise_sampler_seed = list(seeds)
     return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
 
 class _StepCallback:
-    """Called by the pipeline after each step: records attention and reports progress."""
+    """A callback after each step that records attention and reports progress."""
 
     def __init__(self, count: int, record: bool, on_progress: Progress | None) -> None:
         self.count = count

@@ -1,4 +1,4 @@
-"""Pictures to files: nothing is overwritten silently, nothing is left half-written."""
+"""Saving pictures: nothing is overwritten silently, nothing is left half-written."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def picture_path(folder: str | Path, index: int, seed: int) -> Path:
     """The file of one picture, for example `00003-42.png`.
 
     Args:
-        folder: Where the pictures go.
+        folder: Folder of the pictures.
         index: Number of the picture in its run, from 0.
         seed: Seed of the picture.
     """
@@ -26,7 +26,7 @@ def picture_path(folder: str | Path, index: int, seed: int) -> Path:
 
 
 def next_index(folder: str | Path) -> int:
-    """The first number that no picture in a folder has, nor any below it with a higher one.
+    """The number after the highest one of a picture in a folder.
 
     Args:
         folder: Where `picture_path` puts pictures; it need not exist.
@@ -36,10 +36,10 @@ def next_index(folder: str | Path) -> int:
 
 
 def check_folder(folder: str | Path) -> Path:
-    """Makes a folder for pictures if there is none.
+    """Create a folder for pictures if it does not exist.
 
     Args:
-        folder: Where the pictures will go.
+        folder: The folder.
 
     Returns:
         The folder.
@@ -60,7 +60,7 @@ def check_folder(folder: str | Path) -> Path:
 
 
 def check_free(paths: Sequence[Path], overwrite: bool = False) -> None:
-    """Refuses to go on if pictures would overwrite files.
+    """Raise an error if pictures would overwrite files.
 
     Args:
         paths: Files that will be written.
@@ -83,7 +83,7 @@ def check_free(paths: Sequence[Path], overwrite: bool = False) -> None:
 
 
 def check_samples_path(out: str | Path, overwrite: bool = False) -> Path:
-    """Checks where samples will go, and makes the folder that they go to.
+    """Check the file of samples, and create its folder.
 
     Args:
         out: The `.npz` file.
@@ -93,7 +93,7 @@ def check_samples_path(out: str | Path, overwrite: bool = False) -> Path:
         The file.
 
     Raises:
-        ValueError: It is no `.npz` file, or nothing can be written there.
+        ValueError: It does not end in `.npz`, or cannot be written.
         FileExistsError: It exists, no unfinished run is beside it, and `overwrite` is False.
     """
     path = Path(out).expanduser()
@@ -129,13 +129,13 @@ def save_png(
     record: Mapping[str, Any] | str,
     overwrite: bool = False,
 ) -> None:
-    """Writes a picture in one go: the file appears whole or not at all.
+    """Write a picture; the file appears complete or not at all.
 
     Args:
         image: The picture.
         path: The PNG file; its folder exists.
-        record: How it was made; see `read_record`. Of a text, as `format_parameters` writes it,
-            only `read_parameters` reads.
+        record: How it was made; see `read_record`. If it is a text from `format_parameters`, only
+            `read_parameters` can read it.
         overwrite: Whether an existing file may be replaced.
 
     Raises:
@@ -149,11 +149,11 @@ def save_png(
 def whole_file(
     path: str | Path, *, folder: str | Path | None = None, overwrite: bool = True
 ) -> Generator[IO[bytes]]:
-    """A file to write; it appears under its name, whole, when the block ends well, else never.
+    """A file to write; it appears under its name, complete, if the block raises nothing.
 
     Args:
-        path: The file; its folder is made if there is none.
-        folder: Where it is until it is whole, in the same file system; `None` is beside its place.
+        path: The file; its folder is created if it does not exist.
+        folder: Its folder until it is complete, in the same file system; `None` is that of `path`.
         overwrite: Whether an existing file may be replaced.
 
     Raises:
@@ -168,7 +168,7 @@ def whole_file(
         with open(part, "wb") as file:
             yield file
             file.flush()
-            # Else a file could have its name and no content after a power failure.
+            # Otherwise, after a power failure, a file could have its name and no content.
             os.fsync(file.fileno())
         if overwrite:
             os.replace(part, path)

@@ -1,4 +1,4 @@
-"""Finds models, classifiers and types by name, without loading them. No heavy import."""
+"""Search for models, classifiers and dtypes by name, without loading them. No heavy import."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ IndexCheck = Callable[[str, Mapping[str, Any], Path], object]
 
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 _SD_CHANNELS = {9: "inpainting", 8: "editing pictures by instructions (InstructPix2Pix)"}
-# Of Stable Diffusion 1 and 2: what a `model_index.json` lists.
+# Components of Stable Diffusion 1 and 2 in a `model_index.json`.
 _STABLE_DIFFUSION = {
     *("vae", "text_encoder", "tokenizer", "unet", "scheduler"),
     *("safety_checker", "requires_safety_checker", "feature_extractor", "image_encoder"),
@@ -35,7 +35,7 @@ _STABLE_DIFFUSION = {
 
 
 def find_model(model: str) -> tuple[str, bool]:
-    """Says what a model's name stands for, without loading it.
+    """Find the model of a name, without loading it.
 
     Args:
         model: As in `load_pipeline`.
@@ -44,7 +44,7 @@ def find_model(model: str) -> tuple[str, bool]:
         A folder, a file or a hub id; and whether it is a file.
 
     Raises:
-        ValueError: It is none of these, or nothing that can be loaded.
+        ValueError: It is none of these, or cannot be loaded.
     """
     path = Path(model).expanduser()
     if model not in builtin_names() and path.is_file():
@@ -58,7 +58,7 @@ def find_model(model: str) -> tuple[str, bool]:
 
 
 def find_pixel_model(model: str) -> str:
-    """Says what a pixel-space model's name stands for, without loading it.
+    """Find the pixel-space model of a name, without loading it.
 
     Args:
         model: As in `load_pixel_model`.
@@ -67,7 +67,7 @@ def find_pixel_model(model: str) -> str:
         A folder or a hub id.
 
     Raises:
-        ValueError: It is neither, or nothing that can be loaded.
+        ValueError: It is neither, or cannot be loaded.
     """
     if model not in builtin_names() and Path(model).expanduser().is_file():
         raise ValueError(
@@ -78,7 +78,7 @@ def find_pixel_model(model: str) -> str:
 
 
 def find_prompt_or_pixel_model(model: str) -> str:
-    """Says what the name of a model of either kind stands for, without loading it.
+    """Find the model of either kind with a name, without loading it.
 
     Args:
         model: As in `load_pixel_model` or in `load_pipeline`.
@@ -87,13 +87,13 @@ def find_prompt_or_pixel_model(model: str) -> str:
         A folder, a file or a hub id.
 
     Raises:
-        ValueError: It is none of these, or nothing that can be loaded.
+        ValueError: It is none of these, or cannot be loaded.
     """
     return find_pixel_model(model) if is_pixel_model(model) else find_model(model)[0]
 
 
 def find_folder(model: str, check_index: IndexCheck, or_else: str = "") -> str:
-    """Says what the name of a model in diffusers format stands for, without loading it.
+    """Find the model in diffusers format with a name, without loading it.
 
     Args:
         model: Name of a builtin model, a folder, or a hub id.
@@ -104,7 +104,7 @@ def find_folder(model: str, check_index: IndexCheck, or_else: str = "") -> str:
         A folder or a hub id.
 
     Raises:
-        ValueError: It is neither, or nothing that can be loaded.
+        ValueError: It is neither, or cannot be loaded.
     """
     path = builtin_folder(model) if model in builtin_names() else Path(model).expanduser()
     if path.is_dir():
@@ -120,10 +120,10 @@ def find_folder(model: str, check_index: IndexCheck, or_else: str = "") -> str:
 
 
 def find_classifier(folder: str | Path) -> Path:
-    """Checks the folder of a classifier, without loading it.
+    """Check the folder of a classifier, without loading it.
 
     Args:
-        folder: What `save_pretrained` of a `NoisyClassifier` wrote.
+        folder: The folder that `save_pretrained` of a `NoisyClassifier` wrote.
 
     Returns:
         The folder.
@@ -143,7 +143,7 @@ def is_pixel_model(model: str) -> bool:
     """Whether a name stands for a folder that is known to hold a pixel-space model.
 
     Args:
-        model: As in `load_pixel_model`, or in `load_pipeline`. Of hub ids nothing is known.
+        model: As in `load_pixel_model`, or in `load_pipeline`. Hub ids never count.
     """
     folder = builtin_folder(model) if model in builtin_names() else Path(model).expanduser()
     try:
@@ -163,7 +163,7 @@ def model_index(model: str, folder: Path) -> dict[str, Any]:
 
     Args:
         model: As the user named it, for the message.
-        folder: In diffusers format.
+        folder: A folder in diffusers format.
 
     Raises:
         ValueError: There is none, or it can't be read.
@@ -173,12 +173,12 @@ def model_index(model: str, folder: Path) -> dict[str, Any]:
 
 
 def check_prompt_index(model: str, index: Mapping[str, Any], folder: Path) -> None:
-    """Refuses models that take no prompts, or more than prompts, if their folder shows that.
+    """Refuse models that take no prompts, or need more than prompts, if their files show it.
 
     Args:
         model: As the user named it, for the message.
         index: The content of its `model_index.json`.
-        folder: Where its other files are, if they are on this machine.
+        folder: Folder of its other files, if they are on this machine.
 
     Raises:
         ValueError: It is such a model.
@@ -199,12 +199,12 @@ def check_prompt_index(model: str, index: Mapping[str, Any], folder: Path) -> No
 
 
 def check_pixel_index(model: str, index: Mapping[str, Any], folder: Path | None = None) -> None:
-    """Refuses models that are not of pixel space.
+    """Refuse models that are not pixel-space models.
 
     Args:
         model: As the user named it, for the message.
         index: The content of its `model_index.json`, or of a bare network's config.
-        folder: Where its files are, if they are here.
+        folder: Folder of its files, if they are on this machine.
 
     Raises:
         ValueError: It is of another class, or a network without weights.
@@ -235,7 +235,7 @@ def is_stable_diffusion(index: Mapping[str, Any]) -> bool:
 
 
 def check_dtype_name(dtype: str) -> None:
-    """Refuses the name of a type that `find_dtype` does not know.
+    """Refuse the name of a dtype that `find_dtype` does not know.
 
     Args:
         dtype: As in `find_dtype`.
@@ -248,12 +248,12 @@ def check_dtype_name(dtype: str) -> None:
 
 
 def loading_failed(model: str, source: str, error: Exception) -> str:
-    """Says in one line why a model could not be loaded.
+    """Explain in one line why a model could not be loaded.
 
     Args:
         model: As the user gave it.
-        source: What that stands for, a path or a hub id.
-        error: What the libraries raised.
+        source: Its path or hub id.
+        error: The error of the libraries.
     """
     if Path(source).exists():
         reason = f"{type(error).__name__}: {_one_line(error)}"
@@ -268,7 +268,7 @@ def loading_failed(model: str, source: str, error: Exception) -> str:
 
 
 def _refuse_more_channels(model: str, folder: Path) -> None:
-    """Refuse U-Nets that see more than the latents."""
+    """Refuse U-Nets that take more than the latents."""
     if not (folder / "unet/config.json").is_file():
         return
     config = _json_object(model, folder / "unet/config.json", "it is damaged")

@@ -1,4 +1,4 @@
-"""NaN and infinity are reported where they arise, not as a black picture."""
+"""Reporting NaN and infinity where they arise, instead of drawing a black picture."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from ..denoiser.safety import not_finite
 
 
 def refuse_not_finite(name: str, tensor: Tensor, step: int, timestep: Any) -> None:
-    """Refuse values that are no numbers.
+    """Refuse values that are NaN or infinite.
 
     Args:
-        name: Of what was computed, fit for "... is not finite".
+        name: What was computed, for "... is not finite".
         tensor: Its values.
         step: Index of the present step, from 0.
-        timestep: What the denoiser was given.
+        timestep: The timestep of the denoiser.
 
     Raises:
-        FloatingPointError: Names the step and the likely cause.
+        FloatingPointError: A value is not finite; the message has the step and the likely cause.
     """
     if not bool(tensor.isfinite().all()):
         raise not_finite({name: tensor}, step, timestep)

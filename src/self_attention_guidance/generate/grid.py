@@ -1,4 +1,4 @@
-"""A labelled grid of pictures: one row a prompt, headings over the columns."""
+"""A labelled grid of pictures, with labels beside the rows and headings over the columns."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
-# Pillow's own font knows little more than ASCII; these are common on desktops and servers.
+# Pillow's own font has little more than ASCII; these are common on desktops and servers.
 _WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf")
 EMPTY_PROMPT = "(empty prompt)"
 _PAPER = (255, 255, 255)
@@ -81,7 +81,7 @@ class _Layout:
         return int(self.font_size * 2.2)
 
     def corner(self, row: int, column: int) -> tuple[int, int]:
-        """Left and top of a cell; row -1 is the headings', column -1 the labels'."""
+        """Left and top of a cell; row -1 is for headings, column -1 for labels."""
         left = self.margin + self.label_width + self.gap + column * (self.cell[0] + self.gap)
         top = (
             self.margin
@@ -103,14 +103,14 @@ def draw_grid(
     footer: str = "",
     captions: Sequence[Sequence[str]] = (),
 ) -> Image.Image:
-    """Draws a labelled grid of equally large pictures.
+    """Draw a labelled grid of equally large pictures.
 
     Args:
         rows: The pictures, row by row; pictures under 192 pixels are enlarged.
-        labels: One text a row, wrapped beside it.
-        headings: One text a column.
+        labels: One text for each row, wrapped beside it.
+        headings: One text for each column.
         footer: One line below the grid, wrapped if it is too long.
-        captions: A short line below each picture, row by row; empty has none.
+        captions: A short line below each picture, row by row; empty for none.
 
     Returns:
         The grid, RGB.
@@ -141,7 +141,7 @@ def draw_grid(
 
 
 def draw_tiles(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Draws equally large pictures side by side in rows, as near to a square as they go.
+    """Draw equally large pictures as tiles, in about as many rows as columns.
 
     Args:
         pictures: At least one; pictures under 192 pixels are enlarged.
@@ -170,7 +170,7 @@ def draw_tiles(pictures: Sequence[Image.Image]) -> Image.Image:
 
 
 def overlay_attended(image: Image.Image, attended: NDArray[np.float64]) -> Image.Image:
-    """Lays the attended region over a picture as a translucent colour.
+    """Draw the attended region over a picture in a translucent colour.
 
     Args:
         image: The picture.
@@ -183,7 +183,7 @@ def overlay_attended(image: Image.Image, attended: NDArray[np.float64]) -> Image
     size = (image.width * factor, image.height * factor)
     picture = image.convert("L").resize(size, Image.Resampling.LANCZOS).convert("RGB")
     opacity = np.clip(attended, 0, 1) * _ATTENDED_OPACITY * 255
-    # Sharp edges, because the mask has them: it is a choice of whole positions.
+    # Sharp edges, because the mask consists of whole positions.
     mask = Image.fromarray(opacity.astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
     picture.paste(Image.new("RGB", size, _ATTENDED), mask=mask)
     return picture
@@ -194,7 +194,7 @@ def _enlargement(size: tuple[int, int]) -> int:
 
 
 def _font_for(text: str, size: int) -> Font:
-    """Pillow's own font, or for text that is not ASCII the first wider one there is."""
+    """Pillow's own font, or for text that is not ASCII the first wider one installed."""
     for name in () if text.isascii() else _WIDE_FONTS:
         with suppress(OSError):
             return ImageFont.truetype(name, size)
@@ -250,13 +250,13 @@ def _draw_footer(draw: ImageDraw.ImageDraw, layout: _Layout, footer: str) -> Non
 
 
 def wrap(text: str, width: float, font: Font, most: int) -> list[str]:
-    """Breaks a text into lines.
+    """Break a text into lines.
 
     Args:
         text: Any text; a word that is too wide is broken, too.
-        width: Of a line, in pixels.
-        font: What the text is drawn with.
-        most: How many lines there may be; an ellipsis ends the last one if text is left over.
+        width: Width of a line, in pixels.
+        font: Font of the text.
+        most: Largest number of lines; an ellipsis ends the last one if there is more text.
 
     Returns:
         The lines; none for an empty text.

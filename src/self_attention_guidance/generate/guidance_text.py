@@ -1,4 +1,4 @@
-"""A guidance as text on the command line, "sag:scale=0.5,blur_sigma=2", to its settings."""
+"""Reading the settings of a guidance from text like "sag:scale=0.5,blur_sigma=2"."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def guidance_of(
     """The settings of guidance that a command line gives.
 
     Args:
-        texts: Of `--guidance`; several act together.
-        options: Settings that options of their own gave, by their names.
-        has_scale: Whether such an option gives the scale, which is no setting of the model.
+        texts: Values of `--guidance`; several act together.
+        options: Settings from their own options, by name.
+        has_scale: Whether an option of its own gives the scale.
 
     Returns:
-        What `Guidance.from_dict` takes; without "method" where no guidance was named.
+        Arguments of `Guidance.from_dict`; without "method" if no guidance was named.
 
     Raises:
         ValueError: A guidance is unknown, or a setting is unknown, given twice or outside its
@@ -45,7 +45,7 @@ def guidance_of(
 def check_guidance(
     texts: Sequence[str], options: Mapping[str, Any], has_scale: bool = False
 ) -> None:
-    """Refuses what can be refused before the methods are imported, which takes seconds.
+    """Refuse wrong settings before the methods are imported, which takes seconds.
 
     Args:
         texts: As in `guidance_of`.
@@ -59,7 +59,7 @@ def check_guidance(
     parts = [_split(part, declared) for text in texts for part in _parts(text)]
     if len(parts) > 1:
         for name in options:
-            raise ValueError(f"{name} of which guidance? Give it inside of --guidance")
+            raise ValueError(f"{name} of which guidance? Give it inside --guidance")
         return
     method, named = parts[0] if parts else ("sag", {})
     for name in named.keys() & {*options, *(["scale"] if has_scale else [])}:
@@ -70,13 +70,13 @@ def check_guidance(
 
 
 def check_methods(names: Sequence[str]) -> None:
-    """Refuses unknown methods, before they are imported.
+    """Refuse unknown methods before they are imported.
 
     Args:
         names: Short names.
 
     Raises:
-        ValueError: One is unknown, or there twice.
+        ValueError: One is unknown, or given twice.
     """
     known = declared_settings()
     for number, name in enumerate(names):
@@ -87,7 +87,7 @@ def check_methods(names: Sequence[str]) -> None:
 
 
 def _known_settings() -> Mapping[str, Sequence[str]]:
-    """Names of each method's settings; those of methods of others, too, if they are there."""
+    """Names of each method's settings, including methods of others that are imported."""
     imported = sys.modules.get("self_attention_guidance.guidance.base")
     if imported is None:
         return declared_settings()
@@ -113,7 +113,7 @@ def declared_settings() -> dict[str, list[str]]:
 
 
 def _declared(name: str, classes: Mapping[str, ast.ClassDef]) -> list[str]:
-    """Fields of a dataclass and of those that it is derived from."""
+    """Fields of a dataclass and of its base classes."""
     if name not in classes:
         return []
     bases = [_declared(ast.unparse(base), classes) for base in classes[name].bases]
@@ -126,16 +126,16 @@ def _declared(name: str, classes: Mapping[str, ast.ClassDef]) -> list[str]:
 
 
 def parse_guidance(text: str) -> dict[str, Any]:
-    """Reads a guidance like "pag" or "sag:scale=0.5,blur_sigma=2 + pag".
+    """Read a guidance like "pag" or "sag:scale=0.5,blur_sigma=2 + pag".
 
-    "none" stands for `None`, and a plus sign is between layers where a setting takes several.
+    "none" stands for `None`. Plus signs separate several layers of a setting.
 
     Args:
-        text: A short name; behind a colon, settings with their values, separated by commas. A plus
-            sign with a space on both sides is between guidances that act together.
+        text: A short name; after a colon, settings with their values, separated by commas. A plus
+            sign with a space on both sides separates guidances that act together.
 
     Returns:
-        The settings that it gives, and the short name as "method"; of several, their settings as
+        The settings, with the short name as "method"; of several guidances, their settings as
         "guidances".
 
     Raises:
@@ -153,12 +153,12 @@ def parse_guidance(text: str) -> dict[str, Any]:
 
 
 def _parts(text: str) -> list[str]:
-    """The guidances of a text: a plus sign without spaces may be between layers."""
+    """The guidances of a text; a plus sign without spaces may separate layers."""
     return text.split(_PLUS if ":" in text else "+")
 
 
 def _split(text: str, known: Mapping[str, Sequence[str]]) -> tuple[str, dict[str, str]]:
-    """The method and the settings of a text, of those that are known."""
+    """The method and the settings of a text, checked to be known."""
     method, colon, rest = text.partition(":")
     method = method.strip().lower()
     if method not in known:
@@ -178,7 +178,7 @@ def _split(text: str, known: Mapping[str, Sequence[str]]) -> tuple[str, dict[str
 
 
 def _value(name: str, text: str, kind: Any) -> Any:
-    """A text as a value of a field's type."""
+    """A value of a field's type, read from a text."""
     kinds = [kind] if get_origin(kind) in (None, Sequence) else list(get_args(kind))
     if type(None) in kinds and text == "none":
         return None
@@ -199,5 +199,5 @@ def _value(name: str, text: str, kind: Any) -> Any:
 def _unknown(name: str, known: Iterable[str], kind: str) -> str:
     names = list(known)
     near = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    return f"{name!r} is no {kind}; {hint}There are {', '.join(names)}"
+    hint = f"did you mean {near[0]}? There" if near else "there"
+    return f"{name!r} is no {kind}; {hint} are {', '.join(names)}"

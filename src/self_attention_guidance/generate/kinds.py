@@ -1,4 +1,4 @@
-"""Which class of pipeline draws what with a model; asked before any weight is read."""
+"""The class of pipeline for a model and a task, chosen before any weight is read."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def prompt_pipeline(model: str, index: Mapping[str, Any], folder: Path) -> type[
     Args:
         model: As the user named it, for the message.
         index: The content of its `model_index.json`.
-        folder: Where its other files are, if they are on this machine.
+        folder: Folder of its other files, if they are on this machine.
 
     Returns:
-        `StableDiffusionSAGPipeline` where it fits, else a guided subclass of the model's own.
+        `StableDiffusionSAGPipeline` if it fits, else a guided subclass of the model's own class.
 
     Raises:
         ValueError: The model takes no prompts, needs more than prompts, or can't be guided.
@@ -62,14 +62,14 @@ def prompt_pipeline(model: str, index: Mapping[str, Any], folder: Path) -> type[
 
 
 def pipeline_for(pipeline: Any, settings: GenerationSettings) -> Any:
-    """The pipeline that draws with some settings: another one if drawing begins with a picture.
+    """The pipeline for some settings: another one if drawing begins with a picture.
 
     Args:
-        pipeline: A guided one that draws prompts, or that this function gave.
-        settings: Of the pictures.
+        pipeline: A guided pipeline for prompts, or one that this function returned.
+        settings: Settings of the pictures.
 
     Returns:
-        The pipeline itself, or a guided one of the same networks and scheduler.
+        The pipeline itself, or a guided one with the same networks and scheduler.
 
     Raises:
         ValueError: diffusers has none for this model.
@@ -93,7 +93,7 @@ def why_no_start(pipeline: type, has_mask: bool = False) -> str | None:
     """Why a model can't begin with a picture; `None` if it can.
 
     Args:
-        pipeline: The class of its pipeline, one that draws prompts.
+        pipeline: The class of its pipeline for prompts.
         has_mask: Whether a mask is given, too.
     """
     if _class_for(pipeline, has_mask) is not None:
@@ -104,13 +104,13 @@ def why_no_start(pipeline: type, has_mask: bool = False) -> str | None:
 
 
 def _class_for(pipeline: type, has_mask: bool) -> type[DiffusionPipeline] | None:
-    """diffusers' pipeline of image to image, or of inpainting, for the model of a pipeline."""
+    """diffusers' class for image to image, or for inpainting, with the model of a pipeline."""
     task: Any = auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING
     if has_mask:
         task = auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING
     for model, kind in auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING.items():
         found = task.get(model) if kind in pipeline.__mro__ else None
-        # Some edit by what they see of a picture, instead of beginning with it.
+        # Some edit a picture that they see as a condition, instead of beginning with it.
         if found is not None and _begins_with_pictures(found):
             return found
     return None

@@ -1,4 +1,4 @@
-"""Models that are loaded, and what is drawn with them unless one says otherwise."""
+"""Loaded models and their default settings."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Settings = TypeVar("Settings")
 
 
 class Loaded(Generic[Settings]):
-    """The shared part of loaded models of all kinds."""
+    """Base class of loaded models of all kinds."""
 
     pipeline: Any
     recommended: RecommendedSettings
     settings_class: Callable[..., Settings]
 
     def settings(self, **given: Any) -> Settings:
-        """Settings of pictures: what is given, else what the model recommends.
+        """Settings of pictures: those given, and for the rest what the model recommends.
 
         Args:
             **given: Arguments of `GenerationSettings`, or of a pixel-space model's
@@ -33,13 +33,13 @@ class Loaded(Generic[Settings]):
         return settings_of(self.settings_class, self.recommended, **given)
 
     def use(self, *, scheduler: str | None = None, fast: bool = False, **guidance: Any) -> None:
-        """Prepares the pipeline for many pictures: it shows no bar of its own.
+        """Set the pipeline's guidance and scheduler, and hide its progress bar.
 
         Args:
             scheduler: A name of `scheduler_names()`; `None` keeps the model's own.
-            fast: Whether guidance is the model's fast preset, and not what it recommends.
-            **guidance: Settings that differ from these. With the short name of another guidance
-                as "method", they differ from its defaults, or its fast preset.
+            fast: Whether guidance is the model's fast preset instead of what it recommends.
+            **guidance: Settings that differ from that guidance. With the short name of another
+                guidance as "method", they differ from the defaults of that one, or its fast preset.
 
         Raises:
             ValueError: A setting is unknown or outside its range.
@@ -51,7 +51,7 @@ class Loaded(Generic[Settings]):
             pipeline.scheduler = self.make_scheduler(scheduler)
 
     def guidance(self, fast: bool = False, **guidance: Any) -> Guidance | GuidanceSum:
-        """The guidance that `use` gives the pipeline.
+        """The guidance that `use` sets.
 
         Args:
             fast: As in `use`.
@@ -60,7 +60,7 @@ class Loaded(Generic[Settings]):
         Raises:
             ValueError: A setting is unknown or outside its range.
         """
-        if "guidances" in guidance:  # several, each as if it were alone
+        if "guidances" in guidance:  # each of several is completed as if it were alone
             several = [self.guidance(fast, **each) for each in guidance["guidances"]]
             parts = tuple(part for each in several for part in each.parts)
             return GuidanceSum(parts, guidance.get("scale", 1.0))
@@ -85,10 +85,10 @@ class Loaded(Generic[Settings]):
         return default.fast() if fast else default
 
     def restore(self, record: Mapping[str, Any]) -> Settings:
-        """Prepares the pipeline to draw pictures again: gives it their guidance and scheduler.
+        """Set the guidance and scheduler of earlier pictures, to draw them again.
 
         Args:
-            record: What `read_record` read. The model was loaded with its "dtype".
+            record: What `read_record` returned. The model must be loaded with its "dtype".
 
         Returns:
             Their settings, for `generate`, `compare` or `SampleJob`.
@@ -113,7 +113,7 @@ class Loaded(Generic[Settings]):
 def settings_of(
     settings_class: Callable[..., Settings], recommended: RecommendedSettings, **given: Any
 ) -> Settings:
-    """Settings of pictures: what is given, else what a model recommends.
+    """Settings of pictures: those given, and for the rest what a model recommends.
 
     Args:
         settings_class: Class of the settings.

@@ -10,16 +10,16 @@ from ..checks import check_finite
 
 
 def parse_lora(text: str) -> tuple[str, float]:
-    """Reads "style.safetensors" or "style.safetensors:0.8"; needs no heavy import.
+    """Read "style.safetensors" or "style.safetensors:0.8"; needs no heavy import.
 
     Args:
-        text: A file, and behind a colon its scale; 1 by default.
+        text: A file, and after a colon its scale; 1 by default.
 
     Returns:
         The file and the scale.
 
     Raises:
-        ValueError: There is no such file, or the scale is no number.
+        ValueError: The file does not exist, or the scale is not a finite number.
     """
     path, colon, scale = text.rpartition(":")
     if not colon or Path(text).is_file():
@@ -35,14 +35,14 @@ def parse_lora(text: str) -> tuple[str, float]:
 
 
 def add_loras(pipeline: Any, loras: Sequence[tuple[str, float]]) -> None:
-    """Loads LoRA files into a pipeline, which keeps their names as `loras`.
+    """Load LoRA files into a pipeline, and store their names in its `loras`.
 
     Args:
-        pipeline: One that draws prompts.
-        loras: Files and scales; they add up.
+        pipeline: A pipeline for prompts.
+        loras: Files and scales; their effects add up.
 
     Raises:
-        ValueError: The pipeline takes none, or a file fits nothing of it.
+        ValueError: The pipeline takes no LoRAs, or no weight of a file fits it.
     """
     pipeline.loras = [list(each) for each in loras]
     if not loras:
@@ -55,10 +55,10 @@ def add_loras(pipeline: Any, loras: Sequence[tuple[str, float]]) -> None:
         try:
             folder, file = Path(path).parent, Path(path).name
             pipeline.load_lora_weights(folder, weight_name=file, adapter_name=name)
-        except Exception as error:  # the libraries raise every kind for files that don't fit
+        except Exception as error:  # libraries raise all kinds of errors for files that don't fit
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"lora={path!r} can't be loaded into {kind}: {reason}") from error
-        # diffusers loads a file without a fitting weight in silence.
+        # diffusers silently loads a file without any fitting weight.
         if not any(name in adapters for adapters in pipeline.get_list_adapters().values()):
             raise ValueError(f"lora={path!r} holds no weight that fits {kind}")
     pipeline.set_adapters(names, [scale for _, scale in loras])

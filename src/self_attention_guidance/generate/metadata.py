@@ -28,10 +28,10 @@ Record = dict[str, Any]
 PARAMETERS_KEY = "parameters"
 RECORD_KEY = "sag_settings"
 
-# Without these, there is no limit: a reader need not know of them.
+# Left out of the text if they are `None`, which means no limit.
 _NO_LIMIT = ("noise_from", "noise_to", "norm_limit")
-# What extensions of the web interfaces call these, and what switches them on. Those of PAG and SEG
-# count steps instead of fractions.
+# Names in extensions of the web interfaces, and the settings that switch methods on. Extensions for
+# PAG and SEG count steps instead of fractions.
 _WEB_NAMES = {"SAG Scale": "SAG Guidance Scale", "SAG Threshold": "SAG Mask Threshold"}
 _WEB_SWITCHES = {"sag": "SAG Guidance Enabled", "pag": "PAG Active", "seg": "SEG Active"}
 _COUNT_STEPS = ("pag", "seg")
@@ -44,8 +44,8 @@ class Parameters:
     """The content of a picture's `parameters` text.
 
     Attributes:
-        prompt: What was asked for; may have several lines, may be empty.
-        negative_prompt: What was asked against; may be empty.
+        prompt: The prompt; may have several lines, may be empty.
+        negative_prompt: The negative prompt; may be empty.
         settings: Names and values of the last line, in order.
     """
 
@@ -55,11 +55,11 @@ class Parameters:
 
 
 def format_parameters(prompt: str, negative_prompt: str, settings: Mapping[str, Any]) -> str:
-    """Writes settings in the web interfaces' form.
+    """Format settings like the web interfaces.
 
     Args:
-        prompt: What was asked for.
-        negative_prompt: What was asked against; its line is left out if empty.
+        prompt: The prompt.
+        negative_prompt: The negative prompt; its line is left out if empty.
         settings: Names and values in order; floats are written in their shortest form and
             `None` is left out.
 
@@ -76,10 +76,10 @@ def format_parameters(prompt: str, negative_prompt: str, settings: Mapping[str, 
 
 
 def parse_parameters(text: str) -> Parameters:
-    """Reads text in the web interfaces' form.
+    """Parse text of the web interfaces.
 
     Args:
-        text: As `format_parameters` writes it.
+        text: Text in the format of `format_parameters`.
 
     Returns:
         Prompt, negative prompt and settings, the latter as texts.
@@ -93,10 +93,10 @@ def parse_parameters(text: str) -> Parameters:
 
 
 def text_of(record: Mapping[str, Any]) -> str:
-    """A record in the web interfaces' form; whatever else it has settings of is there, too.
+    """A record as text for web interfaces, with all its other settings, too.
 
     Args:
-        record: Of a picture, or of a grid of "prompts" and "sag_scales".
+        record: The record of a picture, or of a grid with "prompts" and "sag_scales".
     """
     settings = dict(record["settings"])
     guidance = dict(record["guidance"])
@@ -128,7 +128,7 @@ def text_of(record: Mapping[str, Any]) -> str:
 
 
 def method_label(method: str) -> str:
-    """A guidance for readers, "SAG" say.
+    """The name of a guidance for readers, such as "SAG".
 
     Args:
         method: Its short name.
@@ -141,10 +141,10 @@ def png_text(record: Mapping[str, Any] | str) -> PngInfo:
     """A PNG's text chunks: `tEXt` if Latin-1 can hold a text, else `iTXt` in UTF-8.
 
     Args:
-        record: Its text and its JSON are written. A text is written as it is, without JSON.
+        record: The record, written as text and as JSON. A text is written as it is, without JSON.
 
     Returns:
-        For the `pnginfo` argument of Pillow's `Image.save`.
+        The chunks for the `pnginfo` argument of Pillow's `Image.save`.
     """
     info = PngInfo()
     parameters = record if isinstance(record, str) else text_of(record)
@@ -159,7 +159,7 @@ def png_text(record: Mapping[str, Any] | str) -> PngInfo:
 
 
 def read_parameters(path: str | Path) -> Parameters:
-    """Reads the settings that a picture was made with, as a web interface does.
+    """Read the settings of a picture, as a web interface does.
 
     Args:
         path: A PNG file.
@@ -174,7 +174,7 @@ def read_parameters(path: str | Path) -> Parameters:
 
 
 def read_text(path: str | Path) -> str:
-    """Reads the text that web interfaces show of a picture.
+    """Read the text that web interfaces show for a picture.
 
     Args:
         path: A PNG file.
@@ -186,7 +186,7 @@ def read_text(path: str | Path) -> str:
 
 
 def read_record(path: str | Path) -> Record:
-    """Reads the record of a picture or of a file of samples: it can be drawn again from it.
+    """Read the record of a picture or of a file of samples, which is enough to draw it again.
 
     Args:
         path: A PNG file, or a `.npz` file that `SampleJob` wrote.
@@ -233,7 +233,7 @@ def written(value: object) -> str:
 
 
 def version_label() -> str:
-    """Name and version of this package, as the metadata's `Version` has it."""
+    """Name and version of this package, for `Version` in the metadata."""
     return f"self-attention-guidance {__version__}"
 
 

@@ -1,4 +1,4 @@
-"""Models by name, folder, file or hub id."""
+"""Loading models by name, folder, file or hub id."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from .weights import refuse_missing_weights, refuse_unloaded_weights
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedPipeline(Loaded[GenerationSettings]):
-    """A pipeline with what its folder says about it.
+    """A pipeline with the recommended settings of its model.
 
     Attributes:
         name: Short name of the model, for metadata.
-        pipeline: On its device, a `StableDiffusionSAGPipeline` or a guided subclass of another
-            pipeline; `pipeline.guidance` holds the recommended settings.
-        recommended: What the model recommends for itself, else its pipeline's defaults.
+        pipeline: A `StableDiffusionSAGPipeline` or a guided subclass of another pipeline, on its
+            device; `pipeline.guidance` holds the recommended settings.
+        recommended: What the model recommends, else its pipeline's defaults.
     """
 
     name: str
@@ -51,7 +51,7 @@ def load_pipeline(
     offload: str | None = None,
     is_compiled: bool = False,
 ) -> LoadedPipeline:
-    """Loads a text-to-image model for guided sampling.
+    """Load a text-to-image model for guided sampling.
 
     Weights are read from safetensors files only, so that no code in a checkpoint is ever run.
 
@@ -63,16 +63,16 @@ def load_pipeline(
         dtype: As in `find_dtype`.
         loras: LoRA files in safetensors format, and their scales.
         offload: "model" keeps one network at a time on the device, "sequential" one layer, which
-            is slow; `None` keeps all of them there.
-        is_compiled: Compile the denoiser with `torch.compile`: the first picture takes long, later
-            ones less time.
+            is slow; `None` keeps all networks there.
+        is_compiled: Whether to compile the denoiser with `torch.compile`: the first picture takes
+            long, later ones are faster.
 
     Returns:
         The pipeline on its device and its recommended settings.
 
     Raises:
         ValueError: The model or a LoRA is missing or cannot be loaded, or the device or dtype is
-            unknown, or there is nothing to offload from.
+            unknown, or `offload` is given without a GPU.
     """
     target = find_device(device)
     if offload is not None and target.type == "cpu":
@@ -86,9 +86,9 @@ def load_pipeline(
         else:
             arguments |= {"use_safetensors": True, "local_files_only": os.path.isdir(source)}
             pipeline = kind.from_pretrained(source, **arguments)
-    except Exception as error:  # the libraries raise every kind for files that they cannot read
+    except Exception as error:  # libraries raise all kinds of errors for unreadable files
         raise ValueError(loading_failed(model, source, error)) from error
-    if os.path.isdir(source):  # what comes from the hub is checked by its checksums
+    if os.path.isdir(source):  # files from the hub are checked by their checksums
         refuse_missing_weights(model, pipeline, source)
     refuse_unloaded_weights(model, pipeline)
     recommended = with_defaults(recommended_settings(source), kind)
@@ -115,10 +115,10 @@ def prompt_class(model: str, source: str) -> type[DiffusionPipeline]:
 
     Args:
         model: As in `load_pipeline`.
-        source: The folder, file or hub id that `find_model` says that it is.
+        source: The folder, file or hub id that `find_model` found.
 
     Raises:
-        ValueError: The model is of another kind, or not there.
+        ValueError: The model is of another kind, or does not exist.
     """
     if os.path.isfile(source):
         return StableDiffusionSAGPipeline
@@ -126,16 +126,16 @@ def prompt_class(model: str, source: str) -> type[DiffusionPipeline]:
     if not folder.is_dir():
         try:
             folder = Path(hf_hub_download(source, "model_index.json")).parent
-        except Exception as error:  # the library raises every kind for what it cannot reach
+        except Exception as error:  # the library raises all kinds of errors if the hub fails
             raise ValueError(loading_failed(model, source, error)) from error
     return prompt_pipeline(model, model_index(model, folder), folder)
 
 
 def find_device(device: str) -> torch.device:
-    """Checks a device's name.
+    """Find the device with a name.
 
     Args:
-        device: "cpu", "cuda", "cuda:1", "mps", ..., or "auto" for the best one there is.
+        device: "cpu", "cuda", "cuda:1", "mps", ..., or "auto" for the best one on this machine.
 
     Returns:
         The device.
@@ -158,18 +158,18 @@ def find_device(device: str) -> torch.device:
 
 
 def find_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """Checks a floating-point type's name.
+    """Find the floating-point type with a name.
 
     Args:
         dtype: "float32", "float16", "bfloat16" (or "fp32", "fp16", "bf16"), or "auto" for
             float32 on a CPU and float16 elsewhere.
-        device: Where the model will run.
+        device: The device of the model.
 
     Returns:
         The type.
 
     Raises:
-        ValueError: Unknown name.
+        ValueError: The name is unknown.
     """
     check_dtype_name(dtype)
     if dtype == "auto":

@@ -1,4 +1,4 @@
-"""A batch of seeds to samples of a pixel-space model."""
+"""Drawing a batch of samples with a pixel-space model."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def draw_samples(
     labels: Sequence[int] | None = None,
     on_progress: Progress | None = None,
 ) -> NDArray[np.uint8]:
-    """Draws samples in one batch.
+    """Draw samples in one batch.
 
     Args:
         pipeline: Its `guidance` and `scheduler` are part of the settings.
-        settings: Of the samples.
+        settings: Settings of the samples.
         seeds: One for each sample.
-        labels: Their classes; `None` draws without.
+        labels: Their classes; `None` draws without classes.
         on_progress: As in `SampleJob.run`.
 
     Returns:
@@ -61,10 +61,10 @@ def draw_samples(
 
 
 def to_uint8(samples: Tensor) -> NDArray[np.uint8]:
-    """Samples to bytes as the original's scripts do.
+    """Convert samples to bytes, as the original scripts do.
 
     Args:
-        samples: In [-1, 1], (samples, channels, height, width).
+        samples: (samples, channels, height, width) in [-1, 1].
 
     Returns:
         (samples, height, width, channels).
@@ -74,13 +74,13 @@ def to_uint8(samples: Tensor) -> NDArray[np.uint8]:
 
 
 def to_image(pixels: NDArray[np.uint8]) -> Image.Image:
-    """A picture, without loss.
+    """Convert pixels to a picture, without loss.
 
     Args:
         pixels: (height, width, channels); one to four channels.
 
     Raises:
-        ValueError: There are more.
+        ValueError: There are more channels.
     """
     if pixels.shape[-1] > 4:
         raise ValueError(f"pictures have at most 4 channels: the model draws {pixels.shape[-1]}")

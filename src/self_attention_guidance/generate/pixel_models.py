@@ -1,4 +1,4 @@
-"""Pixel-space models by name, folder or hub id."""
+"""Loading pixel-space models by name, folder or hub id."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from .weights import refuse_missing_weights
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedPixelModel(Loaded[SampleSettings]):
-    """A pipeline with what its folder says about it.
+    """A pipeline with the recommended settings of its model.
 
     Attributes:
         name: Short name of the model, for metadata.
-        pipeline: On its device; `pipeline.guidance` holds the recommended settings, if there are
-            any.
-        recommended: What the model recommends for itself; empty if it says nothing.
+        pipeline: The pipeline on its device; `pipeline.guidance` holds the recommended settings, if
+            there are any.
+        recommended: What the model recommends; may be empty.
     """
 
     name: str
@@ -50,7 +50,7 @@ class LoadedPixelModel(Loaded[SampleSettings]):
             name: One of `scheduler_names()`.
 
         Raises:
-            ValueError: It does not suit the model.
+            ValueError: The scheduler does not suit the model.
         """
         config: Any = self.pipeline.unet.config
         learned = config.out_channels == 2 * config.in_channels
@@ -63,16 +63,16 @@ def load_pixel_model(
     dtype: str = "auto",
     classifier: str | Path | None = None,
 ) -> LoadedPixelModel:
-    """Loads a pixel-space model for guided sampling.
+    """Load a pixel-space model for guided sampling.
 
     Weights are read from safetensors files only, so that no code in a checkpoint is ever run.
 
     Args:
         model: Name of a builtin model, the folder of an `ADMPipeline`, `DDPMPipeline` or
-            `DDIMPipeline`, or the id of a repository on the Hugging Face hub ("owner/name"). The
-            folder of a `UNet2DModel` alone is sampled by diffusers' default `DDPMScheduler`.
+            `DDIMPipeline`, or the id of a repository on the Hugging Face hub ("owner/name"). A
+            `UNet2DModel` without a pipeline is sampled by diffusers' default `DDPMScheduler`.
         device: As in `find_device`.
-        dtype: As in `find_dtype`; but "auto" is float32 for models that compute in float16 by
+        dtype: As in `find_dtype`, but "auto" is float32 for models that switch to float16
             themselves, as ADM's converted checkpoints do.
         classifier: Folder of a `NoisyClassifier`; `None` keeps the model's own, if it has one.
 
@@ -86,7 +86,7 @@ def load_pixel_model(
     wanted = find_dtype(dtype, target)
     source = find_pixel_model(model)
     pipeline = _load_pipeline(model, source)
-    if os.path.isdir(source):  # what comes from the hub is checked by its checksums
+    if os.path.isdir(source):  # files from the hub are checked by their checksums
         refuse_missing_weights(model, pipeline, source)
     if classifier is not None:
         size = pipeline.unet.config.sample_size
@@ -105,7 +105,7 @@ def _load_pipeline(model: str, source: str) -> Any:
     local = os.path.isdir(source)
     try:
         index: Any = {} if local else ADMPipeline.load_config(source)
-    except Exception as error:  # the libraries raise every kind for what they cannot read
+    except Exception as error:  # libraries raise all kinds of errors for what they cannot read
         raise ValueError(loading_failed(model, source, error)) from error
     if not local:  # a folder's index was checked when it was found
         check_pixel_index(model, index)
@@ -128,7 +128,7 @@ def _load_classifier(folder: str | Path, size: int) -> Any:
         classifier: Any = NoisyClassifier.from_pretrained(
             str(path), use_safetensors=True, local_files_only=True
         )
-    except Exception as error:  # the libraries raise every kind for files that they cannot read
+    except Exception as error:  # libraries raise all kinds of errors for unreadable files
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ValueError(f"classifier={str(folder)!r} cannot be loaded: {reason}") from error
     if classifier.config.sample_size != size:

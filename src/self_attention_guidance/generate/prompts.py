@@ -13,12 +13,12 @@ def unread_part(pipeline: Any, prompt: str) -> str:
 
     Args:
         pipeline: A pipeline with tokenizers.
-        prompt: What is asked for, or against.
+        prompt: A prompt or a negative prompt.
     """
     tokenizers = [
         each for each in pipeline.components.values() if isinstance(each, PreTrainedTokenizerBase)
     ]
-    # Of CLIP's it is always all that there is room for.
+    # For CLIP's tokenizers, the limit is always the model's length.
     longest = inspect.signature(type(pipeline).__call__).parameters.get("max_sequence_length")
     limits = (
         each.model_max_length
@@ -27,15 +27,15 @@ def unread_part(pipeline: Any, prompt: str) -> str:
         for each in tokenizers
     )
     pairs = zip(tokenizers, limits, strict=True)
-    return min((_behind(prompt, each, int(limit)) for each, limit in pairs), key=len, default="")
+    return min((_rest(prompt, each, int(limit)) for each, limit in pairs), key=len, default="")
 
 
-def _behind(prompt: str, tokenizer: Any, limit: int) -> str:
-    """The tokens of a prompt behind the first `limit`, as text."""
+def _rest(prompt: str, tokenizer: Any, limit: int) -> str:
+    """The tokens of a prompt after the first `limit`, as text."""
     tokens: list[int] = tokenizer(prompt, truncation=False, verbose=False).input_ids
     if len(tokens) <= limit:
         return ""
-    # What ends every text stands behind it, too.
+    # The tokens that end every text also end the cut one.
     kept = tokenizer(prompt, truncation=True, max_length=limit).input_ids
     shared = next((n for n, (a, b) in enumerate(zip(kept, tokens, strict=False)) if a != b), limit)
     return str(tokenizer.decode(tokens[shared:], skip_special_tokens=True)).strip()

@@ -1,13 +1,13 @@
-"""A record of all that decides how pictures look, for metadata and for the identity of runs.
+"""A record of everything that decides how pictures look, for metadata and to compare runs.
 
-A record holds values that JSON can hold:
+A record holds JSON values:
 
 - "settings": arguments of `GenerationSettings` or `SampleSettings`, without the scale of guidance;
 - "guidance": what `Guidance.from_dict` takes;
 - "scheduler" and "scheduler_config": what `make_scheduler` takes;
 - "version" of this package and "dtype" of the network;
 - "loras": files and scales, if there are any;
-- what the maker adds, as "model", "prompt", "seed" and "size", (width, height) in pixels.
+- what the caller adds, such as "model", "prompt", "seed" and "size", (width, height) in pixels.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def describe(pipeline: Any, settings: GenerationSettings | SampleSettings, **mor
 
     Args:
         pipeline: The model with its scheduler and guidance.
-        settings: Of the pictures.
-        **more: What else there is to know of them.
+        settings: Settings of the pictures.
+        **more: Further entries.
     """
     denoiser = cast("Any", denoiser_of(pipeline))
     record = {
@@ -54,10 +54,10 @@ def choices(
     guidance: Guidance | GuidanceSum,
     scheduler: Any,
 ) -> Record:
-    """What of a record does not tell of the model, the prompt or the machine.
+    """The part of a record that is not about the model, the prompt or the machine.
 
     Args:
-        settings: Of the pictures.
+        settings: Settings of the pictures.
         guidance: Their guidance.
         scheduler: Their scheduler.
     """
@@ -78,15 +78,15 @@ def describe_samples(
     networks: Mapping[str, str] | None = None,
     **more: Any,
 ) -> Record:
-    """The record of samples. Two runs with equal records draw the same.
+    """The record of samples. Two runs with equal records draw the same samples.
 
-    The number of pictures, the batch size and the device are not in it.
+    It does not hold the number of pictures, the batch size and the device.
 
     Args:
         pipeline: The model with its scheduler and guidance.
-        settings: Of the samples.
-        networks: What `fingerprints` says of the pipeline, if it was asked before.
-        **more: What else there is to know of them.
+        settings: Settings of the samples.
+        networks: What `fingerprints` returned for the pipeline, if it is known already.
+        **more: Further entries.
     """
     scale = settings.classifier_scale
     if pipeline.classifier is None:
@@ -103,14 +103,14 @@ def describe_samples(
 
 
 def difference(earlier: Mapping[str, Any], present: Mapping[str, Any]) -> str | None:
-    """Which values of two records differ, in a line: "guidance.every=3, not 4; seed=0, not 1".
+    """The values of two records that differ, in one line: "guidance.every=3, not 4; seed=0, not 1".
 
     Args:
         earlier: The values of the earlier picture.
-        present: Those of the present one.
+        present: The values of the present one.
 
     Returns:
-        `None` if they are equal; of many, three are named.
+        The line, with three differences at most; `None` if the records are equal.
     """
     before, now = _flat(earlier), _flat(present)
     names = [n for n in {**now, **before} if n not in now or n not in before or now[n] != before[n]]
@@ -123,7 +123,7 @@ def difference(earlier: Mapping[str, Any], present: Mapping[str, Any]) -> str | 
 
 
 def fingerprints(pipeline: Any, with_classifier: bool = True) -> dict[str, str]:
-    """Identifies the networks that a pipeline draws with, by their names.
+    """Identify the networks that a pipeline draws with; fingerprints by name.
 
     Args:
         pipeline: The model.
@@ -137,10 +137,10 @@ def fingerprints(pipeline: Any, with_classifier: bool = True) -> dict[str, str]:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """Identifies a network by its class, configuration and weights.
+    """Identify a network by its class, configuration and weights.
 
     Args:
-        module: On any device.
+        module: A network on any device.
 
     Returns:
         The class and a hash, for example "UNet2DModel 0a1b2c3d4e5f6071".
@@ -159,7 +159,7 @@ def fingerprint(module: nn.Module) -> str:
 def _guidance(guidance: Guidance | GuidanceSum, scale: float | None) -> dict[str, Any]:
     if scale is not None:
         guidance = dataclasses.replace(guidance, scale=float(scale))
-    if guidance.scale == 0:  # then nothing else of it has an effect
+    if guidance.scale == 0:  # then its other settings have no effect
         return {"method": guidance.method, "scale": 0.0}
     return guidance.to_dict()
 
@@ -170,7 +170,7 @@ def _public(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """For what JSON can't hold: arrays become lists, all else becomes text."""
+    """Convert what JSON can't hold: arrays to lists, all else to text."""
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
 

@@ -16,8 +16,8 @@ class SampleSettings:
     Attributes:
         num_inference_steps: Sampling steps, at least 1.
         classes: Sample i is of the class `classes[i % len(classes)]`. Without any, models that
-            need a class draw each sample's with its seed, and models that know a label for "no
-            class" draw without.
+            need a class choose each sample's with its seed, and models with a label for "no class"
+            draw without.
         sag_scale: Scale of `pipeline.guidance`; `None` is its own.
         classifier_scale: Scale of classifier guidance; `None` is 1 with a classifier.
         eta: Share of fresh noise in DDIM, at least 0.
@@ -33,7 +33,7 @@ class SampleSettings:
     eta: float = 0.0
 
     def __post_init__(self) -> None:
-        """Checks every setting."""
+        """Check every setting."""
         check_count("num_inference_steps", self.num_inference_steps)
         classes: Any = self.classes
         if not isinstance(classes, Sequence) or isinstance(classes, str):

@@ -1,4 +1,4 @@
-"""Prompts and seeds to pictures."""
+"""Drawing pictures from prompts and seeds."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ def generate(
     record_attention: bool = False,
     on_progress: Progress | None = None,
 ) -> Iterator[GeneratedImage]:
-    """Makes pictures, batch by batch, as they are asked for.
+    """Make pictures, batch by batch, as they are requested.
 
     Picture k of every prompt has the seed `seed + k`, and its own generator of random numbers
     on the CPU. So a picture depends neither on the batch size nor on the other pictures of its
     batch, up to the rounding of the kernels.
 
     Args:
-        pipeline: Of `load_pipeline`; its `guidance` holds the settings of guidance.
+        pipeline: A pipeline from `load_pipeline`; its `guidance` holds the settings of guidance.
         prompts: One prompt or several; an empty text is a prompt, too.
-        settings: What all pictures share; `None` is the defaults.
+        settings: Settings that all pictures share; `None` is the defaults.
         seed: Seed of every prompt's first picture, at least 0.
         num_images: Pictures of each prompt.
         batch_size: Pictures made at once.
-        model_name: For the metadata; `None` leaves it out.
+        model_name: Name for the metadata; `None` leaves it out.
         record_attention: Whether to record where the pictures were blurred.
-        on_progress: Called after each step with the share of one picture's work that was done,
-            summed over the batch: over a run, its arguments add up to the number of pictures.
+        on_progress: Called after each step with the work done in it, in pictures. Over a run, its
+            arguments add up to the number of pictures.
 
     Returns:
         The pictures, prompt by prompt, in the order of their seeds.
 
     Raises:
         ValueError: An argument is outside its range; raised by the call, before any work.
-        FloatingPointError: A prediction is NaN or infinite; raised where the pictures are asked
-            for.
+        FloatingPointError: A prediction is NaN or infinite; raised when the pictures are
+            requested.
     """
     prompts, seeds = check_prompts(prompts), seeds_of(seed, num_images)
     check_count("batch_size", batch_size)

@@ -1,4 +1,4 @@
-"""Schedulers by the names that users know them by."""
+"""Schedulers by their usual names."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _SPACINGS = {
 
 
 def scheduler_names() -> tuple[str, ...]:
-    """The friendly names of `make_scheduler`, in lower case.
+    """The short names of `make_scheduler`, in lower case.
 
     " karras", " exponential" or " beta" may follow a name whose scheduler has that spacing of
     noise levels.
@@ -55,35 +55,35 @@ def scheduler_names() -> tuple[str, ...]:
 
 
 def check_scheduler_name(name: str) -> None:
-    """Refuses a name that `make_scheduler` does not know, without any heavy import.
+    """Refuse a name that `make_scheduler` does not know, without any heavy import.
 
     Args:
         name: As in `make_scheduler`.
 
     Raises:
-        ValueError: Unknown name; the message lists the nearest ones.
+        ValueError: The name is unknown; the message lists the nearest ones.
     """
     if name not in _class_names():
         _find(name)
 
 
 def make_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
-    """Makes a scheduler from its name and another scheduler's configuration.
+    """Make a scheduler from its name and another scheduler's configuration.
 
-    If the configuration keeps the predicted picture within a range (`thresholding`), and the
-    scheduler can't, its steps begin short of the last timestep (`timestep_spacing="leading"`).
+    If the configuration limits the predicted picture to a range (`thresholding`) and the scheduler
+    can't do that, steps begin below the last timestep (`timestep_spacing="leading"`).
 
     Args:
-        name: A friendly name as of `scheduler_names()` ("ddim", "euler-a", "dpm++ 2m karras";
+        name: A short name from `scheduler_names()` ("ddim", "euler-a", "dpm++ 2m karras";
             case, spaces, hyphens and underscores do not matter), or the name of a diffusers
             class ("UniPCMultistepScheduler"), which keeps every choice of the configuration.
-        config: The training schedule to take over, as in `pipe.scheduler.config`.
+        config: Configuration with the training schedule, such as `pipe.scheduler.config`.
 
     Returns:
         A diffusers scheduler.
 
     Raises:
-        ValueError: Unknown name, or a spacing that this scheduler does not have.
+        ValueError: The name is unknown, or the scheduler does not have the spacing.
     """
     import diffusers
 
@@ -97,7 +97,7 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
     flags = {flag: word == spacing for word, (_, flag) in _SPACINGS.items() if flag in known}
     if spacing and _SPACINGS[spacing][1] not in known:
         raise ValueError(f"scheduler={name!r}: {sampler.label} has no {spacing} spacing")
-    # Where nothing of a picture is left in the noise, predictions that are not bounded explode.
+    # Where the noise holds nothing of the picture, unbounded predictions explode.
     is_unbounded = bool(config.get("thresholding")) and "thresholding" not in known
     early = {"timestep_spacing": "leading"} if is_unbounded and "timestep_spacing" in known else {}
     return scheduler_class.from_config(config, **early, **flags, **sampler.overrides)
@@ -114,7 +114,7 @@ def _flow_scheduler(
         return euler.from_config(config)
     chosen = getattr(diffusers, sampler.class_name)
     known = inspect.signature(chosen.__init__).parameters
-    # The shift of some models depends on the size of the picture, which these do not know.
+    # The shift of some models depends on the picture's size, which these schedulers do not get.
     if "use_flow_sigmas" not in known or spacing or config.get("use_dynamic_shifting"):
         raise ValueError(
             f"scheduler={name!r} can't sample this model, which was trained by flow matching: use "
@@ -136,14 +136,14 @@ def make_pixel_scheduler(
 
     Args:
         name: As in `make_scheduler`.
-        config: The training schedule to take over.
+        config: Configuration with the training schedule.
         learned_variance: Whether the network predicts its variance, too.
 
     Returns:
         A diffusers scheduler.
 
     Raises:
-        ValueError: Unknown name, or a spacing that this scheduler does not have.
+        ValueError: The name is unknown, or the scheduler does not have the spacing.
     """
     chosen: Any = make_scheduler(name, config)
     class_name = type(chosen).__name__
@@ -156,27 +156,27 @@ def make_pixel_scheduler(
         own = {}
     kept = dict(chosen.config)
     if class_name != "DDPMScheduler":
-        kept.pop("variance_type", None)  # DDPM's; the pipeline cuts a learned one off for others
+        kept.pop("variance_type", None)  # for others, the pipeline cuts off a learned one
     return type(chosen).from_config(kept, **own)
 
 
 def scheduler_label(scheduler: Any) -> str:
-    """The name of a scheduler as picture metadata has it.
+    """The name of a scheduler in metadata.
 
     Args:
         scheduler: A diffusers scheduler.
 
     Returns:
-        For example "DDIM" or "DPM++ 2M Karras"; the class's name where no friendlier one fits.
+        For example "DDIM" or "DPM++ 2M Karras"; the name of the class if there is no shorter one.
     """
     return label_of(type(scheduler).__name__, scheduler.config)
 
 
 def label_of(class_name: str, config: Mapping[str, Any]) -> str:
-    """Like `scheduler_label`, of a scheduler that there is none of yet.
+    """Like `scheduler_label`, without the scheduler itself.
 
     Args:
-        class_name: Of the scheduler.
+        class_name: Class of the scheduler.
         config: Its configuration.
     """
     for sampler in _SAMPLERS:

@@ -16,12 +16,12 @@ class GenerationSettings:
         sag_scale: Scale of self-attention guidance; `None` is that of `pipeline.guidance`.
         guidance_scale: Scale of classifier-free guidance; 1 or less is off.
         num_inference_steps: Sampling steps, at least 1.
-        width: In pixels, a multiple of 8; `None` is the model's own.
-        height: In pixels, a multiple of 8; `None` is the model's own.
+        width: Width in pixels, a multiple of 8; `None` is the model's own.
+        height: Height in pixels, a multiple of 8; `None` is the model's own.
         image: Path of the picture that drawing begins with; `None` begins with noise.
-        mask: Path of a picture that is white where `image` is drawn anew; `None` draws all of it.
-        strength: How much of `image` is changed: this part of the steps is drawn, above 0, at
-            most 1; `None` is the pipeline's own.
+        mask: Path of a picture that is white where `image` is redrawn; `None` redraws all of it.
+        strength: How much `image` changes, above 0, at most 1: the part of the steps that is
+            drawn; `None` is the pipeline's own.
 
     Raises:
         ValueError: A setting is outside its range.
@@ -38,7 +38,7 @@ class GenerationSettings:
     strength: float | None = None
 
     def __post_init__(self) -> None:
-        """Checks every setting."""
+        """Check every setting."""
         check_text("negative_prompt", self.negative_prompt)
         if self.sag_scale is not None:
             check_finite("sag_scale", self.sag_scale)

@@ -13,15 +13,15 @@ from .settings import GenerationSettings
 
 
 def check_start(settings: GenerationSettings, max_size: int | None = None) -> None:
-    """Refuses a start picture or a mask that can't be read; needs no model.
+    """Refuse a start picture or a mask that can't be read; needs no model.
 
     Args:
-        settings: Of the pictures.
-        max_size: Most pixels of a side; `None` is no limit.
+        settings: Settings of the pictures.
+        max_size: Largest side, in pixels; `None` is no limit.
 
     Raises:
-        ValueError: A file is missing or no picture, or the start picture is too large to be drawn
-            in its own size.
+        ValueError: A file is missing or no picture, or the start picture is too large to draw in
+            its own size.
     """
     for name in ("image", "mask"):
         path = getattr(settings, name)
@@ -38,16 +38,16 @@ def check_start(settings: GenerationSettings, max_size: int | None = None) -> No
 
 
 def start_arguments(settings: GenerationSettings, multiple: int, count: int) -> dict[str, Any]:
-    """Arguments of a call that begins with a picture, without those of one that does not.
+    """The extra arguments of a call that begins with a picture; empty if it does not.
 
     Args:
-        settings: Of the pictures.
-        multiple: Sides of pictures are multiples of this.
-        count: Pictures in the batch; all begin with the same.
+        settings: Settings of the pictures.
+        multiple: Number that must divide the sides.
+        count: Pictures in the batch; all begin with the same one.
 
     Returns:
-        The picture and its mask in the size that is drawn, cut to its shape: that of the settings,
-        else the picture's own, rounded down.
+        The picture and its mask, cut to the size to draw: that of the settings, else the
+        picture's own size, rounded down.
     """
     if settings.image is None:
         return {}
@@ -75,12 +75,12 @@ def digests(settings: GenerationSettings) -> dict[str, str]:
 
 @lru_cache
 def _digest(path: str, modified: int, size: int) -> str:
-    """Of a file's content: many rows of a list may begin with one picture."""
+    """Digest of a file's content, cached as many rows of a list may begin with one picture."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def _read(name: str, path: str) -> Image.Image:
-    """A picture as viewers show it."""
+    """A picture, turned as viewers show it."""
     with _opened(name, path) as image:
         try:
             return ImageOps.exif_transpose(image)
@@ -89,7 +89,7 @@ def _read(name: str, path: str) -> Image.Image:
 
 
 def _opened(name: str, path: str) -> Image.Image:
-    """A picture of which no more than the size was read."""
+    """A picture whose pixels are not read yet."""
     try:
         return Image.open(path)
     except FileNotFoundError:

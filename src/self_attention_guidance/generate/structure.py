@@ -1,4 +1,4 @@
-"""The denoiser of a model without its weights, to look at."""
+"""A model's denoiser without its weights, for inspection."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _OURS: dict[str, type[nn.Module]] = {
 
 
 def load_structure(model: str) -> nn.Module:
-    """Builds a model's denoiser from its config alone, on torch's meta device.
+    """Build a model's denoiser from its config alone, on torch's meta device.
 
     Args:
         model: Name of a builtin model, or a folder in diffusers format.

@@ -1,4 +1,4 @@
-"""Weights that a folder should hold and does not: the libraries fill such gaps with random ones."""
+"""Checks for missing weights, which the libraries would silently fill with random ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import nn
 
-# Earlier versions of the libraries, and of their classes, called the same weights otherwise.
+# Names of the same weights in earlier versions of the libraries and their classes.
 _FORMER_NAMES = {
     r"\.query\.": ".to_q.",
     r"\.key\.": ".to_k.",
@@ -20,15 +20,15 @@ _FORMER_NAMES = {
 
 
 def refuse_missing_weights(model: str, pipeline: Any, folder: str | Path) -> None:
-    """Refuses a pipeline of which not every weight came from its folder.
+    """Refuse a pipeline if not every weight came from its folder.
 
     Args:
         model: As the user named it, for the message.
-        pipeline: As it was loaded.
-        folder: What it was loaded from.
+        pipeline: The loaded pipeline.
+        folder: The folder that it was loaded from.
 
     Raises:
-        ValueError: A weight is not in the folder's files, or is no floating-point number.
+        ValueError: A weight is not in the folder's files, or is not a floating-point number.
     """
     for name, component in pipeline.components.items():
         own = Path(folder) / name
@@ -47,14 +47,14 @@ def refuse_missing_weights(model: str, pipeline: Any, folder: str | Path) -> Non
 
 
 def refuse_unloaded_weights(model: str, pipeline: Any) -> None:
-    """Refuses a pipeline with weights that nothing was loaded into.
+    """Refuse a pipeline if a weight was not loaded.
 
     Args:
         model: As the user named it, for the message.
-        pipeline: As it was loaded.
+        pipeline: The loaded pipeline.
 
     Raises:
-        ValueError: A weight has a shape and no values.
+        ValueError: A weight has a shape but no values.
     """
     for name, component in pipeline.components.items():
         if isinstance(component, nn.Module):
@@ -67,14 +67,14 @@ def refuse_unloaded_weights(model: str, pipeline: Any) -> None:
 
 
 def _missing(component: nn.Module, files: list[Path]) -> list[str]:
-    there: set[str] = set()
+    stored: set[str] = set()
     for file in files:
         with safe_open(file, framework="pt") as opened:
-            there.update(map(_present_name, opened.keys()))
+            stored.update(map(_present_name, opened.keys()))
     state = component.state_dict(keep_vars=True)
-    loaded = {state[name].data_ptr() for name in state if _present_name(name) in there}
-    # Two names of one weight are in the files once.
-    absent = (name for name in state if _present_name(name) not in there)
+    loaded = {state[name].data_ptr() for name in state if _present_name(name) in stored}
+    # A weight with two names is in the files once.
+    absent = (name for name in state if _present_name(name) not in stored)
     return [name for name in absent if state[name].data_ptr() not in loaded]
 
 

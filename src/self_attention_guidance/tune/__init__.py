@@ -1,4 +1,4 @@
-"""Settings for a model of one's own: successive halving over methods, layers, scales and windows.
+"""Tuning guidance for your model: successive halving over methods, layers, scales and windows.
 
 Example:
     ```python
@@ -49,7 +49,7 @@ __all__ = [
     "write_report",
 ]
 
-# Importing torch takes seconds, and wrong command lines are answered before that.
+# Importing torch takes seconds; a wrong command line is reported without it.
 __getattr__, __dir__ = exported(
     __name__,
     {

@@ -1,4 +1,4 @@
-"""Pictures of settings and seeds: drawn once, kept in a folder, and read from there again."""
+"""Pictures of settings and seeds: drawn once, stored in a folder, and read from it later."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ from .space import Candidate
 
 PARTS = "parts"
 _LARGEST_SHOWN = 256  # pixels
-# What else a machine does changes from minute to minute.
+# Chunks that count as the latest: the load of a machine changes from minute to minute.
 _LATEST = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """What is kept of some pictures of a setting, whose seeds follow each other.
+    """The stored results of some pictures of a setting, with consecutive seeds.
 
     Attributes:
-        features: (pictures, features) float32; none if drawing failed.
+        features: (pictures, features) float32; empty if drawing failed.
         figures: (pictures, figures) float64.
-        shown: (pictures, height, width, 3), small; none where they are not shown.
+        shown: (pictures, height, width, 3), small; empty if they are not shown.
         size: Width and height of the pictures themselves, in pixels.
-        rows: That the network was run on, for all.
-        seconds: That drawing and scoring took.
-        elapsed: Seconds since the chunk before it was done, or since the run began.
+        rows: Rows that the network was run on, for all pictures.
+        seconds: Time that drawing and scoring took.
+        elapsed: Seconds since the previous chunk was done, or since the run began.
         failure: Why drawing failed; empty if it did not.
     """
 
@@ -57,9 +57,9 @@ class Chunk:
 
 
 class Gallery:
-    """Draws, scores and keeps pictures of settings, a chunk of seeds at a time.
+    """A store that draws and scores pictures of settings, a chunk of seeds at a time.
 
-    The chunks are the same whatever else is drawn, so the pictures are, too, to the last bit.
+    Chunks do not depend on what else is drawn, so pictures are the same to the last bit.
 
     Attributes:
         unit: Pictures of a chunk.
@@ -78,16 +78,16 @@ class Gallery:
         prompts: Sequence[str] = ("",),
         started: float | None = None,
     ) -> None:
-        """Reads what was drawn before.
+        """Read the chunks that were drawn before.
 
         Args:
             loaded: The model.
             encoder: What makes features of pictures.
-            storage: Where chunks are kept.
+            storage: The folder of the chunks.
             steps: Sampling steps.
-            seed: Of picture 0; picture i has the seed `seed + i`.
+            seed: Seed of picture 0; picture i has the seed `seed + i`.
             unit: Pictures of a chunk.
-            prompts: Given out in turn; of no use for models that take none.
+            prompts: Used in turn; ignored by models that take none.
             started: When the run began, by `time.monotonic`; `None` is now.
         """
         self._loaded, self._encoder, self._storage = loaded, encoder, storage
@@ -101,19 +101,19 @@ class Gallery:
 
     @property
     def elapsed(self) -> float:
-        """Seconds that this run and those before it took, but for what was lost with them."""
+        """Seconds that this run and earlier ones took, without chunks that were lost with those."""
         return self._kept + time.monotonic() - self._last
 
     @property
     def pace(self) -> float:
-        """Seconds a picture: of all, or of the latest ones if these were slower."""
+        """Seconds per picture: the mean of all, or of the latest ones if these were slower."""
         latest = list(self._chunks.values())[-_LATEST:]
         of_latest = sum(chunk.elapsed for chunk in latest) / (len(latest) * self.unit)
         return max(self.elapsed / self.drawn, of_latest)
 
     @property
     def drawn(self) -> int:
-        """How many pictures there are."""
+        """Number of drawn pictures."""
         return self.unit * len(self._chunks)
 
     def has(self, candidate: Candidate, first: int) -> bool:
@@ -126,7 +126,7 @@ class Gallery:
         return _name(candidate, first) in self._chunks
 
     def draw(self, candidate: Candidate, first: int, keep_pictures: bool = False) -> Chunk:
-        """A chunk, drawn if it is not there yet; a setting that failed before is not tried again.
+        """Return a chunk, drawn if it does not exist; a setting that failed is not tried again.
 
         Args:
             candidate: The setting.
@@ -147,12 +147,12 @@ class Gallery:
         return chunk
 
     def of(self, candidate: Candidate, first: int, end: int) -> Drawn:
-        """What is known of pictures that are drawn.
+        """The results of drawn pictures.
 
         Args:
             candidate: The setting.
             first: Number of the first picture, a multiple of the unit.
-            end: Number behind the last, a multiple of the unit.
+            end: Number after the last picture, a multiple of the unit.
         """
         chunks = [self._chunks[_name(candidate, each)] for each in range(first, end, self.unit)]
         return Drawn(
@@ -229,5 +229,5 @@ def _content(chunk: Chunk) -> bytes:
 def _read(storage: Storage, name: str) -> Chunk:
     with np.load(io.BytesIO(storage.read(name) or b""), allow_pickle=False) as file:
         arrays = dict(file)
-    # What is no array comes as one without dimensions.
+    # Numbers and texts are stored as arrays without dimensions.
     return Chunk(**{key: each if each.ndim else each.item() for key, each in arrays.items()})

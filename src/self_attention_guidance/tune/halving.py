@@ -1,4 +1,4 @@
-"""The search itself: numbers in, a ranking out. It knows neither models nor pictures."""
+"""The search itself, from scores to a ranking. It knows neither models nor pictures."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .plan import Plan
 
 Setting = TypeVar("Setting")
 Scores = Callable[[Sequence[Setting], int], Mapping[Setting, float]]
-"""Scores of settings on the first so many seeds, lower is better. They may be of fewer seeds, where
-time is short, but of equally many for all; settings that fail are left out."""
+"""Called with settings and a number of seeds; returns scores, lower is better. If time is short,
+they may be of fewer seeds, the same number for all. Settings that fail are left out."""
 
-# Neighbours are looked for around so many.
+# Number of settings around which neighbours are searched.
 _PARENTS = 4
 # A setting counts as cheaper if it saves at least this share.
 _CHEAPER = 0.1
@@ -26,18 +26,18 @@ def search(
     scores: Scores[Setting],
     neighbours: Callable[[Sequence[Setting], int], Sequence[Setting]],
 ) -> list[Setting]:
-    """Successive halving, with neighbours of the first rung's best as further settings.
+    """Search by successive halving; neighbours of the first rung's best are tried, too.
 
-    Settings are compared with each other on equally many seeds, the same ones.
+    Settings are always compared on the same seeds.
 
     Args:
-        listed: What is tried first, no setting twice.
+        listed: The settings to try first, none twice.
         plan: How many settings each rung keeps.
         scores: Draws and scores settings.
-        neighbours: So many settings near the given ones, or fewer, none of those listed.
+        neighbours: Called with settings and a number; returns at most that many new ones near them.
 
     Returns:
-        What the last rung was drawn for, the best first.
+        The settings of the last rung, the best first.
     """
     first = plan.rungs[0]
     ranked = _ranked(scores(listed, first.seeds))
@@ -59,14 +59,14 @@ def prefer_cheaper(
 ) -> Setting:
     """The best setting, or the cheapest that is within a standard error of it.
 
-    That is the rule of one standard error (Breiman et al., Classification and Regression Trees,
+    This is the one-standard-error rule (Breiman et al., Classification and Regression Trees,
     1984, Sec. 3.4.3), on paired differences.
 
     Args:
         ranked: The best first.
-        values: Scores of each, (repetitions + 1,): on all seeds, then on random halves, the same
-            ones for all.
-        costs: Of a picture, in any unit, above 0.
+        values: Scores of each, (repetitions + 1,): on all seeds, then on random halves, which are
+            the same for all settings.
+        costs: Cost of a picture for each, in any unit, above 0.
     """
     best = ranked[0]
 

@@ -1,4 +1,4 @@
-"""A run of tuning from its budget to what it found; killed at any time, it goes on."""
+"""A tuning run from its budget to its result; a run that was killed resumes."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ JOB, PLAN = "job.json", "plan.json"
 # Distances of few pictures are noisy, so few settings are enough for few pictures.
 _SETTINGS_A_METHOD = 3
 _FEWEST_SETTINGS = 16
-# Of the time that is left, for what is slower than the first pictures were.
+# Share of the remaining time that is planned; the rest is for pictures slower than the first.
 _RESERVE = 0.9
 
 
 class TuneJob:
-    """Tries settings on a model; killed at any time, the same job goes on where it was."""
+    """A job that tries settings on a model; if it is killed, the same job resumes."""
 
     def __init__(
         self,
@@ -48,15 +48,15 @@ class TuneJob:
         overwrite: bool = False,
         started: float | None = None,
     ) -> None:
-        """Looks at what an earlier run left, and refuses what cannot be done; draws nothing.
+        """Look at what an earlier run left, and refuse what cannot be done; draw nothing.
 
         Args:
             loaded: The model, with its scheduler.
-            work: A folder for what is drawn.
-            settings: What is asked for.
+            work: A folder for the pictures and the report.
+            settings: Settings of the run.
             encoder: What makes features of pictures.
-            reference: What pictures are compared with; `None` judges by how they change.
-            overwrite: Whether what a run with other settings left may be deleted.
+            reference: The set to compare pictures with; `None` scores how they change.
+            overwrite: Whether the results of a run with other settings may be deleted.
             started: When the run began, by `time.monotonic`; `None` is now.
 
         Raises:
@@ -68,21 +68,23 @@ class TuneJob:
         self.score: Score = ChangeScore() if reference is None else FrechetScore(reference)
         self._encoder, self._reference, self._started = encoder, reference, started
         asked, own = self._asked(), self._own()
-        there = self._there()
-        other = difference(there.get("asked", {}), asked) if there else None
+        stored = self._stored()
+        other = difference(stored.get("asked", {}), asked) if stored else None
         if other is not None and not overwrite:
             raise ValueError(
                 f"work={str(work)!r} holds a run with {other}: go on with its settings, name"
-                " another folder, or begin anew with overwrite=True"
+                " another folder, or start again with overwrite=True"
             )
-        # What was found may have been written beside the model since: the run goes on from what
-        # the model was like when it began.
-        self._job = there if there and other is None else {"asked": asked, "own": own}
-        self._is_new = not there or other is not None
+        # A result may have been written beside the model since. The run continues with the
+        # settings that the model had when it began.
+        self._job = stored if stored and other is None else {"asked": asked, "own": own}
+        self._is_new = not stored or other is not None
         own = self._job["own"]
         guidance = guidance_of(own["guidance"])
         if not isinstance(guidance, Guidance):
-            raise ValueError(f"the model's guidance, {guidance.method}, is several: give it one")
+            raise ValueError(
+                f"the model's guidance, {guidance.method}, is a sum: give it a single one"
+            )
         network: Any = denoiser_of(loaded.pipeline)
         cfg = own["guidance_scale"]
         self.space: Space = space_of(network, own["steps"], guidance, settings.methods, cfg)
@@ -91,18 +93,18 @@ class TuneJob:
     def run(
         self, tell: Callable[[str], object] = lambda line: None, report: Report | None = None
     ) -> tuple[Tuned, Gallery]:
-        """Draws what is missing, and chooses.
+        """Draw the missing pictures, and choose.
 
         Args:
-            tell: Called with lines about the plan, before it begins.
+            tell: Called with lines about the plan before drawing begins.
             report: Called before each chunk of pictures.
 
         Returns:
-            What was found, and the pictures.
+            The result, and the pictures.
 
         Raises:
-            ValueError: The budget is too small, the reference does not fit, or another run is at
-                work in the folder.
+            ValueError: The budget is too small, the reference does not fit, or another run uses
+                the folder.
             FloatingPointError: Without guidance, a picture is NaN or infinite.
         """
         with self.storage.locked():
@@ -128,7 +130,7 @@ class TuneJob:
         return found, gallery
 
     def _asked(self) -> dict[str, Any]:
-        """All that pictures and choice depend on; the model's recommendations are not asked for."""
+        """Everything that pictures and choice depend on, except the model's recommendations."""
         settings, pipeline = self.settings, self.loaded.pipeline
         record = describe(pipeline, self.loaded.settings_class())
         kept = {name: record[name] for name in ("scheduler", "scheduler_config", "dtype")}
@@ -152,12 +154,12 @@ class TuneJob:
             "steps": own.num_inference_steps,
         }
 
-    def _there(self) -> dict[str, Any] | None:
+    def _stored(self) -> dict[str, Any] | None:
         content = self.storage.read(JOB)
         return None if content is None else json.loads(content)
 
     def _plan(self, gallery: Gallery, tell: Callable[[str], object]) -> Plan:
-        """The plan of this run, or the one that it began with."""
+        """Make the plan of this run, or restore the one that it began with."""
         settings, unit = self.settings, self.settings.batch_size
         wanted = max(_FEWEST_SETTINGS, _SETTINGS_A_METHOD * len(self.space.layers))
         anchors = len(self.anchors)
@@ -180,7 +182,7 @@ class TuneJob:
         return plan
 
     def _seconds_of_a_picture(self, gallery: Gallery) -> float:
-        """Of a usual setting, whose guidance costs about half a pass more than none."""
+        """Time for a picture of a usual setting, whose guidance adds about half a pass."""
         unguided = gallery.draw(self.space.unguided, 0)
         self._check_size(unguided.size.tolist())
         seconds = [unguided.seconds]
@@ -192,7 +194,7 @@ class TuneJob:
         return sum(seconds) / len(seconds) / gallery.unit
 
     def _check_size(self, size: Sequence[int]) -> None:
-        """Refuses a reference of pictures of another size: features depend on it."""
+        """Refuse a reference with pictures of another size, on which features depend."""
         real = None if self._reference is None else self._reference.features
         if real is not None and [*real.size] != [*size]:
             sizes = "{}x{} pixels, the model draws {}x{}".format(*real.size, *size)

@@ -1,8 +1,8 @@
-"""How many settings are tried on how many seeds, for a budget: successive halving.
+"""The number of settings and of seeds for a budget, by successive halving.
 
 The first rung draws many settings on few seeds. Each further rung keeps the better half and draws
-them on as many seeds again. What is left is drawn once more on seeds that took no part in it. See
-Jamieson and Talwalkar, arXiv 1502.07943.
+them on as many seeds again. The settings that remain are drawn on seeds that were not used before.
+See Jamieson and Talwalkar, arXiv 1502.07943.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ from dataclasses import dataclass
 from ..checks import check_count
 
 BEST = 5
-"""How many settings a report shows beside no guidance and the model's own."""
+"""Number of settings in a report, besides no guidance and the model's own."""
 
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 _BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*([smh]?)", re.IGNORECASE)
-# Distances of fewer pictures tell hardly anything, and intervals come from halves of them.
+# Distances of fewer pictures say hardly anything, and intervals come from halves of them.
 _FEWEST_SEEDS = 8
 _FIRST_SEEDS = 16
 _MOST_SEEDS = 2048
-# Beyond so many, more pictures are for more settings, too.
+# Beyond this many seeds, a larger budget also buys more settings.
 _MANY_SEEDS = 64
-# The last rung has at least so many, of which a person can choose.
+# The last rung has at least this many settings, so that a person can choose.
 _FINALISTS = BEST + 1
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much may be drawn; one of the two is `None`.
+    """The limit of a run; one of the two is `None`.
 
     Attributes:
-        seconds: Of time, drawing and scoring, above 0.
-        pictures: How many, at least 1.
+        seconds: Time for drawing and scoring, above 0.
+        pictures: Number of pictures, at least 1.
     """
 
     seconds: float | None = None
@@ -41,13 +41,13 @@ class Budget:
 
 
 def parse_budget(text: str) -> Budget:
-    """Reads a budget like "30m", "2h", "90s" or "500".
+    """Read a budget like "30m", "2h", "90s" or "500".
 
     Args:
         text: A time with its unit, or a number of pictures.
 
     Raises:
-        ValueError: It has another form, or is 0.
+        ValueError: It has another format, or is 0.
     """
     match = _BUDGET.fullmatch(text.strip())
     number, unit = (float(match[1]), match[2].lower()) if match else (0.0, "")
@@ -63,26 +63,26 @@ class Rung:
     """A stage of the search.
 
     Attributes:
-        settings: How many are drawn.
-        seeds: On how many seeds, those of earlier rungs included.
+        settings: Number of settings.
+        seeds: Number of seeds, including those of earlier rungs.
     """
 
     settings: int
     seeds: int
 
     def __str__(self) -> str:
-        """As "24 on 16"."""
+        """A text like "24 on 16"."""
         return f"{self.settings} on {self.seeds}"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be drawn.
+    """What a run draws.
 
     Attributes:
-        neighbours: How many settings of the first rung are near the best of the others.
+        neighbours: Number of settings in the first rung that are near the best of the others.
         rungs: From many settings on few seeds to few settings on many.
-        reported: How many settings are drawn on the other half of the seeds, at most.
+        reported: Largest number of settings to draw on the other half of the seeds.
     """
 
     neighbours: int
@@ -91,25 +91,25 @@ class Plan:
 
     @property
     def seeds(self) -> int:
-        """Seeds of each half."""
+        """Number of seeds in each half."""
         return self.rungs[-1].seeds
 
     @property
     def pictures(self) -> int:
-        """Pictures in all, at most."""
+        """Largest number of pictures in total."""
         return sum(self._of_rungs()) + self.reported * self.seeds
 
     def share(self, seeds: int) -> float:
-        """Which part of the pictures is drawn when a rung ends.
+        """The share of the pictures that is drawn when a rung ends.
 
         Args:
-            seeds: Of the rung.
+            seeds: Seeds of the rung.
         """
         ends = [number for number, rung in enumerate(self.rungs) if rung.seeds <= seeds]
         return sum(self._of_rungs()[: len(ends)]) / self.pictures
 
     def _of_rungs(self) -> list[int]:
-        """Pictures that each rung draws; no guidance, which all are compared with, in all."""
+        """Number of pictures for each rung; each includes no guidance, for comparison."""
         before = [0, *(rung.seeds for rung in self.rungs)]
         return [
             (rung.settings + (number > 0)) * (rung.seeds - before[number])
@@ -117,7 +117,7 @@ class Plan:
         ]
 
     def __str__(self) -> str:
-        """In a line."""
+        """The plan in one line."""
         rungs = ", ".join(map(str, self.rungs))
         return (
             f"{self.rungs[0].settings} settings in {_counted(len(self.rungs), 'rung')}"
@@ -134,18 +134,18 @@ def _counted(number: int, noun: str) -> str:
 def make_plan(
     pictures: int, unit: int, anchors: int, wanted: int, count: int | None = None
 ) -> Plan:
-    """The plan with most seeds that still tries enough settings.
+    """Make the plan with the most seeds that still tries enough settings.
 
     Args:
-        pictures: How many may be drawn, at least 1.
+        pictures: Budget of pictures, at least 1.
         unit: Pictures of one setting that are drawn at once; seeds come in multiples of it.
         anchors: Settings that are always tried.
-        wanted: How many settings are enough for 64 seeds and fewer; for twice as many seeds,
-            twice as many.
+        wanted: Number of settings that is enough for up to 64 seeds; it grows in proportion to
+            the seeds.
         count: Seeds of both halves; `None` chooses.
 
     Raises:
-        ValueError: The budget is too small, or `count` does not go with `unit`.
+        ValueError: The budget is too small, or `count` does not fit `unit`.
     """
     check_count("budget", pictures)
     plans = [_plan_of(pictures, unit, anchors, seeds) for seeds in _sizes(unit, count)]
@@ -172,13 +172,13 @@ def fewest_pictures(unit: int, anchors: int, count: int | None = None) -> int:
         count: As in `make_plan`.
 
     Raises:
-        ValueError: `count` does not go with `unit`.
+        ValueError: `count` does not fit `unit`.
     """
     return _plan_of(0, unit, anchors, _sizes(unit, count)[0]).pictures
 
 
 def _sizes(unit: int, count: int | None) -> list[int]:
-    """Seeds of a half that may be chosen, from few to many."""
+    """Possible numbers of seeds in a half, from few to many."""
     check_count("batch_size", unit)
     least = unit * -(-_FEWEST_SEEDS // unit)
     if count is not None:
@@ -195,7 +195,7 @@ def _sizes(unit: int, count: int | None) -> list[int]:
 
 
 def _plan_of(pictures: int, unit: int, anchors: int, seeds: int) -> Plan:
-    """As many settings as go, at least the anchors."""
+    """The plan with as many settings as the budget allows, at least the anchors."""
     least = max(min(_FIRST_SEEDS, seeds // 2), seeds // 8)
     rungs = [seeds]
     while rungs[0] // 2 >= least and rungs[0] // 2 % unit == 0:

@@ -25,15 +25,15 @@ _MOST_SHOWN = 8
 
 @dataclass(frozen=True, kw_only=True)
 class About:
-    """What a report tells of a run beside what it found.
+    """The facts about a run that a report shows besides its result.
 
     Attributes:
         model: As the user named it.
-        takes_prompts: Whether `sag generate` draws with the model, and not `sag sample`.
-        scheduler: As it was given; `None` is the model's.
-        prompts: Those that were drawn.
-        seed: The first one.
-        reference: As it was given; `None` is none.
+        takes_prompts: Whether `sag generate` draws with the model; else it is `sag sample`.
+        scheduler: As the user named it; `None` is the model's own.
+        prompts: The prompts of the pictures.
+        seed: The first seed.
+        reference: As the user named it; `None` means none.
         features: Name of the encoder.
         settings_file: Where the chosen settings are.
         by_user: Whether the user chose them.
@@ -51,13 +51,13 @@ class About:
 
 
 def write_report(folder: str | Path, found: Tuned, gallery: Gallery, about: About) -> Path:
-    """Writes the page and its grid.
+    """Write the page and its grid.
 
     Args:
-        folder: Where they go; earlier ones are replaced.
-        found: By the run.
-        gallery: With the pictures.
-        about: The run.
+        folder: The folder for both files; earlier ones are replaced.
+        found: The result of the run.
+        gallery: The pictures.
+        about: The facts about the run.
 
     Returns:
         The page.
@@ -85,8 +85,8 @@ def _grid(found: Tuned, gallery: Gallery, about: About) -> Image.Image:
 
 def _short(candidate: Candidate) -> str:
     guidance = candidate.guidance
-    told = "no guidance" if candidate.is_unguided else f"{guidance.method} {guidance.scale:g}"
-    return told if candidate.cfg is None else f"{told}, CFG {candidate.cfg:g}"
+    text = "no guidance" if candidate.is_unguided else f"{guidance.method} {guidance.scale:g}"
+    return text if candidate.cfg is None else f"{text}, CFG {candidate.cfg:g}"
 
 
 def _page(found: Tuned, about: About) -> Iterator[str]:
@@ -98,44 +98,52 @@ def _page(found: Tuned, about: About) -> Iterator[str]:
         yield ""
     yield from ("## The best settings", "", *_scores(found), "")
     yield (
-        f"All figures are of {found.seeds[1]} seeds that took no part in the choice. In brackets"
-        " are 95 % intervals, of other seeds, not of other models. Differences are paired: both"
-        " sides have the same seeds. An evaluation is a picture that the network looks at once."
+        f"All figures are from {found.seeds[1]} seeds that were not used to choose. Brackets hold"
+        " 95 % intervals; they are about other seeds, not other models. Differences are paired:"
+        " both sides have the same seeds. An evaluation is one picture in one pass of the network."
     )
-    yield from ("", "## To draw with them", "", "```bash", *_commands(found, about), "```", "")
+    yield from (
+        "",
+        "## Commands to draw with them",
+        "",
+        "```bash",
+        *_commands(found, about),
+        "```",
+        "",
+    )
     yield (
-        f"Another row goes into `{about.settings_file.name}` by the same command as before, with"
-        " `--choose` and its number: nothing is drawn again."
+        f"To write another row to `{about.settings_file.name}`, repeat the command with `--choose`"
+        " and the number of the row. Nothing is drawn again."
     )
-    yield from ("", "## What the score tells", "", found.score.advice, "")
-    yield from ("Beside it, the pictures against those without guidance:", "")
+    yield from ("", "## What the score means", "", found.score.advice, "")
+    yield from ("How the pictures compare with those without guidance:", "")
     yield from (*_changes(found), "")
     yield (
-        "`moved` is the distance from the picture without guidance of the same seed, as a share of"
-        " that between pictures of different seeds."
+        "`moved` is the distance from the picture of the same seed without guidance, as a share of"
+        " the distance between pictures of different seeds."
     )
     yield from ("", "## How they were found", "", *_history(found, about))
 
 
 def _summary(found: Tuned, about: About) -> Iterator[str]:
     row = found.rows[found.chosen]
-    who = "You chose" if about.by_user else "Chosen is"
+    who = "You chose" if about.by_user else "This run chose"
     yield (
-        f"{who} row {found.chosen}, `{row.candidate}`, with {found.steps} steps; it is in"
-        f" `{about.settings_file}`."
+        f"{who} row {found.chosen}, `{row.candidate}`, with {found.steps} steps. The settings are"
+        f" in `{about.settings_file}`."
     )
     if not about.by_user:
         best, why = found.ranking[0][0], "no other setting had a lower score"
         if best != row.candidate:
             why = (
                 f"the score of `{best}` was lower by less than one standard error, and it costs"
-                " more: of settings within noise the cheaper one is taken"
+                " more: among settings that noise cannot tell apart, the cheaper one is chosen"
             )
-        yield f"On the seeds to choose on, {why}."
+        yield f"On the seeds for choosing, {why}."
     title = found.score.title
     yield f"On the other seeds, its {title} is {_interval(row.score)}."
     if found.chosen:
-        yield f"That is {_difference(row.against_unguided)} against no guidance."
+        yield f"The difference from no guidance is {_difference(row.against_unguided)}."
     yield f"A picture takes {row.drawn.evaluations:.0f} evaluations of the network."
 
 
@@ -186,12 +194,12 @@ def _commands(found: Tuned, about: About) -> Iterator[str]:
 
 
 def _typed(candidate: Candidate, others: Sequence[Candidate]) -> list[str]:
-    """Options for a setting, whichever of others the model recommends."""
+    """Options that give a setting, whichever of the others the model recommends."""
     cfg = [] if candidate.cfg is None else ["--guidance-scale", f"{candidate.cfg:g}"]
     if candidate.is_unguided:
         return ["--sag-scale", "0", *cfg]
     settings = candidate.guidance.to_dict()
-    # What a text leaves out is the model's where it recommends the same method.
+    # If the model recommends the same method, its values fill what a text leaves out.
     rivals = [each.guidance.to_dict() for each in others]
     always = {
         name
@@ -209,18 +217,22 @@ def _history(found: Tuned, about: About) -> Iterator[str]:
     compared = "no reference" if about.reference is None else f"`{about.reference}`"
     yield (
         f"- {found.tried} settings were tried: no guidance, the model's own, each method's"
-        " defaults, others that are spread over the space of settings, and neighbours of the best."
+        " defaults, others that are spread over all possible settings, and neighbours of the best."
     )
-    yield f"- Rungs, settings on seeds: {', '.join(map(str, found.plan.rungs))}."
-    yield f"- Seeds {about.seed} to {about.seed + choosing - 1} were for choosing."
-    yield f"- Seeds {first} to {first + reporting - 1} were for this report."
+    yield f"- Rungs (settings on seeds): {', '.join(map(str, found.plan.rungs))}."
+    yield f"- Seeds {about.seed} to {about.seed + choosing - 1} were used to choose."
+    yield f"- Seeds {first} to {first + reporting - 1} were used for this report."
     if choosing < found.plan.seeds or reporting < found.plan.seeds:
         yield f"- The time ended before all {found.plan.seeds} seeds of a half were drawn."
     yield f"- Compared with {compared}, features: {about.features}."
     yield f"- {found.pictures} pictures were drawn in {found.seconds / 60:.1f} minutes."
     for setting, why in found.failures.items():
         yield f"- `{setting}` could not be drawn: {why}"
-    yield from ("", "The last rung. These scores chose, so they flatter the first ones:", "")
+    yield from (
+        "",
+        "The last rung. Settings were chosen by these scores, so the first ones look too good:",
+        "",
+    )
     yield from _table(
         ["Setting", f"{found.score.title}, {choosing} seeds"],
         ([f"`{each}`", f"{score:.3g}"] for each, score in found.ranking),
@@ -236,5 +248,5 @@ def _interval(found: Estimate) -> str:
 def _difference(found: Estimate) -> str:
     if found.low is None or found.high is None:
         return f"{found.value:+.3g}"
-    told = f"{found.value:+.3g} [{found.low:+.3g}, {found.high:+.3g}]"
-    return told if found.low <= 0 <= found.high else f"**{told}**"
+    text = f"{found.value:+.3g} [{found.low:+.3g}, {found.high:+.3g}]"
+    return text if found.low <= 0 <= found.high else f"**{text}**"

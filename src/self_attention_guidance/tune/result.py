@@ -1,4 +1,4 @@
-"""What a run of tuning found, and the `sag_settings.json` that is made of it."""
+"""The result of a tuning run, and the `sag_settings.json` that is made from it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .space import Candidate
 
 @dataclass(frozen=True)
 class Row:
-    """A setting in the report; all figures are of the seeds that took no part in the choice.
+    """A setting in the report; all figures are from seeds that were not used to choose.
 
     Attributes:
         candidate: The setting.
-        score: With its 95 % interval.
+        score: The score with its 95 % interval.
         against_unguided: How much larger the score is than without guidance, paired.
-        against_own: The same against what the model was drawn with before.
-        drawn: What its pictures are like.
+        against_own: How much larger it is than with the model's earlier settings, paired.
+        drawn: Results of its pictures.
     """
 
     candidate: Candidate
@@ -37,22 +37,22 @@ class Row:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What a run found.
+    """The result of a run.
 
     Attributes:
-        rows: No guidance first, then the best settings, the chosen one first of them unless it is
-            no guidance, and last the model's own if it is none of these.
-        chosen: Number of the row that was chosen, or that the user chose.
-        own: What the model was drawn with before.
-        ranking: All that the last rung was drawn for, the best first, with their scores there.
-        seeds: On how many seeds these scores are, and those of the rows.
-        tried: How many settings were tried.
-        failures: Why some could not be drawn.
-        pictures: How many were drawn.
-        seconds: How long it took.
-        plan: What was meant to be drawn.
+        rows: No guidance first; then the best settings, beginning with the chosen one unless that
+            is no guidance; last the model's own if it is none of these.
+        chosen: Number of the row that the run or the user chose.
+        own: The model's earlier settings.
+        ranking: The settings of the last rung with their scores there, the best first.
+        seeds: Number of seeds of these scores, and of those of the rows.
+        tried: Number of settings that were tried.
+        failures: Why some settings could not be drawn.
+        pictures: Number of drawn pictures.
+        seconds: Duration of the run.
+        plan: The plan of the run.
         steps: Sampling steps.
-        score: What settings were ranked by.
+        score: The score that ranked the settings.
     """
 
     rows: tuple[Row, ...]
@@ -70,7 +70,7 @@ class Tuned:
 
 
 def settings_content(candidate: Candidate, steps: int, there: Path) -> dict[str, Any]:
-    """What `sag_settings.json` holds for a setting.
+    """The content of `sag_settings.json` for a setting.
 
     Args:
         candidate: The setting.
@@ -89,21 +89,21 @@ def settings_content(candidate: Candidate, steps: int, there: Path) -> dict[str,
 
 
 def write_settings(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a `sag_settings.json` in one go.
+    """Write a `sag_settings.json` in one go.
 
     Args:
-        path: The file; one that is there is replaced.
-        content: Of `settings_content`.
+        path: The file; an existing one is replaced.
+        content: What `settings_content` returned.
     """
     with whole_file(path) as file:
         file.write((json.dumps(content, indent=2) + "\n").encode())
 
 
 def as_json(found: Tuned) -> dict[str, Any]:
-    """What a run found, as `json.dumps` takes it.
+    """The result of a run, as `json.dumps` takes it.
 
     Args:
-        found: By the run.
+        found: The result.
     """
     return {
         "score": found.score.title,

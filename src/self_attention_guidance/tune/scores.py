@@ -1,4 +1,4 @@
-"""What settings are ranked by: a distance to a reference, or without one, how pictures change."""
+"""Scores that rank settings: a distance to a reference, or without one, how pictures change."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ..evaluate import LoadedSet, random_halves
 from ..evaluate.statistics import frechet_distances, moments_of
 
 FIGURES = ("saturation", "clipped", "contrast", "sharpness")
-"""What is measured of each picture: see `figures_of`."""
+"""What is measured for each picture: see `figures_of`."""
 
-# Pictures that moved by this share of the distance between pictures of different seeds are changed
-# visibly, and are still the same pictures.
+# A picture that moved by this share of the distance between pictures of different seeds is visibly
+# changed, and still the same picture.
 _MOVED = 0.3
 # A covariance of a half needs two pictures.
 _FEWEST_FOR_HALVES = 4
@@ -25,13 +25,13 @@ _FEWEST_FOR_HALVES = 4
 
 @dataclass(frozen=True)
 class Drawn:
-    """What is known of the pictures of a setting, in the order of their seeds.
+    """The results of the pictures of a setting, in the order of their seeds.
 
     Attributes:
         features: (pictures, features) float32.
         figures: (pictures, len(FIGURES)) float64.
         evaluations: Network evaluations for a picture.
-        seconds: That a picture took, scoring included.
+        seconds: Time for a picture, scoring included.
     """
 
     features: Tensor
@@ -41,12 +41,12 @@ class Drawn:
 
 
 class Score(Protocol):
-    """Ranks settings; lower is better.
+    """A score that ranks settings; lower is better.
 
     Attributes:
-        title: In reports.
+        title: Title in reports.
         least: The smallest possible value.
-        advice: What the score shows and what it cannot show, in sentences.
+        advice: Sentences about what the score shows and what it cannot show.
     """
 
     title: ClassVar[str]
@@ -54,12 +54,12 @@ class Score(Protocol):
     advice: ClassVar[str]
 
     def values(self, drawn: Drawn, unguided: Drawn, halves: Tensor) -> Tensor:
-        """The score of a setting on each of the given parts of its pictures.
+        """Scores of a setting on each of the given parts of its pictures.
 
         Args:
             drawn: Pictures of the setting.
             unguided: Pictures of the same seeds without guidance.
-            halves: (repetitions, pictures) bool, as `halves_of` gives them.
+            halves: (repetitions, pictures) bool, as `halves_of` returns them.
 
         Returns:
             (repetitions,) float64.
@@ -73,23 +73,23 @@ class FrechetScore:
     title: ClassVar[str] = "Fréchet distance"
     least: ClassVar[float] = 0.0
     advice: ClassVar[str] = (
-        "The score is the Fréchet distance to the reference, lower is better. Of few pictures it is"
-        " too large, by an amount that depends on their number: compare these figures with each"
-        " other, and never with distances of other numbers of pictures. It tells how alike the two"
-        " sets are as a whole, in what the encoder sees. It does not tell whether a single picture"
-        " is good or fits its prompt."
+        "The score is the Fréchet distance to the reference; lower is better. With few pictures it"
+        " is too large, by an amount that depends on their number. So compare these figures only"
+        " with each other, and never with distances of other numbers of pictures. The score says"
+        " how alike the two sets are as a whole, in the encoder's features. It does not say"
+        " whether a single picture is good or fits its prompt."
     )
 
     def __init__(self, reference: LoadedSet) -> None:
-        """Computes nothing yet.
+        """Store the reference; compute nothing yet.
 
         Args:
-            reference: Of the encoder that the pictures' features are of.
+            reference: A set whose features are from the same encoder as the pictures'.
         """
         self._reference = reference
 
     def values(self, drawn: Drawn, unguided: Drawn, halves: Tensor) -> Tensor:
-        """As in `Score`.
+        """Scores as in `Score`.
 
         Raises:
             ValueError: The reference holds other features.
@@ -102,23 +102,23 @@ class FrechetScore:
 
 
 class ChangeScore:
-    """How gently pictures are changed: a rule for choosing with care, and no measure of quality."""
+    """How gently pictures are changed: a rule for a careful choice, not a measure of quality."""
 
     title: ClassVar[str] = "change score"
     least: ClassVar[float] = 0.0
     advice: ClassVar[str] = (
-        "There is no reference, and no figure can say without one that pictures are better. The"
-        " score only sorts out settings that do nothing and settings that do harm. It is 0 for"
+        "Without a reference, no figure can say that pictures are better. The score only"
+        " sorts out settings that do nothing and settings that do harm. It is 0 for"
         f" pictures that moved by {_MOVED:g} of the distance between pictures of different seeds,"
         " in the encoder's features, while saturation, share of clipped values, contrast and"
-        " sharpness stayed what they are without guidance. It is 1 without guidance. It can't tell"
+        " sharpness stayed as they are without guidance. It is 1 without guidance. It can't tell"
         " whether shapes are better, whether details are right, or whether pictures fit their"
         " prompts. The file holds the setting with the best score because it must hold one: look at"
         " the grid, and choose."
     )
 
     def values(self, drawn: Drawn, unguided: Drawn, halves: Tensor) -> Tensor:
-        """As in `Score`."""
+        """Scores as in `Score`."""
         spread = unguided.figures.std(0).clamp(min=1e-6)
         change = (mean_over(halves, drawn.figures - unguided.figures) / spread).abs().mean(1)
         moved = mean_over(halves, moved_by(drawn, unguided)[:, None])[:, 0]
@@ -142,7 +142,7 @@ def moved_by(drawn: Drawn, unguided: Drawn) -> Tensor:
 
 
 def figures_of(pictures: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Figures of each picture, which need no reference.
+    """Figures of each picture that need no reference.
 
     - saturation: mean difference of the largest and the smallest colour value of a pixel, 0 to 1;
     - clipped: share of values that are black or full, 0 to 1;
@@ -170,12 +170,12 @@ def figures_of(pictures: NDArray[np.uint8]) -> NDArray[np.float64]:
 
 
 def halves_of(count: int, repetitions: int, seed: int) -> Tensor:
-    """Random halves for the interval of a score; none where there are too few pictures for one.
+    """Random halves for the interval of a score; none if there are too few pictures.
 
     Args:
-        count: Pictures, at least 2.
-        repetitions: How many halves.
-        seed: Of the halves, at least 0.
+        count: Number of pictures, at least 2.
+        repetitions: Number of halves.
+        seed: Seed of the halves, at least 0.
 
     Returns:
         (repetitions + 1, count) bool; the first row is all of them.

@@ -1,4 +1,4 @@
-"""What a run of tuning is asked for."""
+"""The settings of a tuning run."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from ..checks import check_count, check_prompts, check_text, seeds_of
 from .plan import Budget, fewest_pictures
 
 RESULT_FILE = "result.json"
-"""What a run writes into its folder when it is done."""
+"""The file that a run writes into its folder when it is done."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TuneSettings:
-    """What a run of tuning is asked for, checked when made.
+    """The settings of a tuning run, checked when made.
 
     Attributes:
-        budget: How much may be drawn.
+        budget: Time or number of pictures.
         methods: Short names of guidances; empty is all that suit the model.
-        prompts: Given out to the seeds in turn; ("",) draws without.
+        prompts: Used by the seeds in turn; ("",) draws without a prompt.
         steps: Sampling steps of all settings; `None` is the model's own number.
-        count: Seeds, those to choose on and those to report on together, a multiple of twice
-            `batch_size`; `None` follows from the budget.
-        seed: The first one.
+        count: Number of seeds, half to choose on and half to report on, a multiple of twice
+            `batch_size`; `None` derives it from the budget.
+        seed: The first seed.
         batch_size: Pictures drawn at once; the last bits of pictures depend on it.
 
     Raises:
@@ -38,7 +38,7 @@ class TuneSettings:
     batch_size: int = 8
 
     def __post_init__(self) -> None:
-        """Checks every setting."""
+        """Check every setting."""
         check_prompts(self.prompts)
         if self.steps is not None:
             check_count("steps", self.steps)

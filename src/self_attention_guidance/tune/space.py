@@ -20,7 +20,7 @@ from ..guidance.seg import SmoothedEnergyGuidance
 from ..guidance.text import guidance_text
 from ..guidance.weak_layers import WeakLayers
 
-# Of a method's default: what was measured on small models lay between an eighth and five times.
+# Factors of a method's default. The best scales measured on small models lay between 1/8 and 5.
 _SCALES = (2**-3.5, 2**2.5)
 _STARTS = (0.0, 0.1, 0.2, 0.3)
 _STOPS = (1.0, 0.8, 0.65)
@@ -35,11 +35,11 @@ _DIMENSIONS = 7
 
 @dataclass(frozen=True)
 class Candidate:
-    """A setting that is tried.
+    """A setting to try.
 
     Attributes:
-        guidance: With a scale of 0, there is none.
-        cfg: Scale of classifier-free guidance, 1 is off; `None` where the pipeline has none.
+        guidance: The guidance; a scale of 0 means none.
+        cfg: Scale of classifier-free guidance, 1 is off; `None` if the pipeline has none.
     """
 
     guidance: Guidance
@@ -47,19 +47,19 @@ class Candidate:
 
     @property
     def is_unguided(self) -> bool:
-        """Whether there is no guidance beside classifier-free guidance."""
+        """Whether there is no guidance besides classifier-free guidance."""
         return self.guidance.scale == 0
 
     @property
     def key(self) -> str:
         """A short name for files, the same for equal settings."""
-        told = [None if self.is_unguided else self.guidance.to_dict(), self.cfg]
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+        described = [None if self.is_unguided else self.guidance.to_dict(), self.cfg]
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
 
     def __str__(self) -> str:
-        """As it would be typed behind `--guidance`, and the CFG scale."""
-        told = "no guidance" if self.is_unguided else guidance_text(self.guidance.to_dict())
-        return told if self.cfg is None else f"{told}, CFG {self.cfg:g}"
+        """The text for `--guidance`, and the CFG scale."""
+        text = "no guidance" if self.is_unguided else guidance_text(self.guidance.to_dict())
+        return text if self.cfg is None else f"{text}, CFG {self.cfg:g}"
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,10 @@ class Space:
 
     Attributes:
         steps: Sampling steps, at least 1.
-        layers: By the short names of methods, the values of their `layer` or `layers`; `None` is
-            the default, and comes first.
+        layers: Values of `layer` or `layers`, by the short names of methods; `None` is the
+            default, and comes first.
         own: The guidance that the model has now.
-        cfg: Scales of classifier-free guidance, the model's first; `(None,)` where it has none.
+        cfg: Scales of classifier-free guidance, the model's first; `(None,)` if it has none.
     """
 
     steps: int
@@ -87,20 +87,20 @@ class Space:
 
     @property
     def as_it_is(self) -> Candidate:
-        """What the model is drawn with now."""
+        """The present setting of the model."""
         return self.unguided if self.own.scale == 0 else Candidate(self.own, self.cfg[0])
 
     def anchors(self) -> list[Candidate]:
-        """What is always tried: no guidance, the model's own, and each method's defaults."""
+        """Settings that are always tried: no guidance, the model's own, each method's defaults."""
         defaults = [Candidate(METHODS[name](), self.cfg[0]) for name in self.layers]
         return list(dict.fromkeys([self.unguided, self.as_it_is, *defaults]))
 
     def listed(self, count: int, seed: int) -> list[Candidate]:
-        """The anchors, and settings that are spread evenly, method by method in turn.
+        """The anchors, and evenly spread settings of each method in turn.
 
         Args:
-            count: How many in all, at least as many as there are anchors.
-            seed: Of the list, at least 0.
+            count: Total number of settings, at least that of the anchors.
+            seed: Seed of the list, at least 0.
         """
         methods = [*self.layers, *(["none"] if len(self.cfg) > 1 else [])]
         points = [
@@ -122,13 +122,13 @@ class Space:
     def neighbours(
         self, parents: Sequence[Candidate], count: int, seed: int, known: Iterable[Candidate]
     ) -> list[Candidate]:
-        """Settings that differ from good ones in one thing or two, by a notch.
+        """New settings near good ones, with one or two values changed a little.
 
         Args:
-            parents: At least one.
-            count: How many at most.
-            seed: Of the choice, at least 0.
-            known: Those that were tried; none of them is returned.
+            parents: The good settings, at least one.
+            count: Largest number of settings.
+            seed: Seed of the choice, at least 0.
+            known: Settings that were tried; none of them is returned.
         """
         tried = set(map(self._effect, known))
         found: list[Candidate] = []
@@ -143,15 +143,15 @@ class Space:
         return found
 
     def acts(self, candidate: Candidate) -> bool:
-        """Whether any of the steps is guided, or none is meant to be."""
+        """Whether any step is guided, or the setting is no guidance."""
         return candidate.is_unguided or bool(self._guided(candidate.guidance))
 
     def _guided(self, guidance: Guidance) -> tuple[int, ...]:
-        """Which steps are guided."""
+        """Indices of the guided steps."""
         return tuple(n for n in range(self.steps) if guidance.acts_at(n, self.steps))
 
     def _effect(self, candidate: Candidate) -> tuple[Any, ...]:
-        """Equal for settings that draw the same: windows of the same steps, say."""
+        """A key that is equal for settings with equal pictures, like windows of the same steps."""
         if candidate.is_unguided:
             return (None, candidate.cfg)
         guidance, steps = candidate.guidance, self._guided(candidate.guidance)
@@ -222,14 +222,14 @@ def space_of(
     methods: Sequence[str] = (),
     cfg: float | None = None,
 ) -> Space:
-    """Finds the settings that can be tried on a network.
+    """Find the settings that can be tried on a network.
 
     Args:
         denoiser: The network.
         steps: Sampling steps, at least 1.
         own: The guidance that the model has now.
-        methods: Short names of those to try; empty tries all that the network allows.
-        cfg: The model's scale of classifier-free guidance; `None` where it has none.
+        methods: Short names of methods to try; empty tries all that the network allows.
+        cfg: The model's scale of classifier-free guidance; `None` if it has none.
 
     Raises:
         ValueError: A method that was named can't guide this network, or no method can.
@@ -250,7 +250,7 @@ def space_of(
 
 
 def _layers_of(method: str, denoiser: nn.Module) -> list[str]:
-    """Layers that a method may weaken or read: some, from the first to the last."""
+    """Some of the layers that a method may weaken or read, from the first to the last."""
     cls = METHODS[method]
     if not issubclass(cls, WeakLayers | SelfAttentionGuidance):
         return []
@@ -285,7 +285,7 @@ def _pick(values: Sequence[Any], part: float) -> Any:
 
 
 def _beside(values: Sequence[Any], value: Any, dice: random.Random) -> Any:
-    """The value before or behind another; of one that is not there, any."""
+    """A value next to another one; any value if that one is not in the list."""
     if value not in values:
         return dice.choice(values)
     place = [*values].index(value) + dice.choice((-1, 1))

@@ -1,4 +1,4 @@
-"""The search on pictures: draws what it asks for, as far as the budget goes."""
+"""The search on pictures: it draws what the search asks for, within the budget."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _REPETITIONS = 200
 _MOST_SHOWN = 8
 
 Report = Callable[[int, int, str, str], object]
-"""Called with how many pictures are drawn, how many there will be at most, the setting that is next
-and the best one so far."""
+"""Called with the number of drawn pictures, the largest number of pictures, the next setting and
+the best one so far."""
 
 
 class Journal:
-    """What was decided by the clock, in order: a run that goes on decides the same again."""
+    """Decisions that depended on time, in order, so that a resumed run makes the same ones."""
 
     def __init__(self, storage: Storage) -> None:
-        """Reads what was decided before.
+        """Read the earlier decisions.
 
         Args:
             storage: The folder of the run.
@@ -42,19 +42,19 @@ class Journal:
         self._next = 0
 
     def known(self) -> int | None:
-        """What the next decision was; `None` if it was not made yet."""
+        """Return the next decision; `None` if it was not made yet."""
         self._next += 1
         return self._entries[self._next - 1] if self._next <= len(self._entries) else None
 
     def add(self, decision: int) -> int:
-        """Keeps a decision that was not known, and returns it."""
+        """Store a new decision, and return it."""
         self._entries.append(decision)
         self._storage.write(JOURNAL, json.dumps(self._entries).encode())
         return decision
 
 
 class Trial:
-    """Draws and scores settings as the search asks for them, then those that it found."""
+    """The run of a search: it draws and scores settings, then draws the best on other seeds."""
 
     def __init__(
         self,
@@ -66,15 +66,15 @@ class Trial:
         journal: Journal,
         report: Report | None = None,
     ) -> None:
-        """Draws nothing yet.
+        """Store the arguments; draw nothing yet.
 
         Args:
             space: The settings that can be tried.
-            gallery: Where pictures come from.
-            score: What settings are ranked by.
-            plan: How many settings and seeds.
-            settings: Of the run.
-            journal: Of the run.
+            gallery: The source of pictures.
+            score: The score that ranks settings.
+            plan: Numbers of settings and seeds.
+            settings: Settings of the run.
+            journal: Journal of the run.
             report: Called before each chunk of pictures.
         """
         self.space, self.gallery, self.score, self.plan = space, gallery, score, plan
@@ -85,7 +85,7 @@ class Trial:
         self._last: Mapping[Candidate, float] = {}
 
     def run(self) -> Tuned:
-        """Searches, chooses, and draws what was found on the other half of the seeds.
+        """Search, choose, and draw the best settings on the other half of the seeds.
 
         Raises:
             FloatingPointError: Without guidance, a picture is NaN or infinite.
@@ -96,11 +96,11 @@ class Trial:
         return self._reported(ranked, self._choose(ranked))
 
     def scores(self, candidates: Sequence[Candidate], seeds: int) -> Mapping[Candidate, float]:
-        """As `search` asks for them.
+        """Draw and score settings for `search`.
 
         Args:
             candidates: The settings.
-            seeds: On how many of the seeds to choose on.
+            seeds: Number of seeds, of those for choosing.
         """
         self._tried |= dict.fromkeys(candidates)
         drawn = list(dict.fromkeys([self.space.unguided, *candidates]))
@@ -112,14 +112,14 @@ class Trial:
         return found
 
     def _end_of(self, settings: int, seeds: int) -> float:
-        """When a rung must end, in seconds since the run began.
+        """The time when a rung must end, in seconds since the run began.
 
-        If pictures take longer than was planned, all rungs and the report have fewer seeds.
+        If pictures take longer than planned, all rungs and the report have fewer seeds.
         """
         if self._seconds is None:
             return math.inf
         first = self.plan.rungs[0]
-        # Its listed settings leave time for their neighbours.
+        # In the first rung, the listed settings leave time for their neighbours.
         part = min(settings / first.settings, 1) if seeds == first.seeds else 1
         return self._seconds * self.plan.share(seeds) * part
 
@@ -130,16 +130,16 @@ class Trial:
         return self.score.values(self.gallery.of(candidate, first, end), unguided, halves)
 
     def _sweep(self, candidates: Sequence[Candidate], first: int, end: int, until: float) -> int:
-        """Draws settings on seeds as far as time allows, on equally many each; returns how far."""
+        """Draw all settings on the same seeds while there is time; return the end of the seeds."""
         shown = range(self.plan.seeds, self.plan.seeds + _MOST_SHOWN)
         known = self._journal.known()
         for chunk in range(first, end if known is None else known, self.gallery.unit):
             missing = [c for c in self._sound(candidates) if not self.gallery.has(c, chunk)]
-            # One chunk is drawn in any case.
+            # The first chunk is always drawn.
             is_open = known is None and chunk > first and missing
             if is_open and not self._is_time_for(len(missing), until):
                 return self._journal.add(chunk)
-            # Also those that are there: a setting fails where it failed before, and not earlier.
+            # Drawn ones, too, so that a setting fails at the same chunk as in an earlier run.
             for candidate in self._sound(candidates):
                 if self._report is not None and candidate in missing:
                     done = self.gallery.drawn
@@ -158,7 +158,7 @@ class Trial:
         if known is None:
             first = self.plan.rungs[0]
             until = self._end_of(first.settings, first.seeds)
-            # They are to be drawn on as many seeds as the others were.
+            # Neighbours are drawn on as many seeds as the others were.
             chunks = count * self._reached // self.gallery.unit
             known = self._journal.add(count if self._is_time_for(chunks, until) else 0)
         return self.space.neighbours(parents, known, self._seed, self._tried)
@@ -188,7 +188,7 @@ class Trial:
         candidates = [row.candidate for row in rows]
         return Tuned(
             rows=rows,
-            # One that fails only on the other seeds is of no use, either.
+            # A setting that fails only on the other seeds is useless, too.
             chosen=next(
                 candidates.index(each) for each in (chosen, *ranked, unguided) if each in candidates
             ),
