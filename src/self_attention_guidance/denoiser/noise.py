@@ -26,6 +26,9 @@ _MIDPOINT_OFFSETS = {"KDPM2DiscreteScheduler": 0, "KDPM2AncestralDiscreteSchedul
 # What schedulers keep on the device, and guidance needs to know on the CPU.
 _TABLES = ("timesteps", "sigmas", "sigmas_interpol", "alphas_cumprod")
 
+# Those of them that are set for a run, or by its callbacks. Schedulers move the other one.
+_SET_FOR_A_RUN = ("timesteps", "sigmas", "sigmas_interpol")
+
 Level = float | Tensor
 """A number if all pictures share one noise level, else float32 or float64 of shape
 (batch, 1, 1, 1). Python's own numbers need no float64 on the device, and no transfer to it."""
@@ -98,12 +101,29 @@ def is_elsewhere(value: object) -> bool:
     return isinstance(value, Tensor) and (value.device.type != "cpu" or type(value) is not Tensor)
 
 
+class _Source:
+    """A table of a scheduler, and how often it was changed in place until it was read."""
+
+    def __init__(self, table: Any) -> None:
+        self._table, self._version = table, self._changes(table)
+
+    def is_still(self, table: Any) -> bool:
+        """Whether a table is this one, and unchanged."""
+        return table is self._table and self._version == self._changes(table)
+
+    @staticmethod
+    def _changes(table: Any) -> int:
+        counts = isinstance(table, Tensor) and not table.is_inference()
+        return table._version if counts else 0
+
+
 class Schedule:
     """A scheduler with its timesteps set, and its tables as numbers, fetched with one transfer."""
 
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
         self.timesteps: Any = getattr(scheduler, "timesteps", None)
+        self._sources = {n: _Source(getattr(scheduler, n, None)) for n in _SET_FOR_A_RUN}
         self.has_sigmas = hasattr(scheduler, "sigmas")
         tables = {
             name: table.flatten()
@@ -122,6 +142,12 @@ class Schedule:
 
     def __len__(self) -> int:
         return len(self.tables.get("timesteps", ()))
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the scheduler still has the tables that were read."""
+        found = self._sources.items()
+        return all(source.is_still(getattr(self.scheduler, n, None)) for n, source in found)
 
     def equal_to(self, step: int) -> list[int]:
         """The steps that have the same timestep as this one, itself included."""
@@ -208,9 +234,9 @@ class Schedule:
         if not getattr(self.scheduler, "state_in_first_order", True):
             if hasattr(self.scheduler, "mid_point_sigma"):
                 return float(self.scheduler.mid_point_sigma)
-            offset = _MIDPOINT_OFFSETS.get(type(self.scheduler).__name__)
-            if offset is not None:
-                return self.tables["sigmas_interpol"][step + offset]
+            for name in class_names(type(self.scheduler)):
+                if name in _MIDPOINT_OFFSETS:
+                    return self.tables["sigmas_interpol"][step + _MIDPOINT_OFFSETS[name]]
         return self.tables["sigmas"][step]
 
 
@@ -230,7 +256,7 @@ def check_scheduler(scheduler: Any) -> None:
     name, problem = type(scheduler).__name__, ""
     if not (hasattr(scheduler, "sigmas") or hasattr(scheduler, "alphas_cumprod")):
         problem = "has neither sigmas nor alphas_cumprod: not supported"
-    elif "Inverse" in name:
+    elif any("Inverse" in each for each in class_names(type(scheduler))):
         problem = "is not supported: its samples have another noise level than its timesteps say"
     elif kind not in PREDICTION_TYPES:
         problem = f"has prediction_type={kind!r}; it must be one of {', '.join(PREDICTION_TYPES)}"
@@ -254,12 +280,20 @@ def setting(scheduler: Any, name: str, default: Any = None) -> Any:
 
 @functools.cache
 def _settings(scheduler: type) -> frozenset[str]:
-    return frozenset(inspect.signature(scheduler.__init__).parameters)
+    # A subclass may pass on settings that its own signature does not name.
+    own = (vars(base)["__init__"] for base in scheduler.__mro__ if "__init__" in vars(base))
+    return frozenset(name for each in own for name in inspect.signature(each).parameters)
+
+
+@functools.cache
+def class_names(scheduler: type) -> tuple[str, ...]:
+    """Names of a scheduler's class and of the classes that it is derived from."""
+    return tuple(base.__name__ for base in scheduler.__mro__)
 
 
 def _is_flow_matching(scheduler: Any) -> bool:
     # Schedulers that are made for flow matching have no setting that says so.
-    is_named_so = type(scheduler).__name__.startswith("FlowMatch")
+    is_named_so = any(name.startswith("FlowMatch") for name in class_names(type(scheduler)))
     return is_named_so or bool(setting(scheduler, "use_flow_sigmas"))
 
 

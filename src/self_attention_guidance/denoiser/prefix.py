@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .families import family_of, uncompiled
 from .layers import block_names
+from .safety import recomputes
 from .weakening import block_parameters, replacing_block
 
 # Whose networks pass nothing from block to block but what is tested here.
@@ -53,7 +54,7 @@ def blocks_before(denoiser: nn.Module) -> list[nn.Module]:
     is_known = type(network).forward.__module__.partition(".")[0] in _KNOWN
     if is_compiled or not is_known:
         return []
-    if torch.is_grad_enabled() and getattr(network, "is_gradient_checkpointing", False):
+    if recomputes(network):
         return []
     found = [getattr(network, stack, None) for stack in _stacks(network)]
     blocks = [block for stack in found if isinstance(stack, nn.ModuleList) for block in stack]
@@ -106,9 +107,12 @@ class _Output:
 
     @property
     def is_unchanged(self) -> bool:
-        """Whether the tensor is unchanged since, by torch's own count of changes."""
+        """Whether the tensor is unchanged since, by torch's own count of changes.
+
+        Tensors of `torch.inference_mode` have no such count, so they may have changed.
+        """
         kept = self._kept
-        return kept is None or self._version is None or kept._version == self._version
+        return kept is None or (self._version is not None and kept._version == self._version)
 
     def rows(self, rows: slice) -> Tensor:
         """Some rows; not numbers where nobody needs them, which would show if anyone did."""

@@ -135,7 +135,7 @@ class Run:
     def _schedule_of(self, scheduler: Scheduler) -> Schedule:
         """The state of a scheduler's timesteps, which every run sets anew."""
         for known in (self.schedule, *self._schedules):
-            if known.scheduler is scheduler and known.timesteps is scheduler.timesteps:
+            if known.scheduler is scheduler and known.is_current:
                 return known
         schedule = Schedule(scheduler)
         self._has_waited |= schedule.has_waited
@@ -238,6 +238,7 @@ class Run:
                 is_same = torch.equal(before.sample, call.sample)
             self.two_calls.begin(is_same, cfg, terms)
         if layout.has_halves:
+            layout.rows(len(call.sample), "cond")  # refuses an odd number of them
             reason = (
                 f"batch_layout={layout.kind!r}" if layout.is_given else "they were the same before"
             )

@@ -44,6 +44,22 @@ def refuse_caches(denoiser: nn.Module) -> None:
             )
 
 
+def recomputes(denoiser: nn.Module) -> bool:
+    """Whether `backward` will run blocks of this pass again (gradient checkpointing)."""
+    is_on = getattr(uncompiled(denoiser), "is_gradient_checkpointing", False)
+    return torch.is_grad_enabled() and is_on
+
+
+def refuse_recomputing(denoiser: nn.Module) -> None:
+    """Refuse layers that are changed during a pass and run again, unchanged, by `backward`."""
+    if recomputes(denoiser):
+        name = type(uncompiled(denoiser)).__name__
+        raise RuntimeError(
+            f"{name} computes its layers again for gradients, and would not weaken them then: call "
+            "its disable_gradient_checkpointing(), or draw under torch.no_grad()"
+        )
+
+
 @functools.cache
 def _replaced_by(cls: type[nn.Module]) -> Any:
     """The replacement of a class's `forward`, as TeaCache does it; `None` if there is none."""

@@ -17,6 +17,7 @@ from ..denoiser.attention import why_unseen
 from ..denoiser.families import BatchLayout
 from ..denoiser.noise import Scheduler
 from ..denoiser.picture import PictureTokens
+from ..denoiser.safety import refuse_recomputing
 from ..denoiser.weakening import Change, Weaken, attending_by, changing_block, reordered
 
 if TYPE_CHECKING:
@@ -58,8 +59,10 @@ class Step:
 
         Raises:
             ValueError: A layer does not see the whole picture.
-            RuntimeError: A layer's attention could not be changed.
+            RuntimeError: A layer's attention could not be changed, or gradient checkpointing
+                would run the layer again without the change.
         """
+        refuse_recomputing(self.denoiser)
         with ExitStack() as stack:
             begun = [
                 stack.enter_context(attending_by(self.denoiser, n, self.tokens_at(n), weaken))
@@ -97,6 +100,7 @@ class Step:
             ValueError: A block does not see the whole picture.
             RuntimeError: A block was not reached.
         """
+        refuse_recomputing(self.denoiser)
         changes: dict[str, Change | None] = {}
         for block in blocks:
             tokens = self.tokens_at(block)
@@ -289,9 +293,11 @@ class Guidance:
         Raises:
             ValueError: The method or a setting is not known, or has a value out of its range.
         """
+        if not isinstance(settings, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ValueError(f"settings={settings!r} must be settings by name")
         given = dict(settings)
         name = given.pop("method", None)
-        if name not in METHODS:
+        if not isinstance(name, str) or name not in METHODS:
             raise ValueError(f"method={name!r} must be one of {', '.join(sorted(METHODS))}")
         known = [each.name for each in dataclasses.fields(METHODS[name])]
         for unknown in given.keys() - known:

@@ -27,6 +27,7 @@ from ..denoiser.run import Run
 from ..denoiser.safety import refuse_caches, refuse_compiled_in_place, run_uncompiled
 from .base import Guidance
 from .guided_call import GuidedCall
+from .several import GuidanceSum
 
 # Otherwise two threads could both find a denoiser unguided.
 _attaching = threading.Lock()
@@ -34,7 +35,7 @@ _attaching = threading.Lock()
 
 def attach(
     target: Any,
-    *guidances: Guidance,
+    *guidances: Guidance | GuidanceSum,
     scheduler: Scheduler | None = None,
     batch_layout: BatchLayout | None = None,
     is_for_this_thread: bool = False,
@@ -46,7 +47,7 @@ def attach(
 
     Args:
         target: A diffusers pipeline, or a denoiser for a loop of your own.
-        *guidances: At least one.
+        *guidances: At least one; a sum, `a + b`, is all of its parts.
         scheduler: See `Guidance.attach`.
         batch_layout: See `Guidance.attach`.
         is_for_this_thread: Refuse calls of other threads, for a pipeline's own call.
@@ -56,9 +57,10 @@ def attach(
             guided already, or guidances differ in `rescale`, or `norm_limit`, or `branch` with
             them.
     """
-    if not guidances or not all(isinstance(each, Guidance) for each in guidances):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not guidances or not all(isinstance(each, Guidance | GuidanceSum) for each in guidances):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError("attach needs a guidance behind its target: SelfAttentionGuidance(0.75)")
-    _refuse_mixed_limits(guidances)
+    parts = tuple(part for each in guidances for part in each.parts)
+    _refuse_mixed_limits(parts)
     denoiser = denoiser_of(target)
     if denoiser is None:
         raise ValueError(
@@ -71,7 +73,7 @@ def attach(
         raise ValueError(f"batch_layout={batch_layout!r} must be one of {', '.join(layouts)}")
     pipeline, run = None if denoiser is target else target, Run(is_for_this_thread)
     check_scheduler(_scheduler_of(pipeline, scheduler))
-    return GuidanceHandle(denoiser, pipeline, guidances, run, scheduler, batch_layout)
+    return GuidanceHandle(denoiser, pipeline, parts, run, scheduler, batch_layout)
 
 
 def _scheduler_of(pipeline: Any, given: Scheduler | None) -> Scheduler:
@@ -249,10 +251,12 @@ class GuidanceHandle:
         acting: dict[int, tuple[Guidance, Tensor | None, tuple[str, ...]]] = {}
         for number in numbers:
             guidance = self.guidances[number]
+            # A held term, too: it is limited and rescaled by its own branch's prediction.
+            if not run.two_calls.needs_term(layout, guidance.branch):
+                continue
             shape = call.sample[layout.rows(len(call.sample), guidance.branch)].shape
             held = run.held(number, guidance.every, shape, 2 if layout.has_two_calls else 1)
-            if held is not None or run.two_calls.needs_term(layout, guidance.branch):
-                acting[number] = guidance, held, self._layers[number] if held is None else ()
+            acting[number] = guidance, held, self._layers[number] if held is None else ()
         layers = {layer for *_, layers in acting.values() for layer in layers}
         read = {n: self._reading.enter_context(standing_in(denoiser, n)) for n in layers}
         guided_call = GuidedCall(run, denoiser, call, layout, acting, read)

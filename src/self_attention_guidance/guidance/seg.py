@@ -72,7 +72,7 @@ def attention_of_blurred(
     else:
         # The author's number of taps, three sigma to each side; a longer kernel than eight sides
         # of the picture is flat on it.
-        taps = min(math.ceil(6 * sigma), 8 * max(operands.grid)) // 2 * 2 + 1
+        taps = max(3, min(math.ceil(6 * sigma), 8 * max(operands.grid)) // 2 * 2 + 1)
         grid = own.unflatten(-2, operands.grid).movedim(-1, -3)
         own[:] = gaussian_blur(grid, sigma, taps).movedim(-3, -1).flatten(-3, -2)
     return operands.attention(query, operands.bias)

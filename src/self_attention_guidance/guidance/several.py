@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..checks import check_number
 from .base import Guidance
@@ -82,12 +82,17 @@ def guidance_of(settings: Mapping[str, Any]) -> Guidance | GuidanceSum:
     Raises:
         ValueError: A method or a setting is not known, or has a value out of its range.
     """
+    if not isinstance(settings, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"settings={settings!r} must be settings by name")
     named = [{"method": name} for name in str(settings.get("method")).split("+")]
     if len(named) == 1:
         return Guidance.from_dict(settings)
     for unknown in settings.keys() - {"method", "scale", "guidances"}:
         raise ValueError(f"{unknown!r} is not a setting of several guidances together")
-    parts = tuple(Guidance.from_dict(each) for each in settings.get("guidances", named))
+    given = settings.get("guidances", named)
+    if not isinstance(given, list | tuple):
+        raise ValueError(f"guidances={given!r} must be a list of settings")
+    parts = tuple(Guidance.from_dict(each) for each in cast("Sequence[Any]", given))
     found = GuidanceSum(parts, settings.get("scale", 1.0))
     if found.method != settings["method"]:
         raise ValueError(f"method={settings['method']!r} must be {found.method!r}")

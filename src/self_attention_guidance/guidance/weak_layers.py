@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar
 
@@ -42,6 +42,8 @@ class WeakLayers(Guidance):
         super().__post_init__()
         if self.layers is None:
             return
+        if not isinstance(self.layers, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ValueError(f"layers={self.layers!r} must be a layer's name, or several")
         layers = (self.layers,) if isinstance(self.layers, str) else tuple(self.layers)
         for layer in layers or (None,):
             check_layer("layers", layer or "")
