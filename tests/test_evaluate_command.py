@@ -326,6 +326,20 @@ def test_wrong_inputs_are_one_line(
     assert "holds statistics of 5 features, emoji has 64" in message
 
 
+def test_the_table_is_shown_even_if_a_file_cannot_be_written(
+    sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["evaluate", sets / "sharp.npz", sets / "blurred.npz", "--bootstrap", 0]
+    (tmp_path / "a.json").mkdir()
+    assert run(*asked, "--json", tmp_path / "a.json", "--overwrite") == 2
+    assert "Fréchet distance" in capsys.readouterr().out
+    told = error_of(
+        capsys, "evaluate", sets / "sharp.npz", "--save-statistics", tmp_path / "s.npz",
+        "--json", tmp_path / "b.json",
+    )  # fmt: skip
+    assert "needs samples" in told
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

@@ -15,7 +15,13 @@ from PIL import Image
 
 from command_line import error_of, run
 from self_attention_guidance import BlurGuidance
-from self_attention_guidance.generate import generate, load_pipeline, read_record
+from self_attention_guidance.generate import (
+    GenerationSettings,
+    generate,
+    load_pipeline,
+    read_record,
+)
+from self_attention_guidance.generate.start_picture import start_arguments
 from test_any_model import pixels, saved  # noqa: F401  # a fixture
 from test_batch_jobs import rows_of
 from tiny_models import MODELS
@@ -157,3 +163,50 @@ def test_a_model_without_image_to_image_is_refused(
     asked = ("generate", "a", "--model", saved("pixart"), "--image", start, "--steps", 1)
     message = error_of(capsys, *asked, "--out", start.parent / "out")
     assert "image must not be given: diffusers has no image to image for PixArtSigmaP" in message
+
+
+def test_sixteen_bits_and_transparency_are_read_as_viewers_show_them(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 255, 64 * 64).astype(np.uint8).reshape(64, 64)
+    alpha = np.full_like(ramp, 255)
+    alpha[:, :32] = 0
+    on_white = np.where(alpha == 0, 255, ramp).astype(np.uint8)
+    same = {
+        "sixteen": (Image.fromarray(ramp.astype(np.uint16) * 257), Image.fromarray(ramp)),
+        "transparent": (
+            Image.fromarray(np.dstack([ramp] * 3 + [alpha]), "RGBA"),
+            Image.fromarray(on_white),
+        ),
+    }
+    for name, pictures in same.items():
+        found: list[Any] = []
+        for number, picture in enumerate(pictures):
+            path = str(tmp_path / f"{name}{number}.png")
+            picture.save(path)
+            settings = GenerationSettings(image=path, mask=path)
+            found.append(start_arguments(settings, 8, 1))
+        for key in ("image", "mask_image"):
+            one, other = (np.asarray(each[key][0]) for each in found)
+            assert (one == other).all()
+            assert one.std() > 50
+
+
+def test_what_has_no_white_and_what_is_too_large_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.fromarray(np.ones((64, 64), np.float32)).save(tmp_path / "a.tiff")
+    asked = ["generate", "a", "--out", tmp_path / "out", "--image"]
+    message = error_of(capsys, *asked, tmp_path / "a.tiff")
+    assert f"--image={str(tmp_path / 'a.tiff')!r}" in message
+    assert "white is not known" in message
+    Image.new("L", (64, 64)).save(tmp_path / "b.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    for command in ([*asked, tmp_path / "b.png"], ["info", tmp_path / "b.png"]):
+        assert "too large" in error_of(capsys, *command)
+
+
+def test_a_strength_that_leaves_no_step_is_one_line(
+    start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["generate", "a", "--image", start, "--strength", 0.1, "--steps", 4]
+    message = error_of(capsys, *asked, "--out", tmp_path)
+    assert "--strength=0.1 of 4 steps leaves less than one" in message

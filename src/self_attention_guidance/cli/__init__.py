@@ -135,12 +135,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error.format_message(), 2)
     except (ValueError, OSError, FloatingPointError) as error:
         return _fail(as_typed(str(error), command, given), 2)
+    except typer.Abort as error:  # what click makes of an interrupt, and of a file that is cut off
+        if isinstance(error.__cause__, EOFError):
+            return _fail(f"a file ends too early: {error.__cause__}", 2)
+        return _fail("interrupted", 130)
     except (MemoryError, RuntimeError) as error:
         advice = memory_advice(error, command, given)
         if advice is None:
             raise
         return _fail(advice, 2)
-    except (KeyboardInterrupt, typer.Abort):
+    except KeyboardInterrupt:
         status = 130
     if status == 130:
         return _fail("interrupted", 130)

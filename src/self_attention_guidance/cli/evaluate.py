@@ -64,6 +64,9 @@ def evaluate_command(
     _check_numbers(bootstrap, seed, batch_size)
     if len(paths) < 2 and save_statistics is None:
         raise ValueError("SAMPLES and REFERENCE must be given: one path needs --save-statistics")
+    for name, file in (("json", json_file), ("plot", plot)):
+        if len(paths) < 2 and file is not None:
+            raise ValueError(f"{name}={str(file)!r} needs samples: one path is only the reference")
 
     for path in paths:
         if not path.exists():
@@ -130,11 +133,12 @@ def _measure(
 def _show(report: Report, json_file: Path | None, plot: Path | None) -> None:
     from ..evaluate import as_json, format_table, write_plot
 
+    # First, so that figures of hours are seen even if a file cannot be written.
+    print_line(format_table(report))
+    for warning in report.warnings:
+        typer.echo(f"warning: {warning}", err=True)
     if json_file is not None:
         text = json.dumps(as_json(report), indent=2, ensure_ascii=False)
         json_file.write_text(text + "\n", encoding="utf-8")
     if plot is not None:
         write_plot(plot, report)
-    print_line(format_table(report))
-    for warning in report.warnings:
-        typer.echo(f"warning: {warning}", err=True)

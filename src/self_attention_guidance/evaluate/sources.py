@@ -15,15 +15,14 @@ from typing import IO, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+
+from ..generate.as_seen import as_seen
 
 PICTURES_KEY = "arr_0"
 
 # Other formats may run programs (EPS), or hold values whose white is not known.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
-# Tags of TIFF.
-_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
-_WHITE_IS_ZERO, _UNSIGNED = 0, {1, 4}
 # RuntimeError comes from encrypted archives and unknown compression.
 _UNREADABLE = (OSError, zipfile.BadZipFile, RuntimeError)
 _READ_HEADER = {
@@ -114,37 +113,12 @@ def _read_image(file: Path) -> NDArray[np.uint8]:
     try:
         # Not by name: Pillow would map the file, and then it reads rotated TIFFs wrongly.
         with open(file, "rb") as content, Image.open(content, formats=_FORMATS) as image:
-            drawing = ImageOps.exif_transpose(_in_8_bits(image)).convert("RGBA")
+            return np.asarray(as_seen(image))
     except UnidentifiedImageError as error:
         why = "it is no picture, or of an unknown format" if file.stat().st_size else "it is empty"
         raise ValueError(f"{str(file)!r} cannot be read as a picture: {why}") from error
     except Exception as error:  # each format has its own errors for broken files
         raise ValueError(f"{str(file)!r} cannot be read as a picture: {error}") from error
-    white = Image.new("RGBA", drawing.size, "white")
-    white.alpha_composite(drawing)
-    return np.asarray(white.convert("RGB"))
-
-
-def _in_8_bits(image: Image.Image) -> Image.Image:
-    """The image with 8 bits per value; Pillow's own conversions would clip values above 255."""
-    tags: Any = getattr(image, "tag_v2", {})
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        white = 2 ** tags.get(_BITS, (16,))[0] - 1
-    elif image.mode in ("I", "F") or not set(tags.get(_SAMPLE_FORMAT, ())) <= _UNSIGNED:
-        raise ValueError(
-            "its values must be unsigned, of 8 or 16 bits: white is not known of others"
-        )
-    else:
-        return image
-    values = np.asarray(image).astype(np.int64)
-    gray = (values * 255 + white // 2) // white
-    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
-        gray = 255 - gray
-    if "transparency" in image.info:
-        gray[values == image.info["transparency"]] = 255
-    scaled = Image.fromarray(gray.astype(np.uint8))
-    scaled.info["exif"] = image.getexif().tobytes()
-    return scaled
 
 
 class NpzSource:

@@ -205,7 +205,7 @@ def _npz_text(path: str | Path, key: str) -> str:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return str(arrays[key].item())
-    except (KeyError, ValueError, zipfile.BadZipFile) as error:
+    except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"path={str(path)!r} has no {key!r} text") from error
 
 
@@ -216,6 +216,8 @@ def _png_chunk(path: str | Path, key: str) -> str:
             text: object = image.info.get(key)
     except UnidentifiedImageError:
         text = None
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"path={str(path)!r} is too large: {error}") from error
     if not isinstance(text, str):
         raise ValueError(f"path={str(path)!r} has no {key!r} text")
     return text

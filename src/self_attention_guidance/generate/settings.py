@@ -53,3 +53,8 @@ class GenerationSettings:
                 raise ValueError(f"{name}={getattr(self, name)!r} needs an image")
         if self.strength is not None and not 0 < check_finite("strength", self.strength) <= 1:
             raise ValueError(f"strength={self.strength} must be above 0 and at most 1")
+        if self.strength is not None and self.strength * self.num_inference_steps < 1:
+            raise ValueError(
+                f"strength={self.strength} of {self.num_inference_steps} steps leaves less than "
+                "one: raise it, or take more steps"
+            )

@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from .as_seen import as_seen
 from .settings import GenerationSettings
 
 
@@ -51,7 +52,7 @@ def start_arguments(settings: GenerationSettings, multiple: int, count: int) -> 
     """
     if settings.image is None:
         return {}
-    picture = _read("image", settings.image).convert("RGB")
+    picture = _read("image", settings.image)
     own = [max(multiple, side // multiple * multiple) for side in picture.size]
     size = settings.width or own[0], settings.height or own[1]
     found: dict[str, Any] = {"width": size[0], "height": size[1], "strength": settings.strength}
@@ -80,12 +81,14 @@ def _digest(path: str, modified: int, size: int) -> str:
 
 
 def _read(name: str, path: str) -> Image.Image:
-    """A picture, turned as viewers show it."""
+    """A picture in RGB, as viewers show it."""
     with _opened(name, path) as image:
         try:
-            return ImageOps.exif_transpose(image)
+            return as_seen(image)
         except OSError as error:
             raise ValueError(f"{name}={path!r} is no picture that can be read") from error
+        except ValueError as error:
+            raise ValueError(f"{name}={path!r}: {error}") from error
 
 
 def _opened(name: str, path: str) -> Image.Image:
@@ -96,3 +99,5 @@ def _opened(name: str, path: str) -> Image.Image:
         raise ValueError(f"{name}={path!r} does not exist") from None
     except (UnidentifiedImageError, OSError) as error:
         raise ValueError(f"{name}={path!r} is no picture that can be read") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name}={path!r} is too large: {error}") from error
