@@ -61,12 +61,12 @@ class Step:
             RuntimeError: A layer's attention could not be changed.
         """
         with ExitStack() as stack:
-            begun = [
+            stand_ins = [
                 stack.enter_context(attending_by(self.denoiser, n, self.tokens_at(n), weaken))
                 for n in layers
             ]
             yield
-        for layer, stand_in in zip(layers, begun, strict=True):
+        for layer, stand_in in zip(layers, stand_ins, strict=True):
             if not stand_in.was_called:
                 reason = why_unseen(self.denoiser, layer)
                 raise RuntimeError(f"no attention was weakened at {layer!r}: {reason}")
@@ -110,12 +110,12 @@ class Step:
     @contextmanager
     def _changing(self, changes: Mapping[str, Change | None]) -> Generator[None]:
         with ExitStack() as stack:
-            begun = {
+            stand_ins = {
                 block: stack.enter_context(changing_block(self.denoiser, block, change))
                 for block, change in changes.items()
             }
             yield
-        for block, stand_in in begun.items():
+        for block, stand_in in stand_ins.items():
             if not stand_in.was_called:
                 raise RuntimeError(
                     f"no tokens were changed at {block!r}: the block did not run; if the denoiser "
