@@ -118,7 +118,7 @@ def check_text(name: str, value: object) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{name}: {value!r} must be a text")
     if value.encode("utf-8", "replace").decode("utf-8") != value:
-        raise ValueError(f"{name} holds half of a surrogate pair, which is no character")
+        raise ValueError(f"{name} holds half of a surrogate pair, which is not a character")
     return value
 
 

@@ -148,7 +148,7 @@ class Layout:
         if not self.has_halves:
             return slice(0, batch)
         if batch % 2:
-            raise ValueError(f"a batch of {batch} has no two halves (batch_layout={self.kind!r})")
+            raise ValueError(f"a batch of {batch} has no halves (batch_layout={self.kind!r})")
         is_first = self.kind == f"{branch}_first"
         return slice(0, batch // 2) if is_first else slice(batch // 2, batch)
 
@@ -196,7 +196,7 @@ def layout_by_samples(
         return Layout(family.cfg_layout, False)
     name = type(denoiser if caller is None else caller.pipeline).__name__
     raise ValueError(
-        f"{name} does not tell whether its batch is pictures of one seed or the halves of "
+        f"{name} does not say whether its batch holds pictures of one seed or the halves of "
         "classifier-free guidance: attach with batch_layout='single', 'uncond_first' or "
         "'cond_first'"
     )

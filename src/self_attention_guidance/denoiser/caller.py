@@ -99,7 +99,7 @@ def refuse_unknown(pipeline: Any) -> None:
     names = [base.__name__ for base in type(pipeline).__mro__]
     if any("PAG" in name and name.endswith("Pipeline") for name in names):
         raise ValueError(
-            f"{names[0]} leaves the processors of its own guidance behind; attach "
+            f"{names[0]} does not remove the attention processors of its own guidance; attach "
             "PerturbedAttentionGuidance to the pipeline of the same name without PAG"
         )
     if isinstance(pipeline, ModularPipeline):

@@ -235,7 +235,7 @@ def check_scheduler(scheduler: Any) -> None:
     elif kind not in PREDICTION_TYPES:
         problem = f"has prediction_type={kind!r}; it must be one of {', '.join(PREDICTION_TYPES)}"
     elif is_flow != (kind == "flow_prediction"):
-        needs = "flow_prediction needs flow sigmas, and they need it"
+        needs = "flow_prediction needs flow sigmas, and flow sigmas need flow_prediction"
         problem = f"has prediction_type={kind!r} with use_flow_sigmas={is_flow}; {needs}"
     elif setting(scheduler, "invert_sigmas"):
         problem = "has invert_sigmas=True: not supported"

@@ -61,7 +61,7 @@ def with_first(output: Any, pictures: Tensor) -> Any:
     return dataclasses.replace(output, **{next(iter(output.keys())): first})
 
 
-_USE_FIRST = "so it is not guided; use branch='cond', or the one that is called first"
+_USE_FIRST = "so it is not guided; use branch='cond', or the branch that is called first"
 
 
 class TwoCalls:

@@ -133,7 +133,7 @@ class PictureTokens:
         if start < 0 or (positions < start + count if self.joint else positions != count):
             raise ValueError(
                 f"{self.layer!r} attends over {positions} positions, but its picture has {grid[0]} "
-                f"x {grid[1]}: what merges or leaves out tokens (such as tomesd) is not supported"
+                f"x {grid[1]}: code that merges or drops tokens (such as tomesd) is not supported"
             )
         return slice(start, start + count), grid
 

@@ -269,7 +269,7 @@ class Run:
             return None
         if held.passes > passes:  # several pictures are denoised by turns
             calls = f"the denoiser is called {held.passes} times a step"
-            raise RuntimeError(f"{calls}, so a held term may be another picture's; use every=1")
+            raise RuntimeError(f"{calls}, so a held term may be of another picture; use every=1")
         return held.noise
 
 

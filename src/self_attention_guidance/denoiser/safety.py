@@ -40,7 +40,7 @@ def refuse_caches(denoiser: nn.Module) -> None:
             by = getattr(own, "__qualname__", type(own).__name__)
             raise ValueError(
                 f"the forward of {where} was replaced by {by!r}: caches over the steps (DeepCache, "
-                f"TeaCache) do this, {mixes}, and so does what merges tokens; undo it first"
+                f"TeaCache) do this, {mixes}, and so does code that merges tokens; undo it first"
             )
 
 

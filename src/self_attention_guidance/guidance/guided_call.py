@@ -24,8 +24,8 @@ from .base import Guidance, Step
 
 def _no_effect(step: int, guidance: Guidance) -> RuntimeError:
     return RuntimeError(
-        f"step {step}: {guidance} had no effect: the weakened network predicted what the network "
-        "itself did"
+        f"step {step}: {guidance} had no effect: the weakened network predicted the same as the "
+        "network itself"
     )
 
 

@@ -58,7 +58,7 @@ def attach(
             in `branch`.
     """
     if not guidances or not all(isinstance(each, Guidance) for each in guidances):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ValueError("attach needs a guidance behind its target: SelfAttentionGuidance(0.75)")
+        raise ValueError("attach needs a guidance after its target: SelfAttentionGuidance(0.75)")
     _refuse_mixed_limits(guidances)
     denoiser = denoiser_of(target)
     if denoiser is None:
@@ -187,7 +187,7 @@ class GuidanceHandle:
         if error is None and not is_guided:
             raise RuntimeError(
                 f"{type(self._pipeline()).__name__} got another denoiser after guidance was "
-                "attached; what it drew with that one is not guided: attach again after the change"
+                "attached; its pictures since then are not guided: attach again after the change"
             )
 
     def __deepcopy__(self, memo: object) -> GuidanceHandle:

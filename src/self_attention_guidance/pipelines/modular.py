@@ -81,7 +81,7 @@ class _Guider(ClassifierFreeGuidance):
         if not was_called:
             raise RuntimeError(
                 f"{type(denoiser).__name__} was prepared for guidance but not called, so it would "
-                "not be guided; call what prepare_models was given"
+                "not be guided; call the same module that prepare_models got"
             )
 
     def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None) -> Any:

@@ -226,7 +226,8 @@ def _mapping(where: str, value: object) -> dict[str, Any]:
 def _check_keys(where: str, given: Mapping[str, Any], known: set[str]) -> None:
     for key in given:
         if key not in known:
-            raise ValueError(f"{where}: {key!r} is unknown; known are {', '.join(sorted(known))}")
+            names = ", ".join(sorted(known))
+            raise ValueError(f"{where}: {key!r} is unknown; known names are {names}")
 
 
 def _optional(

@@ -95,7 +95,7 @@ def _config(kind: str, checkpoint: str | Path, config: Config | None) -> Mapping
         name = Path(checkpoint).stem
         if name not in names:
             raise ValueError(
-                f"config=None must be given: {Path(checkpoint).name!r} is no published file of "
+                f"config=None must be given: {Path(checkpoint).name!r} is not a published file of "
                 f"{kind}; those are {', '.join(names)}"
             )
         return preset(kind, name)

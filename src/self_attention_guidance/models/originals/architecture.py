@@ -176,7 +176,7 @@ def _check_names(given: Mapping[str, Any], known: set[str]) -> None:
     unknown = sorted(name for name in given if name not in known)
     if unknown:
         raise ValueError(
-            f"config: {', '.join(unknown)} unknown; known are {', '.join(sorted(known))}"
+            f"config: {', '.join(unknown)} unknown; known names are {', '.join(sorted(known))}"
         )
 
 

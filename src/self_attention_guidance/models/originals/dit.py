@@ -136,7 +136,7 @@ def _complete(config: Mapping[str, Any]) -> dict[str, Any]:
     unknown = sorted(set(config) - set(_DEFAULTS))
     if unknown:
         known = ", ".join(sorted(_DEFAULTS))
-        raise ValueError(f"config: {', '.join(unknown)} unknown; known are {known}")
+        raise ValueError(f"config: {', '.join(unknown)} unknown; known names are {known}")
     complete = {**_DEFAULTS, **config}
     for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads"):
         check_count(f"config: {name}", complete[name])
@@ -144,7 +144,7 @@ def _complete(config: Mapping[str, Any]) -> dict[str, Any]:
     if complete["mlp_ratio"] != 4:
         raise ValueError(f"config: mlp_ratio={complete['mlp_ratio']} must be 4")
     if complete["class_dropout_prob"] <= 0:
-        raise ValueError("config: class_dropout_prob must be above 0: no label stands for no class")
+        raise ValueError("config: class_dropout_prob must be above 0, or there is no null label")
     if complete["hidden_size"] % complete["num_heads"]:
         raise ValueError("config: hidden_size must be a multiple of num_heads")
     return complete

@@ -94,7 +94,7 @@ def convert(original: Mapping[str, Tensor], model: nn.Module, rules: Iterable[Ru
                 converted |= dict.fromkeys(group, part)
                 problems += _wrong_shapes(source, original[source], part, group, wanted)
     problems += [f"{name} is left over" for name in original if name not in used]
-    problems += [f"{name} is given by no key" for name in wanted if name not in converted]
+    problems += [f"{name} has no tensor to load" for name in wanted if name not in converted]
     if problems:
         more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise ValueError(
