@@ -219,7 +219,7 @@ def test_the_shipped_files_name_the_method_of_each_preset(name: str, fast: str) 
     ("content", "message"),
     [
         ([], "JSON object"),
-        ({"guidence": {}}, "'guidence' is unknown; known are compare, fast, generation, guidance"),
+        ({"guidence": {}}, "'guidence' is unknown; known names are compare, fast, generation"),
         ({"guidance": {"sigma": 1}}, "guidance: 'sigma' is not a setting of sag: .*blur_sigma"),
         ({"guidance": {"blur_sigma": -1}}, "guidance: blur_sigma"),
         ({"guidance": {"method": "pga"}}, "guidance: method='pga' must be one of .*pag"),

@@ -471,7 +471,7 @@ def test_an_odd_batch_has_no_halves() -> None:
     states = torch.randn(3, 7, unet.config.cross_attention_dim)
     with (
         SelfAttentionGuidance().attach(unet, scheduler=scheduler, batch_layout="uncond_first"),
-        pytest.raises(ValueError, match="a batch of 3 has no two halves"),
+        pytest.raises(ValueError, match="a batch of 3 has no halves"),
     ):
         unet(torch.randn(3, 4, 8, 8), scheduler.timesteps[0], states)
 

@@ -309,7 +309,7 @@ def test_presets_are_found_by_the_name_of_the_published_file(tmp_path: Path) -> 
     # it is looked for, and the content is then the wrong one
     with pytest.raises(ValueError, match=r"as iddpm: .*time_embed.0.weight is missing"):
         load_original("iddpm", tmp_path / "cifar10_uncond_50M_500K.pt")
-    with pytest.raises(ValueError, match="no published file of adm; those are 64x64_diffusion"):
+    with pytest.raises(ValueError, match="not a published file of adm; those are 64x64_diffusion"):
         load_original("adm", tmp_path / "cifar10_uncond_50M_500K.pt")
     with pytest.raises(ValueError, match="config='cifar' must be a preset of iddpm"):
         load_original("iddpm", tmp_path / "cifar10_uncond_50M_500K.pt", "cifar")
@@ -388,7 +388,7 @@ def test_truncated_files_are_refused(share: float, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        ("adm", {"colour": 3}, "colour unknown; known are"),
+        ("adm", {"colour": 3}, "colour unknown; known names are"),
         ("adm", {"attention_resolutions": "a"}, "must be like '32,16,8'"),
         ("adm", {"channel_mult": "x"}, "must be like '1,2,4'"),
         ("adm", {"channel_mult": ""}, None),

@@ -230,7 +230,7 @@ def test_attaching_several_is_refused_where_one_is_there_already(pipe: Any) -> N
     with attach(pipe, SAG, PAG), pytest.raises(ValueError, match=message):
         PAG.attach(pipe)
     for wrong in ((), ("sag",), (SelfAttentionGuidance,)):
-        with pytest.raises(ValueError, match="attach needs a guidance behind its target"):
+        with pytest.raises(ValueError, match="attach needs a guidance after its target"):
             attach(pipe, *wrong)
     assert not pipe.unet._forward_hooks
 

@@ -111,7 +111,7 @@ def test_merged_tokens_are_refused(pipe: Any) -> None:
 
     block.attn1.__class__ = Merging
     message = (
-        r"attends over 16 positions, but its picture has 8 x 8: what merges or leaves out tokens"
+        r"attends over 16 positions, but its picture has 8 x 8: code that merges or drops tokens"
     )
     with SelfAttentionGuidance(1.0).attach(pipe), pytest.raises(ValueError, match=message):
         draw(pipe, height=128, width=128)
@@ -169,7 +169,7 @@ def ignore_the_layer(pipe: Any) -> Any:
 
 @pytest.mark.parametrize("ignore", [ignore_the_input, ignore_the_layer])
 def test_guidance_that_does_nothing_is_an_error(pipe: Any, ignore: Callable[[Any], Any]) -> None:
-    message = "step 0: .* had no effect: the weakened network predicted what the network"
+    message = "step 0: .* had no effect: the weakened network predicted the same as the"
     with ignore(pipe).attach(pipe), pytest.raises(RuntimeError, match=message):
         draw(pipe, guidance_scale=1.0)
 

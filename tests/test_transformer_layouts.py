@@ -94,7 +94,7 @@ def test_two_halves_in_a_list_need_a_layout() -> None:
     network, scheduler = network_and_scheduler("Z-Image")
     picture = torch.randn(4, 1, 8, 8)
     with (
-        pytest.raises(ValueError, match="does not tell whether its batch is pictures of one seed"),
+        pytest.raises(ValueError, match="does not say whether its batch holds pictures"),
         SelfAttentionGuidance(1.0).attach(network, scheduler=scheduler),
     ):
         network(*z_image_call(scheduler, [picture, picture]))

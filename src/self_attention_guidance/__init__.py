@@ -58,8 +58,8 @@ __all__ = [
     "OriginalDiTModel",
 ]
 
-# Importing diffusers takes seconds; the command line's --help must not pay them.
-# diffusers finds the classes of saved models here, too.
+# Importing diffusers takes seconds, and the command line's --help must not wait for it.
+# diffusers also looks here for the classes of saved models.
 _exported, __dir__ = exported(
     __name__,
     {
@@ -94,6 +94,6 @@ _exported, __dir__ = exported(
 
 def __getattr__(name: str) -> Any:
     if name == "ModelMixin":
-        # diffusers asks a package for the base class of the models that it loads from it.
+        # diffusers asks a package for the base class of the models that the package defines.
         return import_module("diffusers").ModelMixin
     return _exported(name)

@@ -1,3 +1,3 @@
-"""The former home of `models.builtin`, from which imports go on working."""
+"""The former place of `models.builtin`; imports from here still work."""
 
 from .models.builtin import *  # noqa: F403

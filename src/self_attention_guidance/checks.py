@@ -1,4 +1,4 @@
-"""Arguments that are refused before any work, each in one line."""
+"""Checks of arguments before any work; each error is one line."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 
 def seeds_of(seed: int, num_images: int) -> list[int]:
-    """The seeds of a prompt's pictures: `seed`, `seed + 1`, ...
+    """Return the seeds of a prompt's pictures: `seed`, `seed + 1`, ...
 
     Args:
-        seed: Of the first picture, at least 0.
-        num_images: How many pictures, at least 1.
+        seed: Seed of the first picture, at least 0.
+        num_images: Number of pictures, at least 1.
 
     Raises:
         ValueError: An argument is outside its range.
@@ -25,13 +25,13 @@ def seeds_of(seed: int, num_images: int) -> list[int]:
 
 
 def check_prompts(prompts: str | Sequence[str]) -> list[str]:
-    """Prompts as a list.
+    """Return prompts as a list.
 
     Args:
         prompts: One prompt or several.
 
     Raises:
-        ValueError: There is none, or one is not a text.
+        ValueError: There is no prompt, or one is not a text.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
@@ -42,12 +42,12 @@ def check_prompts(prompts: str | Sequence[str]) -> list[str]:
 
 
 def check_count(name: str, value: object, least: int = 1) -> int:
-    """Refuses what is not a whole number, or too small.
+    """Refuse a value that is not a whole number, or too small.
 
     Args:
-        name: Of the argument, for the message.
+        name: Name of the argument, for the message.
         value: Its value.
-        least: The smallest value allowed.
+        least: The smallest allowed value.
 
     Returns:
         The value.
@@ -61,10 +61,10 @@ def check_count(name: str, value: object, least: int = 1) -> int:
 
 
 def check_finite(name: str, value: object) -> float:
-    """Refuses what is not a finite number.
+    """Refuse a value that is not a finite number.
 
     Args:
-        name: Of the argument, for the message.
+        name: Name of the argument, for the message.
         value: Its value.
 
     Returns:
@@ -75,27 +75,27 @@ def check_finite(name: str, value: object) -> float:
     """
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise ValueError(f"{name}={value!r:.60} must be a finite number")
-    # Whole numbers have no limit, but what they are multiplied with has.
+    # Python's whole numbers have no limit, but the numbers that they are multiplied with do.
     if not abs(value) <= sys.float_info.max:
         raise ValueError(f"{name}={value!r:.60} must be a finite number")
     return value
 
 
 def check_number(name: str, value: object, low: float, high: float) -> None:
-    """Refuse what is not a number within limits, of which the upper may be infinite."""
+    """Refuse a value that is not a number within limits; the upper limit may be infinite."""
     if not low <= check_finite(name, value) <= high:
         limits = f"from {low} to {high}" if high < math.inf else f"at least {low}"
         raise ValueError(f"{name}={value!r} must be {limits}")
 
 
 def check_scales(sag_scales: Sequence[float]) -> list[float]:
-    """Guidance scales as a list of finite numbers.
+    """Return guidance scales as a list of finite numbers.
 
     Args:
         sag_scales: At least one number.
 
     Raises:
-        ValueError: There is none, or one is not a finite number.
+        ValueError: There is no number, or one is not finite.
     """
     if not sag_scales:
         raise ValueError("sag_scales=[] must hold at least one number")
@@ -103,26 +103,26 @@ def check_scales(sag_scales: Sequence[float]) -> list[float]:
 
 
 def check_text(name: str, value: object) -> str:
-    """Refuses what is not a text.
+    """Refuse a value that is not a text.
 
     Args:
-        name: Of the argument, for the message.
+        name: Name of the argument, for the message.
         value: Its value.
 
     Returns:
         The value.
 
     Raises:
-        ValueError: It is of another type, or no text that UTF-8 can hold.
+        ValueError: It is of another type, or UTF-8 cannot hold it.
     """
     if not isinstance(value, str):
         raise ValueError(f"{name}: {value!r} must be a text")
     if value.encode("utf-8", "replace").decode("utf-8") != value:
-        raise ValueError(f"{name} holds half of a surrogate pair, which is no character")
+        raise ValueError(f"{name} holds half of a surrogate pair, which is not a character")
     return value
 
 
 def check_layer(name: str, value: object) -> None:
-    """Refuse what is not a dotted path or `None`."""
+    """Refuse a value that is neither a dotted path nor `None`."""
     if value is not None and (not isinstance(value, str) or not value):
         raise ValueError(f"{name}={value!r} must be a dotted module path, or None")

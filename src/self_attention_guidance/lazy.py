@@ -1,4 +1,4 @@
-"""Public names of packages that are imported when they are asked for."""
+"""Public names of packages, imported only when they are used."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 def exported(
     package: str, modules: Mapping[str, Sequence[str]]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` of a package whose modules take seconds to import.
+    """Make `__getattr__` and `__dir__` for a package whose modules take seconds to import.
 
     Args:
-        package: Its `__name__`.
-        modules: The names that each module holds, by its name relative to the package (".job").
+        package: The package's `__name__`.
+        modules: The names in each module; keys are module names relative to the package (".job").
 
     Returns:
-        Both functions. The first raises `AttributeError` for names that no module holds.
+        Both functions. The first raises `AttributeError` for names that are in no module.
     """
     homes = {name: module for module, names in modules.items() for name in names}
 

@@ -23,15 +23,15 @@ def attention_received(
     bias: Tensor | None = None,
     picture: slice | None = None,
 ) -> Tensor:
-    """How much self-attention each position receives, (batch, positions) float32, not negative.
+    """Compute how much self-attention each position receives: (batch, positions) float32, >= 0.
 
     The attention map softmax(Q K^T * scale + bias) is averaged over heads and summed over queries
-    (Sec. 4.2), so that the mean over positions is exactly 1. Where attention is over text, too,
-    what the picture's positions receive from each other is divided by its mean.
+    (Sec. 4.2), so that the mean over positions is exactly 1. In joint attention with text, only
+    attention between the picture's positions counts, divided by its mean.
 
     The query is (batch, heads, queries, channels), the key (batch, heads, positions, channels).
     `scale` is 1 / sqrt(channels) if `None`. `bias` broadcasts to (batch, heads, queries,
-    positions). `picture` are the queries and positions that are the picture's, all if `None`.
+    positions). `picture` selects the picture's queries and positions; `None` selects all.
     """
     batch, heads, queries, channels = query.shape
     positions = key.shape[2]
@@ -56,11 +56,11 @@ def attention_received(
 
 
 def gaussian_blur(image: Tensor, sigma: float, kernel_size: int) -> Tensor:
-    """Gaussian blur with mirrored borders (G_sigma of Sec. 4.1).
+    """Blur an image by a Gaussian with mirrored borders (G_sigma of Sec. 4.1).
 
-    The kernel, of `kernel_size` taps, an odd number, is sampled at whole pixels and normalised to
-    sum 1. Borders are mirrored without repeating the edge, as often as needed, so the image,
-    (batch, channels, height, width), may be smaller than the kernel. `sigma` is in pixels, and 0
+    The kernel has `kernel_size` taps, an odd number. It is sampled at whole pixels and normalised
+    to sum 1. Borders are mirrored without repeating the edge, as often as needed, so the image,
+    (batch, channels, height, width), may be smaller than the kernel. `sigma` is in pixels; 0
     changes nothing.
     """
     if sigma == 0 or kernel_size == 1:
@@ -73,12 +73,12 @@ def gaussian_blur(image: Tensor, sigma: float, kernel_size: int) -> Tensor:
     return blurred.to(image.dtype)
 
 
-# Small depthwise convolutions are slow on CPU, and a run blurs pictures of one size only. What is
-# kept must not be an inference tensor: autograd refuses those.
+# Small depthwise convolutions are slow on CPU, and a run blurs pictures of one size only. A cached
+# matrix must not be an inference tensor, because autograd refuses those.
 @functools.lru_cache(maxsize=16)
 @torch.inference_mode(False)
 def _blur_matrix(size: int, sigma: float, kernel_size: int, device: torch.device) -> Tensor:
-    """The matrix that blurs a column of `size` pixels; row i has the weights of pixel i."""
+    """Make the matrix that blurs a column of `size` pixels; row i has the weights of pixel i."""
     radius = kernel_size // 2
     taps = torch.arange(-radius, radius + 1)
     kernel = torch.exp(-0.5 * (taps.double() / sigma) ** 2)
@@ -91,10 +91,10 @@ def _blur_matrix(size: int, sigma: float, kernel_size: int, device: torch.device
 
 
 def degrade(x0: Tensor, mask: Tensor | None, blur_sigma: float, kernel_size: int) -> Tensor:
-    """Blur a predicted clean sample where the mask is set (Eq. 15), and nowhere else.
+    """Blur a predicted clean sample only where the mask is true (Eq. 15).
 
     The sample is (batch, channels, height, width). The mask is bool, (batch, rows, columns) on any
-    coarser grid, enlarged by nearest neighbours; `None` blurs everywhere.
+    coarser grid, and enlarged by nearest neighbours; `None` blurs everywhere.
     """
     blurred = gaussian_blur(x0, blur_sigma, kernel_size)
     if mask is None:
@@ -104,25 +104,26 @@ def degrade(x0: Tensor, mask: Tensor | None, blur_sigma: float, kernel_size: int
 
 
 def limiting(change: Tensor, limit: float) -> Tensor:
-    """The factor that limits the change of each picture, (pictures, 1, 1, 1), at most 1.
+    """Compute the factor that limits the change of each picture, (pictures, 1, 1, 1), at most 1.
 
-    The root mean square of the change, (pictures, channels, height, width), is at most `limit`
-    then. (Sadat et al., "Eliminating Oversaturation and Artifacts of High Guidance Scales in
-    Diffusion Models", arXiv 2410.02416, Sec. 3, there by the sum of squares.)
+    Times the factor, the change, (pictures, channels, height, width), has a root mean square of at
+    most `limit`. (Sadat et al., "Eliminating Oversaturation and Artifacts of High Guidance Scales
+    in Diffusion Models", arXiv 2410.02416, Sec. 3; they use the sum of squares.)
     """
     size = change.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
-    # No change is no longer than any limit; where there is no signal, it has no size.
+    # A size of 0 gives the factor 1, and so does NaN, which is possible where there is no signal.
     return torch.where(size > limit, limit / size, 1.0)
 
 
 def rescaling(prediction: Tensor, guided: Tensor, rescale: float) -> Tensor:
-    """The factor that rescales each picture's guided prediction, (pictures, 1, 1, 1).
+    """Compute the factor that rescales each picture's guided prediction, (pictures, 1, 1, 1).
 
-    At `rescale` 1, it gets the standard deviation of the plain prediction; at 0, it stays (Lin et
-    al., "Common Diffusion Noise Schedules and Sample Steps are Flawed", WACV 2024, arXiv
-    2305.08891, Eq. 15 and 16). Both are (pictures, channels, height, width).
+    With `rescale` 1, the guided prediction gets the standard deviation of the plain prediction;
+    with 0, it does not change (Lin et al., "Common Diffusion Noise Schedules and Sample Steps are
+    Flawed", WACV 2024, arXiv 2305.08891, Eq. 15 and 16). Both predictions are (pictures, channels,
+    height, width).
     """
     plain, moved = (each.std(dim=(1, 2, 3), keepdim=True) for each in (prediction, guided))
-    # A picture of one value has nothing to rescale.
+    # A prediction with only one value has no deviation to rescale.
     ratio = torch.where(moved > 0, plain / moved, 1.0)
     return 1 + rescale * (ratio - 1)

@@ -1,3 +1,3 @@
-"""The former home of `models.originals`, from which imports go on working."""
+"""The former place of `models.originals`; imports from here still work."""
 
 from .models.originals import *  # noqa: F403

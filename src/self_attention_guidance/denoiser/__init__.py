@@ -1,1 +1,1 @@
-"""The one seam: hooks on a denoiser, and all that is known of how diffusers calls it."""
+"""Hooks on a denoiser, and all knowledge of how diffusers calls it; no other package has it."""

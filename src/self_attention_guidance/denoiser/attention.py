@@ -1,7 +1,7 @@
 """Read attention layers while they run, and weaken them.
 
 Both happen where a layer's processor calls its kernel, so U-Nets, joint attention and rotary
-embeddings need no code of their own.
+embeddings need no special code.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from ..maths import attention_received
 from .families import uncompiled
 
-# Torch's own kernel, also where `torch.nn.functional` holds a wrapper of it.
+# Torch's own kernel, even if `torch.nn.functional` holds a wrapper of it.
 _KERNEL: Any = torch._C._nn.scaled_dot_product_attention  # type: ignore[attr-defined]
 
 
@@ -29,14 +29,14 @@ _KERNEL: Any = torch._C._nn.scaled_dot_product_attention  # type: ignore[attr-de
 class Operands:
     """Operands of one call of an attention kernel."""
 
-    query: Tensor  # (..., queries, channels); in front are rows and heads, or their product
+    query: Tensor  # (..., queries, channels); the first axes are rows and heads, or their product
     key: Tensor  # (..., positions, channels)
     value: Tensor  # (..., positions, channels)
     scale: float | None  # factor of the scores; `None` is 1 / sqrt(channels)
-    bias: Tensor | None  # added to the scores; if bool, true where they count
+    bias: Tensor | None  # added to the scores; if bool, true where scores are used
 
     def rows(self, rows: slice) -> Operands:
-        """Those of some rows, where rows and heads are two axes."""
+        """Return the operands of some rows; rows and heads must be two axes."""
         is_whole = self.bias is None or self.bias.ndim < 4 or len(self.bias) == 1
         bias = self.bias if self.bias is None or is_whole else self.bias[rows]
         return replace(
@@ -45,11 +45,11 @@ class Operands:
 
 
 Attend = Callable[[Operands, Callable[[], Tensor]], Tensor]
-"""A replacement of a kernel: from its operands and the kernel itself to a result."""
+"""A replacement of a kernel: takes its operands and the kernel itself, and returns a result."""
 
 
 class _KernelCalls(TorchFunctionMode):
-    """Lets a function stand in for attention kernels; all other calls pass."""
+    """Calls a function instead of attention kernels; all other calls stay as they are."""
 
     def __init__(self, attend: Attend) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class _KernelCalls(TorchFunctionMode):
             given = {**dict(zip(names, args, strict=False)), **kwargs}
             query, key, value = given["query"], given["key"], given["value"]
             operands = Operands(query, key, value, given.get("scale"), given.get("attn_mask"))
-        # Attention without the fused kernel, whole or in slices, computes scores, then this.
+        # Attention without the fused kernel, sliced or not: first the scores, then `torch.bmm`.
         elif func is torch.baddbmm:
             bias = args[0] if kwargs.get("beta", 1) else None
             self.scores = (args[1], args[2].transpose(-1, -2), kwargs.get("alpha", 1), bias)
@@ -82,8 +82,8 @@ class _KernelCalls(TorchFunctionMode):
 class StandIn:
     """Stands in for a layer's attention processor during one forward pass.
 
-    Where the layer calls its kernel, `attend` does the work. Without it, the kernel does, and its
-    operands are `noted`.
+    When the layer calls its kernel, `attend` runs instead. Without `attend`, the kernel runs, and
+    its operands are recorded in `noted`.
     """
 
     def __init__(self, processor: Any, attend: Attend | None) -> None:
@@ -102,20 +102,20 @@ class StandIn:
 
 @functools.cache
 def _stand_in_for(processor: type) -> type[StandIn]:
-    """The class that stands in for processors of one class.
+    """Make the class that stands in for processors of one class.
 
     diffusers drops every keyword that is not in the signature of a processor's `__call__`, so the
-    stand-in must have the same. The class is kept: torch.compile compiles anew for each new one.
+    stand-in has the same signature. It is cached: torch.compile compiles again for each new class.
     """
 
     def call(self: StandIn, attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        # Another thread may be in a pass that it began earlier. Compiled passes can't ask; if they
-        # read a call too many, the number of rows is refused.
+        # Another thread may still be in an earlier pass. Compiled code can't check this; if it
+        # records an extra call, `received` refuses the number of rows.
         is_mine = torch.compiler.is_compiling() or threading.get_ident() == self._thread
         with _KernelCalls(self._kernel) if is_mine else nullcontext():
             return self._processor(attention, *args, **kwargs)
 
-    # Only the signature: the rest, such as that a call is not compiled, is not true of this one.
+    # Copy only the signature. Other attributes, such as "do not compile", are wrong for `call`.
     functools.update_wrapper(call, processor.__call__, assigned=(), updated=())
     return type(f"StandIn{processor.__name__}", (StandIn,), {"__call__": call})
 
@@ -124,7 +124,7 @@ def _stand_in_for(processor: type) -> type[StandIn]:
 def standing_in(
     denoiser: nn.Module, layer: str, attend: Attend | None = None
 ) -> Generator[StandIn]:
-    """Let `attend` stand in for a layer's kernels inside the `with` statement, or note them.
+    """Run `attend` instead of a layer's kernels inside the `with` statement, or record operands.
 
     The layer's processor is replaced only there, so it may be changed at any other time.
     """
@@ -139,7 +139,7 @@ def standing_in(
 
 
 def why_unseen(denoiser: nn.Module, layer: str) -> str:
-    """Why a layer's attention could not be read or changed, and what to do."""
+    """Explain why a layer's attention could not be read or changed, and what to do."""
     processor: Any = self_attention(denoiser, layer).processor
     name, backend = type(processor).__name__, getattr(processor, "_attention_backend", None)
     unlike = "does not call torch's kernel; call"
@@ -160,8 +160,8 @@ def why_unseen(denoiser: nn.Module, layer: str) -> str:
 
 
 def received(noted: list[Operands], batch: int, rows: slice, picture: slice) -> Tensor:
-    """The attention that the picture's positions received in a layer, for part of the batch."""
-    # Image prompts are attended to in a call of their own.
+    """Compute the attention that picture positions received in a layer, for part of the batch."""
+    # Attention to image prompts is a separate call.
     positions = noted[0].key.shape[-2]
     noted = [each for each in noted if each.key.shape[-2] == positions]
     by_row = noted[0].query.ndim == 4
@@ -189,7 +189,7 @@ def received(noted: list[Operands], batch: int, rows: slice, picture: slice) -> 
 
 
 def _added(call: Operands) -> Tensor:
-    """The bias of the scores, with as many dimensions as these have."""
+    """Return the bias of the scores as a float tensor with the scores' number of dimensions."""
     bias = call.query.new_zeros(()) if call.bias is None else call.bias
     if bias.dtype == torch.bool:
         bias = torch.where(bias, 0.0, -torch.inf)
@@ -197,7 +197,7 @@ def _added(call: Operands) -> Tensor:
 
 
 def self_attention(denoiser: nn.Module, layer: str) -> nn.Module:
-    """The self-attention layer at a dotted path of a denoiser, compiled or not."""
+    """Return the self-attention layer at a dotted path of a denoiser, compiled or not."""
     with suppress(AttributeError):
         module = uncompiled(denoiser).get_submodule(layer)
         if _is_self_attention(module):
@@ -212,7 +212,7 @@ def self_attention(denoiser: nn.Module, layer: str) -> nn.Module:
 
 
 def self_attention_layers(denoiser: nn.Module) -> list[str]:
-    """Dotted paths of all self-attention layers of a denoiser, compiled or not."""
+    """Return dotted paths of all self-attention layers of a denoiser, compiled or not."""
     modules = uncompiled(denoiser).named_modules()
     return [name for name, module in modules if _is_self_attention(module)]
 

@@ -1,4 +1,4 @@
-"""One call of a denoiser: its arguments by name, what its batch holds, and how to repeat it."""
+"""One call of a denoiser: its arguments by name, its batch layout, and how to repeat it."""
 
 from __future__ import annotations
 
@@ -24,36 +24,36 @@ class Call:
     """One call of a denoiser."""
 
     family: Family
-    arguments: dict[str, Any]  # by name; containers are copies, as diffusers' U-Net empties a list
-    positional: tuple[str, ...]  # names of those that were given by position
-    sample: Tensor  # x_t of the whole batch, also where the argument is a list of pictures
-    condition: Tensor | None  # what differs between the halves of classifier-free guidance
+    arguments: dict[str, Any]  # by name; containers are copied: diffusers' U-Net empties a list
+    positional: tuple[str, ...]  # names of the arguments given by position
+    sample: Tensor  # x_t of the whole batch, also if the argument is a list of pictures
+    condition: Tensor | None  # the argument that differs between the halves of CFG
     timestep: Any  # a number, or a tensor of any shape
-    timestep_scale: float  # what the network is given, less an offset, over what schedulers count
+    timestep_scale: float  # (network's timestep - offset) / scheduler's timestep
 
     @property
     def has_one_timestep(self) -> bool:
-        """Whether the timestep is one number, maybe repeated without a copy."""
+        """Whether the timestep is one number, or an expanded view of one."""
         return not isinstance(self.timestep, Tensor) or not any(self.timestep.stride())
 
     @functools.cached_property
     def timesteps(self) -> list[float]:
-        """The timesteps as the scheduler counts, one, or one a picture; waits for the device."""
+        """The scheduler's timesteps: one, or one for each picture; waits for the device."""
         values = torch.as_tensor(self.timestep).flatten()
         numbers = (values[:1] if self.has_one_timestep else values).cpu().tolist()
         numbers = numbers[:1] if len(set(numbers)) == 1 else numbers
         return [self.counted(number) for number in numbers]
 
     def given(self, timestep: float) -> float:
-        """The network's timestep at a timestep of the scheduler."""
+        """Convert a timestep of the scheduler to the network's."""
         return self.family.timestep_offset + timestep * self.timestep_scale
 
     def counted(self, given: float) -> float:
-        """The scheduler's timestep, of what the network is given."""
+        """Convert a timestep of the network to the scheduler's."""
         return (given - self.family.timestep_offset) / self.timestep_scale
 
     def rows(self, rows: slice, sample: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional and keyword arguments of a call for part of the batch, whose x_t is given."""
+        """Make positional and keyword arguments of a call for some rows, whose x_t is `sample`."""
         arguments = _copied(self.arguments)
         batch = len(self.sample)
         if len(range(batch)[rows]) < batch:
@@ -63,7 +63,7 @@ class Call:
         return tuple(arguments.pop(name) for name in self.positional), arguments
 
     def _cut(self, argument: Any, name: str, rows: slice) -> Any:
-        """`argument` for some rows, if the family lists its name, or that of a container of it."""
+        """Cut an argument to some rows, if the family lists its name or that of its container."""
         if isinstance(argument, Mapping):
             entries = cast("Mapping[str, Any]", argument)
             return {key: self._cut(each, f"{name}.{key}", rows) for key, each in entries.items()}
@@ -89,7 +89,7 @@ class Call:
 
 
 def call_of(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    """A call of a denoiser, compiled or not; refuses one without a sample or a timestep."""
+    """Describe a call of a denoiser, compiled or not; refuse it without a sample or timestep."""
     network, family = uncompiled(denoiser), family_of(denoiser)
     names = _parameters(type(network), family.sample_argument)
     by_position = dict(zip(names, args, strict=False))
@@ -103,8 +103,8 @@ def call_of(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if isinstance(condition, list):
         condition = pad_sequence(cast("list[Tensor]", condition), batch_first=True)
     condition = condition if isinstance(condition, Tensor) else None
-    # Networks that were trained with rescaled timesteps say so in their config; for others, the
-    # table says what their pipelines do.
+    # Networks trained with rescaled timesteps have the scale in their config. For others, the table
+    # has the scale that their pipelines use.
     scale = float(config_of(denoiser).get("timestep_scale", family.timestep_scale))
     positional = tuple(by_position)
     return Call(family, arguments, positional, stacked(sample), condition, timestep, scale)
@@ -112,14 +112,14 @@ def call_of(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 @functools.cache
 def _parameters(denoiser: type[nn.Module], sample_argument: str) -> list[str]:
-    """Names of a denoiser's arguments in order, by the first class that spells them out."""
+    """Return a denoiser's argument names in order, from the first class that spells them out."""
     forwards = [vars(base)["forward"] for base in denoiser.__mro__ if "forward" in vars(base)]
     found = ([*inspect.signature(forward).parameters][1:] for forward in forwards)
     return next((names for names in found if sample_argument in names), [])
 
 
 def _copied(argument: Any) -> Any:
-    """`argument` with its containers copied, and its tensors as they are."""
+    """Copy the containers of an argument, but not its tensors."""
     if isinstance(argument, Mapping):
         entries = cast("Mapping[str, Any]", argument)
         return {name: _copied(entry) for name, entry in entries.items()}
@@ -130,7 +130,7 @@ def _copied(argument: Any) -> Any:
 
 @dataclass(frozen=True)
 class Layout:
-    """The layout of a call, and whether the pipeline or the user gave it, not the samples."""
+    """The layout of a call; `is_given` is false if only the samples suggest it."""
 
     kind: BatchLayout
     is_given: bool
@@ -144,17 +144,17 @@ class Layout:
         return self.kind in ("uncond_call_first", "cond_call_first")
 
     def rows(self, batch: int, branch: str) -> slice:
-        """The rows of a batch that are of a branch, "uncond" or "cond"."""
+        """Return the rows of a batch that belong to a branch, "uncond" or "cond"."""
         if not self.has_halves:
             return slice(0, batch)
         if batch % 2:
-            raise ValueError(f"a batch of {batch} has no two halves (batch_layout={self.kind!r})")
+            raise ValueError(f"a batch of {batch} has no halves (batch_layout={self.kind!r})")
         is_first = self.kind == f"{branch}_first"
         return slice(0, batch // 2) if is_first else slice(batch // 2, batch)
 
 
 def layout_of(call: Call, caller: Caller | None, given: BatchLayout | None) -> Layout | None:
-    """The layout that the user, a pipeline or the denoiser's family gives; `None` if none does."""
+    """Return the layout that the user, the pipeline or the family gives; `None` if none does."""
     if given is not None:
         return Layout(given, True)
     if call.arguments.get("skip_layers") is not None:
@@ -173,9 +173,13 @@ def layout_of(call: Call, caller: Caller | None, given: BatchLayout | None) -> L
 def layout_by_samples(
     denoiser: nn.Module, call: Call, caller: Caller | None, is_last_step: bool
 ) -> Layout:
-    """The layout as the samples and conditions of a run's first guided step show it, if they do.
+    """Find the layout from the samples and conditions of a run's first guided step.
 
-    At a run's last step, no later one can show that pictures of one seed were taken for halves.
+    Pictures of one seed look like two halves, and only a later step can show the difference. So two
+    halves are not assumed at a run's last step.
+
+    Raises:
+        ValueError: The samples do not decide it.
     """
     family, condition = call.family, call.condition
     if len(call.sample) < 2 or condition is None or len(condition) != len(call.sample):
@@ -192,20 +196,20 @@ def layout_by_samples(
         return Layout(family.cfg_layout, False)
     name = type(denoiser if caller is None else caller.pipeline).__name__
     raise ValueError(
-        f"{name} does not tell whether its batch is pictures of one seed or the halves of "
+        f"{name} does not say whether its batch holds pictures of one seed or the halves of "
         "classifier-free guidance: attach with batch_layout='single', 'uncond_first' or "
         "'cond_first'"
     )
 
 
 def halves_agree(rows: Tensor) -> Tensor:
-    """Whether both halves of an even number of rows are the same, bool on their device."""
+    """Whether both halves of an even number of rows are equal: a bool tensor on their device."""
     first, second = rows.chunk(2)
     return ((first == second) | (first.isnan() & second.isnan())).all()
 
 
 def _repeats(sample: Tensor, condition: Tensor) -> Tensor:
-    """Which rows hold one sample with two conditions, bool, (batch, batch), on the CPU."""
+    """Find rows with equal samples but different conditions: (batch, batch) bool, on the CPU."""
     same, alike = (
         (rows[:, None] == rows[None]).flatten(2).all(dim=2)
         for rows in (sample, condition.flatten(1) if condition.ndim > 1 else condition[:, None])
@@ -214,7 +218,7 @@ def _repeats(sample: Tensor, condition: Tensor) -> Tensor:
 
 
 def _layout_by_labels(denoiser: nn.Module, call: Call) -> BatchLayout:
-    """Two halves of the same samples, one of them without a class, are those of CFG."""
+    """Find the layout of two halves of equal samples: with CFG, one half has no class."""
     labels: Any = call.condition
     null = labels == config_of(denoiser).get(str(call.family.null_label))
     first, second = (half.tolist() for half in null.cpu().chunk(2))

@@ -1,7 +1,7 @@
-"""The caller of a denoiser: the pipeline that runs, its scheduler, and its batch layout.
+"""The caller of a denoiser: the running pipeline, its scheduler, and whether it uses CFG.
 
 A denoiser does not know its pipeline. Several pipelines may share it, a copy of a guided pipeline
-calls a copy of it, and inversion has its own scheduler. The running pipeline is on the call stack.
+calls a copy of it, and inversion has its own scheduler. So the pipeline is found on the call stack.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from diffusers import DiffusionPipeline, ModularPipeline, SchedulerMixin
 from torch import nn
 
 _CFG = "do_classifier_free_guidance"
-_CFG_AT_STEP = "apply_cfg"  # where diffusers' own may stop before the last step
+_CFG_AT_STEP = "apply_cfg"  # in pipelines of diffusers that can stop CFG before the last step
 
-# Pipelines whose denoiser sees x_t = alpha_t * x0 + sigma_t * eps as its scheduler counts, in its
-# first channels or tokens, with one or two conditions. Their subclasses are known, too.
+# Pipelines whose denoiser gets x_t = alpha_t * x0 + sigma_t * eps in its first channels or tokens,
+# at the scheduler's noise level, with one or two conditions. Their subclasses count as known, too.
 _KNOWN = re.compile(
     r"""(
     StableDiffusion (XL)? (Adapter | Img2Img | Inpaint | ControlNet (Img2Img | Inpaint | XS)?)?
@@ -46,14 +46,14 @@ _KNOWN = re.compile(
 
 @dataclass(frozen=True)
 class Caller:
-    """The pipeline that runs a denoiser, and the frame of the call that does."""
+    """The pipeline that runs a denoiser, and the stack frame of its call."""
 
     pipeline: Any
     frame: FrameType
 
     @functools.cached_property
     def cfg(self) -> bool | None:
-        """Whether classifier-free guidance is on, as its own call has it; `None` if unknown."""
+        """Whether classifier-free guidance is on in the pipeline's call; `None` if unknown."""
         where = _where_cfg_is_kept(type(self.pipeline))
         if where in (_CFG, _CFG_AT_STEP):
             return self.frame.f_locals.get(where)
@@ -61,7 +61,7 @@ class Caller:
 
     @property
     def schedulers(self) -> list[Any]:
-        """The pipeline's schedulers, the usual one first."""
+        """The pipeline's schedulers, its `scheduler` first."""
         own = getattr(self.pipeline, "scheduler", None)
         found = [each for each in vars(self.pipeline).values() if isinstance(each, SchedulerMixin)]
         others = [each for each in found if each is not own]
@@ -69,7 +69,10 @@ class Caller:
 
 
 def find_caller(own: Any = None) -> Caller | None:
-    """The innermost pipeline that runs in this thread; `own` need not be a `DiffusionPipeline`."""
+    """Find the innermost pipeline that runs in this thread.
+
+    `own` is a pipeline to look for that need not be a `DiffusionPipeline`.
+    """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         for name in _candidates(frame.f_code):
@@ -82,7 +85,7 @@ def find_caller(own: Any = None) -> Caller | None:
 
 
 def is_running(denoiser: nn.Module, thread: threading.Thread) -> bool:
-    """Whether a thread is inside of a call of a module."""
+    """Whether a thread is inside a call of the denoiser."""
     frame = sys._current_frames().get(thread.ident or 0) if thread.is_alive() else None
     while frame is not None:
         if frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is denoiser:
@@ -92,11 +95,11 @@ def is_running(denoiser: nn.Module, thread: threading.Thread) -> bool:
 
 
 def refuse_unknown(pipeline: Any) -> None:
-    """Refuse pipelines of which nobody knows what their denoiser receives."""
+    """Refuse pipelines for which it is not known what their denoiser receives."""
     names = [base.__name__ for base in type(pipeline).__mro__]
     if any("PAG" in name and name.endswith("Pipeline") for name in names):
         raise ValueError(
-            f"{names[0]} leaves the processors of its own guidance behind; attach "
+            f"{names[0]} does not remove the attention processors of its own guidance; attach "
             "PerturbedAttentionGuidance to the pipeline of the same name without PAG"
         )
     if isinstance(pipeline, ModularPipeline):
@@ -111,21 +114,24 @@ def refuse_unknown(pipeline: Any) -> None:
 
 @functools.cache
 def _candidates(code: CodeType) -> tuple[str, ...]:
-    """Names of variables that may hold a pipeline: methods' own, and that of modular blocks."""
+    """Return the variables that may hold a pipeline: `self`, and `components` in modular blocks."""
     arguments = code.co_varnames[: code.co_argcount]
     return tuple(name for name in ("self", "components") if name in arguments)
 
 
 @functools.cache
 def _where_cfg_is_kept(pipeline: type) -> str:
-    """The variable of a pipeline's call, or "property", which may say otherwise; or "unknown"."""
+    """Return the variable of a pipeline's call that says if CFG is on, "property" or "unknown".
+
+    The variable comes first, because the property may differ from it.
+    """
     for base in pipeline.__mro__:
         call = vars(base).get("__call__")
         code = getattr(inspect.unwrap(call), "__code__", None) if call is not None else None
         if code is None:
             continue
         variables = (*code.co_varnames, *code.co_cellvars)
-        # Others may use the property in part, and decide by something else.
+        # Other pipelines may read the property, but decide by something else.
         is_known = base.__module__.startswith("diffusers.")
         if is_known and _CFG_AT_STEP in variables:
             return _CFG_AT_STEP

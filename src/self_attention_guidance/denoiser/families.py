@@ -1,4 +1,4 @@
-"""The table of supported denoisers: one entry for each class, without code of its own."""
+"""The table of supported denoisers: one entry for each class, and no code for any of them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import nn
 BatchLayout = Literal[
     "single", "uncond_first", "cond_first", "cond_call_first", "uncond_call_first"
 ]
-"""The content of a call under classifier-free guidance: pictures ("single"), two halves of a
-batch in either order, or the first of two calls of a step, in either order."""
+"""How calls are made under classifier-free guidance: each row is a picture ("single"), the batch
+has two halves, in either order, or each step has two calls, in either order."""
 
 Joint = Literal["picture_first", "picture_last", "behind_own_text"]
-"""Where the picture's tokens lie in attention over text, too (see `Family`)."""
+"""Where the picture's tokens lie in joint attention with text (see `Family`)."""
 
 # Arguments that hold one entry for each picture, in all of diffusers' denoisers.
 _BATCHED = tuple(
@@ -39,9 +39,9 @@ _BATCHED = tuple(
 class Packing:
     """How latents are packed into a sequence of tokens, (batch, tokens, channels).
 
-    The forward argument `ids` holds where tokens lie: "img_ids" holds a row and a column for each,
-    "img_shapes" the rows and columns of each picture. `patch` is the side of the square of latent
-    pixels that makes a token.
+    The forward argument named by `ids` holds the positions of tokens: "img_ids" a row and a column
+    for each token, "img_shapes" the numbers of rows and columns of each picture. A token is a
+    square of `patch` x `patch` latent pixels.
     """
 
     ids: Literal["img_ids", "img_shapes"]
@@ -54,29 +54,30 @@ class Family:
 
     Attributes:
         layer: Dotted path of the self-attention layer that guidance reads or weakens by default;
-            "middle" stands for the middle one of a list of blocks.
+            "middle" stands for the middle block of a list.
         sample_argument: Name of the forward argument that holds x_t.
         batched: Names of the forward arguments that hold one entry for each picture: tensors, or
             lists of tensors or of other things, or dictionaries of these. "a.b" is the entry b of
-            the dictionary a. All others, but x_t and the timestep, reach the weakened pass whole.
-            By default, all such names of diffusers' classes.
-        batched_second: Those of them whose second axis holds the pictures.
-        condition: Name of the one that differs between the halves of classifier-free guidance.
-        cfg_layout: What diffusers' pipelines do under classifier-free guidance, else "single".
-        null_label: Entry of the denoiser's config that holds the label of "no class", by which
-            the halves are recognised where the pipeline does not say which is which; `None`
-            if there is none.
+            the dictionary a. All other arguments, except x_t and the timestep, are passed whole to
+            the weakened pass. By default, all such names of diffusers' classes.
+        batched_second: Names of batched arguments whose second axis holds the pictures.
+        condition: Name of the argument that differs between the halves of classifier-free guidance.
+        cfg_layout: Layout of diffusers' pipelines under classifier-free guidance; "single" if they
+            have none.
+        null_label: Entry of the denoiser's config that holds the label of "no class". It identifies
+            the halves if the pipeline does not say which is which. `None` if there is none.
         timestep_argument: Name of the forward argument that holds the timestep.
-        timestep_scale: The timestep t' that pipelines give to the network is `timestep_offset` plus
-            this times the scheduler's.
-        timestep_offset: See there; 1 where the network counts from noise, 0, to pictures, 1.
-        is_negated: Whether pipelines negate what the network predicts.
-        tokens: How attention sees the picture: "levels" of a U-Net, each half as fine as the one
-            before, or square "patches" of the size that the config holds as `patch_size`.
-        joint: Where the picture's tokens lie in attention over text, too; `None` if it is not.
-            "behind_own_text" is behind the words that `encoder_attention_mask` counts, whose number
-            differs from row to row.
-        returned: What comes first where a block returns the picture and the text.
+        timestep_scale: Pipelines give the network the timestep `timestep_offset` + `timestep_scale`
+            * t, where t is the scheduler's.
+        timestep_offset: See `timestep_scale`; 1 if the network counts from 0 (noise) to 1
+            (pictures).
+        is_negated: Whether pipelines negate the network's prediction.
+        tokens: The picture's tokens: "levels" of a U-Net, each half as fine as the one before, or
+            square "patches" whose side is `patch_size` in the config.
+        joint: Where the picture's tokens lie in joint attention with text; `None` without joint
+            attention. "behind_own_text" is behind the words that `encoder_attention_mask` counts;
+            their number differs from row to row.
+        returned: What comes first in the output of a block that returns picture and text.
         packing: How the latents are packed; `None` if they are (batch, channels, height, width).
     """
 
@@ -106,13 +107,13 @@ _FLUX = Family(
     packing=Packing("img_ids"),
 )
 
-# Networks that count the time from noise, 0, to pictures, 1, and predict x0 - eps.
+# Networks whose time runs from 0 (noise) to 1 (pictures), and which predict x0 - eps.
 _REVERSED: dict[str, Any] = {"timestep_scale": -1e-3, "timestep_offset": 1.0, "is_negated": True}
 
-# The middle block of transformers, by argument: all blocks see the same grid of tokens, the
-# first ones attend to neighbours and the last ones serve the pixels, so that the middle is what
-# the bottleneck of a U-Net is, the layer that the paper reads. diffusers' examples of
-# perturbed-attention guidance, a relative of this method, take the middle block, too.
+# For transformers, the middle block, by argument, not by measurement. All blocks see the same grid
+# of tokens; the first ones attend to neighbours, and the last ones work on pixels. So the middle
+# block corresponds to the bottleneck of a U-Net, the layer that the paper reads. diffusers'
+# examples of perturbed-attention guidance, a related method, take the middle block, too.
 FAMILIES = {
     "UNet2DConditionModel": _UNET,
     "UNet2DModel": replace(
@@ -151,7 +152,7 @@ FAMILIES = {
         joint="picture_last",
         returned="picture_first",
     ),
-    # Its tokens hold 2 x 2 latent pixels, too, though its pipeline speaks of 128 channels.
+    # Its tokens hold 2 x 2 latent pixels, too; its pipeline calls them 128 channels.
     "Flux2Transformer2DModel": _FLUX,
     "HiDreamImageTransformer2DModel": Family(
         "single_stream_blocks.middle.block.attn1",
@@ -166,12 +167,12 @@ FAMILIES = {
 
 
 def register_family(denoiser: str, family: Family) -> None:
-    """Add a class of denoisers of your own, or change the entry of one.
+    """Add your own class of denoisers, or change the entry of a known class.
 
     Args:
         denoiser: Name of the class; its subclasses are guided, too.
-        family: Its entry in the table. `family_of(denoiser)` is the entry of a known class, which
-            `dataclasses.replace` can change.
+        family: Its entry in the table. To change the entry of a known class, apply
+            `dataclasses.replace` to `family_of(denoiser)`.
 
     Raises:
         ValueError: The name is empty, or `family` is not a `Family`.
@@ -185,8 +186,8 @@ def register_batch_arguments(denoiser: str, *names: str) -> None:
     """Add forward arguments that hold one entry for each picture.
 
     Args:
-        denoiser: Name of a class of denoisers that is known.
-        *names: As in `Family.batched`, "cross_attention_kwargs.mine" for example.
+        denoiser: Name of a known class of denoisers.
+        *names: Names as in `Family.batched`, for example "cross_attention_kwargs.mine".
 
     Raises:
         ValueError: The class is not known.
@@ -198,7 +199,7 @@ def register_batch_arguments(denoiser: str, *names: str) -> None:
 
 
 def default_layer(denoiser: nn.Module) -> str:
-    """Dotted path of the layer that the table names for a denoiser."""
+    """Return the dotted path of the layer that the table names for a denoiser."""
     path, module = "", uncompiled(denoiser)
     for name in family_of(denoiser).layer.split("."):
         if name == "middle" and isinstance(module, nn.ModuleList):
@@ -209,7 +210,10 @@ def default_layer(denoiser: nn.Module) -> str:
 
 
 def family_of(denoiser: nn.Module | type[nn.Module]) -> Family:
-    """The table's row for a denoiser, its class, or a subclass; refuses what is not there."""
+    """Return the table's entry for a denoiser or its class; refuse it if there is none.
+
+    The entry of a class also holds for its subclasses.
+    """
     cls = denoiser if isinstance(denoiser, type) else type(uncompiled(denoiser))
     for base in cls.__mro__:
         if base.__name__ in FAMILIES:
@@ -225,18 +229,18 @@ def _not_supported(denoiser: str) -> str:
 
 
 def denoiser_of(target: Any) -> nn.Module | None:
-    """A denoiser itself, or that of a pipeline."""
+    """Return the denoiser of a pipeline, or the target itself if it is one; else `None`."""
     own = getattr(target, "unet", getattr(target, "transformer", None))
     found = target if isinstance(target, nn.Module) else own
     return found if isinstance(found, nn.Module) else None
 
 
 def config_of(denoiser: nn.Module) -> Mapping[str, Any]:
-    """The config of a denoiser; an empty one if it has none."""
+    """Return the config of a denoiser; an empty one if it has none."""
     return getattr(uncompiled(denoiser), "config", {})
 
 
 def uncompiled(denoiser: nn.Module) -> nn.Module:
-    """The module behind `torch.compile(denoiser)`, or the denoiser itself."""
+    """Return the module behind `torch.compile(denoiser)`, or the denoiser itself."""
     inner = getattr(denoiser, "_orig_mod", denoiser)
     return inner if isinstance(inner, nn.Module) else denoiser

@@ -1,4 +1,4 @@
-"""Layers and blocks of a denoiser by names that people use: "mid", "down.2", "blocks.7"."""
+"""Short names for layers and blocks of a denoiser: "mid", "down.2", "blocks.7"."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from .attention import self_attention_layers
 from .families import uncompiled
 
-# Of the parts of a network at its top, which short names may begin with.
+# Short forms of the first part of a dotted path.
 _SHORT = {
     "mid_block": "mid",
     "down_blocks": "down",
@@ -27,17 +27,17 @@ _found: WeakKeyDictionary[nn.Module, dict[tuple[str, ...], tuple[str, ...]]] = W
 
 
 def attention_names(denoiser: nn.Module) -> list[str]:
-    """Dotted paths of the self-attention layers that see the picture, compiled or not.
+    """Return dotted paths of the self-attention layers over the picture; compiled or not.
 
-    Layers that ground objects in the picture (GLIGEN) see more, and those that refine the text
-    see nothing of it: they are left out.
+    Two kinds of layers are left out: GLIGEN's, which also attend to grounded objects, and those
+    that refine the text, which do not see the picture.
     """
     layers = self_attention_layers(denoiser)
     return [name for name in layers if not {*_WITHOUT_PICTURE} & {*name.split(".")}]
 
 
 def block_names(denoiser: nn.Module) -> list[str]:
-    """Dotted paths of the blocks: a self-attention layer, and what belongs to it if anything does.
+    """Return dotted paths of the blocks: the parents of self-attention layers, or layers alone.
 
     A block's output has the shape of its input, so it can be left out.
     """
@@ -51,18 +51,18 @@ def block_names(denoiser: nn.Module) -> list[str]:
 
 
 def block_of(denoiser: nn.Module, layer: str) -> str:
-    """The block that a layer belongs to; the layer's own path if it belongs to none."""
+    """Return the block that a layer belongs to; the layer's own path if it belongs to none."""
     blocks = block_names(denoiser)
     return next((each for each in blocks if _begins(plain(layer), plain(each))), layer)
 
 
 def plain(path: str) -> str:
-    """A dotted path without what `torch.compile` of a part puts into it."""
+    """Return a dotted path without the parts that `torch.compile` adds for a block."""
     return path.replace("._orig_mod", "")
 
 
 def short_name(path: str) -> str:
-    """A dotted path as `layers=` takes it, too, with the short name of its part in front."""
+    """Shorten the first part of a dotted path; `layers=` takes both forms."""
     part, dot, rest = path.partition(".")
     return f"{_SHORT.get(part, part)}{dot}{rest}"
 
@@ -70,20 +70,20 @@ def short_name(path: str) -> str:
 def resolve(
     denoiser: nn.Module, names: Sequence[str], known: Sequence[str], kind: str
 ) -> list[str]:
-    """Dotted paths of the layers or blocks that names mean.
+    """Find the dotted paths of the layers or blocks that names stand for.
 
-    A name is a dotted path, or the beginning of some; its first part may be short: "mid", "down",
-    "up", "blocks", "single", "joint". Names match whole parts: "blocks.1" is not "blocks.10". Where
-    a part is a fraction, "7/24", it is that block in proportion to how many there are.
+    A name is a dotted path, or a beginning of paths. Its first part may be short: "mid", "down",
+    "up", "blocks", "single", "joint". Names match whole parts: "blocks.1" is not "blocks.10". A
+    fraction such as "7/24" stands for block 7 of 24, scaled to the number of blocks.
 
     Args:
         denoiser: The network, compiled or not.
-        names: At least one.
-        known: What they may mean.
-        kind: What `known` are, for messages: "self-attention layer" or "block".
+        names: At least one name.
+        known: The paths that names can match.
+        kind: The kind of these paths, for messages: "self-attention layer" or "block".
 
     Raises:
-        ValueError: A name means nothing.
+        ValueError: A name matches no path.
     """
     chosen: dict[str, None] = {}
     for name in names:
@@ -100,7 +100,7 @@ def resolve(
 
 
 def resolved(denoiser: nn.Module, names: Sequence[str], has_blocks: bool) -> tuple[str, ...]:
-    """Like `resolve` among all layers, or blocks, of a denoiser; looks them up once."""
+    """Apply `resolve` to all layers, or blocks, of a denoiser; results are cached."""
     network = uncompiled(denoiser)
     cache, key = _found.setdefault(network, {}), (str(has_blocks), *names)
     if key not in cache:
@@ -120,7 +120,7 @@ def _begins(path: str, beginning: str) -> bool:
 
 
 def _in_proportion(denoiser: nn.Module, name: str) -> str:
-    """A name with the number of a block for the fraction in it."""
+    """Replace the fraction in a name by the number of a block."""
     match = re.fullmatch(r"(\w+)\.(\d+)/(\d+)", name)
     if match is None or int(match[3]) == 0:
         return name
@@ -129,6 +129,6 @@ def _in_proportion(denoiser: nn.Module, name: str) -> str:
 
 
 def beginnings(known: Sequence[str]) -> list[str]:
-    """The short names of what is there, of one or two parts."""
+    """Return the short names of these paths, cut to one or two parts."""
     short = [short_name(path).split(".") for path in known]
     return list(dict.fromkeys(".".join(p[: 1 if p[0] == "mid" else 2]) for p in short))

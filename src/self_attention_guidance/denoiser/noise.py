@@ -1,8 +1,8 @@
 """Noise levels, and what a network's output says about the clean sample.
 
-In the denoiser's own input space every supported model sees x_t = alpha_t * x0 + sigma_t * eps, and
-its output u is linear in the clean sample: x0 = from_input * x_t + from_output * u. Only this file
-knows how schedulers state their noise level.
+In its own input space, every supported denoiser gets x_t = alpha_t * x0 + sigma_t * eps, and its
+output u determines the clean sample linearly: x0 = from_input * x_t + from_output * u. Only this
+file knows how schedulers store their noise level.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from torch import Tensor
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 
-# Where schedulers that evaluate a midpoint keep its noise level, relative to their step index.
+# Offset of a midpoint's noise level from the step index, in schedulers that evaluate midpoints.
 _MIDPOINT_OFFSETS = {"KDPM2DiscreteScheduler": 0, "KDPM2AncestralDiscreteScheduler": -1}
 
-# What schedulers keep on the device, and guidance needs to know on the CPU.
+# Tables that schedulers may keep on the device, and that guidance needs on the CPU.
 _TABLES = ("timesteps", "sigmas", "sigmas_interpol", "alphas_cumprod")
 
-# Those of them that are set for a run, or by its callbacks. Schedulers move the other one.
+# The tables that are set for a run or changed by callbacks. Schedulers move the other one.
 _SET_FOR_A_RUN = ("timesteps", "sigmas", "sigmas_interpol")
 
 Level = float | Tensor
-"""A number if all pictures share one noise level, else float32 or float64 of shape
-(batch, 1, 1, 1). Python's own numbers need no float64 on the device, and no transfer to it."""
+"""A number if all pictures share one noise level, else a float32 or float64 tensor of shape
+(batch, 1, 1, 1). Python's numbers need no float64 on the device, and no transfer to it."""
 
 
 class Scheduler(Protocol):
-    """A diffusers scheduler: `sigmas` counted by `step_index`, or `alphas_cumprod`."""
+    """A diffusers scheduler with `sigmas`, indexed by `step_index`, or with `alphas_cumprod`."""
 
     config: Any
     timesteps: Tensor
@@ -43,10 +43,10 @@ class Scheduler(Protocol):
 
 @dataclass(frozen=True)
 class Prediction:
-    """The linear relations between a network's input, output and clean sample at one step.
+    """Linear relations between a network's input, its output and the clean sample at one step.
 
     `correction` is the weight of the change of x0 in the guidance term, (1 - from_input * alpha) /
-    from_output, and `noise_from_output` is -alpha * from_output / sigma.
+    from_output. `noise_from_output` is -alpha * from_output / sigma.
     """
 
     alpha: Level
@@ -63,46 +63,46 @@ class Prediction:
         return dataclasses.replace(self, **{name: level[rows] for name, level in levels.items()})
 
     def negated(self) -> Prediction:
-        """The relations of a network that returns -u instead of u."""
+        """Return the relations of a network that returns -u instead of u."""
         by_output = ("from_output", "correction", "noise_from_output")
         return dataclasses.replace(self, **{name: -getattr(self, name) for name in by_output})
 
     def x0(self, x_t: Tensor, output: Tensor) -> Tensor:
-        """The predicted clean sample, not limited; shapes (batch, channels, height, width)."""
+        """Predict the clean sample, without clipping; shapes (batch, channels, height, width)."""
         return self.from_input * x_t + self.from_output * output
 
     def renoise(self, x_t: Tensor, x0: Tensor, x0_degraded: Tensor) -> Tensor:
-        """alpha_t * x0_degraded + sigma_t * eps, bit-equal to `x_t` where nothing was degraded."""
+        """alpha_t * x0_degraded + sigma_t * eps; bit-equal to `x_t` where x0 is unchanged."""
         return x_t + self.alpha * (x0_degraded - x0)
 
     def term(self, output: Tensor, weak_output: Tensor, x0_change: Tensor | None = None) -> Tensor:
-        """The guidance term eps - eps' (arXiv 2210.00939, Eq. 16), in units of the output u.
+        """Compute the guidance term eps - eps' (arXiv 2210.00939, Eq. 16), in units of output u.
 
-        `x0_change` was added to the clean sample in the weakened network's input, if it is given.
+        `x0_change` is what was added to the clean sample for the weakened pass, if anything was.
         """
         change = output - weak_output
         return change if x0_change is None else change + self.correction * x0_change
 
     def noise(self, term: Tensor) -> Tensor | None:
-        """A term in units of the noise, in which it may be held; `None` where alpha may be 0.
+        """Convert a term to units of the noise, to hold it; `None` where alpha may be 0.
 
-        Looking for a 0 among the levels of several pictures would wait for the device.
+        With a noise level for each picture, a search for 0 would wait for the device.
         """
         may_be_zero = isinstance(self.noise_from_output, Tensor) or self.noise_from_output == 0
         return None if may_be_zero else term * self.noise_from_output
 
     def held(self, noise: Tensor) -> Tensor:
-        """The noise of `noise`, at this noise level, in units of the output."""
+        """Convert a held term from `noise` back to units of the output, at this noise level."""
         return noise / self.noise_from_output
 
 
 def is_elsewhere(value: object) -> bool:
-    """Whether a value is a tensor to wait for; one of another class may stand for a device."""
+    """Whether reading a tensor waits for a device; subclasses of `Tensor` count, too."""
     return isinstance(value, Tensor) and (value.device.type != "cpu" or type(value) is not Tensor)
 
 
 class _Source:
-    """A table of a scheduler, and how often it was changed in place until it was read."""
+    """A table of a scheduler, with its version counter at the time of reading."""
 
     def __init__(self, table: Any) -> None:
         self._table, self._version = table, self._changes(table)
@@ -118,7 +118,7 @@ class _Source:
 
 
 class Schedule:
-    """A scheduler with its timesteps set, and its tables as numbers, fetched with one transfer."""
+    """A scheduler whose timesteps are set; its tables are copied as numbers, in one transfer."""
 
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
@@ -150,24 +150,24 @@ class Schedule:
         return all(source.is_still(getattr(self.scheduler, n, None)) for n, source in found)
 
     def equal_to(self, step: int) -> list[int]:
-        """The steps that have the same timestep as this one, itself included."""
+        """Return the steps with the same timestep as this step, itself included."""
         timesteps = self.tables["timesteps"]
         return [i for i, timestep in enumerate(timesteps) if timestep == timesteps[step]]
 
     def own_step(self) -> int | None:
-        """The step that the scheduler says it is at; `None` if it does not know."""
+        """Return the step at which the scheduler says it is; `None` if it does not say."""
         index = getattr(self.scheduler, "step_index", None)
         index = getattr(self.scheduler, "begin_index", None) if index is None else index
         return None if index is None else int(index)
 
     def step_at(self, timestep: float) -> int:
-        """The step that the scheduler says it is at, or else the one that the timestep implies."""
+        """Return the step at which the scheduler says it is, or else the step of the timestep."""
         step = self.own_step()
         if step is not None:
             return step
         timesteps = self.tables["timesteps"]
         step = min(range(len(self)), key=lambda i: abs(timesteps[i] - timestep))
-        # Of equal ones, a scheduler with sigmas that begins in the middle means the second.
+        # A scheduler with sigmas that starts midway takes the second of two equal timesteps.
         equal = self.equal_to(step) if self.has_sigmas else [step]
         return equal[min(1, len(equal) - 1)]
 
@@ -176,7 +176,7 @@ class Schedule:
         return 0 <= step < len(self) and abs(self.tables["timesteps"][step] - timestep) < 1
 
     def place_of(self, timestep: Any) -> int | None:
-        """Where a view lies in the tensor of timesteps that it was taken from; else `None`."""
+        """Return the index of a view into the tensor of timesteps; `None` if it is not a view."""
         own: Tensor = self.timesteps
         is_single = isinstance(timestep, Tensor) and not any(timestep.stride())
         if not is_single or timestep.dtype != own.dtype or own.stride() != (1,):
@@ -186,10 +186,10 @@ class Schedule:
         return place if len(set(memories)) == 1 and 0 <= place < len(own) else None
 
     def prediction(self, step: int, timesteps: list[float], like: Tensor) -> Prediction:
-        """The relations for a call of the denoiser at a step.
+        """Return the linear relations for a call of the denoiser at a step.
 
-        Its `timesteps` (see `Call.timesteps`) count where there are no sigmas. Levels that differ
-        between pictures have the device and the precision of `like`, at least float32.
+        The call's `timesteps` (see `Call.timesteps`) are used if there are no sigmas. Levels that
+        differ between pictures have the device and the precision of `like`, at least float32.
         """
         kind = _prediction_type(self.scheduler)
         if self.has_sigmas:
@@ -213,7 +213,7 @@ class Schedule:
         return Prediction(alpha, sigma, *weights)
 
     def noise(self, step: int) -> float:
-        """Noise over signal at a step, sigma_t / alpha_t, infinite where there is no signal."""
+        """Return noise over signal at a step, sigma_t / alpha_t; infinite if there is no signal."""
         if not self.has_sigmas:
             square = self.tables["alphas_cumprod"][round(self.tables["timesteps"][step])]
             return math.sqrt(_ratio(1 - square, square))
@@ -221,7 +221,7 @@ class Schedule:
         return _ratio(sigma, 1 - sigma) if _is_flow_matching(self.scheduler) else sigma
 
     def limited(self, x0: Tensor) -> Tensor:
-        """x0 as the scheduler uses it: thresholding, where it knows both, goes before clipping."""
+        """Threshold or clip x0 as the scheduler does; thresholding takes precedence."""
         if setting(self.scheduler, "thresholding"):
             return self.scheduler._threshold_sample(x0)
         if not setting(self.scheduler, "clip_sample"):
@@ -230,7 +230,7 @@ class Schedule:
         return x0.clamp(-clip, clip)
 
     def _sigma(self, step: int) -> float:
-        """The sigma of x0 + sigma * eps, or of (1 - sigma) * x0 + sigma * eps."""
+        """Return the sigma of x0 + sigma * eps, or of (1 - sigma) * x0 + sigma * eps."""
         if not getattr(self.scheduler, "state_in_first_order", True):
             if hasattr(self.scheduler, "mid_point_sigma"):
                 return float(self.scheduler.mid_point_sigma)
@@ -241,7 +241,7 @@ class Schedule:
 
 
 def _levels(squares: list[float], like: Tensor) -> tuple[Level, Level]:
-    """alpha and sigma, from the squares of alpha."""
+    """Compute alpha and sigma from the squares of alpha."""
     if len(squares) == 1:
         return math.sqrt(squares[0]), math.sqrt(1 - squares[0])
     square = torch.tensor(squares, dtype=torch.float64).view(-1, 1, 1, 1)
@@ -251,7 +251,7 @@ def _levels(squares: list[float], like: Tensor) -> tuple[Level, Level]:
 
 
 def check_scheduler(scheduler: Any) -> None:
-    """Refuse schedulers whose noise level or prediction type is not known here."""
+    """Refuse schedulers with an unknown noise level or prediction type."""
     kind, is_flow = _prediction_type(scheduler), _is_flow_matching(scheduler)
     name, problem = type(scheduler).__name__, ""
     if not (hasattr(scheduler, "sigmas") or hasattr(scheduler, "alphas_cumprod")):
@@ -261,7 +261,7 @@ def check_scheduler(scheduler: Any) -> None:
     elif kind not in PREDICTION_TYPES:
         problem = f"has prediction_type={kind!r}; it must be one of {', '.join(PREDICTION_TYPES)}"
     elif is_flow != (kind == "flow_prediction"):
-        needs = "flow_prediction needs flow sigmas, and they need it"
+        needs = "flow_prediction needs flow sigmas, and flow sigmas need flow_prediction"
         problem = f"has prediction_type={kind!r} with use_flow_sigmas={is_flow}; {needs}"
     elif setting(scheduler, "invert_sigmas"):
         problem = "has invert_sigmas=True: not supported"
@@ -273,7 +273,7 @@ def check_scheduler(scheduler: Any) -> None:
 
 
 def setting(scheduler: Any, name: str, default: Any = None) -> Any:
-    """A setting that a scheduler's class knows: its config may hold those of other classes, too."""
+    """Return a setting if the scheduler's class has it; configs may hold those of other classes."""
     config = getattr(scheduler, "config", {})
     return config.get(name, default) if name in _settings(type(scheduler)) else default
 
@@ -292,7 +292,7 @@ def class_names(scheduler: type) -> tuple[str, ...]:
 
 
 def _is_flow_matching(scheduler: Any) -> bool:
-    # Schedulers that are made for flow matching have no setting that says so.
+    # Schedulers made for flow matching have no setting for it.
     is_named_so = any(name.startswith("FlowMatch") for name in class_names(type(scheduler)))
     return is_named_so or bool(setting(scheduler, "use_flow_sigmas"))
 
@@ -303,7 +303,7 @@ def _prediction_type(scheduler: Any) -> Any:
 
 
 def _preconditioned(sigma: float, kind: str, sigma_data: float) -> Prediction:
-    """EDM's preconditioning (Karras et al., arXiv 2206.00364, Table 1)."""
+    """Return the relations of EDM's preconditioning (Karras et al., arXiv 2206.00364, Table 1)."""
     c_in = 1 / math.sqrt(sigma**2 + sigma_data**2)
     c_skip = (sigma_data * c_in) ** 2
     c_out = sigma * sigma_data * c_in * (-1 if kind == "v_prediction" else 1)
@@ -317,5 +317,5 @@ def _ratio(a: float, b: float) -> float: ...
 @overload
 def _ratio(a: Level, b: Level) -> Level: ...
 def _ratio(a: Level, b: Level) -> Level:
-    """a / b, infinite where Python's own numbers would raise."""
+    """Divide; infinite where division of Python's numbers would raise an error."""
     return math.inf if not isinstance(b, Tensor) and b == 0 else a / b

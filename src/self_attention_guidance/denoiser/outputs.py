@@ -1,4 +1,4 @@
-"""The guided outputs of the calls of a step."""
+"""Outputs of the denoiser: their pictures, and the guidance terms that are added to them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def stacked(pictures: Any) -> Tensor:
-    """Pictures as one tensor, (batch, channels, height, width); lists hold them with one frame.
+    """Stack pictures to (batch, channels, height, width); in lists, each has an axis of one frame.
 
     Raises:
         ValueError: They differ in size, or hold several frames or pictures each.
@@ -31,44 +31,44 @@ def stacked(pictures: Any) -> Tensor:
 
 
 def as_given(pictures: Tensor, given: Any) -> Tensor | list[Tensor]:
-    """Pictures in one tensor as a list, if `given` is one: the reverse of `stacked`."""
+    """Turn pictures in one tensor back into a list if `given` is one; reverses `stacked`."""
     return pictures if isinstance(given, Tensor) else list(pictures.unsqueeze(2).unbind())
 
 
 def precise(tensor: Tensor) -> Tensor:
-    """A tensor in float32, or as it is if it is more precise."""
+    """Convert a tensor to float32, unless it is more precise already."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def total(terms: dict[int, Tensor]) -> Tensor:
-    """The sum of the terms of several guidances, whose order does not matter."""
+    """Add the terms of several guidances; their order does not matter."""
     return functools.reduce(torch.add, (terms[number] for number in sorted(terms)))
 
 
 def added(output: Tensor, terms: dict[int, Tensor]) -> Tensor:
-    """A denoiser's output with the terms of its guided rows added to all of its rows."""
+    """Add the terms of the guided rows to all rows of a denoiser's output."""
     term = total(terms)
-    # Not a view: what a pipeline slices out of it keeps it alive (see `TwoCalls`).
+    # Not a view, so that slices that a pipeline takes keep this tensor alive (see `TwoCalls`).
     everywhere = torch.cat([term] * (len(output) // len(term)))
     return (precise(output) + everywhere).to(output.dtype)
 
 
 def with_first(output: Any, pictures: Tensor) -> Any:
-    """A tuple or model output with other pictures in its first entry."""
+    """Replace the pictures in the first entry of a tuple or model output."""
     first = as_given(pictures, output[0])
     if isinstance(output, tuple):
         return (first, *cast("tuple[Any, ...]", output)[1:])
     return dataclasses.replace(output, **{next(iter(output.keys())): first})
 
 
-_USE_FIRST = "so it is not guided; use branch='cond', or the one that is called first"
+_USE_FIRST = "so it is not guided; use branch='cond', or the branch that is called first"
 
 
 class TwoCalls:
     """The two calls of a step, one for each prediction of classifier-free guidance.
 
-    Guidance adds the same terms to both. Where a term comes from the second call, the pipeline has
-    the first one's prediction by then: the terms are added to it in place.
+    Guidance adds the same terms to both predictions. If a term comes from the second call, the
+    pipeline already has the first prediction, so the terms are added to it in place.
     """
 
     def __init__(self) -> None:
@@ -79,9 +79,9 @@ class TwoCalls:
         self._first_terms: dict[int, Tensor] = {}
 
     def begin(self, has_same_sample: bool, cfg: bool | None, wanted: int) -> None:
-        """Note a call that is about to run, at a step that wants this many terms.
+        """Register a call that is about to run; `wanted` is the number of terms of its step.
 
-        `cfg` is whether a second call follows a first one; `None` learns it from earlier steps.
+        `cfg` is whether a second call follows the first; with `None`, earlier steps decide.
         """
         self._is_second = has_same_sample and not self._is_second and self._first is not None
         if self._is_second:
@@ -96,7 +96,7 @@ class TwoCalls:
             self._first_terms = {}
 
     def needs_term(self, layout: Layout, branch: str) -> bool:
-        """Whether the present call makes the term of a guided branch."""
+        """Whether the present call computes the term of a guided branch."""
         if not layout.has_two_calls:
             return True
         if layout.kind == f"{branch}_call_first":
@@ -106,7 +106,7 @@ class TwoCalls:
     def finish(
         self, prediction: Tensor, terms: dict[int, Tensor]
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """The output of a call, and its terms: its own, and those of the first call."""
+        """Return the guided output of a call, and all terms in it, those of the first call too."""
         if not self._is_second:
             guided = added(prediction, terms) if terms else prediction.clone()
             self._first, self._first_plain = weakref.ref(guided), prediction

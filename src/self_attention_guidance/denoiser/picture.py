@@ -1,4 +1,4 @@
-"""Where the picture lies in what a denoiser receives, returns and attends to."""
+"""Where the picture lies in a denoiser's input, output and attention."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from .families import Joint, config_of, uncompiled
 
 @dataclass(frozen=True)
 class PicturePlace:
-    """The picture that is denoised, in the input and output tensors of one call.
+    """Where the denoised picture lies in the input and output tensors of one call.
 
-    Tensors may hold more: inpainting networks see channels that they do not denoise, editing
-    networks see tokens of another picture, and networks that learn their variance return it.
+    Tensors may hold more: inpainting networks get channels that they do not denoise, editing
+    networks get tokens of another picture, and networks with a learned variance return it, too.
     """
 
     channels: int  # of the picture, or of its tokens
     grid: tuple[int, int] | None = None  # rows and columns of tokens, if latents are packed
-    patch: int = 1  # side of the square of latent pixels that makes a token
-    words: tuple[int, ...] | None = None  # in front of each picture's tokens, if that differs
+    patch: int = 1  # a token is a square of latent pixels with this side
+    words: tuple[int, ...] | None = None  # words before each picture's tokens, if this may differ
 
     def read(self, tensor: Tensor) -> Tensor:
-        """The picture, (batch, channels, height, width), in an input or output of the denoiser."""
+        """Extract the picture, (batch, channels, height, width), from an input or output."""
         if self.grid is None:
             is_whole = tensor.shape[1] == self.channels
             return tensor if is_whole else tensor[:, : self.channels]
@@ -38,7 +38,7 @@ class PicturePlace:
         return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, self.grid), self.patch)
 
     def written(self, tensor: Tensor, picture: Tensor) -> Tensor:
-        """A tensor like `tensor` that holds `picture`, as `read` gives it."""
+        """Return a copy of `tensor` with another picture, in the shape that `read` returns."""
         if picture.shape == tensor.shape:
             return picture.to(tensor.dtype)
         copy = tensor.clone()
@@ -51,7 +51,7 @@ class PicturePlace:
 
 
 def place_of(call: Call, output: Tensor, on_cpu: Callable[[Tensor], Tensor]) -> PicturePlace:
-    """Where the picture lies in the input and output of one call; refuses several pictures."""
+    """Find where the picture lies in the input and output of one call; refuse several pictures."""
     sample, packing = call.sample, call.family.packing
     if packing is None:
         if sample.shape[-2:] != output.shape[-2:]:
@@ -62,8 +62,9 @@ def place_of(call: Call, output: Tensor, on_cpu: Callable[[Tensor], Tensor]) -> 
             counts = on_cpu(call.arguments["encoder_attention_mask"]).sum(dim=1)
             words = tuple(int(count) for count in counts)
         return PicturePlace(min(sample.shape[1], output.shape[1]), words=words)
-    # Editing pipelines append pictures that are not denoised. In-context examples (for a network
-    # that sees conditions beside its latents) and layers (with a condition) are denoised, too.
+    # Editing pipelines append pictures that are not denoised. Two kinds of further pictures are
+    # denoised: in-context examples (in networks with conditions beside the latents), and layers
+    # (which come with `additional_t_cond`).
     ids = call.arguments[packing.ids]
     if packing.ids == "img_shapes":
         while not isinstance(ids[0], int):
@@ -81,7 +82,7 @@ def place_of(call: Call, output: Tensor, on_cpu: Callable[[Tensor], Tensor]) -> 
 
 
 def _first_grid(ids: Tensor) -> tuple[int, int]:
-    """Rows and columns of the first picture, whose tokens have these (picture, row, column)."""
+    """Count rows and columns of the first picture; `ids` holds (picture, row, column) of tokens."""
     ids = ids[ids[:, 0] == ids[0, 0]]
     rows, columns = (int(side) + 1 for side in ids[:, 1:3].max(dim=0).values)
     expected = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).to(ids)
@@ -96,11 +97,12 @@ class PictureTokens:
 
     Attributes:
         layer: Dotted path of the layer, for messages.
-        grids: Rows and columns of the tokens: the first that fits counts, since some kinds of
-            blocks round odd sides up, others down.
-        pictures: Tokens of all pictures of the sequence, `None` if there is only this one.
+        grids: Possible numbers of rows and columns; the first that fits is used, since some kinds
+            of blocks round odd sides up, others down.
+        pictures: Number of tokens of all pictures in the sequence; `None` if there is only one.
         joint: See `Family`.
-        words: How many lie in front of the picture's in each row; `None` if `joint` determines it.
+        words: Number of words before the picture's tokens in each row; `None` if `joint` determines
+            it.
     """
 
     layer: str
@@ -110,28 +112,28 @@ class PictureTokens:
     words: tuple[int, ...] | None = None
 
     def groups(self) -> list[tuple[slice, PictureTokens]]:
-        """Rows in which the picture lies at one place: all of them, or each by itself."""
+        """Group rows whose picture lies at the same place: all rows together, or each alone."""
         if self.words is None or len(set(self.words)) == 1:
             return [(slice(None), self)]
         rows = enumerate(self.words)
         return [(slice(n, n + 1), replace(self, words=(count,))) for n, count in rows]
 
     def at(self, positions: int) -> tuple[slice, tuple[int, int]]:
-        """Which of so many positions are the picture's in a group of rows, and their grid.
+        """Find the picture's positions among all positions of a group of rows, and their grid.
 
         Raises:
-            ValueError: The picture can't be among them.
+            ValueError: The number of positions does not fit the picture.
         """
         fitting = [grid for grid in self.grids if grid[0] * grid[1] == positions]
         grid = (fitting or self.grids[-1:])[0]
         count = grid[0] * grid[1]
         start = positions - (self.pictures or count) if self.joint == "picture_last" else 0
-        if self.words is not None and positions != count:  # some blocks see the picture alone
+        if self.words is not None and positions != count:  # some blocks see only the picture
             start = self.words[0]
         if start < 0 or (positions < start + count if self.joint else positions != count):
             raise ValueError(
                 f"{self.layer!r} attends over {positions} positions, but its picture has {grid[0]} "
-                f"x {grid[1]}: what merges or leaves out tokens (such as tomesd) is not supported"
+                f"x {grid[1]}: code that merges or drops tokens (such as tomesd) is not supported"
             )
         return slice(start, start + count), grid
 
@@ -139,7 +141,7 @@ class PictureTokens:
 def tokens_at(
     denoiser: nn.Module, layer: str, call: Call, place: PicturePlace, rows: slice
 ) -> PictureTokens:
-    """Where some rows' pictures will lie in a layer of a denoiser, or in a block of layers."""
+    """Find where the pictures of some rows will lie in a layer of a denoiser, or in a block."""
     family, sample = call.family, call.sample
     pictures = None
     if place.grid is not None:
@@ -147,7 +149,7 @@ def tokens_at(
     elif family.tokens == "levels":
         levels = _levels_above(uncompiled(denoiser), layer)
         height, width = (side / 2**levels for side in sample.shape[-2:])
-        # Odd sides are rounded up by some kinds of blocks, down by others.
+        # Some kinds of blocks round odd sides up, others down.
         grids = tuple(
             (max(rounded(height), 1), max(rounded(width), 1)) for rounded in (math.ceil, math.floor)
         )
@@ -160,7 +162,7 @@ def tokens_at(
 
 
 def _levels_above(denoiser: Any, layer: str) -> int:
-    """How often a U-Net halves the picture before a layer sees it."""
+    """Count how often a U-Net halves the picture before a layer sees it."""
     part, index = layer.split(".")[:2]
     down, up = denoiser.down_blocks, denoiser.up_blocks
     down = down[: int(index)] if part == "down_blocks" else down

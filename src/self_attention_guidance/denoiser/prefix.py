@@ -1,14 +1,13 @@
 """The part of a network before its first weakened block, which is the same in both passes.
 
-The weakened pass sees the same x_t and condition as the first one, so that the blocks before its
-first weakened layer would compute again what they did. It takes their outputs from the first pass
-instead: for the mid block of a U-Net that is the encoder, for block k of a transformer it is k
-blocks. Where the batch of the first pass has more rows, these round differently, and nothing else
-does.
+The weakened pass has the same x_t and condition as the first pass, so the blocks before its first
+weakened layer would compute the same again. Their outputs are taken from the first pass instead:
+the encoder if the mid block of a U-Net is weakened, k blocks if block k of a transformer is. The
+result can differ only by rounding, if the batch of the first pass had more rows.
 
-Of a transformer's blocks few outputs are kept: what a block returned is needed if the network
-itself still held it when the first weakened block began (skip connections), or if it was the last
-of its stack of blocks. A U-Net needs all.
+Few outputs of a transformer's blocks are kept. An output is needed if the network itself still held
+it when the first weakened block began (skip connections), or if its block was the last one that ran
+in its stack of blocks. A U-Net needs all of them.
 """
 
 from __future__ import annotations
@@ -32,22 +31,22 @@ from .layers import block_names
 from .safety import recomputes
 from .weakening import block_parameters, replacing_block
 
-# Whose networks pass nothing from block to block but what is tested here.
+# Packages whose networks pass values between blocks only in ways that are tested here.
 _KNOWN = ("diffusers", "self_attention_guidance")
 
 _stacks_of: WeakKeyDictionary[nn.Module, tuple[str, ...]] = WeakKeyDictionary()
 
 
 class ShapesDiffer(Exception):
-    """A block is given tokens of another number than in the first pass: compute all."""
+    """A block gets another number of tokens than in the first pass, so all must be computed."""
 
 
 def blocks_before(denoiser: nn.Module) -> list[nn.Module]:
-    """The blocks of a denoiser that may be left out where they run before what is weakened.
+    """Return the blocks of a denoiser that may be skipped if they run before any weakened layer.
 
-    None in networks that are compiled, of forwards that are not known here, or with gradient
-    checkpoints, and where something moves the weights, has replaced the forward of a module, or
-    has hooks on a block: what these do is not known here.
+    The list is empty for networks that are compiled, have an unknown forward or use gradient
+    checkpointing. It is also empty if something moves the weights, replaces the forward of a module
+    or has hooks on a block, because its effect is unknown.
     """
     network: Any = uncompiled(denoiser)
     is_compiled = network is not denoiser or network._compiled_call_impl is not None
@@ -62,7 +61,7 @@ def blocks_before(denoiser: nn.Module) -> list[nn.Module]:
 
 
 def _stacks(network: nn.Module) -> tuple[str, ...]:
-    """Names of the lists of blocks that see the picture, which are looked up once."""
+    """Return the names of the lists of blocks that see the picture; they are cached."""
     if family_of(network).tokens == "levels":
         return ("down_blocks",)
     if network not in _stacks_of:
@@ -80,14 +79,14 @@ def _is_plain(block: nn.Module) -> bool:
 
 
 def _part(network: nn.Module, path: str) -> nn.Module:
-    """The block, or the part that is no list of blocks, which holds the layer at a path."""
+    """Return the block that holds the layer at a path, or its top module if that is no list."""
     first, _, rest = path.partition(".")
     part = network.get_submodule(first)
     return part[int(rest.partition(".")[0])] if isinstance(part, nn.ModuleList) else part
 
 
 class _Output:
-    """A tensor that a block returned; no tensor of its own once it is not needed."""
+    """A tensor that a block returned; it is dropped once it is not needed."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.shape, self._dtype, self._device = tensor.shape, tensor.dtype, tensor.device
@@ -97,25 +96,25 @@ class _Output:
         self._is_needed = False
 
     def release(self) -> None:
-        """Another block of the stack has run."""
+        """Drop the tensor if it is not needed; called when the next block of the stack has run."""
         self._kept = self._kept if self._is_needed else None
 
     def take(self) -> None:
-        """Called where the weakened part begins: keep the tensor if the network does."""
+        """Keep the tensor if the network still holds it; called when the weakened part begins."""
         self._kept = self._weak() if self._kept is None else self._kept
         self._is_needed = self._kept is not None
 
     @property
     def is_unchanged(self) -> bool:
-        """Whether the tensor is unchanged since, by torch's own count of changes.
+        """Whether the tensor was not changed in place since, by torch's version counter.
 
-        Tensors of `torch.inference_mode` have no such count, so they may have changed.
+        Tensors of `torch.inference_mode` have no such counter, so they may have changed.
         """
         kept = self._kept
         return kept is None or (self._version is not None and kept._version == self._version)
 
     def rows(self, rows: slice) -> Tensor:
-        """Some rows; not numbers where nobody needs them, which would show if anyone did."""
+        """Return some rows; NaN for a dropped tensor, so that a use of it by mistake would show."""
         if self._kept is not None:
             return self._kept[rows]
         shape = (len(range(self.shape[0])[rows]), *self.shape[1:])
@@ -131,7 +130,7 @@ def _replayed(part: Any, rows: slice) -> Any:
 
 
 class _Noted:
-    """A block with what it was given and what it returned."""
+    """A block with the shapes of its inputs, and its output."""
 
     def __init__(self, block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self.block, self._names = block, block_parameters(type(block))
@@ -154,10 +153,10 @@ class _Noted:
 
 
 class Prefix:
-    """The outputs of blocks in the first pass of a call, for weakened passes of the same call."""
+    """Outputs of blocks in the first pass of a call, for the weakened passes of the same call."""
 
     def __init__(self, network: nn.Module) -> None:
-        """Nothing is known yet."""
+        """Start without any outputs."""
         self._network = network
         self._noted: list[_Noted] = []
         self._before: dict[tuple[str, ...], list[_Noted]] = {}
@@ -167,11 +166,11 @@ class Prefix:
     def noting(
         self, blocks: Sequence[nn.Module], weak: Iterable[tuple[str, ...]]
     ) -> Generator[None]:
-        """Note inside the `with` statement what blocks return before each of some sets of layers.
+        """Record, inside the `with` statement, the outputs of blocks before each set of layers.
 
         Args:
-            blocks: From `blocks_before`.
-            weak: The dotted paths of what each guidance weakens.
+            blocks: The blocks that `blocks_before` returned.
+            weak: For each guidance, the dotted paths of the layers or blocks that it weakens.
         """
         is_lean = family_of(self._network).tokens != "levels"
         stacks = {child: stack for stack in self._network.children() for child in stack.children()}
@@ -206,10 +205,10 @@ class Prefix:
 
     @contextmanager
     def reused(self, weak: tuple[str, ...], batch: int, rows: slice) -> Generator[None]:
-        """Let blocks before some layers return what they did, for some rows of the batch.
+        """Let blocks before weakened layers return their recorded outputs, for rows of the batch.
 
         Raises:
-            ShapesDiffer: In the pass, before any of the layers: it must be whole.
+            ShapesDiffer: During the pass, before any of the layers: run it again without this.
         """
         before = self._before.get(weak, [])
         calls = Counter(noted.block for noted in self._noted)
@@ -224,7 +223,7 @@ class Prefix:
 
 
 class _Known:
-    """A block whose output is known."""
+    """Runs instead of a block whose output is known."""
 
     def __init__(self, noted: _Noted, rows: slice) -> None:
         self._noted, self._rows = noted, rows

@@ -1,4 +1,4 @@
-"""Which run of a sampler a call belongs to, which step, and whose thread: one object knows."""
+"""The run of a sampler: the step of each call, its thread, and what is kept between calls."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .outputs import TwoCalls
 
 
 class _Held(NamedTuple):
-    """A term between weakened passes, in units of the noise; `None` if it could not be held."""
+    """A term kept between weakened passes, in units of the noise; `None` if that is impossible."""
 
     noise: Tensor | None
     shape: torch.Size
@@ -28,9 +28,9 @@ class _Held(NamedTuple):
 class Run:
     """A run of a sampler, from its first call of the denoiser to its last.
 
-    `step` is the index of the present one among the timesteps; `is_new` holds at the run's first
-    call, and `is_weak` in the weakened pass. A run belongs to the thread of its first call. If
-    another thread begins one before it is over, its next call is refused.
+    `step` is the index of the present timestep; `is_new` is true at the run's first call, and
+    `is_weak` during a weakened pass. A run belongs to the thread of its first call. If another
+    thread begins a run before this one is over, the next call of this one is refused.
     """
 
     def __init__(self, is_for_this_thread: bool = False) -> None:
@@ -44,16 +44,16 @@ class Run:
         self.end()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """In another process there are other threads and runs."""
+        """Pickle as a new run: another process has its own threads and runs."""
         return Run, (False,)
 
     def end(self) -> None:
-        """Nothing runs, and no tensor of a run is kept."""
+        """End the run, and drop all of its tensors."""
         self._schedules: list[Schedule] = []
         self._begin(Schedule(None))
 
     def _begin(self, schedule: Schedule) -> None:
-        """Nothing is known of a run but its scheduler."""
+        """Begin a run, of which only the scheduler is known."""
         self.schedule = schedule
         self.two_calls = TwoCalls()
         self._previous: Call | None = None
@@ -65,12 +65,12 @@ class Run:
     # Threads
 
     def enter(self, denoiser: nn.Module) -> None:
-        """A call of the denoiser begins; refuses another thread's."""
+        """Begin a call of the denoiser; refuse it if another thread is inside one."""
         thread = threading.current_thread()
         if self._is_fixed and thread is not self._owner:
             raise RuntimeError(_TWO_THREADS)
         with self._entering:
-            # After Ctrl-C, an earlier call may never have ended: of this thread, or of another.
+            # Ctrl-C can leave a call without its end, in this thread or in another.
             inside = None if self.is_inside() else self._inside
             if inside is not None and is_running(denoiser, inside):
                 raise RuntimeError(_TWO_THREADS)
@@ -84,10 +84,10 @@ class Run:
         return self._inside is threading.current_thread()
 
     def _take(self, timesteps: Tensor, step: int) -> None:
-        """The run is this thread's."""
+        """Make the run this thread's; refuse a thread whose run was interrupted by another."""
         thread = threading.current_thread()
         if thread is not self._owner:
-            # A run that begins has other timesteps, or begins at an earlier one of the same.
+            # A new run has other timesteps, or starts at an earlier one of the same timesteps.
             continued = min(self.step, self._interrupted.pop(thread, self.step))
             if timesteps is self.schedule.timesteps and step > continued:
                 raise RuntimeError(_TWO_THREADS)
@@ -98,7 +98,7 @@ class Run:
     # Steps
 
     def at(self, call: Call, caller: Caller | None, given: Scheduler | None) -> None:
-        """The call is at a step of the scheduler that was given, or of one of the caller's."""
+        """Find the step of a call, of the given scheduler or else of one of the caller's."""
         self._has_waited = False
         schedule = self._schedule_at(call, caller) if given is None else self._schedule_of(given)
         is_other = schedule is not self.schedule
@@ -116,7 +116,7 @@ class Run:
             self._check_timestep(call)
 
     def _schedule_at(self, call: Call, caller: Caller | None) -> Schedule:
-        """That of the pipeline's scheduler which is at the call's timestep."""
+        """Find the schedule of the pipeline's scheduler that is at the call's timestep."""
         schedulers = [] if caller is None else caller.schedulers
         if not schedulers:
             raise RuntimeError(
@@ -133,7 +133,7 @@ class Run:
         raise _not_at(schedulers[0], call, call.timestep)
 
     def _schedule_of(self, scheduler: Scheduler) -> Schedule:
-        """The state of a scheduler's timesteps, which every run sets anew."""
+        """Return the schedule of a scheduler's present timesteps, which each run sets again."""
         for known in (self.schedule, *self._schedules):
             if known.scheduler is scheduler and known.is_current:
                 return known
@@ -143,13 +143,13 @@ class Run:
         return schedule
 
     def _step_of(self, call: Call, schedule: Schedule) -> tuple[int, bool]:
-        """The step that a call is at, and whether its timestep is surely that."""
-        # Pipelines take the timestep out of the scheduler's own tensor.
-        is_own = call.given(1.0) == 1  # else it was computed from it
+        """Find the step of a call, and whether its timestep is known to be the one of this step."""
+        # Pipelines take the timestep from the scheduler's own tensor, or compute it from there.
+        is_own = call.given(1.0) == 1
         place = schedule.place_of(call.timestep) if is_own else None
         step = schedule.own_step()
         if step is None and place is not None:
-            # PNDM evaluates a timestep twice, and does not say which time it is.
+            # PNDM evaluates one timestep twice, and does not say if this is the first time.
             return schedule.equal_to(place)[0], True
         if step is None:
             self._note_wait(call.timestep)
@@ -159,7 +159,7 @@ class Run:
         return step, step == place
 
     def _check_timestep(self, call: Call) -> None:
-        """Refuse a scheduler that is elsewhere, and several timesteps where it has one level."""
+        """Refuse a timestep that is not the scheduler's, or several if it has one noise level."""
         scheduler, given = self.schedule.scheduler, torch.as_tensor(call.timestep)
         values = given.flatten()
         expected = call.given(self.schedule.tables["timesteps"][self.step])
@@ -168,7 +168,7 @@ class Run:
             several = f"the pictures of the batch have several timesteps, but {name} has one noise"
             message = f"{several} level; use DDIMScheduler, or one timestep a call"
             self.refuse((values != values[0]).any(), ValueError, message)
-        # What networks receive may be rounded.
+        # The timestep that networks receive may be rounded.
         if given.is_floating_point():
             largest = max(abs(expected), call.family.timestep_offset)
             allowed = 2 * torch.finfo(given.dtype).eps * largest + 1e-6
@@ -185,10 +185,10 @@ class Run:
         prediction = self.schedule.prediction(self.step, timesteps, call.sample)
         return prediction.negated() if call.family.is_negated else prediction
 
-    # What lies on the device
+    # Values on the device
 
     def on_cpu(self, tensor: Tensor) -> Tensor:
-        """A copy of a tensor on the CPU, made once a run."""
+        """Copy a tensor to the CPU, once in each run."""
         for known, copy in self._copies:
             if known is tensor:
                 return copy
@@ -197,13 +197,13 @@ class Run:
         return self._copies[-1][1]
 
     def refuse(self, failed: Tensor, error: Callable[..., Exception], *about: Any) -> None:
-        """Raise `error(*about)` when the checks of the step are read, if `failed` is true then."""
+        """Add a check: `read_checks` raises `error(*about)` if `failed` is true."""
         self._checks.append((failed.reshape(()), functools.partial(error, *about)))
 
     def read_checks(self) -> None:
-        """Wait for the device once a step, and raise the first error.
+        """Read all checks with one wait for the device, and raise the first error.
 
-        A step that has waited for it already leaves that to the next one, if there is one.
+        A step that has already waited for the device leaves its checks to the next step, if any.
         """
         if not self._checks or (self._has_waited and self.step < len(self.schedule) - 1):
             return
@@ -216,10 +216,10 @@ class Run:
     def _note_wait(self, value: Any) -> None:
         self._has_waited |= is_elsewhere(value)
 
-    # What the batch holds, and what the calls of a step have in common
+    # The layout of the batch, and comparisons of the calls of a step
 
     def layout(self, denoiser: nn.Module, call: Call, caller: Caller | None) -> Layout:
-        """The layout as the run's first batch of this size shows it (see `layout_by_samples`)."""
+        """Find the layout from the run's first batch of this size (see `layout_by_samples`)."""
         batch = len(call.sample)
         if batch not in self._layouts:
             is_last = self.step == len(self.schedule) - 1
@@ -228,7 +228,7 @@ class Run:
         return self._layouts[batch]
 
     def compare(self, call: Call, caller: Caller | None, layout: Layout, terms: int) -> None:
-        """Compare a call with its layout and with the call before; its step wants so many terms."""
+        """Check a call against its layout and the call before; its step needs `terms` terms."""
         before, self._previous = self._previous, call
         if layout.has_two_calls:
             cfg = None if caller is None else caller.cfg
@@ -252,25 +252,25 @@ class Run:
                 same, alike = ((a == b).all() for a, b in pairs)
                 self.refuse(same & ~alike, ValueError, _SEVERAL_CALLS)
 
-    # Terms that are held
+    # Held terms
 
     def hold(self, number: int, noise: Tensor | None, shape: torch.Size) -> None:
-        """Hold what a guidance's weakened pass at x_t of a shape gave, as noise."""
+        """Hold the term of a guidance's weakened pass, as noise; `shape` is that of x_t."""
         before, passes = self._held.get(number), 1
-        # Schedulers that evaluate one timestep twice may not say which time it is.
+        # Schedulers that evaluate one timestep twice may not say if this is the first time.
         is_unique = len(self.schedule.equal_to(self.step)) == 1
         if before is not None and before.step == self.step and is_unique:
             passes += before.passes
         self._held[number] = _Held(noise, shape, self.step, passes)
 
     def held(self, number: int, every: int, shape: torch.Size, passes: int) -> Tensor | None:
-        """The noise that a guidance adds again, or `None` if it needs a weakened pass."""
+        """Return the noise that a guidance adds again, or `None` if it needs a weakened pass."""
         held = self._held.get(number)
         if held is None or held.shape != shape or not 0 < self.step - held.step < every:
             return None
-        if held.passes > passes:  # several pictures are denoised in turn
+        if held.passes > passes:  # several pictures are denoised by turns
             calls = f"the denoiser is called {held.passes} times a step"
-            raise RuntimeError(f"{calls}, so a held term may be another picture's; use every=1")
+            raise RuntimeError(f"{calls}, so a held term may be of another picture; use every=1")
         return held.noise
 
 

@@ -1,4 +1,4 @@
-"""Denoisers that can't be guided as they are, and what must stay out of their graph."""
+"""Checks for denoisers that can't be guided, and what must stay out of a compiled graph."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .families import uncompiled
 
 
 def run_uncompiled(function: Any) -> Any:
-    """`torch.compiler.disable`, with a reason if torch can give one."""
+    """Apply `torch.compiler.disable`, with a reason if this version of torch takes one."""
     reason = "it runs around the graph: compile the denoiser itself, before guidance is attached"
     has_reason = "reason" in inspect.signature(torch.compiler.disable).parameters
     keywords: dict[str, Any] = {"reason": reason} if has_reason else {}
@@ -21,7 +21,7 @@ def run_uncompiled(function: Any) -> Any:
 
 
 def refuse_caches(denoiser: nn.Module) -> None:
-    """Refuse a denoiser that reuses what it computed at other steps."""
+    """Refuse a denoiser that reuses results of other steps."""
     network = uncompiled(denoiser)
     name, mixes = type(network).__name__, "which the weakened pass of guidance would mix up"
     if getattr(network, "is_cache_enabled", False):
@@ -35,12 +35,12 @@ def refuse_caches(denoiser: nn.Module) -> None:
         own = vars(module).get("forward", _replaced_by(type(module)))
         if own is None or hooks or getattr(own, "__func__", None) is type(module).forward:
             continue
-        # Compiling and offloading replace it, too, and keep nothing.
+        # Compiling and offloading also replace `forward`, but cache nothing.
         if not hasattr(own, "_torchdynamo_orig_callable") and not hasattr(module, "_hf_hook"):
             by = getattr(own, "__qualname__", type(own).__name__)
             raise ValueError(
                 f"the forward of {where} was replaced by {by!r}: caches over the steps (DeepCache, "
-                f"TeaCache) do this, {mixes}, and so does what merges tokens; undo it first"
+                f"TeaCache) do this, {mixes}, and so does code that merges tokens; undo it first"
             )
 
 
@@ -62,7 +62,7 @@ def refuse_recomputing(denoiser: nn.Module) -> None:
 
 @functools.cache
 def _replaced_by(cls: type[nn.Module]) -> Any:
-    """The replacement of a class's `forward`, as TeaCache does it; `None` if there is none."""
+    """Return the function that replaced a class's `forward`, as TeaCache does; else `None`."""
     base = next(base for base in cls.__mro__ if "forward" in vars(base))
     forward = vars(base)["forward"]
     is_of_its_module = getattr(forward, "__module__", None) == base.__module__
@@ -71,9 +71,9 @@ def _replaced_by(cls: type[nn.Module]) -> Any:
 
 
 def not_finite(stages: dict[str, Tensor], step: int, timestep: Any) -> FloatingPointError:
-    """The error for the first of some stages whose values are not all finite, or for the last.
+    """Make the error for the first stage with a value that is not finite, else for the last stage.
 
-    Their names must fit "... is not finite".
+    The names of the stages must fit "... is not finite".
     """
     found = (name for name, tensor in stages.items() if not tensor.isfinite().all())
     name = next(found, [*stages][-1])
@@ -86,7 +86,7 @@ def not_finite(stages: dict[str, Tensor], step: int, timestep: Any) -> FloatingP
 
 
 def refuse_compiled_in_place(module: nn.Module) -> None:
-    """Refuse a denoiser that was compiled with its hooks: it ignores later ones."""
+    """Refuse a denoiser that was compiled together with its hooks: it ignores later hooks."""
     is_compiled = any(each._compiled_call_impl is not None for each in (module, uncompiled(module)))
     if is_compiled and getattr(torch._dynamo.config, "wrap_top_frame", False):
         raise ValueError(

@@ -1,8 +1,8 @@
-"""Layers and blocks that do something else during one pass, and are as before after it.
+"""Change what layers and blocks do during one pass, and restore them afterwards.
 
-Attention is changed where a layer calls its kernel (see `attention`). A block, which is a layer
-with what belongs to it, is left out, or gets its tokens in another order: its class is replaced by
-one that does this, which compiled networks notice.
+Attention is changed where a layer calls its kernel (see `attention`). A block is a layer with the
+modules around it. It is left out, or gets its tokens in another order: its class is replaced by one
+that does this. Compiled networks notice the new class.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from .picture import PictureTokens
 
 @dataclass(frozen=True)
 class PictureOperands(Operands):
-    """Operands of an attention kernel in which the picture is known (see `Operands`).
+    """Operands of an attention kernel, and the picture's place in them (see `Operands`).
 
     Attributes:
-        picture: The queries and positions that are the picture's; others are text, or a picture
-            that is not denoised.
-        grid: Their rows and columns.
+        picture: The queries and positions of the picture; all others are text, or a picture that is
+            not denoised.
+        grid: Rows and columns of the picture's positions.
     """
 
     picture: slice
@@ -43,29 +43,29 @@ class PictureOperands(Operands):
         return self.grid[0] * self.grid[1] == self.key.shape[-2]
 
     def attention(self, query: Tensor, bias: Tensor | None) -> Tensor:
-        """softmax(Q K^T * scale + bias) V with another query or bias, both shaped as they were."""
+        """softmax(Q K^T * scale + bias) V, with a query and bias of the same shapes as before."""
         return F.scaled_dot_product_attention(
             query, self.key, self.value, attn_mask=bias, scale=self.scale
         )
 
 
 Weaken = Callable[[PictureOperands, Callable[[], Tensor]], Tensor]
-"""A replacement of a kernel: from its operands and the kernel itself to a result."""
+"""A replacement of a kernel: takes its operands and the kernel itself, and returns a result."""
 
 
 @contextmanager
 def attending_by(
     denoiser: nn.Module, layer: str, tokens: PictureTokens, weaken: Weaken
 ) -> Generator[StandIn]:
-    """Let `weaken` do the work of a layer's kernels inside the `with` statement.
+    """Run `weaken` instead of a layer's kernels inside the `with` statement.
 
     Raises:
-        ValueError: In the pass: the layer does not see the whole picture.
+        ValueError: During the pass, if the layer does not see the whole picture.
     """
 
     def attend(operands: Operands, kernel: Callable[[], Tensor]) -> Tensor:
         positions = operands.key.shape[-2]
-        # Image prompts are attended to in a call of their own.
+        # Attention to image prompts is a separate call.
         if positions != operands.query.shape[-2]:
             return kernel()
         groups = tokens.groups()
@@ -88,14 +88,14 @@ def _weakened(weaken: Weaken, operands: Operands, tokens: PictureTokens) -> Tens
 
 
 Change = Callable[[Tensor], Tensor]
-"""The inputs of a block instead of its own."""
+"""A function from a block's input tokens to those that it gets instead."""
 
 
 class RunsForBlock(Protocol):
-    """A class that replaces that of a block for one pass."""
+    """An object that runs instead of a block during one pass."""
 
     def run(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The block's output for its arguments."""
+        """Return the block's output for its arguments."""
         ...
 
 
@@ -107,19 +107,19 @@ class BlockStandIn:
     """
 
     def __init__(self, block: nn.Module, change: Change | None, family: Family) -> None:
-        """Give `block` what `change` makes of its tokens, or leave it out if there is none."""
+        """Apply `change` to the tokens before `block` runs; `None` leaves the block out."""
         self.was_called = False
         self._change, self._family = change, family
         self._forward: Any = type(block).forward
-        # What moves weights from and to a device lies in the block itself, before its class.
+        # Code that moves weights between devices replaces the block's own `forward`.
         self._own: Any = vars(block).get("forward")
         self._names = block_parameters(type(block))
         self._thread = threading.get_ident()
 
     def run(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The block's output for its arguments."""
+        """Return the block's output for its arguments."""
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        # Another thread may be in a pass that it began before this one (see `attention`).
+        # Another thread may still be in a pass that began before this one (see `attention`).
         is_mine = torch.compiler.is_compiling() or threading.get_ident() == self._thread
         if not is_mine:
             return self._inner(block, given)
@@ -127,7 +127,7 @@ class BlockStandIn:
         tokens = given[self._names[0]]
         if self._change is not None:
             return self._inner(block, {**given, self._names[0]: self._change(tokens)})
-        if self._own is not None:  # it may fetch the weights of the block behind it
+        if self._own is not None:  # it may fetch the weights of the next block
             self._inner(block, given)
         text = given.get("encoder_hidden_states") if self._family.joint is not None else None
         if text is None:
@@ -142,13 +142,13 @@ class BlockStandIn:
 
 @functools.cache
 def block_parameters(block: type[nn.Module]) -> tuple[str, ...]:
-    """Names of the arguments of a block, in order: its tokens first."""
+    """Return the argument names of a block in order, the tokens first."""
     return tuple(inspect.signature(block.forward).parameters)[1:]
 
 
 @functools.cache
 def _stand_in_for(block: type[nn.Module]) -> type[nn.Module]:
-    """The class that stands in for one of blocks: one for each, so that it is compiled once."""
+    """Make the stand-in for a class of blocks; it is cached, so that it is compiled only once."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self._stand_in.run(self, args, kwargs)
@@ -160,9 +160,9 @@ def _stand_in_for(block: type[nn.Module]) -> type[nn.Module]:
 def changing_block(
     denoiser: nn.Module, path: str, change: Change | None
 ) -> Generator[BlockStandIn]:
-    """Give a block changed tokens inside the `with` statement, or leave it out without `change`.
+    """Change a block's tokens inside the `with` statement, or leave it out if `change` is `None`.
 
-    A block that is left out returns what it was given, text beside the picture included.
+    A block that is left out returns its input, including the text beside the picture.
     """
     block = uncompiled(denoiser).get_submodule(path)
     stand_in = BlockStandIn(block, change, family_of(denoiser))
@@ -172,7 +172,7 @@ def changing_block(
 
 @contextmanager
 def replacing_block(block: Any, stand_in: RunsForBlock) -> Generator[None]:
-    """Let `stand_in` run inside the `with` statement whenever a block is called."""
+    """Run `stand_in` whenever a block is called inside the `with` statement."""
     cls, own = type(block), vars(block).get("forward")
     block._stand_in = stand_in
     vars(block).pop("forward", None)
@@ -187,12 +187,12 @@ def replacing_block(block: Any, stand_in: RunsForBlock) -> Generator[None]:
 
 
 def reordered(states: Tensor, tokens: PictureTokens, orders: dict[int, Tensor]) -> Tensor:
-    """A block's inputs, with the picture's tokens in another order.
+    """Put the picture's tokens in a block's input into another order.
 
     Args:
-        states: Shape (batch, tokens, channels), or a map (batch, channels, rows, columns).
-        tokens: Which of them are the picture's.
-        orders: By the number of the picture's tokens, their order: a permutation of their indices.
+        states: The input: (batch, tokens, channels), or a map (batch, channels, rows, columns).
+        tokens: Where the picture's tokens are.
+        orders: The order for each number of picture tokens: a permutation of their indices.
     """
     if states.ndim == 4:
         return states.flatten(2)[..., orders[states.shape[2] * states.shape[3]]].view_as(states)

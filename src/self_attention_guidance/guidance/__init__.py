@@ -1,4 +1,4 @@
-"""Guidances: one paper, one file, and what attaches them to a denoiser."""
+"""Guidance methods, one file per paper, and the code that attaches them to a denoiser."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The base of all methods: which steps, which branch, how much, and how to weaken the network."""
+"""The base of all methods: guided steps, branch, scale, and how the network is weakened."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ METHODS: dict[str, type[Guidance]] = {}
 
 @dataclass(frozen=True)
 class Step:
-    """The view of a guided step that a method gets, for the pictures of its branch.
+    """A guided step as a method sees it, for the pictures of its branch.
 
     Attributes:
         denoiser: The network.
-        x0: The clean sample that was predicted, as the scheduler clips or thresholds it,
+        x0: The predicted clean sample, clipped or thresholded as the scheduler does,
             (pictures, channels, height, width), at least float32.
-        attention: What each position received in the layers that the guidance reads, by their
-            dotted paths: (pictures, rows, columns) float32, mean 1.
+        attention: The attention that each position received in the layers that the guidance reads,
+            by their dotted paths: (pictures, rows, columns) float32, mean 1.
         index: The step's index among the scheduler's timesteps.
-        tokens_at: Where the picture's tokens lie in a layer or block, by its dotted path.
-        noted: What the guidance notes for its handle to show, by name.
+        tokens_at: Maps the dotted path of a layer or block to where the picture's tokens lie in it.
+        noted: Tensors that the guidance records for its handle, by name.
     """
 
     denoiser: nn.Module
@@ -55,7 +55,7 @@ class Step:
 
     @contextmanager
     def attending(self, layers: Sequence[str], weaken: Weaken) -> Generator[None]:
-        """Let layers, by their dotted paths, compute another attention inside the `with` statement.
+        """Replace the attention of layers inside the `with` statement; `layers` are dotted paths.
 
         Raises:
             ValueError: A layer does not see the whole picture.
@@ -64,21 +64,21 @@ class Step:
         """
         refuse_recomputing(self.denoiser)
         with ExitStack() as stack:
-            begun = [
+            stand_ins = [
                 stack.enter_context(attending_by(self.denoiser, n, self.tokens_at(n), weaken))
                 for n in layers
             ]
             yield
-        for layer, stand_in in zip(layers, begun, strict=True):
+        for layer, stand_in in zip(layers, stand_ins, strict=True):
             if not stand_in.was_called:
                 reason = why_unseen(self.denoiser, layer)
                 raise RuntimeError(f"no attention was weakened at {layer!r}: {reason}")
 
     @contextmanager
     def skipping(self, blocks: Sequence[str]) -> Generator[None]:
-        """Leave out blocks, by their dotted paths, inside the `with` statement.
+        """Leave out blocks inside the `with` statement; `blocks` are dotted paths.
 
-        Such a block returns what it is given, the text beside the picture included.
+        A block that is left out returns its input, including the text beside the picture.
 
         Raises:
             RuntimeError: A block was not reached.
@@ -90,11 +90,12 @@ class Step:
     def shuffling(
         self, blocks: Sequence[str], order: Callable[[str, int], Tensor]
     ) -> Generator[None]:
-        """Give blocks, by their dotted paths, the picture's tokens in another order.
+        """Give blocks the picture's tokens in another order, inside the `with` statement.
 
         Args:
-            blocks: Their paths.
-            order: Of a block and its number of tokens, a permutation of their indices.
+            blocks: Dotted paths of the blocks.
+            order: Called with a block's path and its number of picture tokens; returns a
+                permutation of their indices.
 
         Raises:
             ValueError: A block does not see the whole picture.
@@ -113,12 +114,12 @@ class Step:
     @contextmanager
     def _changing(self, changes: Mapping[str, Change | None]) -> Generator[None]:
         with ExitStack() as stack:
-            begun = {
+            stand_ins = {
                 block: stack.enter_context(changing_block(self.denoiser, block, change))
                 for block, change in changes.items()
             }
             yield
-        for block, stand_in in begun.items():
+        for block, stand_in in stand_ins.items():
             if not stand_in.was_called:
                 raise RuntimeError(
                     f"no tokens were changed at {block!r}: the block did not run; if the denoiser "
@@ -128,37 +129,38 @@ class Step:
 
 @dataclass(frozen=True)
 class Guidance:
-    """Settings of a guidance, which compares the network's prediction with a weakened one's.
+    """Settings of a guidance, which compares the predictions of the network and a weakened one.
 
-    A method is a subclass with a short name: `class Mine(Guidance, method="mine")`. It says how the
-    network is weakened; when, for which part of the batch, and what becomes of the difference is
-    the same for all.
+    A method is a subclass with a short name: `class Mine(Guidance, method="mine")`. It defines how
+    the network is weakened. The rest is the same for all methods: the guided steps, the guided part
+    of the batch, and how the difference is used.
 
     Attributes:
-        scale: How far predictions move away from the weakened network's, any finite number; 0 is
-            off.
+        scale: How far predictions move away from those of the weakened network, any finite number;
+            0 is off.
         start: Guidance begins at this fraction of the scheduler's timesteps, 0 to 1.
         stop: Guidance ends at this fraction, above `start`, at most 1.
-        every: A weakened pass runs at every n-th guided timestep, at least 1; those between add
-            its term again, at no extra cost.
-        noise_from: Guidance begins where the noise of a step has come down to this, above 0;
-            `None` is no limit. The unit is noise over signal, sigma_t / alpha_t of x_t = alpha_t *
-            x0 + sigma_t * eps: EDM's sigma (arXiv 2206.00364), in which windows are published
-            (arXiv 2404.07724, Sec. 3). It is what `sigmas` of diffusers' schedulers hold, but for
-            flow matching, where it is sigma / (1 - sigma); exp(-logSNR / 2) otherwise. So it means
-            the same for any scheduler, number of steps and strength of image to image.
-        noise_to: Guidance ends where the noise has come down to this, at least 0 and below
-            `noise_from`; `None` is no limit. A step is guided if both windows hold it.
+        every: A weakened pass runs at every n-th guided timestep, at least 1; the timesteps in
+            between add the same term again, at no extra cost.
+        noise_from: Guidance begins once the noise level has fallen to this, above 0; `None` is no
+            limit. The unit is noise over signal, sigma_t / alpha_t of x_t = alpha_t * x0 + sigma_t
+            * eps: EDM's sigma (arXiv 2206.00364), the unit of published windows (arXiv 2404.07724,
+            Sec. 3). The `sigmas` of diffusers' schedulers hold it, except for flow matching, where
+            it is sigma / (1 - sigma). Without `sigmas`, it is exp(-logSNR / 2). So it means the
+            same for any scheduler, number of steps and strength of image to image.
+        noise_to: Guidance ends once the noise level has fallen to this, at least 0 and below
+            `noise_from`; `None` is no limit. A step is guided if it is in both windows, that of
+            timesteps and that of noise.
         rescale: How far the standard deviation of each guided prediction is pulled back to that of
-            the network's own, 0 to 1; 0 is off (arXiv 2305.08891, Sec. 3.4, there for
+            the network's own prediction, 0 to 1; 0 is off (arXiv 2305.08891, Sec. 3.4, there for
             classifier-free guidance). It is measured on the prediction of `branch`, with the terms
-            of all guidances; what it makes of the term is added to both predictions of
-            classifier-free guidance, so it is the same for every weight of that.
-        norm_limit: How far guidance moves each picture's predicted clean sample at most, at a step:
-            the root mean square of that change over its elements, above 0; `None` is no limit. It
-            keeps large scales from ruining pictures (arXiv 2410.02416, Sec. 3, there for
-            classifier-free guidance), and holds for the sum of all guidances' terms.
-        branch: Whose prediction is compared under classifier-free guidance, "uncond" or "cond".
+            of all guidances. The rescaled term is added to both predictions of classifier-free
+            guidance, so it does not depend on that guidance's weight.
+        norm_limit: The most that guidance may change each picture's predicted clean sample at a
+            step: the root mean square of the change over its elements, above 0; `None` is no limit.
+            It keeps large scales from ruining pictures (arXiv 2410.02416, Sec. 3, there for
+            classifier-free guidance), and limits the sum of all guidances' terms.
+        branch: Which prediction of classifier-free guidance is compared, "uncond" or "cond".
 
     Raises:
         ValueError: A setting is out of its range or not of its type.
@@ -178,14 +180,14 @@ class Guidance:
     branch: Branch = "uncond"
 
     def __init_subclass__(cls, *, method: str | None = None) -> None:
-        """Enter a method into the registry by its short name."""
+        """Register a method under its short name."""
         super().__init_subclass__()
         if method is not None:
             cls.method = method
             METHODS[method] = cls
 
     def __post_init__(self) -> None:
-        """Check every setting once, here."""
+        """Check every setting."""
         check_number("scale", self.scale, -math.inf, math.inf)
         check_number("start", self.start, 0, 1)
         check_number("stop", self.stop, 0, 1)
@@ -208,31 +210,31 @@ class Guidance:
 
     @property
     def parts(self) -> tuple[Guidance, ...]:
-        """Itself: what `attach` takes, as for the sum of several."""
+        """The guidance itself, as a tuple for `attach`, like the parts of a sum."""
         return (self,)
 
     def __add__(self, other: Guidance | GuidanceSum) -> GuidanceSum:
-        """Both guidances together: their terms add up."""
+        """Return the sum of both guidances: their terms add up."""
         from .several import GuidanceSum
 
         return GuidanceSum((*self.parts, *other.parts))
 
     @property
     def has_noise_window(self) -> bool:
-        """Whether the noise of a step decides if it is guided."""
+        """Whether the noise level of a step decides if it is guided."""
         return self.noise_from is not None or self.noise_to is not None
 
     def acts_at(self, step: int, steps: int, noise: float | None = None) -> bool:
         """Whether a step of a run is guided.
 
         Args:
-            step: Its index among the scheduler's timesteps.
-            steps: Their number.
-            noise: Its noise over signal; `None` asks for the window of fractions alone.
+            step: The step's index among the scheduler's timesteps.
+            steps: Number of timesteps.
+            noise: Noise over signal at the step; `None` checks only `start` and `stop`.
         """
-        # A fraction such as 1 - 0.7 is not quite the 0.3 at which the step lies.
+        # Rounding: 1 - 0.7 is not exactly the 0.3 of a step.
         is_inside = self.start - 1e-9 <= step / steps < self.stop - 1e-9
-        if noise is not None:  # which schedulers know in float32
+        if noise is not None:  # schedulers have it in float32
             is_inside &= self.noise_from is None or noise <= self.noise_from * (1 + 1e-5)
             is_inside &= self.noise_to is None or noise > self.noise_to * (1 + 1e-5)
         return self.scale != 0 and is_inside
@@ -240,15 +242,15 @@ class Guidance:
     def reads(self, denoiser: nn.Module) -> tuple[str, ...]:
         """Dotted paths of the self-attention layers to read in the first pass; none by default.
 
-        Also called when attaching: raise `ValueError` for denoisers that the method can't weaken.
-        The denoiser may be compiled.
+        `attach` calls it, too: raise `ValueError` for denoisers that the method can't weaken. The
+        denoiser may be compiled.
         """
         return ()
 
     def weakens(self, denoiser: nn.Module) -> tuple[str, ...] | None:
-        """Dotted paths of all that the method changes in the network, if it changes nothing else.
+        """Dotted paths of all layers or blocks that the method changes; `None` if not known.
 
-        What runs before them is then not computed twice. `None` is not known, and computes all.
+        The weakened pass skips what runs before them. With `None`, it computes everything.
         """
         return None
 
@@ -257,38 +259,38 @@ class Guidance:
         """Weaken the network inside the `with` statement.
 
         Yields:
-            A worse clean sample to run the network at, of the shape of `step.x0`; `None` runs it
-            at x_t as it is.
+            A worse clean sample for the weakened pass, of the shape of `step.x0`; `None` runs it
+            at the unchanged x_t.
         """
         raise NotImplementedError
         yield
 
     @classmethod
     def fast(cls: type[Self], scale: float | None = None, **settings: Any) -> Self:
-        """Guidance that costs a sixth of what it costs at every step.
+        """Make a guidance with a sixth of the usual extra cost.
 
         Only the steps from a fifth to two thirds of the way are guided, and a weakened pass runs
-        at every third of them. Measured for Self-Attention Guidance: the term is small before,
-        draws speckles after, and changes slowly.
+        at every third of them. Measured for Self-Attention Guidance: the term is small before
+        these steps, adds speckles after them, and changes slowly.
 
         Args:
-            scale: `None` is a third more than the default, for the steps that are left out.
-            **settings: Any others.
+            scale: `None` is a third more than the default, to make up for the steps left out.
+            **settings: Any other settings.
         """
         preset: dict[str, Any] = {"start": 0.2, "stop": 0.65, "every": 3}
         scale = cls().scale * 4 / 3 if scale is None else scale
         return cls(scale, **{**preset, **settings})
 
     def to_dict(self) -> dict[str, Any]:
-        """All settings, with the short name of the method, as JSON can hold them."""
+        """Return all settings and the short name of the method, as JSON values."""
         settings = dataclasses.asdict(self)
         return {"method": self.method, **{n: _plain(value) for n, value in settings.items()}}
 
     @staticmethod
     def from_dict(settings: Mapping[str, Any]) -> Guidance:
-        """The guidance that `to_dict` gave; settings that are missing have their defaults.
+        """Make a guidance from the output of `to_dict`; missing settings have their defaults.
 
-        That of a sum of guidances is read by `guidance_of`.
+        `guidance_of` also reads the output of a sum.
 
         Raises:
             ValueError: The method or a setting is not known, or has a value out of its range.
@@ -315,13 +317,13 @@ class Guidance:
 
         Args:
             target: A diffusers pipeline, or a denoiser for a loop of your own.
-            scheduler: The scheduler that drives a bare denoiser. For a pipeline, that of the
-                pipeline that runs is used.
-            batch_layout: What a call holds under classifier-free guidance: a batch of two halves
-                in this order, "uncond_first" or "cond_first", or the first of two calls of a
-                step, "cond_call_first" or "uncond_call_first"; "single" without it (each row is
-                a picture). `None` asks the pipeline that runs; in a loop of your own it is
-                "single", and refused where the batch looks like two halves.
+            scheduler: The scheduler that drives a bare denoiser. With a pipeline, the scheduler of
+                the running pipeline is used.
+            batch_layout: How calls are made under classifier-free guidance: with a batch of two
+                halves, "uncond_first" or "cond_first"; or with two calls for each step,
+                "cond_call_first" or "uncond_call_first". Without it, "single": each row is a
+                picture. `None` asks the running pipeline. In a loop of your own, `None` is
+                "single", but an error if the batch looks like two halves.
 
         Returns:
             The handle; use it in a `with` statement, or call its `remove`.
@@ -332,7 +334,7 @@ class Guidance:
 
 
 def _plain(value: Any) -> Any:
-    """A setting as JSON can hold it, which knows no infinity."""
+    """Convert a setting to a JSON value; JSON has no infinity."""
     if isinstance(value, tuple):
         return list(cast("tuple[Any, ...]", value))
     return "inf" if value == math.inf else value

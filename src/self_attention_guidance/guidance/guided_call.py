@@ -1,4 +1,4 @@
-"""Algorithm 1 of Self-Attention Guidance, without the parts that differ between methods."""
+"""Algorithm 1 of Self-Attention Guidance: the part that all methods share."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from .base import Guidance, Step
 
 def _no_effect(step: int, guidance: Guidance) -> RuntimeError:
     return RuntimeError(
-        f"step {step}: {guidance} had no effect: the weakened network predicted what the network "
-        "itself did"
+        f"step {step}: {guidance} had no effect: the weakened network predicted the same as the "
+        "network itself"
     )
 
 
 def _rounding(dtype: torch.dtype) -> float:
-    """How far outputs may differ, relative to the largest, because batches differ in size.
+    """How far outputs of different batch sizes may differ, relative to the largest value.
 
-    In half precision, rounding looks like a small effect.
+    It is 0 in half precision, where rounding and a small effect look the same.
     """
     eps = torch.finfo(dtype).eps
     return 256 * eps if eps < 1e-6 else 0.0
@@ -43,8 +43,8 @@ class GuidedCall:
     """A call of a denoiser at a guided step.
 
     Attributes:
-        acting: The guidances that add something, by number, each with the noise that it adds
-            again, or else `None` and the layers that it reads, for a weakened pass.
+        acting: The guidances that act, by number. Each comes with the noise that it adds again;
+            or, for a weakened pass, with `None` and the layers that it reads.
         read: The layers that are read, by their dotted paths.
     """
 
@@ -57,20 +57,20 @@ class GuidedCall:
 
     @functools.cached_property
     def prefix(self) -> Prefix:
-        """Values of the first pass that weakened passes reuse."""
+        """Outputs of the first pass that weakened passes reuse."""
         return Prefix(uncompiled(self.denoiser))
 
     def noting_prefix(self) -> AbstractContextManager[None]:
-        """Note in the first pass what comes before all that weakened passes change."""
+        """Record, in the first pass, the outputs of blocks that run before any weakened one."""
         sets = [g.weakens(self.denoiser) for g, held, _ in self.acting.values() if held is None]
         weak = {layers for layers in sets if layers is not None}
-        # A U-Net adds what a T2I-Adapter gives to the blocks' own outputs, in place.
+        # A U-Net adds the outputs of a T2I-Adapter to those of its blocks, in place.
         is_adapted = self.call.arguments.get("down_intrablock_additional_residuals") is not None
         blocks = blocks_before(self.denoiser) if weak and not is_adapted else []
         return self.prefix.noting(blocks, weak) if blocks else nullcontext()
 
     def terms(self, whole: Tensor) -> tuple[dict[int, Tensor], list[Step]]:
-        """The term of each guidance in its branch's output, and what weakened passes saw."""
+        """Compute each guidance's term, for its branch's output, and the steps of weak passes."""
         place = place_of(self.call, whole, self.run.on_cpu)
         prediction = self.run.prediction(self.call)
         terms: dict[int, Tensor] = {}
@@ -91,14 +91,14 @@ class GuidedCall:
         return self.layout.rows(len(self.call.sample), self.acting[number][0].branch)
 
     def _written(self, number: int, term: Tensor, whole: Tensor, place: PicturePlace) -> Tensor:
-        """A term as the denoiser lays out its output."""
+        """Return a term in the layout of the denoiser's output."""
         output = whole[self._rows(number)]
         if term.shape == output.shape:
             return term
         return place.written(torch.zeros_like(output, dtype=term.dtype), term)
 
     def _limited(self, terms: dict[int, Tensor], prediction: Prediction) -> dict[int, Tensor]:
-        """Terms that change the clean sample no more than all guidances allow, see `_rescaled`."""
+        """Scale terms down so that their sum keeps to `norm_limit`; see `_rescaled`."""
         first = min(terms, default=0)
         limit = self.acting[first][0].norm_limit if terms else None
         if limit is None:
@@ -110,11 +110,10 @@ class GuidedCall:
     def _rescaled(
         self, terms: dict[int, Tensor], whole: Tensor, place: PicturePlace
     ) -> dict[int, Tensor]:
-        """Terms with which the guided prediction has the standard deviation that is asked for.
+        """Scale terms so that the guided prediction has the standard deviation that `rescale` asks.
 
-        All guidances have one branch, one `rescale` and one `norm_limit`, or `attach` refuses
-        them: the sum of terms that were rescaled alone could take away more than all of the
-        prediction.
+        All guidances have the same branch, `rescale` and `norm_limit`; `attach` refuses others. If
+        each term were rescaled alone, their sum could remove more than the whole prediction.
         """
         if not terms:
             return terms
@@ -124,14 +123,14 @@ class GuidedCall:
             return terms
         u = precise(place.read(whole[self._rows(first)]))
         factor = rescaling(u, u + total(terms), rescale)
-        # factor * (u + terms) - u, shared out to the guidances
+        # factor * (u + terms) - u, split between the guidances
         rescaled = {number: factor * term for number, term in terms.items()}
         return rescaled | {first: rescaled[first] + (factor - 1) * u}
 
     def _compare(
         self, number: int, rows: slice, output: Tensor, place: PicturePlace, levels: Prediction
     ) -> tuple[Tensor, Step]:
-        """scale * (eps - eps'), in units of the output, by a weakened pass."""
+        """Run a weakened pass, and return scale * (eps - eps') in units of the output."""
         (guidance, _, layers), sample = self.acting[number], self.call.sample[rows]
         x_t, u = precise(place.read(sample)), precise(place.read(output))
         x0 = levels.x0(x_t, u)
@@ -149,7 +148,7 @@ class GuidedCall:
         term = guidance.scale * levels.term(u, u_weak, change)
         if change is None:
             is_nothing = (u - u_weak).abs().max() <= _rounding(output.dtype) * u.abs().max()
-        else:  # where there was nothing to blur, there is nothing to add
+        else:  # if nothing was blurred, a term of 0 is no error
             is_nothing = (term == 0).all() & (sample_weak != sample).any()
         self.run.refuse(is_nothing, _no_effect, self.run.step, guidance)
         if guidance.every > 1:
@@ -157,7 +156,7 @@ class GuidedCall:
         return term, step
 
     def _attention(self, layer: str, rows: slice, place: PicturePlace) -> Tensor:
-        """The attention that each of the picture's tokens received, (batch, rows, columns)."""
+        """Return the attention that each picture token received, (batch, rows, columns)."""
         noted = self.read[layer].noted
         if not noted:
             reason = why_unseen(self.denoiser, layer)
@@ -171,14 +170,14 @@ class GuidedCall:
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def _weak_output(self, rows: slice, sample: Tensor, weak: tuple[str, ...]) -> Tensor:
-        """The network's output, weakened only in these layers if there are any."""
+        """Run the weakened network; with `weak`, reuse what runs before these layers."""
         self.run.is_weak = True
         try:
             batch = len(self.call.sample)
             with self.prefix.reused(weak, batch, rows) if weak else nullcontext():
                 args, kwargs = self.call.rows(rows, sample)
                 output = stacked(self.denoiser(*args, **kwargs)[0])
-        except ShapesDiffer:  # where these rows' texts are shorter than the longest
+        except ShapesDiffer:  # these rows have shorter texts than the longest of the batch
             return self._weak_output(rows, sample, ())
         finally:
             self.run.is_weak = False
@@ -190,13 +189,13 @@ class GuidedCall:
         return output
 
     def check(self, whole: Tensor, guided: Tensor) -> None:
-        """Refuse values that are not finite, with all other checks of the step."""
+        """Refuse values that are not finite, and read all checks of the step."""
         stages = {
             "the denoiser's input": self.call.sample,
             "the denoiser's prediction": whole,
             "its prediction in the weakened pass": guided,
         }
-        # What is not finite at an earlier stage is not finite at the last.
+        # A value that is not finite at an earlier stage is not finite at the last one either.
         is_bad = ~guided.isfinite().all()
         self.run.refuse(is_bad, not_finite, stages, self.run.step, self.call.timestep)
         self.run.read_checks()

@@ -1,7 +1,7 @@
-"""Attach guidances to a denoiser, of a pipeline or of a loop of one's own.
+"""Attach guidances to the denoiser of a pipeline, or of a loop of one's own.
 
-Hooks on it read the attention of its pass, run it again, weakened, and add what guidance makes of
-the difference to its own output. Pipelines, samplers and schedulers never learn of it.
+Hooks on the denoiser read the attention of its pass, run a weakened pass, and add the guidance term
+to its output. Pipelines, samplers and schedulers do not notice.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .base import Guidance
 from .guided_call import GuidedCall
 from .several import GuidanceSum
 
-# Otherwise two threads could both find a denoiser unguided.
+# Without a lock, two threads could both find a denoiser without guidance.
 _attaching = threading.Lock()
 
 
@@ -42,23 +42,24 @@ def attach(
 ) -> GuidanceHandle:
     """Guide every call of a denoiser until the handle is removed.
 
-    Several guidances share the first pass. Each has a weakened pass, and a window of steps, of its
-    own; what they add is summed, in any order.
+    Several guidances share the first pass. Each has its own weakened pass and its own window of
+    steps. Their terms are added; the order does not matter.
 
     Args:
         target: A diffusers pipeline, or a denoiser for a loop of your own.
         *guidances: At least one; a sum, `a + b`, is all of its parts.
         scheduler: See `Guidance.attach`.
         batch_layout: See `Guidance.attach`.
-        is_for_this_thread: Refuse calls of other threads, for a pipeline's own call.
+        is_for_this_thread: Whether to refuse calls of other threads. Pipelines that attach guidance
+            in their own call set it.
 
     Raises:
-        ValueError: The denoiser, its layers or the scheduler are not supported, the denoiser is
-            guided already, or guidances differ in `rescale`, or `norm_limit`, or `branch` with
-            them.
+        ValueError: The denoiser, its layers or the scheduler are not supported; the denoiser is
+            already guided; or guidances use `rescale` or `norm_limit` and differ in one of them or
+            in `branch`.
     """
     if not guidances or not all(isinstance(each, Guidance | GuidanceSum) for each in guidances):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ValueError("attach needs a guidance behind its target: SelfAttentionGuidance(0.75)")
+        raise ValueError("attach needs a guidance after its target: SelfAttentionGuidance(0.75)")
     parts = tuple(part for each in guidances for part in each.parts)
     _refuse_mixed_limits(parts)
     denoiser = denoiser_of(target)
@@ -88,23 +89,23 @@ def _scheduler_of(pipeline: Any, given: Scheduler | None) -> Scheduler:
 
 
 class GuidanceHandle:
-    """A guided denoiser: holds what the last guided step saw, and undoes the guidance.
+    """The guidance on a denoiser: keeps values of the last guided step, and removes the guidance.
 
-    Made by `attach`. Copies of the denoiser follow this handle. A denoiser serves one thread at a
+    `attach` makes it. Copies of the denoiser use the same handle. A denoiser serves one thread at a
     time, and refuses others.
 
     Attributes:
         guidances: The settings.
         attached: Whether the denoiser is guided.
-        steps: Number of weakened passes so far: one for each guidance and guided step that does
-            not hold its term. A run of two calls a step has one more at its first step, unless
-            its pipeline says that classifier-free guidance is on.
-        x0: The clean sample that was predicted at the last weakened pass, as the scheduler clips
-            or thresholds it: (pictures, channels, height, width), at least float32.
-        term: What guidance added at the last guided step to each picture's rows of the denoiser's
-            output, of their shape, times scale, limited and rescaled; at least float32. `None`
-            before it.
-        noted: What the last weakened pass noted, by name: "attention" and "mask" of
+        steps: Number of weakened passes so far: one for each guidance and guided step, except where
+            a held term is added again. With two calls for each step, a run has one more at its
+            first step, unless its pipeline says that classifier-free guidance is on.
+        x0: The clean sample predicted at the last weakened pass, clipped or thresholded as the
+            scheduler does: (pictures, channels, height, width), at least float32.
+        term: The term that guidance added at the last guided step to each picture's rows of the
+            denoiser's output: of their shape, with scale, limit and rescaling applied, at least
+            float32. `None` before that step.
+        noted: Tensors that the last weakened pass recorded, by name: "attention" and "mask" of
             `SelfAttentionGuidance`.
     """
 
@@ -117,7 +118,7 @@ class GuidanceHandle:
         scheduler: Scheduler | None,
         batch_layout: BatchLayout | None,
     ) -> None:
-        """Use `attach`."""
+        """Attach the guidance; use `attach` instead."""
         self.guidances = guidances
         self._numbers = tuple(range(len(guidances)))
         self._layers = [each.reads(denoiser) for each in guidances]
@@ -126,7 +127,7 @@ class GuidanceHandle:
         self.x0: Tensor | None = None
         self.term: Tensor | None = None
         self.noted: dict[str, Tensor] = {}
-        # A pipeline keeps its handle: the handle may not keep the pipeline. NoneType() is None.
+        # A pipeline refers to its handle, so the handle refers weakly to it. NoneType() is None.
         self._pipeline: Any = NoneType if pipeline is None else weakref.ref(pipeline)
         self._scheduler = scheduler
         self._layout: BatchLayout | None = batch_layout
@@ -143,24 +144,24 @@ class GuidanceHandle:
 
     @property
     def attention(self) -> Tensor | None:
-        """Attention received per position at the last weakened pass of self-attention guidance.
+        """Attention that each position received at the last weakened pass that read attention.
 
-        Shape (pictures, rows, columns), float32, mean 1; `None` if none was read.
+        Shape (pictures, rows, columns), float32, mean 1; `None` if no pass has read it.
         """
         return self.noted.get("attention")
 
     @property
     def mask(self) -> Tensor | None:
-        """The positions that were blurred there, (pictures, rows, columns) bool; or `None`."""
+        """The positions that it blurred, (pictures, rows, columns) bool; `None` without a mask."""
         return self.noted.get("mask")
 
     def remove(self) -> None:
-        """Restore the denoiser, bit for bit; idempotent. What the handle saw stays readable."""
+        """Restore the denoiser, bit for bit; idempotent. The handle keeps its values."""
         self.attached = False
         for hook in self._hooks:
             hook.remove()
         self._stop_reading()
-        if not self._is_for_one_call:  # else the next handle goes on with the run
+        if not self._is_for_one_call:  # otherwise the next handle continues the run
             self._run.end()
 
     def remove_after_call(
@@ -169,34 +170,34 @@ class GuidanceHandle:
         """Guide one call only, even if it fails.
 
         Args:
-            earlier: The handle whose run goes on.
-            numbers: Of the guidances that act in this call; `None` is all.
+            earlier: The handle of an earlier call, whose run this one continues.
+            numbers: Numbers of the guidances that act in this call; `None` is all.
         """
         self._is_for_one_call = True
         self._run = self._run if earlier is None else earlier._run
         self._numbers = self._numbers if numbers is None else tuple(numbers)
 
     def __enter__(self) -> GuidanceHandle:
-        """The handle; the denoiser is guided already."""
+        """Return the handle; the denoiser is already guided."""
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        """Remove the guidance; refuse a pipeline that got another denoiser, not guided."""
+        """Remove the guidance; raise an error if the pipeline got another denoiser meanwhile."""
         present = denoiser_of(self._pipeline()) if self.attached else None
         is_guided = present is None or self in _handles_on(present)
         self.remove()
         if error is None and not is_guided:
             raise RuntimeError(
                 f"{type(self._pipeline()).__name__} got another denoiser after guidance was "
-                "attached; what it drew with that one is not guided: attach again after the change"
+                "attached; its pictures since then are not guided: attach again after the change"
             )
 
     def __deepcopy__(self, memo: object) -> GuidanceHandle:
-        """The handle itself: a copied denoiser keeps this handle."""
+        """Return the handle itself: a copied denoiser keeps this handle."""
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but what belongs to this process; a guided denoiser can be pickled."""
+        """Leave out what belongs to this process, so that a guided denoiser can be pickled."""
         local = {"_pipeline": NoneType, "_guided_call": None, "_reading": ExitStack()}
         return self.__dict__ | local
 
@@ -224,7 +225,7 @@ class GuidanceHandle:
         if not self.attached or (run.is_weak and run.is_inside()):
             return
         run.enter(module)
-        if self._is_for_one_call and self._has_begun:  # Ctrl-C ended the one call
+        if self._is_for_one_call and self._has_begun:  # Ctrl-C interrupted the one call
             self.remove()
             return
         self._has_begun = True
@@ -244,7 +245,7 @@ class GuidanceHandle:
     def _begin(
         self, denoiser: nn.Module, call: Call, caller: Caller | None, numbers: list[int]
     ) -> GuidedCall:
-        """Find out what a call holds and what each guidance needs of it, and begin to read that."""
+        """Find a call's layout and what each guidance needs from it, and start reading that."""
         run = self._run
         layout = layout_of(call, caller, self._layout) or run.layout(denoiser, call, caller)
         run.compare(call, caller, layout, len(numbers))
@@ -272,7 +273,7 @@ class GuidanceHandle:
             return None
         try:
             guided_call = self._stop_reading()
-            if guided_call is None or output is None:  # the pass failed, its error is under way
+            if guided_call is None or output is None:  # not guided; or the pass raised an error
                 return None
             return with_first(output, self._guided(guided_call, stacked(output[0])))
         finally:
@@ -286,7 +287,7 @@ class GuidanceHandle:
         return guided_call
 
     def _guided(self, guided_call: GuidedCall, whole: Tensor) -> Tensor:
-        """The denoiser's output with what all guidances add to it."""
+        """Return the denoiser's output with the terms of all guidances."""
         terms, steps = guided_call.terms(whole)
         for step in steps:
             self.x0 = step.x0.detach()
@@ -302,7 +303,7 @@ class GuidanceHandle:
 
 
 def _refuse_mixed_limits(guidances: Sequence[Guidance]) -> None:
-    """The sum of all terms is limited and rescaled, on one branch's prediction."""
+    """Refuse different limits: the sum of all terms is limited and rescaled, on one branch."""
     names = ("rescale", "norm_limit", "branch")
     asked = {tuple(getattr(each, n) for n in names): each for each in guidances if each.scale != 0}
     if len(asked) > 1 and any(each.rescale or each.norm_limit for each in asked.values()):
@@ -320,9 +321,10 @@ def _acts(guidance: Guidance, run: Run, step: int) -> bool:
 
 
 def _check_window(guidance: Guidance, run: Run) -> None:
-    """Refuse a window of noise that holds no step from the run's first one on.
+    """Refuse a window of noise levels without a step in the rest of the run.
 
-    One of fractions is warned of: a run may be divided between pipelines, of which one is guided.
+    An empty window of fractions is only a warning: a run may be divided between pipelines, only one
+    of which is guided.
     """
     steps = range(run.step, len(run.schedule))
     if guidance.scale == 0 or any(_acts(guidance, run, step) for step in steps):
@@ -343,7 +345,7 @@ def _check_window(guidance: Guidance, run: Run) -> None:
 
 
 def _handles_on(denoiser: nn.Module) -> list[GuidanceHandle]:
-    """Those that guide a denoiser, or the module that it is compiled from."""
+    """Return the handles that guide a denoiser, or the module that it is compiled from."""
     modules = {denoiser, uncompiled(denoiser)}
     hooks = [hook for module in modules for hook in module._forward_hooks.values()]
     owners = [getattr(hook, "__self__", None) for hook in hooks]

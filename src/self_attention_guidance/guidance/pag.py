@@ -18,31 +18,31 @@ from .weak_layers import WeakLayers
 class PerturbedAttentionGuidance(WeakLayers, method="pag"):
     """Guidance away from a network whose self-attention is the identity (arXiv 2403.17377, Eq. 12).
 
-    Each position of the perturbed layers sees itself alone. Where attention is over text, too, it
-    sees itself and the text, and the text sees what it saw, as in diffusers'
+    In the perturbed layers, each position attends only to itself. In joint attention with text, it
+    attends to itself and the text, and the text attends to everything as before, as in diffusers'
     `StableDiffusion3PAGPipeline`.
 
     Attributes:
         scale: The paper's s, any finite number: 0 is off, 3 is usual, with classifier-free guidance
             of about 4.
-        branch: "cond" is the authors'.
+        branch: "cond" is the authors' choice.
         layers: Self-attention layers to perturb (see `WeakLayers`); `None` is the mid block of
             U-Nets, as in the authors' experiments (Sec. 5), and one block of transformers.
 
     Raises:
-        ValueError: A setting is out of its range or not of its type; when attaching, a name means
+        ValueError: A setting is out of its range or not of its type; when attaching, a name matches
             no layer.
     """
 
     @contextmanager
     def weaken(self, step: Step) -> Generator[Tensor | None]:
-        """Let every position of the layers attend to itself alone."""
+        """Let every position of the layers attend only to itself."""
         with step.attending(self.chosen(step.denoiser), identity):
             yield None
 
 
 def identity(operands: PictureOperands, kernel: Callable[[], Tensor]) -> Tensor:
-    """Attention whose map between the picture's positions is the identity matrix."""
+    """Compute attention whose map between the picture's positions is the identity matrix."""
     if operands.has_picture_only:
         return operands.value
     query, picture, bias = operands.query, operands.picture, operands.bias

@@ -1,15 +1,15 @@
 """Self-Attention Guidance and blur guidance: Hong et al., ICCV 2023, arXiv 2210.00939.
 
-Algorithm 1 of the paper, for one step. All lines but those of `weaken` are the same for every
-guidance, and in `guided_call`:
+Algorithm 1 of the paper, for one step. The lines marked `weaken` are here; the others are the same
+for every guidance, and in `guided_call`:
 
     eps, A     <- the network at x_t, and the self-attention of one layer
     x0         <- the clean sample that eps predicts
     M          <- A > psi, where A is what each position receives                (weaken)
     x0'        <- M * blur(x0) + (1 - M) * x0                                    (weaken)
-    x_t'       <- x0' with the noise eps again
+    x_t'       <- x0' with the noise eps added again
     eps'       <- the network at x_t'
-    eps        <- eps + s * (eps - eps'), from which the sampler steps
+    eps        <- eps + s * (eps - eps'), for the sampler's step
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Blurring(Guidance):
     blur_kernel_size: int = 9
 
     def __post_init__(self) -> None:
-        """Check every setting once, here."""
+        """Check every setting."""
         super().__post_init__()
         check_number("blur_sigma", self.blur_sigma, 0, math.inf)
         if check_count("blur_kernel_size", self.blur_kernel_size) % 2 == 0:
@@ -48,10 +48,10 @@ class Blurring(Guidance):
 
 @dataclass(frozen=True)
 class BlurGuidance(Blurring, method="blur"):
-    """Guidance away from a prediction at a clean sample that is blurred everywhere.
+    """Guidance away from the prediction at a clean sample that is blurred everywhere.
 
     It reads no attention, so it also guides networks that have none. Its settings are those of
-    `Guidance`, and `blur_sigma` and `blur_kernel_size` of `SelfAttentionGuidance`.
+    `Guidance`, plus `blur_sigma` and `blur_kernel_size` of `SelfAttentionGuidance`.
     """
 
     @contextmanager
@@ -71,12 +71,12 @@ class SelfAttentionGuidance(Blurring, method="sag"):
         blur_sigma: Standard deviation of the blur, in pixels of the denoiser's input (latent
             pixels for latent diffusion), at least 0.
         blur_kernel_size: Taps of the blur, odd, at least 1.
-        branch: "uncond" is the paper's, "cond" acts more on the subject.
+        branch: "uncond" is the paper's choice; "cond" changes the subject more.
         threshold: Positions that receive more attention than this are blurred; 1.0 is the mean.
         layer: Dotted path of the self-attention layer in the denoiser, or a beginning of it that
-            means no other, "down.0" say; `None` is the default of the denoiser's family: the mid
-            block of U-Nets, the middle block of DiT (by argument, not by measurement: it is to
-            DiT's blocks what the bottleneck is to a U-Net's).
+            matches no other layer, such as "down.0". `None` is the default of the denoiser's
+            family: the mid block of U-Nets, the middle block of DiT (by argument, not by
+            measurement: it corresponds to the bottleneck of a U-Net).
     """
 
     _: KW_ONLY
@@ -84,13 +84,13 @@ class SelfAttentionGuidance(Blurring, method="sag"):
     layer: str | None = None
 
     def __post_init__(self) -> None:
-        """Check every setting once, here."""
+        """Check every setting."""
         super().__post_init__()
         check_number("threshold", self.threshold, 0, math.inf)
         check_layer("layer", self.layer)
 
     def reads(self, denoiser: nn.Module) -> tuple[str, ...]:
-        """The one layer whose attention makes the mask."""
+        """Dotted path of the layer whose attention makes the mask."""
         if self.layer is None:
             return (default_layer(denoiser),)
         found = resolved(denoiser, (self.layer,), has_blocks=False)
@@ -99,7 +99,7 @@ class SelfAttentionGuidance(Blurring, method="sag"):
         return found
 
     def mask(self, attention: Tensor) -> Tensor:
-        """The positions to blur, bool, of the shape of `attention`, whose mean is 1 (Eq. 14)."""
+        """Positions to blur, bool, of the shape of `attention`, which has mean 1 (Eq. 14)."""
         return attention > self.threshold
 
     @contextmanager

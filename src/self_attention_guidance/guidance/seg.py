@@ -22,20 +22,20 @@ from .weak_layers import WeakLayers
 class SmoothedEnergyGuidance(WeakLayers, method="seg"):
     """Guidance away from a network whose attention has smoothed energy (arXiv 2408.00760, Eq. 8).
 
-    The queries of some layers are blurred over the picture, which blurs the scores Q K^T over their
-    queries by the same kernel (Proposition 1), since these are linear in the queries, whatever
-    norms and rotations came before. Where attention is over text, too, the text's stay as they are.
+    The queries of some layers are blurred over the picture. This blurs the scores Q K^T over the
+    queries by the same kernel (Proposition 1): they are linear in the queries, whatever norms and
+    rotations came before. In joint attention with text, the queries of the text stay unchanged.
 
     Attributes:
-        scale: The paper's gamma, any finite number: 0 is off, 3 is the author's.
-        branch: "cond" is the author's.
+        scale: The paper's gamma, any finite number: 0 is off, 3 is the author's choice.
+        branch: "cond" is the author's choice.
         layers: Self-attention layers to smooth (see `WeakLayers`); `None` is the mid block of
             U-Nets, as in the author's experiments.
         blur_sigma: Standard deviation of the blur, in tokens of a layer, above 0. Infinity, or the
-            text "inf", is the author's: each query is the mean of the picture's.
+            text "inf", is the author's choice: each query is the mean of the picture's queries.
 
     Raises:
-        ValueError: A setting is out of its range or not of its type; when attaching, a name means
+        ValueError: A setting is out of its range or not of its type; when attaching, a name matches
             no layer.
     """
 
@@ -43,7 +43,7 @@ class SmoothedEnergyGuidance(WeakLayers, method="seg"):
     blur_sigma: float = math.inf
 
     def __post_init__(self) -> None:
-        """Check every setting once, here."""
+        """Check every setting."""
         super().__post_init__()
         sigma: Any = self.blur_sigma
         if sigma in ("inf", math.inf):
@@ -64,14 +64,14 @@ class SmoothedEnergyGuidance(WeakLayers, method="seg"):
 def attention_of_blurred(
     operands: PictureOperands, kernel: Callable[[], Tensor], sigma: float
 ) -> Tensor:
-    """Attention from queries that are blurred over the picture's grid."""
+    """Compute attention with queries that are blurred over the picture's grid."""
     query = operands.query.clone()
     own = query[..., operands.picture, :]
     if sigma == math.inf:
         own[:] = own.mean(dim=-2, keepdim=True)
     else:
-        # The author's number of taps, three sigma to each side; a longer kernel than eight sides
-        # of the picture is flat on it.
+        # The author's number of taps: three sigma to each side. A kernel longer than eight times
+        # the picture's side is flat over the picture, so it need not be longer.
         taps = max(3, min(math.ceil(6 * sigma), 8 * max(operands.grid)) // 2 * 2 + 1)
         grid = own.unflatten(-2, operands.grid).movedim(-1, -3)
         own[:] = gaussian_blur(grid, sigma, taps).movedim(-3, -1).flatten(-3, -2)

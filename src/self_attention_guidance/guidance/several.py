@@ -22,40 +22,40 @@ class GuidanceSum:
     """Several guidances whose terms add up: `SelfAttentionGuidance(0.5) + BlurGuidance(0.2)`.
 
     Attributes:
-        guidances: At least two. Each has settings and a weakened pass of its own.
-        scale: Factor of all of their scales, any finite number; 0 is off.
+        guidances: At least two guidances. Each has its own settings and weakened pass.
+        scale: Factor for all of their scales, any finite number; 0 is off.
 
     Raises:
-        ValueError: There are fewer guidances, or the scale is not finite.
+        ValueError: There are fewer than two guidances, or the scale is not finite.
     """
 
     guidances: tuple[Guidance, ...]
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        """Check both."""
+        """Check both settings."""
         check_number("scale", self.scale, -math.inf, math.inf)
         if len(self.guidances) < 2:
             raise ValueError(f"guidances={self.guidances!r} must be at least two")
 
     @property
     def method(self) -> str:
-        """The short names, "sag+pag" say."""
+        """The short names, for example "sag+pag"."""
         return "+".join(each.method for each in self.guidances)
 
     @property
     def parts(self) -> tuple[Guidance, ...]:
-        """The guidances with the scales that they act with, for `attach`."""
+        """The guidances with their final scales, for `attach`."""
         return tuple(
             dataclasses.replace(each, scale=each.scale * self.scale) for each in self.guidances
         )
 
     def __add__(self, other: Guidance | GuidanceSum) -> GuidanceSum:
-        """Both together."""
+        """Return the sum of both."""
         return GuidanceSum(self.parts + other.parts)
 
     def to_dict(self) -> dict[str, Any]:
-        """All settings, as JSON can hold them; `guidance_of` reads them."""
+        """Return all settings as JSON values; `guidance_of` reads them."""
         parts = [each.to_dict() for each in self.guidances]
         return {"method": self.method, "scale": self.scale, "guidances": parts}
 
@@ -73,11 +73,11 @@ class GuidanceSum:
 
 
 def guidance_of(settings: Mapping[str, Any]) -> Guidance | GuidanceSum:
-    """The inverse of `to_dict`, for one guidance or several; missing settings have their defaults.
+    """Make one or several guidances from the output of `to_dict`; defaults for missing settings.
 
     Args:
-        settings: With the short name as "method", or several, "sag+pag", and their settings as
-            "guidances".
+        settings: The settings, with the short name as "method". For several guidances, "method" is
+            "sag+pag", for example, and "guidances" holds the settings of each.
 
     Raises:
         ValueError: A method or a setting is not known, or has a value out of its range.

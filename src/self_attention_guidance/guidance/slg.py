@@ -17,19 +17,19 @@ from .weak_layers import WeakLayers
 class SkipLayerGuidance(WeakLayers, method="slg"):
     """Guidance away from a network without some of its blocks.
 
-    A block that is left out returns what it is given, the text beside the picture included, as with
+    A block that is left out returns its input, including the text beside the picture, as with
     `skip_guidance_layers` of diffusers' `StableDiffusion3Pipeline`. Its recommended window for
-    Stable Diffusion 3.5 Medium is `start=0.01, stop=0.2`. All steps are guided by default: within
-    that window a run of fewer than six steps would have none.
+    Stable Diffusion 3.5 Medium is `start=0.01, stop=0.2`. All steps are guided by default, because
+    that window contains no step of a run with fewer than six.
 
     Attributes:
         scale: Any finite number: 0 is off, 3 is usual.
-        branch: "cond" is Stability AI's.
+        branch: "cond" is Stability AI's choice.
         layers: Blocks to leave out (see `WeakLayers`); `None` is 7 to 9 of 24 in Stable Diffusion
             3.5, the mid block of U-Nets, and the middle block of other transformers.
 
     Raises:
-        ValueError: A setting is out of its range or not of its type; when attaching, a name means
+        ValueError: A setting is out of its range or not of its type; when attaching, a name matches
             no block.
     """
 

@@ -1,4 +1,4 @@
-"""A guidance as text, "sag:scale=0.5,blur_sigma=2", as the command line reads it."""
+"""A guidance as a text that the command line reads, such as "sag:scale=0.5,blur_sigma=2"."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 from .base import METHODS
 
 PLUS = " + "
-"""What stands between guidances that act together."""
+"""The text between guidances that act together."""
 
 
 def guidance_text(settings: Mapping[str, Any], always: Collection[str] = ()) -> str:
-    """A guidance as `--guidance` takes it, without the settings that have their defaults.
+    """Write a guidance as `--guidance` takes it, without settings that have their defaults.
 
     Args:
-        settings: What `Guidance.to_dict` gave.
-        always: Names of settings that are told though they have their defaults, because a model
-            recommends others. Of several guidances there are none.
+        settings: What `Guidance.to_dict` returned.
+        always: Names of settings to write even if they have their defaults, because a model
+            recommends other values. They do not apply to several guidances.
     """
     if "guidances" in settings:
         factor = settings["scale"]
@@ -30,11 +30,11 @@ def guidance_text(settings: Mapping[str, Any], always: Collection[str] = ()) -> 
         for name, value in settings.items()
         if name != "scale" and (value != usual[name] or name in always)
     ]
-    told = [f"{name}={_told(settings[name])}" for name in ("scale", *changed)]
-    return f"{method}:{','.join(told)}"
+    texts = [f"{name}={_text_of(settings[name])}" for name in ("scale", *changed)]
+    return f"{method}:{','.join(texts)}"
 
 
-def _told(value: Any) -> str:
+def _text_of(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "+".join(map(str, value))  # pyright: ignore[reportUnknownArgumentType]
     return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)

@@ -21,19 +21,19 @@ from .weak_layers import WeakLayers
 class TokenPerturbationGuidance(WeakLayers, method="tpg"):
     """Guidance away from a network whose tokens are shuffled (arXiv 2506.10036, Algorithm 1).
 
-    Before each of some blocks the picture's tokens are put into a random order, another one at each
-    step and block, and stay in it. The order depends on neither the batch nor the device: all
-    pictures of a step have the same, as in the authors' code.
+    The picture's tokens are put into a random order before each chosen block, and are not put back
+    afterwards. Each step and block has its own order. It depends neither on the batch nor on the
+    device: all pictures of a step have the same order, as in the authors' code.
 
     Attributes:
-        scale: The paper's gamma, any finite number: 0 is off, 3 is the authors'.
-        branch: "cond" is the authors'.
-        layers: Blocks whose tokens are shuffled (see `WeakLayers`); `None` is the encoder of
-            U-Nets, their down blocks, as in the paper, and the middle block of transformers.
-        seed: Of the orders, at least 0.
+        scale: The paper's gamma, any finite number: 0 is off, 3 is the authors' choice.
+        branch: "cond" is the authors' choice.
+        layers: Blocks whose tokens are shuffled (see `WeakLayers`); `None` is the down blocks
+            (encoder) of U-Nets, as in the paper, and the middle block of transformers.
+        seed: Seed of the orders, at least 0.
 
     Raises:
-        ValueError: A setting is out of its range or not of its type; when attaching, a name means
+        ValueError: A setting is out of its range or not of its type; when attaching, a name matches
             no block.
     """
 
@@ -43,7 +43,7 @@ class TokenPerturbationGuidance(WeakLayers, method="tpg"):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check every setting once, here."""
+        """Check every setting."""
         super().__post_init__()
         check_count("seed", self.seed, least=0)
 
@@ -59,6 +59,6 @@ class TokenPerturbationGuidance(WeakLayers, method="tpg"):
 
 
 def token_order(seed: int, step: int, block: str, tokens: int) -> Tensor:
-    """The order of the tokens before a block at a step: (tokens,) int64 indices, on the CPU."""
+    """Return the order of the tokens for a block at a step: (tokens,) int64 indices, on the CPU."""
     own_seed = random.Random(f"{seed} {step} {plain(block)}").getrandbits(63)
     return torch.randperm(tokens, generator=torch.Generator().manual_seed(own_seed))

@@ -1,4 +1,4 @@
-"""The shared part of methods that weaken layers or blocks of the network."""
+"""The base of methods that weaken layers or blocks of the network."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from .default_layers import default_layers
 
 @dataclass(frozen=True)
 class WeakLayers(Guidance):
-    """Settings of guidances that weaken layers, beside those of `Guidance`.
+    """Settings of guidances that weaken layers, in addition to those of `Guidance`.
 
     Attributes:
-        scale: 3 is the authors' of all these methods.
-        branch: "cond" is the authors'.
-        layers: Dotted paths of self-attention layers (of blocks, for methods that change whole
-            ones), or what they begin with: "mid", "down.2", "blocks.7". `None` is the default of
-            the method and the denoiser, which `sag layers` shows.
+        scale: The authors of all these methods use 3.
+        branch: The authors use "cond".
+        layers: Dotted paths of self-attention layers, or of blocks for methods that change whole
+            blocks; or beginnings of paths: "mid", "down.2", "blocks.7". `None` is the default of
+            the method for the denoiser, which `sag layers` shows.
 
     Raises:
-        ValueError: A setting is out of its range or not of its type; when attaching, a name means
+        ValueError: A setting is out of its range or not of its type; when attaching, a name matches
             no layer.
     """
 
@@ -38,7 +38,7 @@ class WeakLayers(Guidance):
     layers: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        """Check every setting once, here."""
+        """Check every setting."""
         super().__post_init__()
         if self.layers is None:
             return
@@ -50,7 +50,7 @@ class WeakLayers(Guidance):
         object.__setattr__(self, "layers", layers)  # the dataclass is frozen
 
     def reads(self, denoiser: nn.Module) -> tuple[str, ...]:
-        """None; refuses layers that are not there."""
+        """Read no layers, but check that those to weaken exist."""
         self.chosen(denoiser)
         return ()
 
@@ -62,7 +62,7 @@ class WeakLayers(Guidance):
         """Dotted paths of the layers or blocks that are weakened in a denoiser, compiled or not.
 
         Raises:
-            ValueError: A name means no layer, or the denoiser has none of the default ones.
+            ValueError: A name matches no layer, or the denoiser has none of the default layers.
         """
         if self.layers is not None:
             return resolved(denoiser, self.layers, self.has_blocks)

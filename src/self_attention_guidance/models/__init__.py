@@ -1,1 +1,1 @@
-"""Models: the paper's original checkpoints, and the small ones that ship with the package."""
+"""Loaders of the paper's original checkpoints, and small models that ship with the package."""

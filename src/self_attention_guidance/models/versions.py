@@ -9,13 +9,13 @@ if TYPE_CHECKING:
 
 
 def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """The argument of `from_pretrained` that loads weights in a type.
+    """Return the argument of `from_pretrained` that loads weights in a type.
 
     Args:
         dtype: The type.
 
     Returns:
-        One argument: `dtype`, or `torch_dtype` before diffusers 0.40, which warns of it since.
+        One argument: `dtype`, or `torch_dtype` before diffusers 0.40; newer versions warn of it.
     """
     import diffusers
     from packaging.version import Version

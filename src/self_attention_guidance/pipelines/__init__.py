@@ -1,1 +1,1 @@
-"""Pipelines of diffusers with guidance in their call."""
+"""Pipelines of diffusers with guidance as an argument of their call."""

@@ -33,12 +33,12 @@ LEARNED_VARIANCES = ("learned", "learned_range")
 
 
 class ADMPipeline(GuidedPipelineMixin, DiffusionPipeline):
-    """Samples ADM and IDDPM networks and every other `UNet2DModel`, with or without classes.
+    """A pipeline for ADM, IDDPM and every other `UNet2DModel`, with or without classes.
 
     Sources: ADM, Dhariwal and Nichol, arXiv 2105.05233; IDDPM, Nichol and Dhariwal,
-    arXiv 2102.09672; guidance, Hong et al., arXiv 2210.00939. Its `guidance` and
-    `guidance_handle` are those of `GuidedPipelineMixin`; the settings are the paper's for ImageNet
-    256x256 by default.
+    arXiv 2102.09672; guidance, Hong et al., arXiv 2210.00939. The attributes `guidance` and
+    `guidance_handle` are those of `GuidedPipelineMixin`. The default guidance has the paper's
+    settings for ImageNet 256x256.
     """
 
     model_cpu_offload_seq = "classifier->unet"
@@ -55,16 +55,16 @@ class ADMPipeline(GuidedPipelineMixin, DiffusionPipeline):
         classifier: nn.Module | None = None,
         null_label: int | None = None,
     ) -> None:
-        """Put a network and its scheduler together.
+        """Combine a network and its scheduler.
 
         Args:
-            unet: Predicts noise, v or samples, (batch, channels, height, width), and behind them
-                as many channels of variance if it has learned that.
-            scheduler: A `DDPMScheduler` (its learned variance is used), a `DDIMScheduler`, or any
-                other that `SelfAttentionGuidance` supports.
+            unet: Network that predicts noise, v or samples, (batch, channels, height, width). With
+                a learned variance, its output has as many more channels for that.
+            scheduler: A `DDPMScheduler` (which uses a learned variance), a `DDIMScheduler`, or any
+                other scheduler that `SelfAttentionGuidance` supports.
             classifier: A `NoisyClassifier` or another diffusers model: `classifier(x_t,
-                timesteps)` gives logits, (batch, classes); for classifier guidance only.
-            null_label: The label that stands for "no class", for networks that know one.
+                timesteps)` gives logits, (batch, classes); only for classifier guidance.
+            null_label: The label for "no class", if the network has one.
         """
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, classifier=classifier)
@@ -89,15 +89,15 @@ class ADMPipeline(GuidedPipelineMixin, DiffusionPipeline):
         """Draw pictures.
 
         Args:
-            batch_size: How many; `None` is as many as there are labels or latents, else 1.
-            class_labels: A class for all or one for each. Networks without classes take them for
-                the classifier alone. `None` draws without a class.
+            batch_size: Number of pictures; `None` is the number of labels or latents, else 1.
+            class_labels: One class for all pictures, or one for each. With networks without
+                classes, only the classifier uses them. `None` draws without a class.
             num_inference_steps: Steps of denoising, at least 1.
-            sag_scale: Weight of `guidance`, any finite number, 0 is off; `None` is its own.
+            sag_scale: Weight of `guidance`, any finite number, 0 is off; `None` is its own scale.
             classifier_scale: Weight of classifier guidance, any finite number, 0 is off; `None`
-                is 1 with a classifier.
+                is 1 with a classifier and classes, else 0.
             eta: Share of fresh noise in DDIM, at least 0; other schedulers ignore it.
-            generator: One, or a list with one per picture.
+            generator: One generator, or a list with one for each picture.
             latents: x_T, normal noise of shape (batch, channels, height, width).
             output_type: "pil", "np" (batch, height, width, channels) and "pt" (batch, channels,
                 height, width) in [0, 1], or "latent", the tensor in [-1, 1].
@@ -106,7 +106,7 @@ class ADMPipeline(GuidedPipelineMixin, DiffusionPipeline):
                 dictionary that it returns may replace the latents.
 
         Returns:
-            `ImagePipelineOutput` with `images`, or a tuple of it.
+            `ImagePipelineOutput` with `images`, or the tuple `(images,)`.
 
         Raises:
             ValueError: An argument is out of its range or does not fit the model.
@@ -135,12 +135,12 @@ class ADMPipeline(GuidedPipelineMixin, DiffusionPipeline):
 
     @classmethod
     def _get_signature_types(cls) -> dict[str, Any]:
-        """The types of the components; diffusers 0.36 cannot read them here."""
+        """Return the types of the components; diffusers 0.36 cannot read them here."""
         hints = get_type_hints(cls.__init__)
         return {name: get_args(hint) or (hint,) for name, hint in hints.items() if name != "return"}
 
     def _labels(self, class_labels: Labels | None, batch_size: int) -> Tensor | None:
-        """One label a picture, (batch,) int64; `None` for models without classes."""
+        """Return one label for each picture, (batch,) int64; `None` to draw without a class."""
         classes: int | None = self.unet.config.get("num_class_embeds")
         if class_labels is None and classes is not None:
             class_labels = self.config.get("null_label")
@@ -189,7 +189,7 @@ class ADMPipeline(GuidedPipelineMixin, DiffusionPipeline):
         latents: Tensor | None,
         num_inference_steps: int,
     ) -> Tensor:
-        """x_T in the scheduler's space; sets its timesteps."""
+        """Set the scheduler's timesteps, and return x_T in its space."""
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         shape = (batch_size, self.unet.config.in_channels, height, width)
@@ -229,7 +229,7 @@ class _Loop:
         self.step_arguments = {name: value for name, value in offered.items() if name in known}
 
     def run(self, x_t: Tensor) -> Tensor:
-        """From x_T to the sample."""
+        """Denoise x_T to the sample."""
         timesteps: Tensor = self.pipeline.scheduler.timesteps
         progress_bar: Any = self.pipeline.progress_bar
         with progress_bar(total=len(timesteps)) as bar:
@@ -242,7 +242,7 @@ class _Loop:
         return x_t
 
     def step(self, x_t: Tensor, timestep: Tensor) -> Tensor:
-        """One step of the sampler."""
+        """Take one step of the sampler."""
         pipeline = self.pipeline
         unet: Any = pipeline.unet
         scheduler: Any = pipeline.scheduler
@@ -265,12 +265,12 @@ def _uses_learned_variance(scheduler: Any) -> bool:
 
 
 def _used(scheduler: Any, output: Tensor, x_t: Tensor) -> Tensor:
-    """A network's output without the variance that a scheduler does not ask for."""
+    """Remove a learned variance from a network's output if the scheduler does not use it."""
     return output if _uses_learned_variance(scheduler) else output[:, : x_t.shape[1]]
 
 
 def _batch_size(given: int | None, labels: Labels | None, latents: Tensor | None) -> int:
-    """The one number of pictures that all arguments agree on."""
+    """Return the number of pictures; refuse arguments that do not agree on it."""
     lengths = {
         "batch_size": None if given is None else check_count("batch_size", given),
         "class_labels": None if labels is None or isinstance(labels, int) else len(labels),

@@ -22,17 +22,17 @@ def classifier_guided_step(
     shift: Tensor,
     step_arguments: dict[str, Any],
 ) -> Tensor:
-    """One step of a scheduler, guided by a classifier.
+    """Take one step of a scheduler, guided by a classifier.
 
-    DDPM moves the mean by variance times `shift` (Algorithm 1), every other scheduler moves the
-    predicted noise (Algorithm 2).
+    With DDPM, the mean moves by variance times `shift` (Algorithm 1). With other schedulers, the
+    predicted noise moves (Algorithm 2).
 
     Args:
         scheduler: A diffusers scheduler whose timesteps are set.
-        output: What the network returned, (batch, channels or twice as many, height, width).
-        timestep: The present one, as the scheduler counts.
+        output: The network's output, (batch, channels or twice as many, height, width).
+        timestep: The scheduler's present timestep.
         x_t: The sample, (batch, channels, height, width).
-        x_in: What the network saw of it, scaled by the scheduler.
+        x_in: The network's input: the sample, scaled by the scheduler.
         shift: The gradient of log p(y | x_in), times its scale; same shape as `x_t`.
         step_arguments: Keywords of the scheduler's `step`.
 
@@ -49,7 +49,7 @@ def classifier_guided_step(
     x0 = schedule.limited(prediction.x0(x_in, output))
     x0 = x0 + prediction.sigma**2 / prediction.alpha * shift
     output = ((x0 - prediction.from_input * x_in) / prediction.from_output).to(output.dtype)
-    # The moved sample is not clipped again.
+    # The moved clean sample is not clipped again.
     scheduler = _without_clipping(scheduler) if isinstance(scheduler, DDIMScheduler) else scheduler
     return scheduler.step(output, timestep, x_t, **step_arguments).prev_sample
 
@@ -58,16 +58,16 @@ def classifier_guided_step(
 def log_probability_gradient(
     classifier: Any, x_t: Tensor, timesteps: Tensor, labels: Tensor
 ) -> Tensor:
-    """The gradient of log p(y | x_t) with respect to x_t.
+    """Compute the gradient of log p(y | x_t) with respect to x_t.
 
     Args:
         classifier: `classifier(x_t, timesteps)` gives logits, (batch, classes).
         x_t: Noisy samples, (batch, channels, height, width).
-        timesteps: As the network sees them, (batch,).
+        timesteps: Timesteps as the network gets them, (batch,).
         labels: The classes y, (batch,) int64.
 
     Returns:
-        Same shape and type as `x_t`.
+        The gradient, of the shape and type of `x_t`.
     """
     x_t = x_t.detach().requires_grad_(True)
     log_probabilities = classifier(x_t, timesteps).float().log_softmax(dim=-1)
@@ -76,19 +76,19 @@ def log_probability_gradient(
 
 
 def ancestral_variance(scheduler: DDPMScheduler, timestep: Tensor, output: Tensor) -> Tensor:
-    """The variance of a DDPM step, as the classifier's gradient is weighted with it.
+    """Compute the variance of a DDPM step, the weight of the classifier's gradient.
 
-    A learned variance lies between those of both extremes in log space (Nichol and Dhariwal,
-    arXiv 2102.09672, Eq. 15). The last step, where the smaller one is 0, takes that of the step
-    before it.
+    A learned variance is interpolated, in log space, between the posterior variance and beta
+    (Nichol and Dhariwal, arXiv 2102.09672, Eq. 15). At the last step, the posterior variance is 0,
+    and that of the step before is used.
 
     Args:
-        scheduler: Its timesteps are set.
-        timestep: The present one.
-        output: What the network returned; the variance is its second half, if it is learned.
+        scheduler: A scheduler whose timesteps are set.
+        timestep: The present timestep.
+        output: The network's output; a learned variance is its second half.
 
     Returns:
-        float32, (batch, channels, height, width) or one number.
+        The variance, float32: (batch, channels, height, width), or one number.
     """
     posterior, beta = _variances(scheduler, timestep)
     if posterior == 0:
@@ -104,7 +104,7 @@ def ancestral_variance(scheduler: DDPMScheduler, timestep: Tensor, output: Tenso
 
 
 def _variances(scheduler: DDPMScheduler, timestep: Tensor) -> tuple[Tensor, Tensor]:
-    """Posterior variance and beta of one step of the spaced process, float64."""
+    """Compute posterior variance and beta, in float64, for one step of the spaced process."""
     levels = scheduler.alphas_cumprod.double()
     before = int(scheduler.previous_timestep(int(timestep)))
     now, then = levels[int(timestep)], levels[before] if before >= 0 else torch.ones_like(levels[0])
@@ -113,7 +113,7 @@ def _variances(scheduler: DDPMScheduler, timestep: Tensor) -> tuple[Tensor, Tens
 
 
 def _without_clipping(scheduler: DDIMScheduler) -> DDIMScheduler:
-    """The same scheduler, which keeps no state between steps, with clipping off."""
+    """Copy a scheduler with clipping off; it keeps no state between steps."""
     copied = copy.copy(scheduler)
     copied.register_to_config(clip_sample=False, thresholding=False)
     return copied

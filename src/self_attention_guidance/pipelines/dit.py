@@ -13,16 +13,16 @@ from torch import nn
 
 from .guided import GuidedPipelineMixin
 
-# The original guides three of the four channels, "for exact reproducibility" as it says.
+# The original guides three of the four channels; its comment says "for exact reproducibility".
 CFG_CHANNELS = 3
 
 
 class DiTSAGPipeline(GuidedPipelineMixin, DiTPipeline):
     """diffusers' `DiTPipeline` with a `sag_scale` and the original's classifier-free guidance.
 
-    Self-Attention Guidance alone needs no class of its own: `SelfAttentionGuidance.attach` takes a
-    `DiTPipeline`, too. Its `guidance` and `guidance_handle` are those of `GuidedPipelineMixin`.
-    Source: Hong et al., ICCV 2023, arXiv 2210.00939.
+    Self-Attention Guidance alone does not need this class: `SelfAttentionGuidance.attach` also
+    takes a `DiTPipeline`. The attributes `guidance` and `guidance_handle` are those of
+    `GuidedPipelineMixin`. Source: Hong et al., ICCV 2023, arXiv 2210.00939.
     """
 
     def __call__(
@@ -42,16 +42,16 @@ class DiTSAGPipeline(GuidedPipelineMixin, DiTPipeline):
         Args:
             class_labels: A class for each picture.
             guidance_scale: Weight of classifier-free guidance; 1 is off.
-            generator: One, or a list with one per picture.
+            generator: One generator, or a list with one for each picture.
             num_inference_steps: Steps of denoising, at least 1.
             output_type: "pil", "np" or "pt".
             return_dict: Return an object instead of a tuple.
             sag_scale: Weight of self-attention guidance, any finite number; 0 is off.
-            cfg_channels: How many channels of the latents classifier-free guidance acts on, the
-                first 3 of 4 in the original; `None` is all, as in diffusers' class.
+            cfg_channels: Number of latent channels that classifier-free guidance changes: the
+                first 3 of 4, as in the original. `None` is all, as in diffusers' class.
 
         Returns:
-            `ImagePipelineOutput` with `images`, or a tuple of it.
+            `ImagePipelineOutput` with `images`, or the tuple `(images,)`.
 
         Raises:
             ValueError: An argument is out of its range, or the scheduler can't be guided.
@@ -75,7 +75,7 @@ class DiTSAGPipeline(GuidedPipelineMixin, DiTPipeline):
 
 @contextmanager
 def _own_null_label(transformer: nn.Module) -> Generator[None]:
-    """Replace the label of no class that `DiTPipeline` hard-codes, 1000, by the network's own."""
+    """Replace the label of "no class" that `DiTPipeline` hard-codes, 1000, by the network's own."""
     config: Any = transformer.config
 
     def replace(
@@ -93,16 +93,16 @@ def _own_null_label(transformer: nn.Module) -> Generator[None]:
 
 @contextmanager
 def _cfg_on_first_channels(transformer: nn.Module, rows: int, channels: int) -> Generator[None]:
-    """Leave the other channels of the latents to the conditional half.
+    """Copy the other latent channels from the conditional half to the unconditional half.
 
-    Where both halves agree, classifier-free guidance changes nothing, whatever its weight. This
-    comes after Self-Attention Guidance, which needs the halves as they are.
+    Where both halves are equal, classifier-free guidance changes nothing, whatever its weight. The
+    hook runs after Self-Attention Guidance, which needs the original halves.
     """
     latents: int = transformer.config.in_channels  # type: ignore[union-attr]
 
     def copy_conditional(module: nn.Module, args: Any, output: Any) -> Any:
         sample = output[0]
-        if len(sample) != rows:  # the second pass of guidance
+        if len(sample) != rows:  # the weakened pass
             return None
         sample = sample.clone()
         sample[rows // 2 :, channels:latents] = sample[: rows // 2, channels:latents]

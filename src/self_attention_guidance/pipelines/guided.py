@@ -1,4 +1,4 @@
-"""The shared part of all pipelines with a `sag_scale`."""
+"""The base of all pipelines with a `sag_scale`."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Call = TypeVar("Call", bound=Callable[..., Any])
 
 
 class GuidedPipelineMixin:
-    """Settings of guidance on a diffusers pipeline, which its calls attach and remove.
+    """Guidance settings of a diffusers pipeline; each call attaches the guidance and removes it.
 
     Attributes:
-        guidance: The settings; assign a `SelfAttentionGuidance`, another guidance, or the sum of
-            several to change them. Its `scale` is replaced by the call's `sag_scale`.
+        guidance: The settings. To change them, assign a `SelfAttentionGuidance`, another guidance,
+            or a sum of several. The call's `sag_scale` replaces its `scale`.
         guidance_handle: The handle of the running or last guided call: its mask and attention.
-        loras: Files and scales of LoRAs that were loaded for metadata to name.
+        loras: Files and scales of loaded LoRAs, for the metadata.
     """
 
     guidance: Guidance | GuidanceSum = SelfAttentionGuidance()
@@ -39,8 +39,8 @@ class GuidedPipelineMixin:
         """Guide the denoiser inside the `with` statement.
 
         Args:
-            sag_scale: Weight of guidance, any finite number; 0 attaches nothing; `None` is that
-                of `guidance`.
+            sag_scale: Weight of guidance, any finite number; 0 attaches nothing; `None` is the
+                scale of `guidance`.
 
         Raises:
             ValueError: `sag_scale` is not a finite number, or the pipeline can't be guided.
@@ -60,11 +60,11 @@ class GuidedPipelineMixin:
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
         """Write the `model_index.json` of a saved folder.
 
-        It names the class of diffusers that this one extends, which is all that diffusers' loaders
-        know. Without such a class it keeps the name, and also names the package.
+        It names the class of diffusers that this one extends, since diffusers' loaders know only
+        their own classes. If there is none, it names this class and its package.
 
         Args:
-            json_file_path: The file.
+            json_file_path: The file to write.
         """
         index: dict[str, Any] = json.loads(cast("Any", self).to_json_string())
         parent = _diffusers_class(type(self))
@@ -78,7 +78,7 @@ class GuidedPipelineMixin:
 
 @functools.cache
 def guided_class(parent: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
-    """A class that adds a `sag_scale` to the call of one of diffusers' pipelines.
+    """Make a class that adds a `sag_scale` to the call of one of diffusers' pipelines.
 
     Args:
         parent: The class of diffusers.
@@ -98,15 +98,15 @@ def guided_class(parent: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
 
 
 def with_arguments_of(parent: Callable[..., Any]) -> Callable[[Call], Call]:
-    """Show a call that passes everything on with all arguments by name.
+    """Give a wrapper the signature of the call that it wraps, plus its own keywords.
 
-    They are those of the installed version of diffusers.
+    The signature is that of the installed version of diffusers.
 
     Args:
-        parent: The call that everything is passed on to.
+        parent: The wrapped call.
 
     Returns:
-        A decorator: `help` and `inspect.signature` list the arguments of `parent`, then the
+        A decorator. `help` and `inspect.signature` list the arguments of `parent`, then the
         keywords that the decorated call adds.
     """
 
@@ -122,32 +122,32 @@ def with_arguments_of(parent: Callable[..., Any]) -> Callable[[Call], Call]:
 
 
 def share_tasks(pipeline: type[DiffusionPipeline], model: str) -> None:
-    """Let `AutoPipelineForImage2Image.from_pipe` and the others take a class of ours.
+    """Let `AutoPipelineForImage2Image.from_pipe` and similar classes take one of our classes.
 
     Args:
         pipeline: The class.
-        model: The name under which they keep the pipelines of its model.
+        model: The name of its model in diffusers' tables of pipelines.
     """
     try:
         from diffusers.pipelines.auto_pipeline import SUPPORTED_TASKS_MAPPINGS
-    except Exception:  # it imports a hundred pipelines; where one can't be, none of these work
+    except Exception:  # it imports a hundred pipelines; if one fails, auto pipelines do not work
         return
     mappings: list[Any] = SUPPORTED_TASKS_MAPPINGS
     mappings.append({model: pipeline})
 
 
 def show_to_loaders(pipeline: type[DiffusionPipeline]) -> None:
-    """Let `DiffusionPipeline.from_pretrained` load a class that extends none of diffusers'.
+    """Let `DiffusionPipeline.from_pretrained` load a class that extends no class of diffusers.
 
     Args:
-        pipeline: The class; diffusers looks for classes in its own namespace only.
+        pipeline: The class; diffusers looks for classes only in its own namespace.
     """
     if not hasattr(diffusers, pipeline.__name__):
         setattr(diffusers, pipeline.__name__, pipeline)
 
 
 def _diffusers_class(pipeline: type) -> type | None:
-    """The class of diffusers that a pipeline extends, if it is more than their base."""
+    """Return the class of diffusers that a pipeline extends; `None` if only `DiffusionPipeline`."""
     for base in pipeline.__mro__:
         if base is not DiffusionPipeline and base.__module__.startswith("diffusers."):
             return base

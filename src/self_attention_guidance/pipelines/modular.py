@@ -1,4 +1,4 @@
-"""Guidances as guiders of modular pipelines of diffusers."""
+"""Guidances as guiders of diffusers' modular pipelines."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ..guidance import Branch, Guidance, GuidanceHandle, SelfAttentionGuidance, 
 
 
 class _Guider(ClassifierFreeGuidance):
-    """Classifier-free guidance with others; a subclass calls `_begin` when it is made.
+    """Classifier-free guidance with other guidances; subclasses call `_begin` in `__init__`.
 
     A modular pipeline calls its denoiser once for each condition. The guidances of a call's branch
-    are attached for this call alone; what they add is added to the other prediction in `forward`.
+    are attached for this call only; `forward` adds their terms to the other prediction.
     """
 
     def _begin(self, guidances: tuple[Guidance, ...]) -> None:
@@ -29,30 +29,30 @@ class _Guider(ClassifierFreeGuidance):
 
     @property
     def guidance_handle(self) -> GuidanceHandle | None:
-        """The handle of the last guided step; of two, that of the unconditional branch."""
+        """The handle of the last guided step; of two handles, that of the unconditional branch."""
         return self.guidance_handles[-1] if self.guidance_handles else None
 
     def new(self, **kwargs: Any) -> Any:
-        """A copy of this guider with the same scheduler and other settings.
+        """Copy this guider with other settings and the same scheduler.
 
         Args:
             **kwargs: The settings that differ.
         """
         config: Any = self.config
-        # diffusers takes what was given by position for what was not given, and would drop it.
+        # diffusers thinks that settings given by position were not given, and would drop them.
         given = {name: value for name, value in config.items() if name != "_use_default_values"}
         copy: Any = type(self).from_config(given, **kwargs)
         copy.scheduler = self.scheduler
         return copy
 
     def set_state(self, step: int, num_inference_steps: int, timestep: Any) -> None:
-        """Note where the sampling is; called by the pipeline at every step."""
+        """Set the present step; the pipeline calls this at every step."""
         super().set_state(step, num_inference_steps, timestep)
         self._release()
         self._present = {}
 
     def prepare_models(self, denoiser: nn.Module) -> None:
-        """Guide the next call of the denoiser if it predicts a branch that is guided.
+        """Guide the next call of the denoiser, if its branch is guided.
 
         Raises:
             ValueError: No pipeline runs and `scheduler` was not given, or a guidance does not
@@ -70,10 +70,10 @@ class _Guider(ClassifierFreeGuidance):
         self._present[branch] = self._earlier = handle
 
     def cleanup_models(self, denoiser: nn.Module) -> None:
-        """Leave the denoiser as it was.
+        """Restore the denoiser.
 
         Raises:
-            RuntimeError: It was not called since `prepare_models`, so that guidance did nothing.
+            RuntimeError: It was not called since `prepare_models`, so guidance had no effect.
         """
         super().cleanup_models(denoiser)
         was_called = not any(handle.attached for handle in self._present.values())
@@ -81,23 +81,23 @@ class _Guider(ClassifierFreeGuidance):
         if not was_called:
             raise RuntimeError(
                 f"{type(denoiser).__name__} was prepared for guidance but not called, so it would "
-                "not be guided; call what prepare_models was given"
+                "not be guided; call the same module that prepare_models got"
             )
 
     def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None) -> Any:
-        """Classifier-free guidance of both predictions, each with the terms of all guidances.
+        """Add the terms of all guidances to both predictions, and apply classifier-free guidance.
 
         Args:
             pred_cond: The conditional prediction, of any shape.
-            pred_uncond: The unconditional one, same shape; `None` without classifier-free
+            pred_uncond: The unconditional prediction, same shape; `None` without classifier-free
                 guidance.
 
         Returns:
             diffusers' `GuiderOutput`, with `pred`, `pred_cond` and `pred_uncond`.
 
         Raises:
-            RuntimeError: The denoiser was called without `prepare_models`, so that guidance did
-                nothing.
+            RuntimeError: The denoiser was called without `prepare_models`, so guidance had no
+                effect.
         """
         if missing := {*self._branches().values()} - self._present.keys():
             raise RuntimeError(
@@ -107,16 +107,16 @@ class _Guider(ClassifierFreeGuidance):
         guided = {of: handle for of, handle in self._present.items() if handle.term is not None}
         if guided:
             self.guidance_handles = tuple(guided[branch] for branch in sorted(guided))
-        # The prediction of a guided branch has its terms already.
+        # The prediction of a guided branch already contains its terms.
         if pred_uncond is not None:
             pred_uncond = _with_term(pred_uncond, guided.get("cond"))
             pred_cond = _with_term(pred_cond, guided.get("uncond"))
         return super().forward(pred_cond, pred_uncond)
 
     def _branches(self) -> dict[int, Branch]:
-        """By the guidances' numbers, the call of a step that each is in; those that are off not.
+        """Map the number of each guidance that is on to the branch of the call that it guides.
 
-        Without classifier-free guidance there is one call, the conditional one.
+        Without classifier-free guidance, the conditional call is the only one.
         """
         config: Any = self.config
         is_alone = self.num_conditions == 1
@@ -142,42 +142,42 @@ class _Guider(ClassifierFreeGuidance):
 
 
 def _with_term(prediction: Tensor, handle: GuidanceHandle | None) -> Tensor:
-    """A prediction with the term that a handle added to the other one."""
+    """Add the term that a handle added to the other prediction."""
     if handle is None or handle.term is None:
         return prediction
     return (prediction + handle.term).to(prediction.dtype)
 
 
 class GuidanceGuider(_Guider):
-    """Any guidances, one or several, and classifier-free guidance for modular pipelines.
+    """One or several guidances, and classifier-free guidance, for modular pipelines.
 
-    It predicts what `attach` does on the other pipelines, with classifier-free guidance (Ho and
-    Salimans, arXiv 2207.12598) and without:
+    Its predictions are those of `attach` on other pipelines, with classifier-free guidance (Ho and
+    Salimans, arXiv 2207.12598) or without:
 
         guider = GuidanceGuider(PerturbedAttentionGuidance(3.0), guidance_scale=5.0)
         pipe.update_components(guider=guider)
 
-    What would do nothing is an error: no guidance, a layer that does not run, a weakened prediction
-    that is the usual one, a pipeline that does not inform the guider of its calls.
+    Guidance without effect is an error: no guidance, a layer that does not run, a weakened
+    prediction equal to the usual one, or a pipeline that does not tell the guider of its calls.
 
     Attributes:
         scheduler: The scheduler that drives a loop of your own; not saved with the config. `None`
-            is that of the modular pipeline that runs.
+            is the scheduler of the running modular pipeline.
         guidances: The guidances.
-        guidance_handles: The handles of the last guided step, one for each branch that is guided:
-            what the guidances saw and added.
+        guidance_handles: The handles of the last guided step, one for each guided branch, with what
+            the guidances read and added.
 
     Args:
-        guidances: One guidance or several, or what their `to_dict` gives.
+        guidances: One guidance or several, or their `to_dict()`.
         guidance_scale: Weight of classifier-free guidance; 1 is off.
-        guidance_rescale: How much the prediction gets the standard deviation of the conditional
-            one, 0 to 1 (arXiv 2305.08891, Sec. 3.4).
+        guidance_rescale: How far the standard deviation of the prediction is pulled back to that of
+            the conditional prediction, 0 to 1 (arXiv 2305.08891, Sec. 3.4).
         use_original_formulation: See diffusers' `ClassifierFreeGuidance`.
-        start: Classifier-free guidance begins at this fraction of the steps; the guidances have a
-            `start` and `stop` of their own.
-        stop: It ends at this fraction.
+        start: Classifier-free guidance begins at this fraction of the steps; the guidances have
+            their own `start` and `stop`.
+        stop: Classifier-free guidance ends at this fraction.
         enabled: Whether any guidance is on. `disable`, which modular pipelines call for networks
-            with distilled classifier-free guidance, switches off that one alone.
+            with distilled classifier-free guidance, only turns off classifier-free guidance.
 
     Raises:
         ValueError: There is no guidance, or a setting is out of its range or not of its type.
@@ -199,7 +199,7 @@ class GuidanceGuider(_Guider):
             guidance_scale, guidance_rescale, use_original_formulation, start, stop, enabled
         )
         self._begin(_guidances(guidances))
-        # The config is written as JSON.
+        # The config is saved as JSON.
         self.register_to_config(guidances=[each.to_dict() for each in self.guidances])
 
 
@@ -218,35 +218,35 @@ def _guidances(given: Any) -> tuple[Guidance, ...]:
 class SelfAttentionGuider(_Guider):
     """Classifier-free and Self-Attention Guidance for diffusers' modular pipelines.
 
-    It predicts what `SelfAttentionGuidance.attach` does on the other pipelines (Hong et al., ICCV
-    2023, arXiv 2210.00939, Eq. 16, added after classifier-free guidance):
+    Its predictions are those of `SelfAttentionGuidance.attach` on other pipelines (Hong et al.,
+    ICCV 2023, arXiv 2210.00939, Eq. 16, added after classifier-free guidance):
 
         pipe.update_components(guider=SelfAttentionGuider(guidance_scale=5.0))
 
     Attributes:
         scheduler: The scheduler that drives a loop of your own; not saved with the config. `None`
-            is that of the modular pipeline that runs.
+            is the scheduler of the running modular pipeline.
         guidance: The settings of Self-Attention Guidance.
         guidance_handle: The handle of the last guided step: its mask and attention.
 
     Args:
         guidance_scale: Weight of classifier-free guidance; 1 is off.
         sag_scale: Weight of Self-Attention Guidance, any finite number; 0 is off.
-        guidance_rescale: How much the prediction gets the standard deviation of the conditional
-            one, 0 to 1 (arXiv 2305.08891, Sec. 3.4).
+        guidance_rescale: How far the standard deviation of the prediction is pulled back to that of
+            the conditional prediction, 0 to 1 (arXiv 2305.08891, Sec. 3.4).
         use_original_formulation: See diffusers' `ClassifierFreeGuidance`.
         start: Classifier-free guidance begins at this fraction of the steps.
-        stop: It ends at this fraction.
+        stop: Classifier-free guidance ends at this fraction.
         enabled: Whether any guidance is on. `disable`, which modular pipelines call for networks
-            with distilled classifier-free guidance, switches off that one alone.
+            with distilled classifier-free guidance, only turns off classifier-free guidance.
         sag_start: Self-Attention Guidance begins at this fraction of the steps.
-        sag_stop: It ends at this fraction.
-        every: See `SelfAttentionGuidance`, as the following.
+        sag_stop: Self-Attention Guidance ends at this fraction.
+        every: See `SelfAttentionGuidance` for this and the following arguments.
         blur_sigma: Standard deviation of the blur.
         blur_kernel_size: Taps of the blur.
-        threshold: Attention received above which is blurred.
+        threshold: Positions that receive more attention than this are blurred.
         layer: Dotted path of the attention layer, or `None`.
-        branch: Whose attention and second pass are used, "uncond" or "cond".
+        branch: The branch that is read and weakened, "uncond" or "cond".
 
     Raises:
         ValueError: A setting is out of its range or not of its type.

@@ -16,12 +16,12 @@ from torch import Tensor
 def sharp_noise_levels(scheduler: Any) -> Generator[None]:
     """Give a DDPM or DDIM scheduler its noise levels in float64 inside the `with` statement.
 
-    diffusers computes them in float32, in which 1 - alphas_cumprod of the least noisy steps of a
-    cosine schedule has lost most of its digits. Levels that do not follow from the config are
-    left alone.
+    diffusers computes them in float32. There, 1 - alphas_cumprod has lost most of its digits at
+    the least noisy steps of a cosine schedule. Levels that do not follow from the config are not
+    changed.
 
     Args:
-        scheduler: A `DDPMScheduler` or `DDIMScheduler`; others are left alone.
+        scheduler: A `DDPMScheduler` or `DDIMScheduler`; others are not changed.
     """
     levels = _sharp_levels(scheduler)
     if levels is None:

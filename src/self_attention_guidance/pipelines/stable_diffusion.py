@@ -26,14 +26,14 @@ _PASSED_ON = _PARENTS - {"self", "kwargs"}
 
 
 class StableDiffusionSAGPipeline(GuidedPipelineMixin, StableDiffusionPipeline):
-    """A drop-in for the class of the same name that diffusers deprecated.
+    """A drop-in replacement for the class of the same name that diffusers deprecated.
 
-    It is diffusers' `StableDiffusionPipeline`, with everything that comes with it, and a
-    `sag_scale` in its call. Source: Hong et al., ICCV 2023, arXiv 2210.00939.
-    Its `guidance` and `guidance_handle` are those of `GuidedPipelineMixin`.
+    It is diffusers' `StableDiffusionPipeline`, with all of its features, and a `sag_scale` in its
+    call. The attributes `guidance` and `guidance_handle` are those of `GuidedPipelineMixin`.
+    Source: Hong et al., ICCV 2023, arXiv 2210.00939.
     """
 
-    # The positions are those of the class that this one replaces, not those of the parent.
+    # Arguments have the positions of the class that this one replaces, not those of the parent.
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         prompt: str | list[str] | None = None,
@@ -68,38 +68,38 @@ class StableDiffusionSAGPipeline(GuidedPipelineMixin, StableDiffusionPipeline):
         """Draw pictures of a prompt.
 
         Args:
-            prompt: What to draw; one, or a list for a batch.
-            height: In pixels, a multiple of 8; `None` is the model's own size.
+            prompt: What to draw; one prompt, or a list for a batch.
+            height: Height in pixels, a multiple of 8; `None` is the model's own size.
             width: Like `height`.
-            num_inference_steps: Steps of denoising, at least 1; of no effect, and may be `None`,
-                beside `timesteps` or `sigmas`.
+            num_inference_steps: Steps of denoising, at least 1. With `timesteps` or `sigmas`, it
+                has no effect and may be `None`.
             guidance_scale: Weight of classifier-free guidance; 1 is off.
             sag_scale: Weight of self-attention guidance, any finite number; 0 is off and costs
                 nothing.
             negative_prompt: What not to draw.
             num_images_per_prompt: Pictures of each prompt.
             eta: Share of fresh noise in DDIM, 0 to 1.
-            generator: One, or a list with one per picture.
+            generator: One generator, or a list with one for each picture.
             latents: Start noise, (pictures, 4, height / 8, width / 8) for Stable Diffusion.
-            prompt_embeds: Instead of `prompt`: (prompts, tokens, channels).
-            negative_prompt_embeds: Instead of `negative_prompt`, same shape.
+            prompt_embeds: Embeddings instead of `prompt`: (prompts, tokens, channels).
+            negative_prompt_embeds: Embeddings instead of `negative_prompt`, same shape.
             ip_adapter_image: Image prompt of a loaded IP-Adapter.
             ip_adapter_image_embeds: Instead of `ip_adapter_image`: a tensor for each IP-Adapter,
                 as `prepare_ip_adapter_image_embeds` returns them.
             output_type: "pil", "np", "pt" or "latent".
             return_dict: Return an object instead of a tuple.
             callback: Called as `callback(step, timestep, latents)`.
-            callback_steps: Call `callback` every so many steps, at least 1.
+            callback_steps: Steps from one call of `callback` to the next, at least 1.
             cross_attention_kwargs: Passed to the attention processors.
             clip_skip: Layers of the text encoder to skip from its end.
-            timesteps: The schedule, falling, for schedulers that take one.
-            sigmas: Instead of `timesteps`: noise levels, falling.
-            guidance_rescale: How much of the contrast that classifier-free guidance adds is taken
-                back, 0 to 1 (arXiv 2305.08891, Sec. 3.4).
+            timesteps: The timesteps, decreasing, for schedulers that take them.
+            sigmas: Noise levels instead of `timesteps`, decreasing.
+            guidance_rescale: How much of the contrast that classifier-free guidance adds is
+                removed, 0 to 1 (arXiv 2305.08891, Sec. 3.4).
             callback_on_step_end: Called as `callback(pipe, step, timestep, tensors)`; the tensors
                 that it returns replace the pipeline's.
-            callback_on_step_end_tensor_inputs: Which tensors it is given.
-            **kwargs: What a newer `StableDiffusionPipeline` takes besides.
+            callback_on_step_end_tensor_inputs: Names of the tensors that it gets.
+            **kwargs: Further arguments of newer versions of `StableDiffusionPipeline`.
 
         Returns:
             `StableDiffusionPipelineOutput` with `images` and `nsfw_content_detected`, or a tuple
@@ -135,15 +135,15 @@ class StableDiffusionSAGPipeline(GuidedPipelineMixin, StableDiffusionPipeline):
 
     @with_arguments_of(StableDiffusionPipeline.encode_prompt)
     def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
-        """Embed prompts, as the calls do.
+        """Embed prompts, as calls of the pipeline do.
 
         Args:
-            *args: As diffusers' class has them.
-            **kwargs: As diffusers' class has them.
+            *args: Arguments of diffusers' class.
+            **kwargs: Arguments of diffusers' class.
 
         Returns:
-            The embeddings of the prompts and those of the negative prompts, `None` without
-            classifier-free guidance; (pictures, tokens, channels) each.
+            The embeddings of the prompts and of the negative prompts, (pictures, tokens, channels)
+            each; without classifier-free guidance, the second is `None`.
         """
         text_encoder = self.text_encoder
         if hasattr(text_encoder, "final_layer_norm") and not hasattr(text_encoder, "text_model"):
@@ -156,9 +156,9 @@ class StableDiffusionSAGPipeline(GuidedPipelineMixin, StableDiffusionPipeline):
 
 
 class _OlderTextEncoder:
-    """A text encoder with its layers where diffusers' `clip_skip` looks for them.
+    """A text encoder whose layers are where diffusers' `clip_skip` looks for them.
 
-    transformers 5 moved those of `CLIPTextModel.text_model` to the model itself.
+    transformers 5 moved the layers from `CLIPTextModel.text_model` to the model itself.
     """
 
     def __init__(self, text_model: Any) -> None:
@@ -172,9 +172,9 @@ class _OlderTextEncoder:
 
 
 def _add_callback(callback: Callback, every: int, arguments: dict[str, Any]) -> None:
-    """Let diffusers' present callback argument call one of the older kind as well.
+    """Call a callback of the older kind from diffusers' present callback argument.
 
-    The older kind is called once a step of the schedule, not once an evaluation of the denoiser.
+    The older kind is called once for each step, not once for each network evaluation.
     """
     present = arguments["callback_on_step_end"]
     inputs = arguments["callback_on_step_end_tensor_inputs"]

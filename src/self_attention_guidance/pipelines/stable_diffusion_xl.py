@@ -12,8 +12,8 @@ from .guided import GuidedPipelineMixin, share_tasks, with_arguments_of
 class StableDiffusionXLSAGPipeline(GuidedPipelineMixin, StableDiffusionXLPipeline):
     """diffusers' `StableDiffusionXLPipeline` with a `sag_scale` in its call.
 
-    Its `guidance` and `guidance_handle` are those of `GuidedPipelineMixin`. Source: Hong et al.,
-    ICCV 2023, arXiv 2210.00939.
+    The attributes `guidance` and `guidance_handle` are those of `GuidedPipelineMixin`. Source: Hong
+    et al., ICCV 2023, arXiv 2210.00939.
     """
 
     @with_arguments_of(StableDiffusionXLPipeline.__call__)
@@ -21,13 +21,13 @@ class StableDiffusionXLSAGPipeline(GuidedPipelineMixin, StableDiffusionXLPipelin
         """Draw pictures of a prompt.
 
         Args:
-            *args: As diffusers' class has them.
+            *args: Arguments of diffusers' class.
             sag_scale: Weight of self-attention guidance, any finite number; 0 is off and costs
                 nothing.
-            **kwargs: As diffusers' class has them.
+            **kwargs: Arguments of diffusers' class.
 
         Returns:
-            `StableDiffusionXLPipelineOutput` with `images`, or a tuple of it.
+            `StableDiffusionXLPipelineOutput` with `images`, or the tuple `(images,)`.
 
         Raises:
             ValueError: An argument is out of its range, or the scheduler or U-Net can't be guided.

@@ -1,12 +1,12 @@
 """The small trained models that ship with the package, and their loader.
 
-A model folder may hold a file `sag_settings.json`: the settings that were measured to suit the
-model. Its sections, each optional, are `guidance` and `fast` (the usual and the fast preset: what
-`Guidance.from_dict` takes, `{"method": "sag", "scale": 2.0}` say), `generation` (`guidance_scale`,
-`num_inference_steps`) and `compare` (`prompts`, `sag_scales`).
+A model folder may hold a file `sag_settings.json`, with the settings that suit the model according
+to measurements. All of its sections are optional: `guidance` and `fast` (the usual preset and the
+fast preset, as `Guidance.from_dict` takes them, for example `{"method": "sag", "scale": 2.0}`),
+`generation` (`guidance_scale`, `num_inference_steps`) and `compare` (`prompts`, `sag_scales`).
 
-In an older form, `guidance` has no `method` and is of "sag", and `fast` has none and says what
-differs in `fast()` of that guidance.
+In an older form, both presets have no `method`. Then `guidance` holds settings of "sag", and `fast`
+holds changes to `fast()` of that guidance.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class RecommendedSettings:
     Attributes:
         guidance: The usual guidance as `Guidance.from_dict` takes it, "sag" if it has no "method";
             empty for the defaults.
-        fast: The fast preset, likewise. Without a "method", what differs in `fast()` of the usual
-            guidance.
-        guidance_scale: Scale of classifier-free guidance, 1 is off; `None` leaves it open.
-        num_inference_steps: Sampling steps, at least 1; `None` leaves it open.
-        compare_prompts: Prompts that show the model well; may be empty.
+        fast: The fast preset in the same form. Without a "method", it holds changes to `fast()` of
+            the usual guidance.
+        guidance_scale: Scale of classifier-free guidance, 1 is off; `None` recommends nothing.
+        num_inference_steps: Sampling steps, at least 1; `None` recommends nothing.
+        compare_prompts: Prompts that show the model at its best; may be empty.
         compare_sag_scales: Guidance scales worth comparing; may be empty.
     """
 
@@ -54,10 +54,10 @@ class RecommendedSettings:
     compare_sag_scales: tuple[float, ...] = ()
 
     def make_guidance(self) -> Guidance:
-        """The recommended guidance.
+        """Make the recommended guidance.
 
         Returns:
-            A `SelfAttentionGuidance` with its defaults, if nothing is recommended.
+            The guidance; a `SelfAttentionGuidance` with its defaults, if nothing is recommended.
 
         Raises:
             ValueError: A setting is unknown or outside its range.
@@ -68,11 +68,10 @@ class RecommendedSettings:
             return Guidance.from_dict({"method": "sag", **self.guidance})
 
     def make_fast_guidance(self) -> Guidance:
-        """Guidance that costs little.
+        """Make the fast preset, a guidance that costs little.
 
-        If no fast preset is recommended as a whole, its scale and the steps that it guides are
-        those of `Guidance.fast`, the rest is that of `make_guidance`, where `fast` says nothing
-        else.
+        If `fast` has a "method", it is the whole preset. If not, scale and guided steps are those
+        of `Guidance.fast`, other settings are those of `make_guidance`, and `fast` replaces some.
 
         Raises:
             ValueError: A setting is unknown or outside its range.
@@ -90,12 +89,12 @@ class RecommendedSettings:
 
 
 def builtin_names() -> tuple[str, ...]:
-    """Names of the models that ship with the package, in alphabetical order."""
+    """Return the names of the models that ship with the package, in alphabetical order."""
     return tuple(sorted(path.parent.name for path in _HERE.glob("*/model_index.json")))
 
 
 def builtin_folder(name: str) -> Path:
-    """Folder of a builtin model, in diffusers format.
+    """Return the folder of a builtin model, in diffusers format.
 
     Args:
         name: One of `builtin_names()`.
@@ -124,14 +123,14 @@ def builtin_model(
 def builtin_model(
     name: str = "emoji", **from_pretrained_arguments: object
 ) -> StableDiffusionSAGPipeline | ADMPipeline:
-    """Loads a model that ships with the package, without any network access.
+    """Load a model that ships with the package, without network access.
 
     Args:
-        name: One of `builtin_names()`; "emoji" makes 64x64 pictures of emoji from prompts,
+        name: One of `builtin_names()`. All make 64x64 pictures of emoji: "emoji" from prompts,
             "emoji-styles" from prompts that name a thing, a style and a background, and "emoji-adm"
-            without, as a pixel-space model.
+            without prompts, as a pixel-space model.
         **from_pretrained_arguments: Passed to the pipeline's `from_pretrained`, for example
-            `dtype=torch.bfloat16`, `torch_dtype` before diffusers 0.40 (the default is
+            `dtype=torch.bfloat16`, called `torch_dtype` before diffusers 0.40 (the default is
             `torch.float32`).
 
     Returns:
@@ -166,7 +165,7 @@ def _pipeline_class(folder: Path) -> type[StableDiffusionSAGPipeline] | type[ADM
 
 
 def recommended_settings(folder: str | Path) -> RecommendedSettings:
-    """Reads what a model folder recommends for itself from its `sag_settings.json`.
+    """Read the settings that a model folder recommends in its `sag_settings.json`.
 
     Args:
         folder: A model folder; without the file, nothing is recommended.
@@ -175,7 +174,7 @@ def recommended_settings(folder: str | Path) -> RecommendedSettings:
         The checked settings.
 
     Raises:
-        ValueError: The file is not JSON or a setting is unknown or outside its range; the
+        ValueError: The file is not JSON, or a setting is unknown or outside its range; the
             message names the file.
     """
     path = Path(folder) / SETTINGS_FILE
@@ -211,7 +210,7 @@ def _parse(content: object) -> RecommendedSettings:
 
 @contextmanager
 def _named(section: str) -> Generator[None]:
-    """Names the section of the file that an error is about."""
+    """Add the section of the file to the message of an error."""
     try:
         yield
     except ValueError as error:
@@ -227,7 +226,8 @@ def _mapping(where: str, value: object) -> dict[str, Any]:
 def _check_keys(where: str, given: Mapping[str, Any], known: set[str]) -> None:
     for key in given:
         if key not in known:
-            raise ValueError(f"{where}: {key!r} is unknown; known are {', '.join(sorted(known))}")
+            names = ", ".join(sorted(known))
+            raise ValueError(f"{where}: {key!r} is unknown; known names are {names}")
 
 
 def _optional(

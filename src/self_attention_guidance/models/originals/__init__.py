@@ -1,4 +1,4 @@
-"""The paper's models from their original checkpoints: ADM and its classifiers, IDDPM and DiT."""
+"""Load the paper's models from original checkpoints: ADM and its classifiers, IDDPM and DiT."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ Config = Mapping[str, Any] | str
 
 
 def load_original(kind: Kind, checkpoint: str | Path, config: Config | None = None) -> nn.Module:
-    """Load a checkpoint of the original code of one of the paper's models.
+    """Load a checkpoint that the original code of one of the paper's models wrote.
 
-    No code of the file is ever run. Networks take what the original ones receive, already scaled
-    timesteps among it; a classifier is `classifier(x, t) -> logits`.
+    No code in the file is ever run. The networks take the same inputs as the original ones,
+    including already scaled timesteps; a classifier is `classifier(x, t) -> logits`.
 
     Args:
         kind: "adm", "iddpm", "dit", or "classifier" for ADM's noisy classifiers.
         checkpoint: A state dict that `torch.save` wrote, or a `.safetensors` file.
-        config: The arguments of the original constructor or script; or the name of a preset, see
-            `preset_names`; `None` is that of the published file of this name.
+        config: The arguments of the original constructor or script, or the name of a preset (see
+            `preset_names`). `None` is the preset of the published file with this name.
 
     Returns:
         A diffusers model in float32 and eval mode: `ADMUNet2DModel`, `OriginalDiTModel` or
@@ -71,8 +71,8 @@ def convert_original(
     Args:
         kind: As in `load_original`.
         checkpoint: As in `load_original`.
-        out: The folder. "adm" and "iddpm" become that of an `ADMPipeline`, with the scheduler they
-            were trained with; "dit" and "classifier" that of the model alone.
+        out: The folder. For "adm" and "iddpm", it becomes a folder of an `ADMPipeline`, with the
+            scheduler of their training; for "dit" and "classifier", of the model alone.
         config: As in `load_original`.
 
     Returns:
@@ -95,7 +95,7 @@ def _config(kind: str, checkpoint: str | Path, config: Config | None) -> Mapping
         name = Path(checkpoint).stem
         if name not in names:
             raise ValueError(
-                f"config=None must be given: {Path(checkpoint).name!r} is no published file of "
+                f"config=None must be given: {Path(checkpoint).name!r} is not a published file of "
                 f"{kind}; those are {', '.join(names)}"
             )
         return preset(kind, name)

@@ -1,7 +1,7 @@
 """ADM: guided-diffusion's U-Nets (Dhariwal and Nichol, arXiv 2105.05233), and IDDPM's.
 
-ADM's code grew out of IDDPM's (Nichol and Dhariwal, arXiv 2102.09672). Their U-Nets differ in the
-arguments that they were published with, not in how they are built.
+ADM's code is based on IDDPM's (Nichol and Dhariwal, arXiv 2102.09672). Their U-Nets differ in the
+published arguments, not in the code that builds them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _BETA_SCHEDULES: Mapping[str, Any] = {"linear": "linear", "cosine": "squaredcos_
 def load_unet(
     kind: str, original: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> ADMUNet2DModel:
-    """An ADM or IDDPM network.
+    """Load an ADM or IDDPM network.
 
     Args:
         kind: "adm" or "iddpm".
@@ -33,7 +33,7 @@ def load_unet(
         The network, in eval mode.
 
     Raises:
-        ValueError: Config and checkpoint do not fit.
+        ValueError: The config is invalid, or does not fit the checkpoint.
     """
     architecture = architecture_of(complete_config(kind, config))
     unet = ADMUNet2DModel(**unet_config(architecture))
@@ -42,7 +42,7 @@ def load_unet(
 
 
 def original_scheduler(kind: str, config: Mapping[str, Any]) -> DDPMScheduler:
-    """The noise levels that an ADM or IDDPM network was trained with, sampled as the original does.
+    """Make a scheduler with an ADM or IDDPM network's noise levels, and the original's sampling.
 
     Args:
         kind: "adm" or "iddpm".
@@ -64,7 +64,7 @@ def original_scheduler(kind: str, config: Mapping[str, Any]) -> DDPMScheduler:
     return DDPMScheduler(
         num_train_timesteps=steps,
         beta_schedule=_BETA_SCHEDULES[name],
-        # the endpoints are those of 1000 steps, and scale with their number
+        # The endpoints are 1e-4 and 0.02 at 1000 steps; they scale with 1 / steps.
         beta_start=0.1 / steps,
         beta_end=20 / steps,
         variance_type="learned_range" if learned else fixed,

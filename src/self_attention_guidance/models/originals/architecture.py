@@ -1,4 +1,4 @@
-"""The arguments of the constructors of ADM, IDDPM and the classifiers, in one form."""
+"""The constructor arguments of ADM, IDDPM and the classifiers, in one form."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 from ...checks import check_count
 
-# What the original scripts assume where a flag is not given. A config is in their form if it has
-# `num_channels`, in that of the network's constructor if it has `model_channels`.
+# Defaults of the original scripts' flags. A config with `num_channels` has the form of the scripts;
+# a config with `model_channels` has that of the network's constructor.
 _SCRIPT_DEFAULTS: Mapping[str, Any] = {
     "image_size": 64,
     "num_channels": 128,
@@ -41,7 +41,7 @@ _SHARED_DEFAULTS: Mapping[str, Any] = {
     "sigma_small": False,
     "pool": None,
 }
-# Ways of training and sampling that leave the network and its noise levels as they are.
+# Settings of training and sampling that do not change the network or its noise levels.
 _WITHOUT_EFFECT = frozenset(
     ["use_checkpoint", "use_kl", "rescale_learned_sigmas", "timestep_respacing", "small_size"]
 )
@@ -58,26 +58,27 @@ _IMAGENET_CLASSES = 1000
 
 @dataclass(frozen=True)
 class UNetArchitecture:
-    """One U-Net, or the encoder of one.
+    """The architecture of a U-Net, or of the encoder of one.
 
     Attributes:
         image_size: Height and width in pixels.
-        in_channels: Of the picture.
-        out_channels: Of the output, or classes.
+        in_channels: Channels of the picture.
+        out_channels: Channels of the output, or number of classes.
         model_channels: The base width, and the width of the timestep's sinusoids.
         widths: Channels of each level, the finest first.
         attends: Whether each level has attention.
         num_res_blocks: Residual blocks of each level of the encoder.
-        num_classes: Of a class-conditional network; `None` if it is not.
+        num_classes: Number of classes; `None` if the network is not class-conditional.
         num_heads: Attention heads, unless `num_head_channels` is given.
-        num_head_channels: Channels of one head; -1 if not given.
+        num_head_channels: Channels of an attention head; -1 if not given.
         num_heads_upsample: Attention heads of the decoder; -1 is `num_heads`.
         use_scale_shift_norm: Whether the timestep scales and shifts normalised features.
         resblock_updown: Whether residual blocks change the resolution.
-        use_new_attention_order: Whether qkv rows lie [(q, k, v), head] and not [head, (q, k, v)].
+        use_new_attention_order: Whether the order of qkv rows is [(q, k, v), head] instead of
+            [head, (q, k, v)].
         use_fp16: Whether the torso computes in float16.
-        dropout: In training.
-        timestep_scale: The network's timestep over the scheduler's.
+        dropout: Dropout rate in training.
+        timestep_scale: The network's timestep divided by the scheduler's.
     """
 
     image_size: int
@@ -99,7 +100,7 @@ class UNetArchitecture:
     timestep_scale: float
 
     def heads(self, level: int, in_decoder: bool = False) -> int:
-        """Attention heads at a level."""
+        """Return the number of attention heads at a level."""
         if self.num_head_channels != -1:
             return self.widths[level] // self.num_head_channels
         if in_decoder and self.num_heads_upsample != -1:
@@ -108,7 +109,7 @@ class UNetArchitecture:
 
 
 def complete_config(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """An original config with the defaults of the code that it is from.
+    """Complete an original config with the defaults of its original code.
 
     Args:
         kind: "adm", "iddpm" or "classifier".
@@ -116,10 +117,10 @@ def complete_config(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
             constructor (with `model_channels`).
 
     Returns:
-        Every argument that matters here, in the names of the constructor.
+        Every argument that matters here, under the constructor's names.
 
     Raises:
-        ValueError: An argument is unknown, missing or asks for what is not supported.
+        ValueError: An argument is unknown, missing or not supported.
     """
     in_script_form = "model_channels" not in config
     form = _SCRIPT_DEFAULTS if in_script_form else _CONSTRUCTOR_DEFAULTS
@@ -127,7 +128,7 @@ def complete_config(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
         form = {**form, "rescale_timesteps": True}
     given = {name: value for name, value in config.items() if name not in _WITHOUT_EFFECT}
     if not in_script_form and "attention_resolutions" in given:
-        given["attention_ds"] = given.pop("attention_resolutions")  # factors, in spite of its name
+        given["attention_ds"] = given.pop("attention_resolutions")  # factors, despite the name
     _check_names(given, {*form, *_SHARED_DEFAULTS})
     complete = {**_SHARED_DEFAULTS, **form, **given}
     complete["image_size"] = complete.pop("image_size_used", complete.get("image_size"))
@@ -146,13 +147,13 @@ def complete_config(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def architecture_of(complete: Mapping[str, Any]) -> UNetArchitecture:
-    """The architecture that a config describes.
+    """Make the architecture that a config describes.
 
     Args:
         complete: What `complete_config` returned.
 
     Raises:
-        ValueError: An entry has no sense.
+        ValueError: An entry is invalid.
     """
     width = complete["model_channels"]
     multipliers = _multipliers(complete["channel_mult"], complete["image_size"])
@@ -175,7 +176,7 @@ def _check_names(given: Mapping[str, Any], known: set[str]) -> None:
     unknown = sorted(name for name in given if name not in known)
     if unknown:
         raise ValueError(
-            f"config: {', '.join(unknown)} unknown; known are {', '.join(sorted(known))}"
+            f"config: {', '.join(unknown)} unknown; known names are {', '.join(sorted(known))}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Original checkpoints to tensors; nothing in a file is ever executed."""
+"""Read the tensors of original checkpoints; nothing in a file is ever executed."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-# Where training scripts keep the weights, the best ones first; and what wrapped networks call them.
+# Keys under which training scripts save weights, the best ones first; and prefixes that wrapped
+# networks put before names.
 _WRAPPERS = ("ema", "state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, by their names.
+    """Read the tensors of a checkpoint, by their names.
 
     Args:
-        path: A file that `torch.save` wrote, holding a state dict or one under the key "ema",
-            "state_dict" or "model", or a `.safetensors` file.
+        path: A `.safetensors` file, or a file that `torch.save` wrote, with a state dict or with
+            one under the key "ema", "state_dict" or "model".
 
     Returns:
         The tensors, on the CPU, by their names without "module." and "_orig_mod.".
 
     Raises:
-        ValueError: The file is not there, is damaged, holds more than tensors, or something else.
+        ValueError: The file does not exist, is damaged, or holds more than tensors or no tensors.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -51,7 +52,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
 
 
 def _without_prefixes(named: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights by the names that they had before the network was wrapped."""
+    """Return weights under the names that they had before the network was wrapped."""
     for prefix in _PREFIXES * 2:  # compiled, then distributed, or the other way round
         if all(name.startswith(prefix) for name in named):
             named = {name.removeprefix(prefix): value for name, value in named.items()}
@@ -69,7 +70,7 @@ def _content(path: Path) -> Any:
         raise ValueError(_refusal(path, str(error))) from None
     except SafetensorError as error:
         raise ValueError(_damaged(path, error)) from None
-    # A damaged pickle can fail with nearly everything that Python knows.
+    # A damaged pickle can raise nearly every kind of error.
     except (ArithmeticError, AttributeError, EOFError, LookupError, OSError) as error:
         raise ValueError(_damaged(path, error)) from None
     except (RuntimeError, TypeError, ValueError) as error:

@@ -21,7 +21,7 @@ from .unet import ADMUNet2DModel, encoder_rules, unet_config
 
 
 class NoisyClassifier(ModelMixin, ConfigMixin):
-    """Says which class a noisy picture is of; its gradient guides ADM.
+    """A classifier of noisy pictures, whose gradient guides ADM.
 
     Source: Dhariwal and Nichol, arXiv 2105.05233, Sec. 4.
     """
@@ -49,13 +49,13 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         """Make a classifier with random weights.
 
         Args:
-            num_classes: Logits.
+            num_classes: Number of classes, and of logits.
             sample_size: Height and width of a picture, in pixels.
-            in_channels: Of a picture.
+            in_channels: Channels of a picture.
             block_out_channels: Channels of each level, the finest first.
             layers_per_block: Residual blocks of each level.
-            attention_head_dim: Channels of an attention head, also of the pooling.
-            down_block_types: Of each level: "AttnDownBlock2D", or without attention
+            attention_head_dim: Channels of an attention head, also in the pooling.
+            down_block_types: Kind of block at each level: "AttnDownBlock2D", or without attention
                 "ResnetDownsampleBlock2D" or "DownBlock2D".
             downsample_type: "resnet" or "conv".
             resnet_time_scale_shift: "scale_shift" or "default".
@@ -92,7 +92,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         Args:
             sample: x_t, (batch, channels, height, width) of the config's size, clean values in
                 [-1, 1].
-            timestep: As the original receives it, (batch,) or a single number.
+            timestep: Timesteps as the original gets them, (batch,) or a single number.
 
         Returns:
             Logits, (batch, classes).
@@ -108,20 +108,20 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         return self.pool(F.silu(self.norm_out(hidden.to(sample.dtype))))
 
 
-# Saved pipelines name a class by its module: by the package, wherever in it the class may live.
+# Saved pipelines name a class by its module. This is the package, so that the class can be moved.
 NoisyClassifier.__module__ = "self_attention_guidance"
 
 
 class AttentionPooling(nn.Module):
-    """A feature map to one vector: attention of its mean over all of its positions.
+    """Pools a feature map to one vector: its mean attends to the mean and all positions.
 
-    Source: Radford et al., arXiv 2103.00020, Sec. 2.4, as ADM's classifier has it.
+    Source: Radford et al., arXiv 2103.00020, Sec. 2.4, as in ADM's classifier.
     """
 
     def __init__(
         self, channels: int, positions: int, head_channels: int, out_channels: int
     ) -> None:
-        """Make it for maps of `positions` pixels with `channels` features each."""
+        """Make the layer for maps of `positions` pixels with `channels` features each."""
         super().__init__()
         self.heads = channels // head_channels
         self.positional_embedding = nn.Parameter(
@@ -131,7 +131,7 @@ class AttentionPooling(nn.Module):
         self.out = nn.Linear(channels, out_channels)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(batch, channels, height, width) to (batch, out_channels)."""
+        """Pool (batch, channels, height, width) to (batch, out_channels)."""
         tokens = features.flatten(2)
         tokens = torch.cat([tokens.mean(dim=-1, keepdim=True), tokens], dim=-1)
         tokens = (tokens + self.positional_embedding).transpose(1, 2)
@@ -142,7 +142,7 @@ class AttentionPooling(nn.Module):
 
 
 def load_classifier(original: Mapping[str, Tensor], config: Mapping[str, Any]) -> NoisyClassifier:
-    """One of ADM's classifiers.
+    """Load one of ADM's classifiers.
 
     Args:
         original: The checkpoint's tensors.
@@ -152,7 +152,8 @@ def load_classifier(original: Mapping[str, Tensor], config: Mapping[str, Any]) -
         The classifier, in eval mode.
 
     Raises:
-        ValueError: Config and checkpoint do not fit, or the pooling is not "attention".
+        ValueError: The config is invalid or does not fit the checkpoint, or the pooling is not
+            "attention".
     """
     complete = complete_config("classifier", config)
     if complete["pool"] != "attention":
@@ -166,10 +167,10 @@ def load_classifier(original: Mapping[str, Tensor], config: Mapping[str, Any]) -
 
 
 def classifier_arguments(architecture: UNetArchitecture) -> dict[str, Any]:
-    """The arguments of `NoisyClassifier` for an architecture.
+    """Return the arguments of `NoisyClassifier` for an architecture.
 
     Args:
-        architecture: What the original constructor was given.
+        architecture: The arguments of the original constructor.
     """
     unet = unet_config(architecture)
     shared = inspect.signature(NoisyClassifier.__init__).parameters.keys() & unet.keys()

@@ -1,4 +1,4 @@
-"""DiT (Peebles and Xie, arXiv 2212.09748) as a diffusers model that computes what it does."""
+"""DiT (Peebles and Xie, arXiv 2212.09748) as a diffusers model with the original's results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ...checks import check_count
 from ...pipelines.dit import CFG_CHANNELS
 from .rules import Rule, convert, qkv_by_part
 
-# Those of the original constructor, which make DiT-XL/2.
+# Defaults of the original constructor, which make DiT-XL/2.
 _DEFAULTS: Mapping[str, Any] = {
     "input_size": 32,
     "patch_size": 2,
@@ -32,8 +32,8 @@ _DEFAULTS: Mapping[str, Any] = {
 class OriginalDiTModel(DiTTransformer2DModel):
     """diffusers' `DiTTransformer2DModel` with the original's timestep embedding and norms.
 
-    diffusers spaces the frequencies of the timestep's sinusoids differently (its shift is 1), for
-    which its converted weights do not make up, and has another epsilon by default. Source:
+    diffusers spaces the frequencies of the timestep's sinusoids differently (its shift is 1); its
+    converted weights do not compensate for that. It also has another epsilon by default. Source:
     Peebles and Xie, arXiv 2212.09748.
     """
 
@@ -41,7 +41,7 @@ class OriginalDiTModel(DiTTransformer2DModel):
         """Make a network with random weights.
 
         Args:
-            **transformer: As `DiTTransformer2DModel` has them; `norm_eps` is 1e-6 by default.
+            **transformer: Arguments of `DiTTransformer2DModel`; `norm_eps` is 1e-6 by default.
         """
         arguments: dict[str, Any] = {"norm_eps": 1e-6, **transformer}
         super().__init__(**arguments)
@@ -63,14 +63,14 @@ class OriginalDiTModel(DiTTransformer2DModel):
             hidden_states: (2 * batch, channels, height, width); the second half is replaced by
                 the first.
             timestep: (2 * batch,).
-            class_labels: (2 * batch,): the classes, then as many times the label of no class.
+            class_labels: (2 * batch,): the classes, then the label of "no class" as many times.
             guidance_scale: Weight of the guidance; 1 is off.
-            channels: How many of the latents' channels are guided, the original's 3 by default;
-                `None` guides all.
+            channels: Number of latent channels to guide, by default 3 as in the original; `None`
+                guides all.
 
         Returns:
-            (2 * batch, out_channels, height, width): guided channels are the same in both halves,
-            the others are each half's own.
+            (2 * batch, out_channels, height, width): guided channels are equal in both halves; the
+            other channels are each half's own prediction.
         """
         half = hidden_states.chunk(2)[0]
         output = self(torch.cat([half, half]), timestep, class_labels).sample
@@ -81,7 +81,7 @@ class OriginalDiTModel(DiTTransformer2DModel):
         return torch.cat([torch.cat([mixed, mixed]), output[:, guided:]], dim=1)
 
 
-# Saved pipelines name a class by its module: by the package, wherever in it the class may live.
+# Saved pipelines name a class by its module. This is the package, so that the class can be moved.
 OriginalDiTModel.__module__ = "self_attention_guidance"
 OriginalDiTModel.__init__.__signature__ = inspect.signature(  # type: ignore[attr-defined]
     DiTTransformer2DModel.__init__
@@ -89,7 +89,7 @@ OriginalDiTModel.__init__.__signature__ = inspect.signature(  # type: ignore[att
 
 
 def load_dit(original: Mapping[str, Tensor], config: Mapping[str, Any]) -> OriginalDiTModel:
-    """A DiT network.
+    """Load a DiT network.
 
     Args:
         original: The checkpoint's tensors.
@@ -99,7 +99,7 @@ def load_dit(original: Mapping[str, Tensor], config: Mapping[str, Any]) -> Origi
         The network, in eval mode.
 
     Raises:
-        ValueError: Config and checkpoint do not fit.
+        ValueError: The config is invalid, or does not fit the checkpoint.
     """
     complete = _complete(config)
     width, heads = complete["hidden_size"], complete["num_heads"]
@@ -122,7 +122,7 @@ def load_dit(original: Mapping[str, Tensor], config: Mapping[str, Any]) -> Origi
 
 
 def dit_scheduler() -> DDIMScheduler:
-    """The noise levels that DiT was trained with; DDIM, without the learned variance."""
+    """Make a DDIM scheduler with DiT's noise levels of training; it ignores a learned variance."""
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=1e-4,
@@ -136,7 +136,7 @@ def _complete(config: Mapping[str, Any]) -> dict[str, Any]:
     unknown = sorted(set(config) - set(_DEFAULTS))
     if unknown:
         known = ", ".join(sorted(_DEFAULTS))
-        raise ValueError(f"config: {', '.join(unknown)} unknown; known are {known}")
+        raise ValueError(f"config: {', '.join(unknown)} unknown; known names are {known}")
     complete = {**_DEFAULTS, **config}
     for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads"):
         check_count(f"config: {name}", complete[name])
@@ -144,14 +144,14 @@ def _complete(config: Mapping[str, Any]) -> dict[str, Any]:
     if complete["mlp_ratio"] != 4:
         raise ValueError(f"config: mlp_ratio={complete['mlp_ratio']} must be 4")
     if complete["class_dropout_prob"] <= 0:
-        raise ValueError("config: class_dropout_prob must be above 0: no label stands for no class")
+        raise ValueError("config: class_dropout_prob must be above 0, or there is no null label")
     if complete["hidden_size"] % complete["num_heads"]:
         raise ValueError("config: hidden_size must be a multiple of num_heads")
     return complete
 
 
 def _check_positions(given: Tensor | None, computed: Tensor) -> None:
-    """The position embedding is a formula, which is not saved; but was it this one?"""
+    """Refuse another position embedding than DiT's, which is computed and not loaded."""
     if given is None:
         raise ValueError("the checkpoint does not fit the config: pos_embed is missing")
     if given.shape != computed.shape:

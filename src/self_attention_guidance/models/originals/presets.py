@@ -1,4 +1,4 @@
-"""The arguments of every published checkpoint, under the name of its file without the suffix.
+"""The arguments of every published checkpoint, by the name of its file without the suffix.
 
 Sources: the READMEs of openai/guided-diffusion, openai/improved-diffusion and
 facebookresearch/DiT.
@@ -125,13 +125,13 @@ KINDS = tuple(PRESETS)
 
 
 def preset_names(kind: str) -> tuple[str, ...]:
-    """Names of a kind's presets: those of the published files, without the suffix.
+    """Return the names of a kind's presets: names of published files, without the suffix.
 
     Args:
         kind: One of `KINDS`.
 
     Raises:
-        ValueError: Unknown kind.
+        ValueError: The kind is unknown.
     """
     if kind not in PRESETS:
         raise ValueError(f"kind={kind!r} must be one of {', '.join(KINDS)}")
@@ -139,14 +139,14 @@ def preset_names(kind: str) -> tuple[str, ...]:
 
 
 def preset(kind: str, name: str) -> Config:
-    """The original arguments of a published checkpoint.
+    """Return the original arguments of a published checkpoint.
 
     Args:
         kind: One of `KINDS`.
         name: One of `preset_names(kind)`.
 
     Raises:
-        ValueError: Unknown kind or name.
+        ValueError: The kind or the name is unknown.
     """
     names = preset_names(kind)
     if name not in names:

@@ -1,4 +1,4 @@
-"""Tables of key rules: which tensor of an original checkpoint becomes which of a model here."""
+"""Tables of rules that map tensors of an original checkpoint to tensors of a model here."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from torch import Tensor, nn
 
 Split = Callable[[Tensor], Sequence[Tensor]]
 
-# Both networks keep what a layer learns under these names.
+# Names of a layer's parameters, in both networks.
 PARAMETERS = ("weight", "bias")
 _SHOWN = 5
 
 
 def whole(tensor: Tensor) -> Sequence[Tensor]:
-    """The tensor as it is."""
+    """Return the tensor unchanged, as the only part."""
     return (tensor,)
 
 
 def without_taps(tensor: Tensor) -> Sequence[Tensor]:
-    """The weight of a convolution over one tap, as that of a linear layer."""
+    """Convert the weight of a convolution with one tap to that of a linear layer."""
     return (tensor.squeeze(-1) if tensor.ndim == 3 else tensor,)
 
 
 def qkv_by_head(heads: int) -> Split:
-    """Query, key and value from rows in the order [head, (q, k, v), channel]."""
+    """Make a split of rows [head, (q, k, v), channel] into query, key and value."""
 
     def split(tensor: Tensor) -> Sequence[Tensor]:
         (tensor,) = without_taps(tensor)
@@ -37,7 +37,7 @@ def qkv_by_head(heads: int) -> Split:
 
 
 def qkv_by_part(tensor: Tensor) -> Sequence[Tensor]:
-    """Query, key and value from rows in the order [(q, k, v), head, channel]."""
+    """Split rows [(q, k, v), head, channel] into query, key and value."""
     (tensor,) = without_taps(tensor)
     return tensor.chunk(3)
 
@@ -48,10 +48,9 @@ class Rule:
 
     Attributes:
         source: The layer in the original checkpoint, or one of its tensors.
-        targets: The layers here, one for each part that `split` makes; each part may go to
-            several layers.
-        split: Makes the parts.
-        parameters: The names below the layer; ("",) if `source` is a tensor itself.
+        targets: The layers here, one for each part that `split` makes, or several for a part.
+        split: Splits a tensor into parts.
+        parameters: Names of the layer's parameters; ("",) if `source` is a tensor itself.
     """
 
     source: str
@@ -60,7 +59,7 @@ class Rule:
     parameters: Sequence[str] = PARAMETERS
 
     def copies(self, parameter: str) -> list[list[str]]:
-        """The names here of each part of one parameter."""
+        """Return the names, in the model here, for each part of one parameter."""
         groups = [[part] if isinstance(part, str) else list(part) for part in self.targets]
         return [[_joined(name, parameter) for name in group] for group in groups]
 
@@ -70,11 +69,12 @@ def convert(original: Mapping[str, Tensor], model: nn.Module, rules: Iterable[Ru
 
     Args:
         original: The checkpoint's tensors.
-        model: What they are for; gets them as float32.
-        rules: The table; covers every tensor of the checkpoint and of the model.
+        model: The model to load them into, as float32.
+        rules: The table; it must cover every tensor of the checkpoint and of the model.
 
     Raises:
-        ValueError: A tensor is missing, left over or of another shape; lists the first few.
+        ValueError: Tensors are missing, left over or of another shape; the message lists the first
+            few.
     """
     wanted = model.state_dict()
     converted: dict[str, Tensor] = {}
@@ -94,7 +94,7 @@ def convert(original: Mapping[str, Tensor], model: nn.Module, rules: Iterable[Ru
                 converted |= dict.fromkeys(group, part)
                 problems += _wrong_shapes(source, original[source], part, group, wanted)
     problems += [f"{name} is left over" for name in original if name not in used]
-    problems += [f"{name} is given by no key" for name in wanted if name not in converted]
+    problems += [f"{name} has no tensor to load" for name in wanted if name not in converted]
     if problems:
         more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise ValueError(
@@ -104,7 +104,7 @@ def convert(original: Mapping[str, Tensor], model: nn.Module, rules: Iterable[Ru
 
 
 def _parts(rule: Rule, tensor: Tensor, count: int) -> Sequence[Tensor]:
-    """The parts of a tensor, or all of it if it can't be cut, so that its shape is reported."""
+    """Split a tensor; if that fails, repeat it whole, so that its shape is reported."""
     try:
         parts = rule.split(tensor)
     except (RuntimeError, ValueError):

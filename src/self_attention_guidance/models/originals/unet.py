@@ -1,4 +1,4 @@
-"""The U-Net of ADM and IDDPM as a diffusers model, and the table that converts it."""
+"""The U-Net of ADM and IDDPM as a diffusers model, and the table of rules that converts it."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _RESIDUAL_BLOCK = {
 
 
 class ADMUNet2DModel(UNet2DModel):
-    """diffusers' `UNet2DModel` with what the config of that class cannot say.
+    """diffusers' `UNet2DModel` with settings that the config of that class does not have.
 
     Source: Dhariwal and Nichol, arXiv 2105.05233, and Nichol and Dhariwal, arXiv 2102.09672. It
-    takes the timesteps that the original network receives: where it was trained with rescaled
-    ones, those of the scheduler times `timestep_scale`.
+    takes the same timesteps as the original network: if that was trained with rescaled timesteps,
+    the scheduler's timesteps times `timestep_scale`.
     """
 
     def __init__(
@@ -49,13 +49,13 @@ class ADMUNet2DModel(UNet2DModel):
         Args:
             num_heads: Attention heads of every layer, whatever its width; `None` follows
                 `attention_head_dim`.
-            num_heads_upsample: The same for the decoder alone; `None` is `num_heads`.
+            num_heads_upsample: The same for the decoder only; `None` is `num_heads`.
             timestep_channels: Width of the sinusoids of the timestep; `None` is that of the first
                 block.
-            timestep_scale: The network's timestep over the scheduler's.
+            timestep_scale: The network's timestep divided by the scheduler's.
             use_fp16: Compute in float16, with float32 weights and norms, as the original's
                 half-precision torso does.
-            **unet: As `UNet2DModel` has them.
+            **unet: Arguments of `UNet2DModel`.
 
         Raises:
             ValueError: The width of a layer is not a multiple of its heads.
@@ -87,7 +87,7 @@ class ADMUNet2DModel(UNet2DModel):
         class_labels: Tensor | None = None,
         return_dict: bool = True,
     ) -> UNet2DOutput | tuple[Tensor, ...]:
-        """Predict; shapes and meaning are those of `UNet2DModel.forward`."""
+        """Predict; shapes and arguments are those of `UNet2DModel.forward`."""
         if not torch.is_tensor(timestep):
             timestep = torch.tensor(timestep, device=sample.device)
         config: Any = self.config
@@ -98,14 +98,14 @@ class ADMUNet2DModel(UNet2DModel):
 
 
 def _with_parents_parameters() -> inspect.Signature:
-    """The full signature, by which diffusers sorts the entries of a saved config."""
+    """Make the full signature, by which diffusers sorts the entries of a saved config."""
     own = list(inspect.signature(ADMUNet2DModel.__init__).parameters.values())[:-1]
     parents = list(inspect.signature(UNet2DModel.__init__).parameters.values())[1:]
     keywords = [parent.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parent in parents]
     return inspect.Signature([*own, *keywords])
 
 
-# Saved pipelines name a class by its module: by the package, wherever in it the class may live.
+# Saved pipelines name a class by its module. This is the package, so that the class can be moved.
 ADMUNet2DModel.__module__ = "self_attention_guidance"
 ADMUNet2DModel.__init__.__signature__ = _with_parents_parameters()  # type: ignore[attr-defined]
 
@@ -123,13 +123,13 @@ def _set_heads(unet: UNet2DModel, part: str, heads: int | None) -> None:
 
 
 def unet_config(architecture: UNetArchitecture) -> dict[str, Any]:
-    """The arguments of `ADMUNet2DModel` for an architecture.
+    """Return the arguments of `ADMUNet2DModel` for an architecture.
 
     Args:
-        architecture: What the original constructor was given.
+        architecture: The arguments of the original constructor.
     """
     attends = architecture.attends
-    # Blocks without attention have a class for each way of changing the resolution.
+    # Blocks without attention have one class for each way to change the resolution.
     plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
     down, up = plain if architecture.resblock_updown else ("DownBlock2D", "UpBlock2D")
     by_channels = architecture.num_head_channels != -1
@@ -164,7 +164,7 @@ def unet_config(architecture: UNetArchitecture) -> dict[str, Any]:
 
 
 def unet_rules(architecture: UNetArchitecture) -> Iterator[Rule]:
-    """The table of a whole U-Net."""
+    """Yield the rules of a whole U-Net."""
     yield from encoder_rules(architecture)
     yield Rule("label_emb", ["class_embedding"])
     yield Rule("out.0", ["conv_norm_out"])
@@ -173,7 +173,7 @@ def unet_rules(architecture: UNetArchitecture) -> Iterator[Rule]:
 
 
 def encoder_rules(architecture: UNetArchitecture) -> Iterator[Rule]:
-    """The table of the half that classifiers share: time, input blocks and middle block."""
+    """Yield the rules of the half that classifiers share: time, input blocks and middle block."""
     yield Rule("time_embed.0", ["time_embedding.linear_1"])
     yield Rule("time_embed.2", ["time_embedding.linear_2"])
     yield Rule("input_blocks.0.0", ["conv_in"])
