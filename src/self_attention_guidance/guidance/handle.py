@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
 from types import NoneType
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from torch import Tensor, nn
 
@@ -27,7 +27,9 @@ from ..denoiser.run import Run
 from ..denoiser.safety import refuse_caches, refuse_compiled_in_place, run_uncompiled
 from .base import Guidance
 from .guided_call import GuidedCall
-from .several import GuidanceSum
+
+if TYPE_CHECKING:
+    from .several import GuidanceSum
 
 # Without a lock, two threads could both find a denoiser without guidance.
 _attaching = threading.Lock()
@@ -58,9 +60,9 @@ def attach(
             already guided; or guidances use `rescale` or `norm_limit` and differ in one of them or
             in `branch`.
     """
-    if not guidances or not all(isinstance(each, Guidance | GuidanceSum) for each in guidances):  # pyright: ignore[reportUnnecessaryIsInstance]
+    parts = tuple(part for each in guidances for part in getattr(each, "parts", (each,)))
+    if not parts or not all(isinstance(part, Guidance) for part in parts):
         raise ValueError("attach needs a guidance after its target: SelfAttentionGuidance(0.75)")
-    parts = tuple(part for each in guidances for part in each.parts)
     _refuse_mixed_limits(parts)
     denoiser = denoiser_of(target)
     if denoiser is None:
