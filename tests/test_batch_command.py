@@ -120,3 +120,16 @@ def test_ctrl_c_leaves_a_job_that_goes_on(tmp_path: Path) -> None:
     assert message.strip().splitlines()[-1] == "error: interrupted"
     assert run("batch", "--num-samples", 20, "--steps", 3, "--out", out) == 0
     assert [row["row"] for row in sorted(rows_of(out), key=lambda r: r["row"])] == list(range(20))
+
+
+def test_a_finished_folder_of_another_guidance_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = listed(tmp_path / "a.jsonl", ["red heart"]), tmp_path / "out"
+    asked = ["batch", source.path, "--steps", 2, "--out", out]
+    assert run(*asked) == 0
+    assert run(*asked) == 0
+    assert run(*asked, "--device", "cpu") == 0  # asked for in another way, and the same
+    capsys.readouterr()
+    for options in (["--guidance", "pag"], ["--together", 2], ["--scheduler", "euler"]):
+        assert "holds pictures with" in error_of(capsys, *asked, *options)

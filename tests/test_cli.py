@@ -14,7 +14,7 @@ from PIL import Image
 
 from command_line import error_of, in_a_process, interrupted, run
 from self_attention_guidance.cli import main
-from self_attention_guidance.generate import read_parameters
+from self_attention_guidance.generate import read_parameters, read_record
 from tiny import save_tiny_model
 
 SETTINGS = {
@@ -225,6 +225,21 @@ def test_generate_draws_like_a_picture(
     assert "does not exist" in error_of(capsys, "generate", "--like", tmp_path / "none.png")
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
     assert "has no" in error_of(capsys, "generate", "--like", tmp_path / "plain.png")
+
+
+def test_options_of_like_are_kept_even_with_their_default_values(
+    tmp_path: Path, model: Path
+) -> None:
+    drawn = ["generate", "a", "--model", model, "--steps", 2, "--dtype", "bfloat16", "--seed", 5]
+    assert run(*drawn, "--negative-prompt", "dog", "--out", tmp_path / "a.png") == 0
+    again = ["generate", "--like", tmp_path / "a.png", "--model", model, "--out"]
+    assert run(*again, tmp_path / "b.png") == 0
+    asked = ["--seed", 0, "--negative-prompt", "", "--dtype", "auto"]
+    assert run(*again, tmp_path / "c.png", *asked) == 0
+    first, same, record = (read_record(tmp_path / f"{name}.png") for name in "abc")
+    assert same == first
+    assert (record["seed"], record["dtype"]) == (0, "float32")
+    assert record["settings"]["negative_prompt"] == ""
 
 
 def test_info_shows_how_a_picture_was_made(

@@ -143,12 +143,15 @@ class _Run:
         self.plan = plan
         self.crew = crew
         self.on_progress = on_progress
+        self.asked: str | None = None
+        self.has_worked = False
         self.identity = self._identity()
         self.summary = Summary(total=plan.total, done=plan.done, failed=plan.failed)
         self.started = self.written = time.monotonic()
         self.rows: list[Row] = []
 
     def draw(self) -> None:
+        """Draw what is missing; refuse a folder of another model's pictures."""
         job = self.job
         self._report()
         if self.plan.bad:
@@ -169,16 +172,36 @@ class _Run:
             with suppress(OSError):
                 self._write()
         self._write()
+        if not self.has_worked and self.identity is not None and self.asked != self._asked_now():
+            self._check_finished(self.identity)
+
+    def _check_finished(self, expected: dict[str, Any]) -> None:
+        """Refuse a finished folder of another model or guidance.
+
+        Loading the model takes long, so this is done only if something else is asked for than when
+        the pictures were drawn.
+        """
+        job = self.job
+        found = UnitWorker(job.make_artist, job.storage, job.together).identity
+        # What is not drawn does not depend on this process.
+        own = {"threads": expected.get("threads")}
+        check_identity(found | own, expected)
+
+    def _asked_now(self) -> str:
+        return repr((self.job.make_artist, self.job.together))
 
     def _rows(self, unit: Unit, result: UnitResult | Lost) -> list[Row]:
         if isinstance(result, Lost):
             return [row_of_task(task) | {"error": result.reason} for task in unit.tasks]
+        self.has_worked = True
         if self.identity is None:
             self.identity = result.identity
-            text = json.dumps(
-                {"shard_size": self.job.shard_size, "identity": self.identity}, indent=2
-            )
-            self.job.storage.write(JOB, text.encode())
+            content = {
+                "shard_size": self.job.shard_size,
+                "asked": self._asked_now(),
+                "identity": self.identity,
+            }
+            self.job.storage.write(JOB, json.dumps(content, indent=2).encode())
         check_identity(result.identity, self.identity)
         return result.rows
 
@@ -212,5 +235,6 @@ class _Run:
         if content is None:
             return None
         stored = cast("dict[str, Any]", json.loads(content))
+        self.asked = stored.get("asked")
         check_identity({"shard_size": self.job.shard_size}, {"shard_size": stored["shard_size"]})
         return stored["identity"]

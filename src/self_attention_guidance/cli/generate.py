@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .like import as_drawn, record_like, settings_like
+from .like import as_drawn, given_names, record_like, settings_like
 from .loading import check_prompting, load_pipeline_of
 from .options import OneScaleOptions, prompts_of
 from .output import drawn_with, note, print_line, progress, warn_unread
@@ -35,6 +35,7 @@ class GenerateCommand(OneScaleOptions):
       sag generate "a lighthouse" --model ./my-model --size 512x768 --scheduler "dpm++ 2m karras"
     """
 
+    context: typer.Context
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT")] = None
     num_images: Annotated[int, typer.Option(help="Pictures of each prompt.")] = 1
     out: Annotated[
@@ -68,7 +69,7 @@ class GenerateCommand(OneScaleOptions):
         prompts = [*(self.prompts or []), *prompts_of(self.prompts_file)]
         record = None if self.like is None else record_like(self.like)
         if record is not None:
-            options = as_drawn(self, record)
+            options = as_drawn(self, record, given_names(self.context))
             prompts = prompts or [record["prompt"]]
         if not prompts:
             raise ValueError('PROMPT is missing: give at least one ("" is one, too)')
@@ -109,12 +110,13 @@ def _draw(
     from ..generate import generate, save_png
 
     loaded = load_pipeline_of(options, record)
+    given = given_names(options.context)
     last: GeneratedImage | None = None
     with progress(len(paths), quiet=options.quiet) as advance:
         pictures = generate(
             loaded.pipeline,
             prompts,
-            settings_like(loaded, options.generation_arguments(), record),
+            settings_like(loaded, options.generation_arguments(), record, given),
             seed=options.seed,
             num_images=options.num_images,
             batch_size=options.batch_size,
