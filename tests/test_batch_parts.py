@@ -84,6 +84,7 @@ def test_an_unreadable_row_costs_only_itself(tmp_path: Path) -> None:
     [
         ("a.txt", "", "must end in .jsonl, .csv or .parquet"),
         ("a.csv", "text\nred heart\n", "has no column prompt"),
+        ("a.csv", "prompt,seed,seed\na,1,2\n", "has several columns seed"),
         ("a.csv", 'prompt\n"red', "cannot be read"),
         ("a.parquet", "no parquet", "cannot be read"),
         ("a.jsonl.gz", "no gzip", "cannot be read"),

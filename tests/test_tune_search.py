@@ -50,6 +50,12 @@ def test_other_budgets_are_refused(text: str) -> None:
         parse_budget(text)
 
 
+@pytest.mark.parametrize("text", ["9" * 30, "1e9h", "300h"])
+def test_budgets_that_nobody_can_wait_for_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        parse_budget(text)
+
+
 @given(
     pictures=st.integers(1, 20_000),
     unit=st.sampled_from([1, 2, 3, 4, 8, 16]),

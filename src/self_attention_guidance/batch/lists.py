@@ -107,6 +107,9 @@ class PromptList:
     def _check_columns(self, names: Sequence[str]) -> None:
         if "prompt" not in names:
             raise ValueError(f"has no column prompt: its columns are {', '.join(names)[:200]}")
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"has several columns {twice[0]}: names must differ")
 
 
 def _json_row(line: bytes, number: int) -> Row:

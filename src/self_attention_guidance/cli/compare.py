@@ -94,6 +94,17 @@ class CompareCommand(PromptOptions):
         print_line(self.out)
 
 
+# Options whose value an axis replaces.
+_REPLACED = {
+    "steps": "steps",
+    "guidance_scale": "cfg",
+    "blur_sigma": "blur",
+    "start": "window",
+    "stop": "window",
+    "layer": "layer",
+}
+
+
 def _axes(options: CompareCommand) -> dict[str, Axis]:
     """The axes that were given, by option.
 
@@ -111,6 +122,10 @@ def _axes(options: CompareCommand) -> dict[str, Axis]:
         "--num-images": options.num_images != 1,
         "--show-attention": options.show_attention,
         "--guidance": "guidance" in names and options.guidance,
+        **{
+            f"--{option.replace('_', '-')}": axis in names and getattr(options, option) is not None
+            for option, axis in _REPLACED.items()
+        },
     }
     for option, is_given in others.items():
         if is_given:

@@ -21,6 +21,8 @@ _BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*([smh]?)", re.IGNORECASE)
 _FEWEST_SEEDS = 8
 _FIRST_SEEDS = 16
 _MOST_SEEDS = 2048
+# Of pictures, or of seconds, which are eleven days.
+_LARGEST_BUDGET = 1_000_000
 # Beyond this many seeds, a larger budget also buys more settings.
 _MANY_SEEDS = 64
 # The last rung has at least this many settings, so that a person can choose.
@@ -47,13 +49,17 @@ def parse_budget(text: str) -> Budget:
         text: A time with its unit, or a number of pictures.
 
     Raises:
-        ValueError: It has another format, or is 0.
+        ValueError: It has another format, is 0, or is more than anyone can wait for.
     """
     match = _BUDGET.fullmatch(text.strip())
     number, unit = (float(match[1]), match[2].lower()) if match else (0.0, "")
     if not number or (not unit and not number.is_integer()):
         raise ValueError(
             f"budget={text!r} must be a time like 90s, 30m or 2h, or a number of pictures like 500"
+        )
+    if number * _UNITS.get(unit, 1) > _LARGEST_BUDGET:
+        raise ValueError(
+            f"budget={text!r:.40} must be at most {_LARGEST_BUDGET:,} pictures or seconds"
         )
     return Budget(seconds=number * _UNITS[unit]) if unit else Budget(pictures=int(number))
 
