@@ -243,7 +243,7 @@ def test_a_sum_is_attached_as_its_parts() -> None:
 
 
 def test_a_row_without_its_half_is_refused_as_that() -> None:
-    with pytest.raises(ValueError, match="a batch of 1 has no two halves"):
+    with pytest.raises(ValueError, match="a batch of 1 has no halves"):
         one_call(PerturbedAttentionGuidance(2.0), layout="uncond_first")
 
 

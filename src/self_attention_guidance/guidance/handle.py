@@ -60,7 +60,7 @@ def attach(
             already guided; or guidances use `rescale` or `norm_limit` and differ in one of them or
             in `branch`.
     """
-    found = (getattr(each, "parts", (each,)) for each in guidances)
+    found = (each.parts if hasattr(type(each), "parts") else (each,) for each in guidances)
     parts: tuple[Any, ...] = tuple(part for several in found for part in several)
     if not parts or not all(isinstance(part, Guidance) for part in parts):
         raise ValueError("attach needs a guidance after its target: SelfAttentionGuidance(0.75)")
