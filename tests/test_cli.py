@@ -380,3 +380,17 @@ def test_interrupt_leaves_whole_files_and_one_line(tmp_path: Path, model: str) -
     assert files
     assert {path.suffix for path in files} == {".png"}
     assert all(pixels(path).shape == (64, 64, 3) for path in files)
+
+
+def test_a_file_that_is_cut_off_is_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.npz").touch()
+    assert "has no" in error_of(capsys, "info", tmp_path / "a.npz")
+
+    def cut_off(path: object) -> dict[str, object]:
+        raise EOFError("no data left in file")
+
+    monkeypatch.setattr("self_attention_guidance.generate.read_record", cut_off)
+    assert run("info", tmp_path / "a.npz", "--json") == 2
+    assert "error: a file ends too early: no data left in file" in capsys.readouterr().err

@@ -50,9 +50,9 @@ def test_other_budgets_are_refused(text: str) -> None:
         parse_budget(text)
 
 
-@pytest.mark.parametrize("text", ["9" * 30, "1e9h", "300h"])
+@pytest.mark.parametrize("text", ["9" * 30, "1000001", "300h"])
 def test_budgets_that_nobody_can_wait_for_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="must be"):
+    with pytest.raises(ValueError, match="must be at most 1,000,000 pictures or seconds"):
         parse_budget(text)
 
 

@@ -53,10 +53,12 @@ def block_names(denoiser: nn.Module) -> list[str]:
 def block_of(denoiser: nn.Module, layer: str) -> str:
     """Return the block that a layer belongs to; the layer's own path if it belongs to none."""
     blocks = block_names(denoiser)
-    return next((each for each in blocks if _begins(plain(layer), plain(each))), layer)
+    return next(
+        (each for each in blocks if _begins(uncompiled_path(layer), uncompiled_path(each))), layer
+    )
 
 
-def plain(path: str) -> str:
+def uncompiled_path(path: str) -> str:
     """Return a dotted path without the parts that `torch.compile` adds for a block."""
     return path.replace("._orig_mod", "")
 
@@ -112,7 +114,10 @@ def resolved(denoiser: nn.Module, names: Sequence[str], has_blocks: bool) -> tup
 
 def _is_meant(path: str, name: str) -> bool:
     """Whether a name is a path or its beginning, in full or short, compiled in parts or not."""
-    return any(_begins(each, name) for each in (path, plain(path), short_name(plain(path))))
+    return any(
+        _begins(each, name)
+        for each in (path, uncompiled_path(path), short_name(uncompiled_path(path)))
+    )
 
 
 def _begins(path: str, beginning: str) -> bool:

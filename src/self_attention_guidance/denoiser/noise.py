@@ -234,7 +234,7 @@ class Schedule:
         if not getattr(self.scheduler, "state_in_first_order", True):
             if hasattr(self.scheduler, "mid_point_sigma"):
                 return float(self.scheduler.mid_point_sigma)
-            for name in class_names(type(self.scheduler)):
+            for name in _class_names(type(self.scheduler)):
                 if name in _MIDPOINT_OFFSETS:
                     return self.tables["sigmas_interpol"][step + _MIDPOINT_OFFSETS[name]]
         return self.tables["sigmas"][step]
@@ -256,7 +256,7 @@ def check_scheduler(scheduler: Any) -> None:
     name, problem = type(scheduler).__name__, ""
     if not (hasattr(scheduler, "sigmas") or hasattr(scheduler, "alphas_cumprod")):
         problem = "has neither sigmas nor alphas_cumprod: not supported"
-    elif any("Inverse" in each for each in class_names(type(scheduler))):
+    elif any("Inverse" in each for each in _class_names(type(scheduler))):
         problem = "is not supported: its samples have another noise level than its timesteps say"
     elif kind not in PREDICTION_TYPES:
         problem = f"has prediction_type={kind!r}; it must be one of {', '.join(PREDICTION_TYPES)}"
@@ -286,14 +286,14 @@ def _settings(scheduler: type) -> frozenset[str]:
 
 
 @functools.cache
-def class_names(scheduler: type) -> tuple[str, ...]:
+def _class_names(scheduler: type) -> tuple[str, ...]:
     """Names of a scheduler's class and of the classes that it is derived from."""
     return tuple(base.__name__ for base in scheduler.__mro__)
 
 
 def _is_flow_matching(scheduler: Any) -> bool:
     # Schedulers made for flow matching have no setting for it.
-    is_named_so = any(name.startswith("FlowMatch") for name in class_names(type(scheduler)))
+    is_named_so = any(name.startswith("FlowMatch") for name in _class_names(type(scheduler)))
     return is_named_so or bool(setting(scheduler, "use_flow_sigmas"))
 
 

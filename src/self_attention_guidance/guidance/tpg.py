@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_count
-from ..denoiser.layers import plain
+from ..denoiser.layers import uncompiled_path
 from .base import Step
 from .weak_layers import WeakLayers
 
@@ -60,5 +60,5 @@ class TokenPerturbationGuidance(WeakLayers, method="tpg"):
 
 def token_order(seed: int, step: int, block: str, tokens: int) -> Tensor:
     """Return the order of the tokens for a block at a step: (tokens,) int64 indices, on the CPU."""
-    own_seed = random.Random(f"{seed} {step} {plain(block)}").getrandbits(63)
+    own_seed = random.Random(f"{seed} {step} {uncompiled_path(block)}").getrandbits(63)
     return torch.randperm(tokens, generator=torch.Generator().manual_seed(own_seed))
