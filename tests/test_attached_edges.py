@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from self_attention_guidance import (
     attach,
 )
 from self_attention_guidance.guidance import guidance_of
+from self_attention_guidance.guidance.tpg import token_order
 from test_guidance import difference, draw
 from tiny import BETAS, tiny_pipeline, tiny_scheduler, tiny_unet
 from tiny_transformers import TRANSFORMERS
@@ -266,3 +268,164 @@ def test_a_blur_of_queries_that_changes_nothing_is_refused_as_that() -> None:
 def test_what_are_no_settings_is_refused_by_name(read: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read()
+
+
+# The last step
+
+
+@pytest.mark.parametrize("start", [0.0, 0.75])
+@pytest.mark.parametrize("branch", ["uncond", "cond"])
+def test_steps_of_lumina_2_without_cfg_are_guided(branch: str, start: float) -> None:
+    pipe = TRANSFORMERS["Lumina 2"].make()
+    arguments: dict[str, Any] = {"num_inference_steps": 4, "cfg_trunc_ratio": 0.6}
+    plain = draw_transformer("Lumina 2", pipe, (3,), 4.0, **arguments)
+    with SelfAttentionGuidance(1.0, branch=branch, start=start).attach(pipe) as handle:
+        guided = draw_transformer("Lumina 2", pipe, (3,), 4.0, **arguments)
+    assert handle.steps == (4 if start == 0 else 1)
+    assert not torch.equal(guided, plain)
+
+
+def loop_in_two_calls(net: Any, scheduler: Any, cfg_steps: int) -> Tensor:
+    """A loop of one's own, with the condition first, and without CFG after some steps."""
+    scheduler.set_timesteps(4)
+    x = noise()
+    for step, t in enumerate(scheduler.timesteps):
+        x_in = x.clone()
+        cond = net(x_in, t, encoder_hidden_states=TEXT).sample
+        if step < cfg_steps:
+            uncond = net(x_in, t, encoder_hidden_states=0 * TEXT).sample
+            cond = uncond + 3.0 * (cond - uncond)
+        x = scheduler.step(cond, t, x).prev_sample
+    return x
+
+
+@torch.no_grad()
+def test_a_last_step_without_its_second_call_is_guided() -> None:
+    """A loop of one's own does not say whether a second call follows."""
+    net, scheduler = tiny_unet(), tiny_scheduler()
+    for cfg_steps, passes in ((3, 3), (4, 4)):
+        drawn: list[Tensor] = []
+        for stop in (0.75, 1.0):
+            guidance = SelfAttentionGuidance(1.0, start=0.5, stop=stop)
+            layout: Any = {"scheduler": scheduler, "batch_layout": "cond_call_first"}
+            with guidance.attach(net, **layout) as handle:
+                drawn.append(loop_in_two_calls(net, scheduler, cfg_steps))
+        assert handle.steps == passes
+        assert not torch.equal(*drawn)
+
+
+@torch.no_grad()
+def test_a_loop_that_ends_without_a_second_call_is_refused() -> None:
+    net, scheduler = tiny_unet(), tiny_scheduler()
+    scheduler.set_timesteps(4)
+    guidance = SelfAttentionGuidance(1.0)
+    attached = guidance.attach(net, scheduler=scheduler, batch_layout="cond_call_first")
+    with pytest.raises(RuntimeError, match="a step ran without its second call"), attached:
+        for step, t in enumerate(scheduler.timesteps[:2]):
+            x = noise()
+            cond = net(x, t, encoder_hidden_states=TEXT).sample
+            if step == 0:
+                cond += net(x, t, encoder_hidden_states=0 * TEXT).sample
+    # An error of the loop's own is not replaced.
+    attached = guidance.attach(net, scheduler=scheduler, batch_layout="cond_call_first")
+    with pytest.raises(KeyError), attached:
+        raise KeyError
+
+
+# Several pictures by turns
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("guidance", [PerturbedAttentionGuidance(2.0), SelfAttentionGuidance(1.0)])
+def test_the_picture_that_goes_on_does_not_get_the_held_term_of_another(guidance: Any) -> None:
+    """As in a choice among several pictures that are drawn up to a step."""
+    net, scheduler = tiny_unet(), tiny_scheduler()
+    scheduler.set_timesteps(12)
+    guidance = dataclasses.replace(guidance, every=4)
+
+    def drawn(x: Tensor, steps: slice) -> Tensor:
+        for t in scheduler.timesteps[steps]:
+            predicted = net(x, t, encoder_hidden_states=TEXT).sample
+            x = scheduler.step(predicted, t, x).prev_sample
+        return x
+
+    results: list[Tensor] = []
+    for others in (1, 2):
+        with guidance.attach(net, scheduler=scheduler, batch_layout="single"):
+            chosen = drawn(noise(), slice(6))
+            for other in range(others):
+                drawn(noise() * (1 + other) + 0.1, slice(6))
+            results.append(drawn(chosen, slice(6, 12)))
+    assert torch.equal(*results)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("guidance", "is_refused"),
+    [
+        (SelfAttentionGuidance(1.0), False),
+        (SelfAttentionGuidance(1.0, every=3), False),
+        (SelfAttentionGuidance(1.0, stop=0.9), True),
+        (SelfAttentionGuidance(1.0, noise_to=0.01), True),
+        (SelfAttentionGuidance(0.0, stop=0.5), False),
+        (TokenPerturbationGuidance(1.0), True),
+    ],
+)
+def test_what_depends_on_the_step_refuses_several_timesteps(
+    guidance: Guidance, is_refused: bool
+) -> None:
+    net, scheduler = tiny_unet(), tiny_scheduler()
+    scheduler.set_timesteps(4)
+    refused = pytest.raises(ValueError, match="give each call one timestep, because the effect")
+    attached = guidance.attach(net, scheduler=scheduler, batch_layout="single")
+    for timesteps, is_mixed in (
+        (scheduler.timesteps[[1, 1]], False),
+        (scheduler.timesteps[:2], True),
+    ):
+        with attached, refused if is_refused and is_mixed else nullcontext():
+            net(noise(2), timesteps, encoder_hidden_states=TEXT.expand(2, -1, -1))
+        attached = guidance.attach(net, scheduler=scheduler, batch_layout="single")
+    attached.remove()
+
+
+# Numbers
+
+
+@pytest.mark.parametrize("value", [1e25, -1e25, 10**40, 1e39, 10**10])
+@pytest.mark.parametrize("name", ["scale", "norm_limit", "threshold", "blur_sigma", "noise_from"])
+def test_numbers_that_no_setting_needs_are_refused(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name}=.* must be at most 1e[+]09 in size"):
+        SelfAttentionGuidance(**{name: value})
+
+
+def test_a_scale_that_half_precision_cannot_hold_is_named_as_the_cause() -> None:
+    net = tiny_unet().half()
+    scheduler = tiny_scheduler()
+    scheduler.set_timesteps(4)
+    attached = SelfAttentionGuidance(1e8).attach(net, scheduler=scheduler, batch_layout="single")
+    cause = "the guided prediction is not finite; the scale of guidance is too large for float16"
+    with attached, torch.no_grad(), pytest.raises(FloatingPointError, match=cause):
+        net(noise().half(), scheduler.timesteps[1], encoder_hidden_states=TEXT.half())
+
+
+# Tokens and compiled networks
+
+
+def test_few_tokens_do_not_keep_their_order_by_chance() -> None:
+    for tokens in (2, 3, 4):
+        for step in range(100):
+            order = token_order(0, step, "mid_block", tokens)
+            assert sorted(order.tolist()) == [*range(tokens)]
+            assert order.tolist() != [*range(tokens)]
+
+
+def test_a_network_behind_a_guided_compiled_one_is_guided_already() -> None:
+    net, scheduler = tiny_unet(), tiny_scheduler()
+    compiled: Any = torch.compile(net, backend="eager")
+    settings = {"scheduler": scheduler, "batch_layout": "single"}
+    for first, second in ((compiled, net), (net, compiled)):
+        handle = BlurGuidance(1.0).attach(first, **settings)
+        with pytest.raises(ValueError, match="is guided already, by BlurGuidance"):
+            SelfAttentionGuidance(1.0).attach(second, **settings)
+        handle.remove()
+        SelfAttentionGuidance(1.0).attach(second, **settings).remove()

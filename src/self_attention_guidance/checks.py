@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
+
+_LARGEST = 1e9
 
 
 def seeds_of(seed: int, num_images: int) -> list[int]:
@@ -61,7 +62,7 @@ def check_count(name: str, value: object, least: int = 1) -> int:
 
 
 def check_finite(name: str, value: object) -> float:
-    """Refuse a value that is not a finite number.
+    """Refuse a value that is not a finite number, or larger than any useful setting.
 
     Args:
         name: Name of the argument, for the message.
@@ -71,13 +72,13 @@ def check_finite(name: str, value: object) -> float:
         The value.
 
     Raises:
-        ValueError: It is infinite, not a number, or of another type.
+        ValueError: It is infinite, not a number, above 1e9 in size, or of another type.
     """
-    if not isinstance(value, int | float) or isinstance(value, bool):
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < math.inf:
         raise ValueError(f"{name}={value!r:.60} must be a finite number")
-    # Python's whole numbers have no limit, but the numbers that they are multiplied with do.
-    if not abs(value) <= sys.float_info.max:
-        raise ValueError(f"{name}={value!r:.60} must be a finite number")
+    # Squares of the values that it is multiplied with must fit into float32.
+    if abs(value) > _LARGEST:
+        raise ValueError(f"{name}={value!r:.60} must be at most {_LARGEST:g} in size")
     return value
 
 

@@ -19,7 +19,9 @@ from diffusers import DiffusionPipeline, ModularPipeline, SchedulerMixin
 from torch import nn
 
 _CFG = "do_classifier_free_guidance"
-_CFG_AT_STEP = "apply_cfg"  # in pipelines of diffusers that can stop CFG before the last step
+# In pipelines of diffusers that can stop CFG before the last step: one variable or the other.
+_CFG_AT_STEP = "apply_cfg"
+_CFG_HAS_STOPPED = "do_classifier_free_truncation"
 
 # Pipelines whose denoiser gets x_t = alpha_t * x0 + sigma_t * eps in its first channels or tokens,
 # at the scheduler's noise level, with one or two conditions. Their subclasses count as known, too.
@@ -54,6 +56,8 @@ class Caller:
     @functools.cached_property
     def cfg(self) -> bool | None:
         """Whether classifier-free guidance is on in the pipeline's call; `None` if unknown."""
+        if self.frame.f_locals.get(_CFG_HAS_STOPPED):
+            return False
         where = _where_cfg_is_kept(type(self.pipeline))
         if where in (_CFG, _CFG_AT_STEP):
             return self.frame.f_locals.get(where)

@@ -78,22 +78,28 @@ class TwoCalls:
         self._first_plain: Any = None
         self._first_terms: dict[int, Tensor] = {}
 
-    def begin(self, has_same_sample: bool, cfg: bool | None, wanted: int) -> None:
+    def begin(self, has_same_sample: bool, cfg: bool | None, wanted: int, is_last: bool) -> None:
         """Register a call that is about to run; `wanted` is the number of terms of its step.
 
-        `cfg` is whether a second call follows the first; with `None`, earlier steps decide.
+        `cfg` is whether a second call follows the first; with `None`, earlier steps decide. At the
+        run's last step no later call could show that they were wrong, so none is expected.
         """
         self._is_second = has_same_sample and not self._is_second and self._first is not None
         if self._is_second:
             self._expects_second = True
-        elif self._owes_guidance:
-            self._owes_guidance = False
-            raise RuntimeError(f"a step ran without its second call, {_USE_FIRST}")
+        else:
+            self.check()
         self._wanted = wanted
-        if cfg is not None:
-            self._expects_second = cfg
+        if cfg is not None or is_last:
+            self._expects_second = bool(cfg)
         if not self._is_second:
             self._first_terms = {}
+
+    def check(self) -> None:
+        """Refuse a step that is over and was not guided, because its second call is missing."""
+        if self._owes_guidance:
+            self._owes_guidance = False
+            raise RuntimeError(f"a step ran without its second call, {_USE_FIRST}")
 
     def needs_term(self, layout: Layout, branch: str) -> bool:
         """Whether the present call computes the term of a guided branch."""

@@ -50,6 +50,7 @@ class Run:
     def end(self) -> None:
         """End the run, and drop all of its tensors."""
         self._schedules: list[Schedule] = []
+        self._left_at: set[int] = set()
         self._begin(Schedule(None))
 
     def _begin(self, schedule: Schedule) -> None:
@@ -104,16 +105,30 @@ class Run:
         is_other = schedule is not self.schedule
         if is_other:
             check_scheduler(schedule.scheduler)
+            self._left_at.clear()
         step, is_certain = self._step_of(call, schedule)
         self._take(schedule.timesteps, step)
         self.is_new = is_other or step < self.step
         if self.is_new:
+            if not is_other:
+                self._left_at.add(self.step)
             self._begin(schedule)
         elif step > self.step:
             self._previous = None
+            self._forget_other_pictures(step)
         self.step = step
         if not is_certain:
             self._check_timestep(call)
+
+    def _forget_other_pictures(self, step: int) -> None:
+        """Drop held terms where the run passes a step at which an earlier run was left.
+
+        A loop of one's own may draw several pictures up to a step and go on with any of them.
+        """
+        passed = {left for left in self._left_at if self.step <= left < step}
+        if passed:
+            self._left_at -= passed
+            self._held.clear()
 
     def _schedule_at(self, call: Call, caller: Caller | None) -> Schedule:
         """Find the schedule of the pipeline's scheduler that is at the call's timestep."""
@@ -177,6 +192,16 @@ class Run:
         is_elsewhere = (values[0] - expected).abs() > allowed
         self.refuse(is_elsewhere, _not_at, scheduler, call, values[0])
 
+    def refuse_several_timesteps(self, call: Call, guidance: object) -> None:
+        """Refuse pictures at several timesteps: they would all be guided as the first of them."""
+        if not call.has_one_timestep:
+            values = torch.as_tensor(call.timestep).flatten()
+            message = (
+                "the pictures of the batch have several timesteps: give each call one timestep, "
+                f"because the effect of {guidance} depends on the step"
+            )
+            self.refuse((values != values[0]).any(), ValueError, message)
+
     def prediction(self, call: Call) -> Prediction:
         timesteps = self.schedule.tables["timesteps"][self.step : self.step + 1]
         if not self.schedule.has_sigmas and not call.has_one_timestep:
@@ -236,7 +261,8 @@ class Run:
             if before is not None and not is_same:
                 self._note_wait(call.sample)
                 is_same = torch.equal(before.sample, call.sample)
-            self.two_calls.begin(is_same, cfg, terms)
+            is_last = self.step == len(self.schedule) - 1
+            self.two_calls.begin(is_same, cfg, terms, is_last)
         if layout.has_halves:
             layout.rows(len(call.sample), "cond")  # refuses an odd number of them
             reason = (

@@ -79,7 +79,9 @@ def not_finite(stages: dict[str, Tensor], step: int, timestep: Any) -> FloatingP
     name = next(found, [*stages][-1])
     dtype = stages[name].dtype
     cause = "the weights are damaged, or do not fit the model's config or scheduler"
-    if dtype == torch.float16:
+    if name == "the guided prediction":
+        cause = f"the scale of guidance is too large for {str(dtype).removeprefix('torch.')}"
+    elif dtype == torch.float16:
         cause = "float16 overflows beyond 65504: use bfloat16 or float32"
     at = float(torch.as_tensor(timestep).flatten()[0])
     return FloatingPointError(f"step {step} (timestep {at:g}): {name} is not finite; {cause}")

@@ -224,6 +224,11 @@ class Guidance:
         """Whether the noise level of a step decides if it is guided."""
         return self.noise_from is not None or self.noise_to is not None
 
+    @property
+    def depends_on_step(self) -> bool:
+        """Whether what guidance does to a picture depends on the index of its step or its noise."""
+        return self.start > 0 or self.stop < 1 or self.has_noise_window
+
     def acts_at(self, step: int, steps: int, noise: float | None = None) -> bool:
         """Whether a step of a run is guided.
 

@@ -188,12 +188,13 @@ class GuidedCall:
             )
         return output
 
-    def check(self, whole: Tensor, guided: Tensor) -> None:
+    def check(self, whole: Tensor, terms: dict[int, Tensor], guided: Tensor) -> None:
         """Refuse values that are not finite, and read all checks of the step."""
         stages = {
             "the denoiser's input": self.call.sample,
             "the denoiser's prediction": whole,
-            "its prediction in the weakened pass": guided,
+            "its prediction in the weakened pass": total(terms) if terms else whole,
+            "the guided prediction": guided,
         }
         # A value that is not finite at an earlier stage is not finite at the last one either.
         is_bad = ~guided.isfinite().all()

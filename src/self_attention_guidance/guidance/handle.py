@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 # Without a lock, two threads could both find a denoiser without guidance.
 _attaching = threading.Lock()
 
+# Hooks on a compiled network can't be found from the network behind it.
+_behind_compiled: weakref.WeakKeyDictionary[nn.Module, GuidanceHandle] = weakref.WeakKeyDictionary()
+
 
 def attach(
     target: Any,
@@ -102,7 +105,8 @@ class GuidanceHandle:
         attached: Whether the denoiser is guided.
         steps: Number of weakened passes so far: one for each guidance and guided step, except where
             a held term is added again. With two calls for each step, a run has one more at its
-            first step, unless its pipeline says that classifier-free guidance is on.
+            first step and at its last, unless its pipeline says whether classifier-free guidance is
+            on.
         x0: The clean sample predicted at the last weakened pass, clipped or thresholded as the
             scheduler does: (pictures, channels, height, width), at least float32.
         term: The term that guidance added at the last guided step to each picture's rows of the
@@ -185,11 +189,20 @@ class GuidanceHandle:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        """Remove the guidance; raise an error if the pipeline got another denoiser meanwhile."""
+        """Remove the guidance.
+
+        Raises:
+            RuntimeError: The pipeline got another denoiser meanwhile, or the last step was not
+                guided, because its second call is missing.
+        """
         present = denoiser_of(self._pipeline()) if self.attached else None
         is_guided = present is None or self in _handles_on(present)
+        two_calls = self._run.two_calls
         self.remove()
-        if error is None and not is_guided:
+        if error is not None:
+            return
+        two_calls.check()
+        if not is_guided:
             raise RuntimeError(
                 f"{type(self._pipeline()).__name__} got another denoiser after guidance was "
                 "attached; its pictures since then are not guided: attach again after the change"
@@ -217,6 +230,8 @@ class GuidanceHandle:
                     raise ValueError(f"{name} is guided already, by {by}; remove that handle first")
             refuse_compiled_in_place(denoiser)
             refuse_caches(denoiser)
+            if uncompiled(denoiser) is not denoiser:
+                _behind_compiled[uncompiled(denoiser)] = self
             return [
                 denoiser.register_forward_pre_hook(self._before, with_kwargs=True),
                 denoiser.register_forward_hook(self._after, with_kwargs=True, always_call=True),
@@ -239,6 +254,9 @@ class GuidanceHandle:
             refuse_caches(module)
             for guidance in self.guidances:
                 _check_window(guidance, run)
+        for guidance in self.guidances:
+            if guidance.scale != 0 and guidance.depends_on_step:
+                run.refuse_several_timesteps(call, guidance)
         acting = [n for n in self._numbers if _acts(self.guidances[n], run, run.step)]
         if acting:
             self._guided_call = self._begin(module, call, caller, acting)
@@ -301,7 +319,7 @@ class GuidanceHandle:
         else:
             guided = added(whole, terms)
         self.term = total(terms).detach() if terms else self.term
-        guided_call.check(whole, guided)
+        guided_call.check(whole, terms, guided)
         return guided
 
 
@@ -352,4 +370,5 @@ def _handles_on(denoiser: nn.Module) -> list[GuidanceHandle]:
     modules = {denoiser, uncompiled(denoiser)}
     hooks = [hook for module in modules for hook in module._forward_hooks.values()]
     owners = [getattr(hook, "__self__", None) for hook in hooks]
+    owners.append(_behind_compiled.get(denoiser))
     return [owner for owner in owners if isinstance(owner, GuidanceHandle)]
