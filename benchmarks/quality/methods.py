@@ -59,11 +59,14 @@ BUDGETS = {
 }
 
 _SCHEDULER = "dpm++ 2m"
+_BY_SCHEDULER = "-dpm++"
 # The second is a better sampler instead of guidance.
 _UNGUIDED = ("none", "none-dpm++")
 METHODS = (*_UNGUIDED, "blur", "sag", "pag", "seg", "slg", "tpg", "sag+pag")
 # With fewer weakened passes, and more steps for what is saved.
 FAST_METHODS = ("sag-fast", "pag-fast", "tpg-fast")
+# Guidance and the better sampler, where the sampler changes something.
+_MODEL_OF_SCHEDULER = "emoji-adm"
 
 
 @dataclass(frozen=True)
@@ -104,13 +107,22 @@ class Point:
 def points() -> Iterator[Point]:
     """All points, in the order in which they are measured."""
     for name, task in TASKS.items():
-        yield from (Point(name, "every", method) for method in (*METHODS, *FAST_METHODS))
+        fast = with_scheduler(task, FAST_METHODS)
+        yield from (Point(name, "every", method) for method in (*METHODS, *fast))
         if recommended_settings(builtin_folder(task.model)).guidance:
             yield Point(name, "every", "shipped")
         yield from (Point(name, budget, "none") for budget in ("plain", "double"))
-        yield from (Point(name, "cheap", method) for method in METHODS)
+        cheap = with_scheduler(task, ("sag", "pag", "tpg"))
+        yield from (Point(name, "cheap", each) for each in dict.fromkeys((*METHODS, *cheap)))
     for task in TASKS:
         yield from (Point(task, "every", method, "float32") for method in ("none", "sag", "pag"))
+
+
+def with_scheduler(task: Task, methods: tuple[str, ...]) -> tuple[str, ...]:
+    """Methods, and for models whose samples depend on the sampler, the same with the better one."""
+    if task.model != _MODEL_OF_SCHEDULER:
+        return methods
+    return (*methods, *(f"{method}{_BY_SCHEDULER}" for method in methods))
 
 
 def candidates(task: Task, method: str, budget: Budget) -> list[Setting]:
@@ -156,6 +168,8 @@ def _candidate(
     size = choices.between_in_logarithm(*SIZES)
     latest = task.earliest + _LATEST
     window: dict[str, Any] = {"start": round(choices.between(task.earliest, latest), 2)}
+    scheduler = _SCHEDULER if method.endswith(_BY_SCHEDULER) else None
+    method = method.removesuffix(_BY_SCHEDULER)
     if budget.name == "cheap" or method in FAST_METHODS:
         window["stop"] = round(choices.between(0.6, 1.0), 2)
         window["every"] = choices.one_of((2, 3, 4))
@@ -173,7 +187,7 @@ def _candidate(
         unit = size_of_term(task, Guidance.from_dict(settings), cfg)
         scale = float(f"{size * of_size / unit:.2g}")
         guidance.append(Guidance.from_dict({**settings, "scale": scale}))
-    return fitting(Setting(tuple(guidance), cfg=cfg), evaluations)
+    return fitting(Setting(tuple(guidance), cfg=cfg, scheduler=scheduler), evaluations)
 
 
 def shipped(task: Task) -> Setting:

@@ -25,7 +25,6 @@ PAGES = ("README.md", "docs/quality.md", "docs/quality-trials.md")
 _BLOCK = re.compile(r"(<!-- study: ([\w -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _TITLES = {
     "none": "no guidance",
-    "none-dpm++": "DPM-Solver++ alone",
     "blur": "blur",
     "sag": "SAG",
     "pag": "PAG",
@@ -41,6 +40,14 @@ _TITLES = {
 _QUESTION_TITLES = dict(zip(QUESTIONS, ("thing", "thing of 5", "style", "background"), strict=True))
 
 
+def _title(point: Point) -> str:
+    """A point's method as tables name it."""
+    method = point.method.removesuffix("-dpm++")
+    if method == point.method:
+        return _TITLES[method]
+    return "DPM-Solver++ alone" if method == "none" else f"{_TITLES[method]}, DPM-Solver++"
+
+
 @dataclass(frozen=True)
 class Row:
     """A point that was measured, among those of its task and budget."""
@@ -51,10 +58,9 @@ class Row:
     @property
     def title(self) -> str:
         """The method as tables name it."""
-        title = _TITLES[self.point.method]
-        return (
-            title.replace("no guidance", "CFG alone") if TASKS[self.point.task].has_cfg else title
-        )
+        title = _title(self.point)
+        has_cfg = TASKS[self.point.task].has_cfg
+        return title.replace("no guidance", "CFG alone") if has_cfg else title
 
     def is_better_than(self, other: Row) -> bool:
         """Whether the distance is lower by more than chance explains."""
@@ -190,7 +196,7 @@ def trials(name: str) -> Iterator[str]:
                 distances = ", ".join(f"{value:.2f}" for value in trial.distances.values())
                 mark = " (chosen)" if number == 0 else ""
                 text = as_typed(trial.setting, TASKS[task])
-                yield f"- {_TITLES[point.method]}: `{text}`, {distances}{mark}"
+                yield f"- {_title(point)}: `{text}`, {distances}{mark}"
 
 
 def claims(name: str) -> Iterator[str]:
