@@ -9,7 +9,7 @@ RELEASE := .venv-release
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PICTURE := out/compare.png
 # Loose prompts, where the builtin model is unsure: guidance shows there.
-PROMPTS := "" happy face sad animal --seed 15
+PROMPTS := "" happy face --seed 15 --sag-scales 0,2
 
 export HF_HUB_OFFLINE := 1
 # Waiting threads sleep: spinning slows small models tenfold where other programs run, too.
@@ -18,7 +18,7 @@ export OMP_WAIT_POLICY := PASSIVE
 .PHONY: run test notebook docs dist nightly lint support-table clean
 
 run: $(VENV)/.run
-	$(BIN)/sag compare $(PROMPTS) --show-attention --out $(PICTURE) --overwrite
+	$(BIN)/sag compare $(PROMPTS) --out $(PICTURE) --overwrite
 
 # A process for each core, with one thread: small networks gain nothing from more.
 test: $(VENV)/.dev
