@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 from ..checks import check_count
 from .artists import Artist
@@ -23,9 +23,9 @@ from .drawing import (
     row_of_bad_row,
     row_of_task,
 )
-from .manifest import MANIFEST, PARTS, Manifest
+from .manifest import FIRST_PART, MANIFEST, PARTS, Manifest
 from .plan import Plan, Source, after_death
-from .storage import Storage
+from .storage import Storage, json_object
 from .tasks import Defaults
 from .workers import Crew, Lost, distribute
 
@@ -42,6 +42,7 @@ class Summary:
         total: Pictures that the list asks for; a row that cannot be read counts as one.
         done: How many of these are drawn.
         failed: How many of these failed; the manifest says why.
+        gone: Pictures of earlier runs whose files were deleted or empty; they are drawn again.
         drawn: How many of the drawn ones this run drew.
         seconds: How long this run has taken.
     """
@@ -49,6 +50,7 @@ class Summary:
     total: int
     done: int
     failed: int
+    gone: int = 0
     drawn: int = 0
     seconds: float = 0.0
 
@@ -119,7 +121,8 @@ class BatchJob:
             OSError: Something cannot be written; finished pictures stay, and the next run resumes.
         """
         with self.storage.locked():
-            if self.overwrite:
+            # A folder of that name that is not of an earlier run is the user's own.
+            if self.overwrite and any(map(self.storage.exists, (JOB, MANIFEST, FIRST_PART))):
                 self.storage.remove(JOB, MANIFEST, PARTS, IMAGES)
             plan = Plan(self.source, self.defaults, self.manifest, self.retry_failed)
             run = _Run(self, plan, crew or Crew(), on_progress)
@@ -146,7 +149,9 @@ class _Run:
         self.asked: str | None = None
         self.has_worked = False
         self.identity = self._identity()
-        self.summary = Summary(total=plan.total, done=plan.done, failed=plan.failed)
+        self.summary = Summary(
+            total=plan.total, done=plan.done, failed=plan.failed, gone=plan.gone
+        )
         self.started = self.written = time.monotonic()
         self.rows: list[Row] = []
 
@@ -231,10 +236,13 @@ class _Run:
 
     def _identity(self) -> dict[str, Any] | None:
         """Identity of the model that drew the existing pictures; `None` if there are none."""
-        content = self.job.storage.read(JOB)
-        if content is None:
+        storage = self.job.storage
+        stored = storage.parsed(JOB, functools.partial(json_object, identity=dict))
+        if stored is None:
+            if self.plan.done:
+                raise storage.damaged(JOB, "it is gone, and says how the pictures were drawn")
             return None
-        stored = cast("dict[str, Any]", json.loads(content))
         self.asked = stored.get("asked")
-        check_identity({"shard_size": self.job.shard_size}, {"shard_size": stored["shard_size"]})
+        shard_size = stored.get("shard_size")
+        check_identity({"shard_size": self.job.shard_size}, {"shard_size": shard_size})
         return stored["identity"]

@@ -62,6 +62,7 @@ class Plan:
         total: Pictures that the list asks for; a row that cannot be read counts as one.
         done: How many of them are drawn.
         failed: How many of them failed and are not tried again.
+        gone: How many were drawn, but their files were deleted or are empty; they are missing.
     """
 
     def __init__(
@@ -84,7 +85,9 @@ class Plan:
         self.missing: list[tuple[int, Task]] = []
         self.bad: list[BadRow] = []
         self.tasks = self.total = self.done = self.failed = 0
-        finished = manifest.finished()
+        gone = manifest.gone()
+        finished = {key: found for key, found in manifest.finished().items() if key not in gone}
+        self.gone = len(gone)
         for item in items_of(source, defaults):
             self._add(item, finished)
         if not self.total:

@@ -234,6 +234,8 @@ def _report(summary: Summary) -> str:
     parts = [f"{summary.done} of {summary.total} pictures are done"]
     if earlier:
         parts.append(f"{earlier} of them by earlier runs")
+    if summary.gone:
+        parts.append(f"{summary.gone} were drawn again, since their files were gone or empty")
     if summary.failed:
         parts.append(f"{summary.failed} failed (see the column error of manifest.parquet)")
     rate = f", {summary.drawn / summary.seconds:.3g} a second" if summary.drawn else ""
