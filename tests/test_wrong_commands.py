@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 # A wrong command line, and what its answer begins with, as a user types options.
 AT_ONCE = {
@@ -41,6 +42,18 @@ AT_ONCE = {
     "batch none.jsonl": "prompts='none.jsonl' must be a file: there is none",
     "batch --num-samples 1 --steps 2000": "--steps=2000 must be at most 1000",
     "batch --num-samples 1 --model ./none": "--model='./none' does not exist",
+    "batch --num-samples 100000000000000000000": "--num-samples=100000000000000000000 must be at",
+    "batch --num-samples 2 --num-images 2": "--num-images: with --num-samples, each sample is one",
+    "batch --num-samples 2 --together 100000": "--together=100000 must be at most 4096",
+    "batch --num-samples 2 --workers 0": "--workers=0 must be a whole number",
+    "batch --num-samples 2 --guidance sag:sigma=1": "--guidance='sag:sigma=1': 'sigma' is no",
+    **{
+        f"batch --num-samples 2 --model emoji-adm {option}": f"{option.split()[0]}: emoji-adm takes"
+        for option in (
+            *("--negative-prompt x", "--guidance-scale 7.5", "--size 64x64", "--branch cond"),
+            *("--image plain.png", "--offload model", "--compile"),
+        )
+    },
     "sample --num-samples 0": "--num-samples=0 must be a whole number",
     "sample --num-samples 1 --model emoji": "--model='emoji' is a Stable Diffusion model",
     "sample --num-samples 1 --out a.zip": "--out='a.zip' must end in .npz",
@@ -86,6 +99,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "plain.txt").write_text("mine")
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "taken.png").write_bytes(b"mine")
+    Image.new("RGB", (64, 64)).save(tmp_path / "plain.png")
     (tmp_path / "taken.json").write_bytes(b"{}")
     return tmp_path
 

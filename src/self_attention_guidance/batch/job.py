@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..checks import check_count
-from .artists import Artist
+from .artists import Artist, Model
 from .drawing import (
     IMAGES,
     JOB,
@@ -193,7 +193,10 @@ class _Run:
         check_identity(found | own, expected)
 
     def _asked_now(self) -> str:
-        return repr((self.job.make_artist, self.job.together))
+        asked = self.job.make_artist
+        if isinstance(asked, Model):  # a folder has several names
+            asked = replace(asked, name=asked.find())
+        return repr((asked, self.job.together))
 
     def _rows(self, unit: Unit, result: UnitResult | Lost) -> list[Row]:
         if isinstance(result, Lost):
