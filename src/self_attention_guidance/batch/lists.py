@@ -114,12 +114,25 @@ class PromptList:
 
 def _json_row(line: bytes, number: int) -> Row:
     try:
-        row: object = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        # Files that are joined have the byte order marks of the parts in the middle.
+        row: object = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_once)
+    except KeyError as error:
+        return ValueError(f"line {number} has several columns {error.args[0]}: names must differ")
     except (ValueError, RecursionError) as error:
         return ValueError(f"line {number} is not JSON: {error}")
     if not isinstance(row, dict):
         return ValueError(f"line {number} must be a JSON object")
     return cast("dict[str, Any]", row)
+
+
+def _once(cells: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a line; of two values with one name, neither may be lost."""
+    found: dict[str, Any] = {}
+    for name, value in cells:
+        if name in found:
+            raise KeyError(name)
+        found[name] = value
+    return found
 
 
 def _csv_row(cells: dict[Any, Any], line: int) -> Row:
@@ -140,7 +153,7 @@ class _WatchedLines:
     def __iter__(self) -> Iterator[str]:
         for line in self.lines:
             self.last = line
-            yield line
+            yield line.removeprefix("\ufeff")
 
 
 @contextmanager

@@ -41,13 +41,17 @@ def items_of(source: Source, defaults: Defaults) -> Iterator[Item]:
 
 
 def unused_columns(source: Source) -> list[str]:
-    """Columns of a list's first row that are not used.
+    """Columns of a list that are not used; each row of JSON Lines may have others.
 
     Args:
         source: A list, or a number of pictures without a prompt.
+
+    Raises:
+        ValueError: The list cannot be read.
     """
-    first = next(iter(source), {}) if isinstance(source, PromptList) else {}
-    return [] if isinstance(first, ValueError) else [n for n in first if n not in COLUMNS]
+    rows = source if isinstance(source, PromptList) else ()
+    names = (name for row in rows if not isinstance(row, ValueError) for name in row)
+    return [name for name in dict.fromkeys(names) if name not in COLUMNS]
 
 
 class Plan:

@@ -248,7 +248,7 @@ def _read(name: str, value: object, kind: Callable[[str], object], rule: str) ->
     if not isinstance(value, str):
         return value
     try:
-        return kind(value)
+        return kind(value.replace("_", " "))  # only Python reads 1_0 as ten
     except ValueError:
         raise ValueError(f"{name}={value[:40]!r} must be {rule}") from None
 
