@@ -15,7 +15,6 @@ from self_attention_guidance.generate import generate, load_pipeline, read_param
 from test_batch_jobs import listed, rows_of
 from tiny_pixels import arrays_of, save_tiny_pixels
 
-
 UNUSED = {"negative_prompt": "x", "guidance_scale": 7.5, "width": 64, "image": "a.png", "mask": "a"}
 
 

@@ -288,5 +288,5 @@ def test_a_new_run_adds_parts_and_replaces_none(storage: Storage) -> None:
     Manifest(storage).add([row(1)])
     assert len(Manifest(storage).finished()) == 2
     storage.write("manifest.parquet", b"PAR1 damaged PAR1")
-    with pytest.raises(ValueError, match="manifest.parquet' is damaged .* delete it"):
+    with pytest.raises(ValueError, match=r"manifest\.parquet' is damaged .* delete it"):
         Manifest(storage).finished()

@@ -149,9 +149,7 @@ class _Run:
         self.asked: str | None = None
         self.has_worked = False
         self.identity = self._identity()
-        self.summary = Summary(
-            total=plan.total, done=plan.done, failed=plan.failed, gone=plan.gone
-        )
+        self.summary = Summary(total=plan.total, done=plan.done, failed=plan.failed, gone=plan.gone)
         self.started = self.written = time.monotonic()
         self.rows: list[Row] = []
 

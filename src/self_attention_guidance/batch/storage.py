@@ -72,7 +72,9 @@ class Storage:
             if self.is_local:
                 os.makedirs(self._root, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"{self.argument}={self.url!r} cannot be made: {error.strerror}") from error
+            raise ValueError(
+                f"{self.argument}={self.url!r} cannot be made: {error.strerror}"
+            ) from error
 
     def write(self, name: str, content: bytes) -> None:
         """Write a file, and replace one of that name.
@@ -266,7 +268,7 @@ def json_object(content: object, **kinds: type | UnionType) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError("it must hold a JSON object")
     for name, kind in kinds.items():
-        if not isinstance(found.get(name), kind):
+        if name not in found or not isinstance(found[name], kind):
             raise ValueError(f"{name} is missing, or of another type")
     return cast("dict[str, Any]", found)
 

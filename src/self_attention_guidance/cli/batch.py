@@ -171,7 +171,9 @@ def _check_uses(options: BatchCommand) -> None:
     shared = {"max_size", *(each.name for each in fields(SamplingOptions))}
     for each in fields(PromptOptions) if is_pixel_model(options.model) else ():
         if each.name not in shared and getattr(options, each.name) != each.default:
-            raise ValueError(f"{each.name}: {options.model} takes no prompts, and has no use for it")
+            raise ValueError(
+                f"{each.name}: {options.model} takes no prompts, and has no use for it"
+            )
 
 
 def _show_failures(manifest: Manifest) -> None:

@@ -16,7 +16,7 @@ import typer
 from ..generate.guidance_text import check_methods, declared_settings
 from ..models.builtin import SETTINGS_FILE, builtin_names
 from .loading import check_drawing
-from .options import DrawingOptions, prompts_of
+from .options import DrawingOptions, expanded, prompts_of
 from .output import hide_loading_bars, note, print_line, progress
 
 if TYPE_CHECKING:
@@ -114,6 +114,12 @@ class TuneCommand(DrawingOptions):
         typer.Option("--overwrite", help="Replace an existing file and a run with other settings."),
     ] = False
 
+    def __post_init__(self) -> None:
+        """Expand tildes, which no shell expands in a file of options."""
+        for name in ("reference", "out", "work"):
+            path: Path | None = getattr(self, name)
+            object.__setattr__(self, name, path and expanded(path))
+
     def run(self) -> None:
         """Try settings, write the best and the report, and print their paths."""
         started = time.monotonic()
@@ -169,7 +175,7 @@ def _check_before_loading(options: TuneCommand) -> "tuple[TuneSettings, Path, Pa
 
     methods = tuple(name.strip() for name in (options.methods or "").split(",") if name.strip())
     check_methods(methods)
-    check_drawing(options, options.count or 1)
+    check_drawing(options, 1)
     find_prompt_or_pixel_model(options.model)
     if is_pixel_model(options.model) and options.prompts_file is not None:
         raise ValueError(f"--prompts must not be given: {options.model} takes no prompts")
@@ -198,6 +204,7 @@ def _check_before_loading(options: TuneCommand) -> "tuple[TuneSettings, Path, Pa
     check_folder(out.parent)
     # If the same command ran before, the file is its own and may be replaced.
     check_free([out], options.overwrite or (work / RESULT_FILE).is_file())
+    check_folder(work, "work")
     return settings, out, work
 
 
