@@ -570,20 +570,6 @@ def test_help_answers_without_torch() -> None:
     assert "sag evaluate samples.npz" in help_without_torch("evaluate")
 
 
-def test_terminals_without_letters_and_tildes_are_no_errors(
-    sets: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HOME", str(sets))
-    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-    paths = ["~/sharp.npz", "~/reference.npz"]
-    command = [sys.executable, "-m", "self_attention_guidance.cli", "evaluate", *paths]
-    command += ["--bootstrap", "0", "--json", "~/figures.json"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "Fr\\xe9chet distance" in done.stdout
-    assert json.loads((sets / "figures.json").read_text("utf-8"))["reference"]["count"] == 110
-
-
 def test_builtin_features_need_neither_diffusers_nor_the_extra(sets: Path) -> None:
     code = (
         "import sys; from self_attention_guidance.cli import main;"

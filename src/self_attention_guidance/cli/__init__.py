@@ -5,7 +5,6 @@ Heavy libraries are imported inside the commands, so that `--help` answers at on
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 import traceback
@@ -129,9 +128,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     command = typer.main.get_command(app)
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    # As on stderr: letters that a terminal lacks must not end a command, nor lose its results.
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with _quiet_libraries():
             status = command.main(args=given, prog_name="sag", standalone_mode=False)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..checks import check_count, seeds_of
-from .options import check_outputs, expanded
+from .options import check_outputs
 from .output import print_line, progress
 from .tune import Features
 
@@ -64,10 +64,7 @@ def evaluate_command(
       sag evaluate unguided.npz guided.npz ./emoji-art --plot compare.png --json compare.json
       sag evaluate in256.npz VIRTUAL_imagenet256_labeled.npz --features inception
     """
-    paths = list(map(expanded, paths))
     outputs = {"json_file": json_file, "plot": plot, "save_statistics": save_statistics}
-    outputs = {name: file and expanded(file) for name, file in outputs.items()}
-    json_file, plot, save_statistics = outputs.values()
     check_outputs(outputs, overwrite)
     _check_values(features, bootstrap, seed, batch_size)
     if len(paths) < 2 and save_statistics is None:

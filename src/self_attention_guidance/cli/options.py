@@ -5,7 +5,6 @@ A command with such options is a dataclass: typer reads its fields as the parame
 
 # Not `from __future__ import annotations`: typer would look names up in a subclass's module.
 
-import os
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -322,12 +321,3 @@ def check_outputs(outputs: dict[str, Path | None], overwrite: bool) -> None:
             tempfile.TemporaryFile(dir=path.parent).close()
         except OSError as error:
             raise ValueError(f"{name}={str(path)!r} cannot be made: {error.strerror}") from error
-
-
-def expanded(path: Path) -> Path:
-    """A path with the user's home in the place of a tilde, which no shell expands in a file.
-
-    Args:
-        path: Any path.
-    """
-    return Path(os.path.expanduser(path))

@@ -16,7 +16,7 @@ import typer
 from ..generate.guidance_text import check_methods, declared_settings
 from ..models.builtin import SETTINGS_FILE, builtin_names
 from .loading import check_drawing
-from .options import DrawingOptions, expanded, prompts_of
+from .options import DrawingOptions, prompts_of
 from .output import hide_loading_bars, note, print_line, progress
 
 if TYPE_CHECKING:
@@ -113,12 +113,6 @@ class TuneCommand(DrawingOptions):
         bool,
         typer.Option("--overwrite", help="Replace an existing file and a run with other settings."),
     ] = False
-
-    def __post_init__(self) -> None:
-        """Expand tildes, which no shell expands in a file of options."""
-        for name in ("reference", "out", "work"):
-            path: Path | None = getattr(self, name)
-            object.__setattr__(self, name, path and expanded(path))
 
     def run(self) -> None:
         """Try settings, write the best and the report, and print their paths."""

@@ -22,6 +22,7 @@ _FEWEST_SEEDS = 8
 _FIRST_SEEDS = 16
 # Of a half, unless a larger number is asked for.
 MOST_SEEDS = 2048
+_LARGEST_COUNT = 100_000
 # Of pictures, or of seconds, which are eleven days.
 LARGEST_BUDGET = 1_000_000
 # Beyond this many seeds, a larger budget also buys more settings.
@@ -186,10 +187,10 @@ def fewest_pictures(unit: int, anchors: int, count: int | None = None) -> int:
 
 def _sizes(unit: int, count: int | None) -> list[int]:
     """Possible numbers of seeds in a half, from few to many."""
-    check_count("batch_size", unit)
+    check_count("batch_size", unit, most=MOST_SEEDS)
     least = unit * -(-_FEWEST_SEEDS // unit)
     if count is not None:
-        if check_count("count", count) % (2 * unit) or count < 2 * least:
+        if check_count("count", count, most=_LARGEST_COUNT) % (2 * unit) or count < 2 * least:
             raise ValueError(
                 f"count={count} must be a multiple of twice the batch size ({2 * unit}), at least"
                 f" {2 * least}"
