@@ -100,7 +100,7 @@ def evaluate_command(
 def _check_values(features: str, bootstrap: int, seed: int, batch_size: int) -> None:
     encoders = [each.value for each in Features]
     if features not in encoders:
-        raise ValueError(f"--features={features!r:.60} must be one of {', '.join(encoders)}")
+        raise ValueError(f"--features={features!r} must be one of {', '.join(encoders)}")
     check_count("--bootstrap", bootstrap, least=0, most=_MOST_HALVES)
     if bootstrap == 1:
         raise ValueError("--bootstrap=1 has no spread: it must be 0, for no intervals, or above 1")
