@@ -170,4 +170,5 @@ def test_pictures_that_are_gone_are_told(
     next((tmp_path / "images").rglob("*.png")).unlink()
     capsys.readouterr()
     assert run(*command, "--out", tmp_path) == 0
-    assert "1 were drawn again, since their files were gone or empty" in capsys.readouterr().out
+    told = "note: 1 of 2 pictures are gone or empty, and are drawn again\n"
+    assert told in capsys.readouterr().err

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
-from self_attention_guidance.batch import Manifest, PromptList, Storage, unused_columns
+from self_attention_guidance.batch import Manifest, PromptList, Storage
 from self_attention_guidance.batch import storage as storage_module
 from self_attention_guidance.batch.tasks import bad_row, tasks_of, unconditional_tasks
 from stand_in import DEFAULTS
@@ -108,10 +108,11 @@ def test_rows_end_where_their_lines_end(
 def test_lines_that_are_no_rows_are_named(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(f'{{"prompt": "1"}}\n{line}\n{{"prompt": "2", "stpes": 3}}\n')
-    _, bad, last = PromptList(str(path))
+    found = PromptList(str(path))
+    _, bad, last = found
     assert message in str(bad)
     assert last == {"prompt": "2", "stpes": 3}
-    assert unused_columns(PromptList(str(path))) == ["stpes"]
+    assert list(found.columns) == ["prompt", "stpes"]
 
 
 @pytest.mark.parametrize(

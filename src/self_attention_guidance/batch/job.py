@@ -42,7 +42,6 @@ class Summary:
         total: Pictures that the list asks for; a row that cannot be read counts as one.
         done: How many of these are drawn.
         failed: How many of these failed; the manifest says why.
-        gone: Pictures of earlier runs whose files were deleted or empty; they are drawn again.
         drawn: How many of the drawn ones this run drew.
         seconds: How long this run has taken.
     """
@@ -50,7 +49,6 @@ class Summary:
     total: int
     done: int
     failed: int
-    gone: int = 0
     drawn: int = 0
     seconds: float = 0.0
 
@@ -108,12 +106,18 @@ class BatchJob:
         self.storage.make()
         self.manifest = Manifest(self.storage)
 
-    def run(self, crew: Crew | None = None, on_progress: Progress | None = None) -> Summary:
+    def run(
+        self,
+        crew: Crew | None = None,
+        on_progress: Progress | None = None,
+        tell: Callable[[str], object] = lambda line: None,
+    ) -> Summary:
         """Draw the missing pictures.
 
         Args:
             crew: The workers; `None` is this process.
             on_progress: Called once the amount of work is known, and after each unit.
+            tell: Called with lines about the list and the folder before drawing begins.
 
         Raises:
             ValueError: The list cannot be read, the model cannot be loaded, another run uses the
@@ -125,6 +129,10 @@ class BatchJob:
             if self.overwrite and any(map(self.storage.exists, (JOB, MANIFEST, FIRST_PART))):
                 self.storage.remove(JOB, MANIFEST, PARTS, IMAGES)
             plan = Plan(self.source, self.defaults, self.manifest, self.retry_failed)
+            if plan.unused:
+                tell(f"columns that are not used: {', '.join(plan.unused)}"[:200])
+            if plan.gone:
+                tell(f"{plan.gone} of {plan.total} pictures are gone or empty, and are drawn again")
             run = _Run(self, plan, crew or Crew(), on_progress)
             try:
                 run.draw()
@@ -149,7 +157,7 @@ class _Run:
         self.asked: str | None = None
         self.has_worked = False
         self.identity = self._identity()
-        self.summary = Summary(total=plan.total, done=plan.done, failed=plan.failed, gone=plan.gone)
+        self.summary = Summary(total=plan.total, done=plan.done, failed=plan.failed)
         self.started = self.written = time.monotonic()
         self.rows: list[Row] = []
 

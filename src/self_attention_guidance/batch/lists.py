@@ -29,6 +29,7 @@ class PromptList:
     Attributes:
         path: A file, or a URL that fsspec knows: JSON Lines (`.jsonl`, `.ndjson`), CSV (`.csv`)
             or Parquet (`.parquet`). Text files may be compressed: `.jsonl.gz`.
+        columns: Names of the columns that were read, as keys; rows of JSON Lines may have others.
     """
 
     def __init__(self, path: str) -> None:
@@ -41,6 +42,7 @@ class PromptList:
             ValueError: Its name has no known ending, or there is no such file.
         """
         self.path = path
+        self.columns: dict[str, None] = {}
         name = path.lower()
         for ending in _COMPRESSED:
             name = name.removesuffix(ending)
@@ -62,16 +64,17 @@ class PromptList:
             ValueError: The rest of the file cannot be read: it is cut off or in another format.
         """
         with _explained(self.path):
-            if self._format == "parquet":
-                yield from self._parquet()
-                return
-            is_csv = self._format == "csv"
-            text = {"encoding": "utf-8-sig", "newline": ""} if is_csv else {}
-            opened: Any = fsspec.open(
-                self.path, "rt" if is_csv else "rb", compression="infer", **text
-            )
-            with opened as file:
-                yield from self._csv(file) if is_csv else self._json_lines(file)
+            for row in self._parquet() if self._format == "parquet" else self._text():
+                if not isinstance(row, ValueError):
+                    self.columns.update(dict.fromkeys(row))
+                yield row
+
+    def _text(self) -> Iterator[Row]:
+        is_csv = self._format == "csv"
+        text = {"encoding": "utf-8-sig", "newline": ""} if is_csv else {}
+        opened: Any = fsspec.open(self.path, "rt" if is_csv else "rb", compression="infer", **text)
+        with opened as file:
+            yield from self._csv(file) if is_csv else self._json_lines(file)
 
     def _json_lines(self, file: Any) -> Iterator[Row]:
         for number, line in enumerate(file, 1):

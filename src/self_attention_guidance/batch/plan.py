@@ -40,20 +40,6 @@ def items_of(source: Source, defaults: Defaults) -> Iterator[Item]:
             yield bad_row(number, values, error)
 
 
-def unused_columns(source: Source) -> list[str]:
-    """Columns of a list that are not used; each row of JSON Lines may have others.
-
-    Args:
-        source: A list, or a number of pictures without a prompt.
-
-    Raises:
-        ValueError: The list cannot be read.
-    """
-    rows = source if isinstance(source, PromptList) else ()
-    names = (name for row in rows if not isinstance(row, ValueError) for name in row)
-    return [name for name in dict.fromkeys(names) if name not in COLUMNS]
-
-
 class Plan:
     """The finished and the missing part of a list.
 
@@ -67,6 +53,7 @@ class Plan:
         done: How many of them are drawn.
         failed: How many of them failed and are not tried again.
         gone: How many were drawn, but their files were deleted or are empty; they are missing.
+        unused: Columns of the list that are not used.
     """
 
     def __init__(
@@ -91,9 +78,11 @@ class Plan:
         self.tasks = self.total = self.done = self.failed = 0
         gone = manifest.gone()
         finished = {key: found for key, found in manifest.finished().items() if key not in gone}
-        self.gone = len(gone)
         for item in items_of(source, defaults):
             self._add(item, finished)
+        self.gone = sum((task.row, task.image) in gone for _, task in self.missing)
+        columns = source.columns if isinstance(source, PromptList) else ()
+        self.unused = [name for name in columns if name not in COLUMNS]
         if not self.total:
             raise ValueError("prompts: the list must hold at least one row")
 

@@ -122,7 +122,7 @@ class BatchCommand(OneScaleOptions):
         job = _job(source, self)
         with _progress(self.quiet) as (report, latest):
             try:
-                summary = job.run(crew, report)
+                summary = job.run(crew, report, lambda line: note(line, self.quiet))
             except KeyboardInterrupt:
                 typer.echo(f"{_report(latest())}; the same command resumes", err=True)
                 raise
@@ -187,11 +187,8 @@ def _show_failures(manifest: Manifest) -> None:
 
 
 def _job(source: PromptList | int, options: BatchCommand) -> BatchJob:
-    from ..batch import BatchJob, unused_columns
+    from ..batch import BatchJob
 
-    unused = unused_columns(source)
-    if unused:
-        note(f"columns that are not used: {', '.join(unused)}"[:200], options.quiet)
     hide_loading_bars()
     model, defaults = _model_and_defaults(options)
     return BatchJob(
@@ -254,8 +251,6 @@ def _report(summary: Summary) -> str:
     parts = [f"{summary.done} of {summary.total} pictures are done"]
     if earlier:
         parts.append(f"{earlier} of them by earlier runs")
-    if summary.gone:
-        parts.append(f"{summary.gone} were drawn again, since their files were gone or empty")
     if summary.failed:
         parts.append(f"{summary.failed} failed (see the column error of manifest.parquet)")
     rate = f", {summary.drawn / summary.seconds:.3g} a second" if summary.drawn else ""
