@@ -10,9 +10,12 @@ import pytest
 from PIL import Image
 
 from command_line import error_of, help_without_torch, in_a_process, interrupted, run
+from self_attention_guidance.batch import Model
 from self_attention_guidance.generate import generate, load_pipeline, read_parameters
 from test_batch_jobs import listed, rows_of
 from tiny_pixels import arrays_of, save_tiny_pixels
+
+UNUSED = {"negative_prompt": "x", "guidance_scale": 7.5, "width": 64, "image": "a.png", "mask": "a"}
 
 
 def test_help_needs_no_torch() -> None:
@@ -48,6 +51,17 @@ def test_pixel_models_draw_without_prompts(tmp_path: Path) -> None:
     source = listed(tmp_path / "a.jsonl", ["cat"])
     assert run("batch", source.path, *options, "--overwrite") == 3
     assert "prompt must be empty" in rows_of(out)[0]["error"]
+
+
+def test_columns_that_a_model_without_prompts_cannot_use_are_refused(tmp_path: Path) -> None:
+    rows = [{"prompt": "", name: value} for name, value in UNUSED.items()]
+    source = listed(tmp_path / "a.jsonl", [{"prompt": "", "seed": 5}, *rows])
+    options = ("--model", "emoji-adm", "--steps", 1, "--out", tmp_path / "out")
+    assert run("batch", source.path, *options) == 3
+    good, *bad = rows_of(tmp_path / "out")
+    assert (good["seed"], good["error"]) == (5, None)
+    for name, row in zip(UNUSED, bad, strict=True):
+        assert row["error"] == f"{name} must be empty: the model takes no prompts"
 
 
 def test_a_pixel_model_that_recommends_nothing_has_the_settings_of_sample(
@@ -89,6 +103,8 @@ def test_failed_rows_change_the_exit_status(
         (["--num-samples", "1", "--scheduler", "none"], "scheduler='none'"),
         (["--num-samples", "1", "--steps", "2000"], "--max-steps"),
         (["--num-samples", "1", "--gpus", "-1"], "gpus=-1"),
+        (["--num-samples", "1", "--gpus", "1"], "--gpus=1.0 must not be given for a single worker"),
+        (["--num-samples", "1", "--workers", str(10**20)], "--workers=1"),
         (["--num-samples", "1", "--threshold", "-1"], "--threshold"),
     ],
 )
@@ -133,3 +149,26 @@ def test_a_finished_folder_of_another_guidance_is_refused(
     capsys.readouterr()
     for options in (["--guidance", "pag"], ["--together", 2], ["--scheduler", "euler"]):
         assert "holds pictures with" in error_of(capsys, *asked, *options)
+
+
+def test_a_finished_folder_knows_its_model_by_another_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_tiny_pixels(tmp_path / "model")
+    command = ("batch", "--num-samples", 1, "--out", tmp_path / "out", "--model")
+    assert run(*command, model) == 0
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Model, "__call__", None)  # it would be loaded again
+    assert run(*command, "./model") == 0
+
+
+def test_pictures_that_are_gone_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("batch", "--num-samples", 2, "--model", "emoji-adm", "--steps", 1)
+    assert run(*command, "--out", tmp_path) == 0
+    next((tmp_path / "images").rglob("*.png")).unlink()
+    capsys.readouterr()
+    assert run(*command, "--out", tmp_path) == 0
+    told = "note: 1 of 2 pictures are gone or empty, and are drawn again\n"
+    assert told in capsys.readouterr().err

@@ -284,6 +284,62 @@ def test_a_broken_device_ends_the_job(tmp_path: Path, monkeypatch: pytest.Monkey
     assert rows_of(tmp_path / "out") == []
 
 
+@pytest.mark.parametrize("shard_size", [None, 2])
+@pytest.mark.parametrize("out", ["here", "memory://out"])
+def test_a_picture_that_is_gone_is_drawn_again(
+    tmp_path: Path, out: str, shard_size: int | None
+) -> None:
+    fsspec.filesystem("memory").store.clear()
+    out = out if out.startswith("memory") else str(tmp_path / out)
+    job(6, out, shard_size=shard_size).run()
+    before, storage = rows_of(out), Storage(out)
+    contents = {row["file"]: storage.read(row["file"]) for row in before}
+    deleted, emptied, *_ = contents
+    storage.remove(deleted)
+    storage.write(emptied, b"")
+    lines: list[str] = []
+    again = job(6, out, shard_size=shard_size).run(tell=lines.append)
+    pictures = 2 * (shard_size or 1)
+    assert counts(again) == (6, 6, 0, pictures)
+    assert lines == [f"{pictures} of 6 pictures are gone or empty, and are drawn again"]
+    assert {name: storage.read(name) for name in contents} == contents
+    columns = ("row", "file", "member", "sha256")
+    assert [[r[n] for n in columns] for r in rows_of(out)] == [
+        [r[n] for n in columns] for r in before
+    ]
+    assert counts(job(6, out, shard_size=shard_size).run()) == (6, 6, 0, 0)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff", b"[" * 100_000, None])
+def test_a_folder_whose_state_is_damaged_keeps_its_pictures(
+    tmp_path: Path, content: bytes | None
+) -> None:
+    out = tmp_path / "out"
+    job(2, out).run()
+    storage, before = Storage(str(out)), rows_of(out)
+    for file in ("job.json", "manifest.parquet") if content is not None else ("job.json",):
+        kept = storage.read(file) or b""
+        storage.remove(file)
+        if content is not None:
+            storage.write(file, content)
+        for count in (2, 3):
+            with pytest.raises(ValueError, match=rf"^out: '.*{file}' is damaged \(.+\): ") as error:
+                job(count, out).run()
+            assert "\n" not in str(error.value)
+        storage.write(file, kept)
+    assert rows_of(out) == before
+    storage.write("job.json", content or b"")
+    assert counts(job(2, out, overwrite=True).run()) == (2, 2, 0, 2)
+
+
+def test_folders_of_others_are_not_deleted(tmp_path: Path) -> None:
+    mine = tmp_path / "out" / "images" / "mine.png"
+    mine.parent.mkdir(parents=True)
+    mine.touch()
+    job(1, tmp_path / "out", overwrite=True).run()
+    assert mine.exists()
+
+
 def test_progress_tells_everything_that_is_there(tmp_path: Path) -> None:
     seen: list[tuple[int, int, int, int]] = []
     job(2, tmp_path / "out").run()

@@ -80,6 +80,42 @@ def test_an_unreadable_row_costs_only_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "content", "prompts"),
+    [
+        ("a.jsonl", '{"prompt": "1\u20282"}\n\ufeff{"prompt": "2\\u0000"}\n', ["1\u20282", "2\0"]),
+        ("a.csv", "\ufeffprompt\r\n1\u20282\r\n\ufeff2\x0b\x85\r\n", ["1\u20282", "2\x0b\x85"]),
+        ("a.csv", "prompt\n1\n\n2\n", ["1", "2"]),
+    ],
+)
+def test_rows_end_where_their_lines_end(
+    tmp_path: Path, name: str, content: str, prompts: list[str]
+) -> None:
+    (tmp_path / name).write_bytes(content.encode())
+    rows = [row for row in PromptList(str(tmp_path / name)) if not isinstance(row, ValueError)]
+    assert [row["prompt"] for row in rows] == prompts
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "a", "seed": 1, "seed": 2}', "line 2 has several columns seed"),
+        ('{"prompt": "a", "id": {"b": 1, "b": 2}}', "line 2 has several columns b"),
+        ("[1]", "line 2 must be a JSON object"),
+        ("null", "line 2 must be a JSON object"),
+        ("oops", "line 2 is not JSON"),
+    ],
+)
+def test_lines_that_are_no_rows_are_named(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"prompt": "1"}}\n{line}\n{{"prompt": "2", "stpes": 3}}\n')
+    found = PromptList(str(path))
+    _, bad, last = found
+    assert message in str(bad)
+    assert last == {"prompt": "2", "stpes": 3}
+    assert list(found.columns) == ["prompt", "stpes"]
+
+
+@pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("a.txt", "", "must end in .jsonl, .csv or .parquet"),
@@ -132,6 +168,10 @@ def test_cells_decide_and_defaults_fill_up() -> None:
         ({"prompt": "a", "seed": 2**64}, "seed"),
         ({"prompt": "a", "seed": 1.5}, "seed"),
         ({"prompt": "a", "seed": True}, "seed"),
+        ({"prompt": "a", "seed": "1e3"}, "seed='1e3' must be a whole number"),
+        ({"prompt": "a", "seed": "1_0"}, "seed='1_0' must be a whole number"),
+        ({"prompt": "a", "guidance_scale": True}, "guidance_scale"),
+        ({"prompt": "a", "guidance_scale": "inf"}, "guidance_scale=inf must be a finite number"),
         ({"prompt": "a", "seed": "9" * 5000}, "seed"),
         ({"prompt": "a", "width": 12}, "width"),
         ({"prompt": "a", "width": 4096}, "max-size"),
@@ -210,9 +250,10 @@ def test_a_run_that_is_dead_holds_no_lock() -> None:
     """In an object store; here the system frees the lock."""
     fsspec.filesystem("memory").store.clear()
     storage = Storage("memory://out")
-    storage.write(".lock", b'{"time": 0}')
-    with storage.locked():
-        pass
+    for lock in (b'{"time": 0}', b'{"ti', b"[]", b""):
+        storage.write(".lock", lock)
+        with storage.locked():
+            pass
 
 
 def row(number: int, error: str | None = None) -> dict[str, Any]:
@@ -248,5 +289,5 @@ def test_a_new_run_adds_parts_and_replaces_none(storage: Storage) -> None:
     Manifest(storage).add([row(1)])
     assert len(Manifest(storage).finished()) == 2
     storage.write("manifest.parquet", b"PAR1 damaged PAR1")
-    with pytest.raises(ValueError, match="damaged"):
+    with pytest.raises(ValueError, match=r"manifest\.parquet' is damaged .* delete it"):
         Manifest(storage).finished()

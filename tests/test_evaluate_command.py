@@ -20,6 +20,7 @@ from torch import nn
 
 from command_line import error_of, help_without_torch, run
 from drawings import blur, draw, save_folder, save_npz
+from self_attention_guidance.cli import evaluate as evaluate_module
 from self_attention_guidance.evaluate import (
     FEWEST_FOR_SHARES,
     Estimate,
@@ -327,10 +328,16 @@ def test_wrong_inputs_are_one_line(
 
 
 def test_the_table_is_shown_even_if_a_file_cannot_be_written(
-    sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = ["evaluate", sets / "sharp.npz", sets / "blurred.npz", "--bootstrap", 0]
-    (tmp_path / "a.json").mkdir()
+    measured = evaluate_module._measure
+
+    def meanwhile(*arguments: Any) -> Any:
+        (tmp_path / "a.json").mkdir()
+        return measured(*arguments)
+
+    monkeypatch.setattr(evaluate_module, "_measure", meanwhile)
     assert run(*asked, "--json", tmp_path / "a.json", "--overwrite") == 2
     assert "Fréchet distance" in capsys.readouterr().out
     told = error_of(
@@ -416,6 +423,11 @@ def test_broken_archives_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixt
         ([], "SAMPLES and REFERENCE must be given"),
         (["b.npz", "--features", "clip"], "--features='clip' must be one of emoji, inception"),
         (["b.npz", "--bootstrap", "-1"], "--bootstrap=-1 must be a whole number, at least 0"),
+        (["b.npz", "--bootstrap", "1"], "--bootstrap=1 has no spread: it must be 0, for no"),
+        (["b.npz", "--bootstrap", "20000"], "--bootstrap=20000 must be at most 10000"),
+        (["b.npz", "--seed", str(2**64)], "--seed=18446744073709551616 is too large"),
+        (["b.npz", "--json", "folder.json"], "--json='folder.json' is a folder: name a file"),
+        (["b.npz", "--json", "/proc/a.json"], "--json='/proc/a.json' cannot be made: "),
         (["b.npz", "--seed", "-1"], "--seed=-1 must be a whole number, at least 0"),
         (["b.npz", "--batch-size", "0"], "--batch-size=0 must be a whole number, at least 1"),
         (["b.npz", "--json", "a.txt"], "json='a.txt' must end in .json"),
@@ -432,6 +444,7 @@ def test_wrong_options_are_one_line(
     message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.json").mkdir()
     for name in ("a.npz", "b.npz"):
         save_npz(tmp_path / name, draw(12, 0))
     assert message in error_of(capsys, "evaluate", "a.npz", *arguments)

@@ -178,8 +178,15 @@ def test_settings_without_batches_do_not_count(tmp_path: Path) -> None:
 def test_a_lost_batch_is_drawn_again(tmp_path: Path) -> None:
     out = tmp_path / "a.npz"
     interrupt(tiny_pipeline(), out, 4)
-    (tmp_path / "a.npz.parts" / "images" / "000000" / "000000001-000.png").unlink()
-    assert finish(tiny_pipeline(), out, batch_size=1).drawn == 2
+    pictures = tmp_path / "a.npz.parts" / "images" / "000000"
+    (pictures / "000000001-000.png").unlink()
+    (pictures / "000000002-000.png").write_bytes(b"")
+    half = (pictures / "000000000-000.png").read_bytes()[:60]
+    (pictures / "000000000-000.png").write_bytes(half)
+    with pytest.raises(ValueError, match=r"000000000-000\.png' is damaged .* delete it"):
+        finish(tiny_pipeline(), out, batch_size=1)
+    (pictures / "000000000-000.png").unlink()
+    assert finish(tiny_pipeline(), out, batch_size=1).drawn == 1
     finish(tiny_pipeline(), tmp_path / "b.npz", batch_size=1)
     assert out.read_bytes() == (tmp_path / "b.npz").read_bytes()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -36,7 +37,7 @@ from self_attention_guidance.models.builtin import recommended_settings
 from self_attention_guidance.tune import Budget, Tuned, TuneJob, TuneSettings
 from self_attention_guidance.tune.gallery import Chunk, Gallery
 from tiny import save_tiny_model
-from tiny_pixels import one_thread, tiny_pipeline
+from tiny_pixels import arrays_of, one_thread, tiny_pipeline
 
 FEW = ["--methods", "sag,pag", "--quiet"]
 STEPS = 2
@@ -168,8 +169,8 @@ def test_text_models_are_tuned_in_cfg_too(
     assert run(*command, "--choose", "0", "--quiet") == 0
     assert load_pipeline(str(model)).pipeline.guidance.scale == 0
     capsys.readouterr()
-    assert error_of(capsys, *command, "--choose", "9", "--quiet").startswith(
-        "error: --choose=9 must be a row of the report, 0 to"
+    assert error_of(capsys, *command, "--choose", "6", "--quiet").startswith(
+        "error: --choose=6 must be a row of the report, 0 to"
     )
 
 
@@ -248,6 +249,89 @@ def test_a_run_with_other_settings_is_refused_by_their_name(
     with pytest.raises(KeyboardInterrupt):
         anew.run(report=interrupt)
     assert len(list((work / "parts").iterdir())) == 2
+
+
+@pytest.mark.parametrize("file", ["job.json", "plan.json", "journal.json"])
+def test_a_run_whose_state_is_damaged_keeps_its_pictures(
+    model: Path, capsys: pytest.CaptureFixture[str], file: str
+) -> None:
+    before = tune(model)
+    work, out = model / "sag_tune", model / "sag_settings.json"
+    command = ["tune", model, *FEW, "--steps", STEPS, "--budget", PICTURES]
+    state, parts = (work / file).read_bytes(), len(list((work / "parts").iterdir()))
+    capsys.readouterr()
+    wrong = [b"", b"{", b"7", b"{}", b"\xff", b"[[1]]", b"[-1]", b"[3]", b'["8"]']
+    for content in [*wrong, b'{"asked": {}, "own": []}']:
+        (work / file).write_bytes(content)
+        message = error_of(capsys, *command)
+        assert message.startswith(f"error: --work: '{work}/{file}' is damaged ("), content
+        assert message.endswith("or start again with --overwrite\n")
+    assert len(list((work / "parts").iterdir())) == parts
+    if file == "job.json":
+        (work / file).unlink()
+        assert "is damaged (it is gone" in error_of(capsys, *command)
+    (work / file).write_bytes(state)
+    written = out.read_bytes()
+    assert tune(model) == before
+    assert out.read_bytes() == written
+    if file == "job.json":
+        (work / file).write_bytes(b"{}")
+        assert tune(model, "--overwrite")["pictures"] == before["pictures"]
+
+
+def test_chunks_that_are_damaged_are_drawn_again(model: Path, tmp_path: Path) -> None:
+    found, _ = job_of(model, tmp_path / "work").run()
+    parts = sorted((tmp_path / "work" / "parts").iterdir())
+    whole = {path: path.read_bytes() for path in parts}
+    parts[0].write_bytes(b"")
+    parts[1].write_bytes(whole[parts[1]][:60])
+    np.savez(parts[2], features=np.zeros((1, 6)))
+    np.savez(parts[3], other=np.zeros((1, 6)))
+    parts[4].unlink()
+    lines: list[str] = []
+    again, gallery = job_of(model, tmp_path / "work").run(lines.append)
+    assert lines[0] == f"4 damaged files are drawn again: parts/{parts[0].name}"
+    assert len(gallery.damaged) == 4
+    assert (again.ranking, again.chosen) == (found.ranking, found.chosen)
+    for path, content in whole.items():
+        assert np.array_equal(arrays_of(path)["features"], np.load(io.BytesIO(content))["features"])
+
+
+def test_a_run_that_could_not_begin_does_not_block_its_correction(
+    model: Path, tmp_path: Path, reference: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "small.npz", arr_0=noise)
+    np.savez(tmp_path / "other.npz", mu=np.zeros(5), sigma=np.eye(5))
+    command = ["tune", model, *FEW, "--steps", STEPS, "--budget", PICTURES, "--reference"]
+    for wrong, message in (("small", "holds pictures of 8x8"), ("other", "5 features a picture")):
+        assert message in error_of(capsys, *command, tmp_path / f"{wrong}.npz")
+        assert len(list((model / "sag_tune" / "parts").iterdir())) == 1
+    assert tune(model, "--reference", reference)["chosen"] >= 0
+    capsys.readouterr()
+    assert "holds a run with" in error_of(capsys, *command, tmp_path / "small.npz")
+
+
+def test_folders_of_others_are_not_deleted(model: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "work" / "parts" / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.touch()
+    with pytest.raises(ValueError, match=r"^work: '.*job\.json' is damaged"):
+        job_of(model, tmp_path / "work")
+    assert mine.exists()
+
+
+def test_two_runs_in_one_folder_are_refused(model: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    first, second = job_of(model, work), job_of(model, work)
+    with Storage(str(work)).locked(), pytest.raises(ValueError, match=r"^work=.* is in use by an"):
+        first.run()
+    with pytest.raises(KeyboardInterrupt):
+        first.run(report=interrupt)
+    with pytest.raises(ValueError, match=r"^work=.* another run has begun here"):
+        second.run()
+    with pytest.raises(KeyboardInterrupt):
+        first.run(report=interrupt)
 
 
 def interrupt(*_: object) -> None:

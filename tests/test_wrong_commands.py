@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 # A wrong command line, and what its answer begins with, as a user types options.
 AT_ONCE = {
@@ -41,6 +42,18 @@ AT_ONCE = {
     "batch none.jsonl": "prompts='none.jsonl' must be a file: there is none",
     "batch --num-samples 1 --steps 2000": "--steps=2000 must be at most 1000",
     "batch --num-samples 1 --model ./none": "--model='./none' does not exist",
+    "batch --num-samples 100000000000000000000": "--num-samples=100000000000000000000 must be at",
+    "batch --num-samples 2 --num-images 2": "--num-images: with --num-samples, each sample is one",
+    "batch --num-samples 2 --together 100000": "--together=100000 must be at most 4096",
+    "batch --num-samples 2 --workers 0": "--workers=0 must be a whole number",
+    "batch --num-samples 2 --guidance sag:sigma=1": "--guidance='sag:sigma=1': 'sigma' is no",
+    **{
+        f"batch --num-samples 2 --model emoji-adm {option}": f"{option.split()[0]}: emoji-adm takes"
+        for option in (
+            *("--negative-prompt x", "--guidance-scale 7.5", "--size 64x64", "--branch cond"),
+            *("--image plain.png", "--offload model", "--compile"),
+        )
+    },
     "sample --num-samples 0": "--num-samples=0 must be a whole number",
     "sample --num-samples 1 --model emoji": "--model='emoji' is a Stable Diffusion model",
     "sample --num-samples 1 --out a.zip": "--out='a.zip' must end in .npz",
@@ -50,6 +63,9 @@ AT_ONCE = {
     "demo --max-steps 0": "--max-steps=0 must be a whole number",
     "convert adm none.pt out": "checkpoint='none.pt' must be a file",
     "evaluate none.npz none": "'none.npz' does not exist",
+    "evaluate plain.png plain.png --features clip": "--features='clip' must be one of emoji, inc",
+    "evaluate plain.png plain.png --bootstrap 1": "--bootstrap=1 has no spread: it must be 0",
+    "evaluate plain.png plain.png --json none/a.json": "--json='none/a.json': there is no folder",
     "tune": "Missing argument 'MODEL'",
     "tune ./none": "model='./none' does not exist: give a folder",
     "tune emoji": "--out must be given: 'emoji' is no folder of yours",
@@ -60,8 +76,15 @@ AT_ONCE = {
     "tune emoji --methods sag,pagg": "--methods='sag,pagg': 'pagg' is no guidance; did you mean",
     "tune emoji --methods sag,sag": "--methods='sag,sag': sag was given twice",
     "tune emoji --count 20": "--count=20 must be a multiple of twice the batch size (16)",
+    "tune emoji --count -2": "--count=-2 must be a whole number, at least 1",
+    "tune emoji --out a.json --batch-size 4096": "--batch-size=4096 must be at most 2048",
+    f"tune emoji --count {16 * 10**20}": "--count=1600000000000000000000 must be at most 100000",
+    f"tune emoji --seed {2**64 - 9}": "--seed=18446744073709551607",
+    "tune emoji --out a.json --work plain.txt": "--work='plain.txt' is or lies below a file",
     "tune emoji --steps 0": "--steps=0 must be a whole number, at least 1",
-    "tune emoji --choose -1": "--choose=-1 must be a whole number, at least 0",
+    "tune emoji --out a.json --choose -1": "--choose=-1 must be a whole number, at least 0",
+    "tune emoji --out a.json --choose 7": "--choose=7 must be at most 6",
+    "tune emoji --out a.json --choose 1": "--choose=1 is a row of a report: there is none in",
     "tune emoji --features clip": "Invalid value for '--features'",
     "tune emoji --reference none": "--reference='none' does not exist: give a folder",
     "tune emoji --prompts none.txt": "--prompts='none.txt' cannot be read",
@@ -86,6 +109,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "plain.txt").write_text("mine")
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "taken.png").write_bytes(b"mine")
+    Image.new("RGB", (64, 64)).save(tmp_path / "plain.png")
     (tmp_path / "taken.json").write_bytes(b"{}")
     return tmp_path
 

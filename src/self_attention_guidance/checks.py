@@ -42,22 +42,25 @@ def check_prompts(prompts: str | Sequence[str]) -> list[str]:
     return prompts
 
 
-def check_count(name: str, value: object, least: int = 1) -> int:
-    """Refuse a value that is not a whole number, or too small.
+def check_count(name: str, value: object, least: int = 1, most: int | None = None) -> int:
+    """Refuse a value that is not a whole number, too small or too large.
 
     Args:
         name: Name of the argument, for the message.
         value: Its value.
         least: The smallest allowed value.
+        most: The largest allowed value; `None` is no limit.
 
     Returns:
         The value.
 
     Raises:
-        ValueError: It is not a whole number, or below `least`.
+        ValueError: It is not a whole number, or outside the limits.
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}={value!r} must be a whole number, at least {least}")
+        raise ValueError(f"{name}={value!r:.60} must be a whole number, at least {least}")
+    if most is not None and value > most:
+        raise ValueError(f"{name}={value!r:.60} must be at most {most}")
     return value
 
 

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from .job import BatchJob, Summary
     from .lists import PromptList
     from .manifest import Manifest
-    from .plan import unused_columns
     from .samples import FinishedSamples, SampleJob
     from .storage import Storage
     from .tasks import COLUMNS, Defaults, Task
@@ -41,7 +40,6 @@ __all__ = [
     "Storage",
     "Summary",
     "Task",
-    "unused_columns",
 ]
 
 # Importing torch takes seconds; a wrong list is reported without it.
@@ -52,7 +50,6 @@ __getattr__, __dir__ = exported(
         ".job": ("BatchJob", "Summary"),
         ".lists": ("PromptList",),
         ".manifest": ("Manifest",),
-        ".plan": ("unused_columns",),
         ".samples": ("FinishedSamples", "SampleJob"),
         ".storage": ("Storage",),
         ".tasks": ("COLUMNS", "Defaults", "Task"),

@@ -213,9 +213,10 @@ class PixelArtist:
         settings = tasks[0].settings
         if isinstance(settings, SampleSettings):
             return settings
-        for name in ("width", "height"):
-            if getattr(settings, name) is not None:
-                raise ValueError(f"{name} must not be given: {self.name} draws one size")
+        usual = GenerationSettings()
+        for name in ("negative_prompt", "width", "height", "image", "mask", "strength"):
+            if getattr(settings, name) != getattr(usual, name):
+                raise ValueError(f"{name} must not be given: {self.name} takes no prompts")
         if any(task.prompt for task in tasks):
             raise ValueError(f"prompt must be empty: {self.name} takes none")
         return SampleSettings(

@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 from ..checks import check_count
-from .artists import Artist
+from .artists import Artist, Model
 from .drawing import (
     IMAGES,
     JOB,
@@ -23,9 +23,9 @@ from .drawing import (
     row_of_bad_row,
     row_of_task,
 )
-from .manifest import MANIFEST, PARTS, Manifest
+from .manifest import FIRST_PART, MANIFEST, PARTS, Manifest
 from .plan import Plan, Source, after_death
-from .storage import Storage
+from .storage import Storage, json_object
 from .tasks import Defaults
 from .workers import Crew, Lost, distribute
 
@@ -106,12 +106,18 @@ class BatchJob:
         self.storage.make()
         self.manifest = Manifest(self.storage)
 
-    def run(self, crew: Crew | None = None, on_progress: Progress | None = None) -> Summary:
+    def run(
+        self,
+        crew: Crew | None = None,
+        on_progress: Progress | None = None,
+        tell: Callable[[str], object] = lambda line: None,
+    ) -> Summary:
         """Draw the missing pictures.
 
         Args:
             crew: The workers; `None` is this process.
             on_progress: Called once the amount of work is known, and after each unit.
+            tell: Called with lines about the list and the folder before drawing begins.
 
         Raises:
             ValueError: The list cannot be read, the model cannot be loaded, another run uses the
@@ -119,9 +125,14 @@ class BatchJob:
             OSError: Something cannot be written; finished pictures stay, and the next run resumes.
         """
         with self.storage.locked():
-            if self.overwrite:
+            # A folder of that name that is not of an earlier run is the user's own.
+            if self.overwrite and any(map(self.storage.exists, (JOB, MANIFEST, FIRST_PART))):
                 self.storage.remove(JOB, MANIFEST, PARTS, IMAGES)
             plan = Plan(self.source, self.defaults, self.manifest, self.retry_failed)
+            if plan.unused:
+                tell(f"columns that are not used: {', '.join(plan.unused)}"[:200])
+            if plan.gone:
+                tell(f"{plan.gone} of {plan.total} pictures are gone or empty, and are drawn again")
             run = _Run(self, plan, crew or Crew(), on_progress)
             try:
                 run.draw()
@@ -188,7 +199,10 @@ class _Run:
         check_identity(found | own, expected)
 
     def _asked_now(self) -> str:
-        return repr((self.job.make_artist, self.job.together))
+        asked = self.job.make_artist
+        if isinstance(asked, Model):  # a folder has several names
+            asked = replace(asked, name=asked.find())
+        return repr((asked, self.job.together))
 
     def _rows(self, unit: Unit, result: UnitResult | Lost) -> list[Row]:
         if isinstance(result, Lost):
@@ -231,10 +245,13 @@ class _Run:
 
     def _identity(self) -> dict[str, Any] | None:
         """Identity of the model that drew the existing pictures; `None` if there are none."""
-        content = self.job.storage.read(JOB)
-        if content is None:
+        storage = self.job.storage
+        stored = storage.parsed(JOB, functools.partial(json_object, identity=dict))
+        if stored is None:
+            if self.plan.done:
+                raise storage.damaged(JOB, "it is gone, and says how the pictures were drawn")
             return None
-        stored = cast("dict[str, Any]", json.loads(content))
         self.asked = stored.get("asked")
-        check_identity({"shard_size": self.job.shard_size}, {"shard_size": stored["shard_size"]})
+        shard_size = stored.get("shard_size")
+        check_identity({"shard_size": self.job.shard_size}, {"shard_size": shard_size})
         return stored["identity"]

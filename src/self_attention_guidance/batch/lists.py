@@ -29,6 +29,7 @@ class PromptList:
     Attributes:
         path: A file, or a URL that fsspec knows: JSON Lines (`.jsonl`, `.ndjson`), CSV (`.csv`)
             or Parquet (`.parquet`). Text files may be compressed: `.jsonl.gz`.
+        columns: Names of the columns that were read, as keys; rows of JSON Lines may have others.
     """
 
     def __init__(self, path: str) -> None:
@@ -41,6 +42,7 @@ class PromptList:
             ValueError: Its name has no known ending, or there is no such file.
         """
         self.path = path
+        self.columns: dict[str, None] = {}
         name = path.lower()
         for ending in _COMPRESSED:
             name = name.removesuffix(ending)
@@ -62,16 +64,17 @@ class PromptList:
             ValueError: The rest of the file cannot be read: it is cut off or in another format.
         """
         with _explained(self.path):
-            if self._format == "parquet":
-                yield from self._parquet()
-                return
-            is_csv = self._format == "csv"
-            text = {"encoding": "utf-8-sig", "newline": ""} if is_csv else {}
-            opened: Any = fsspec.open(
-                self.path, "rt" if is_csv else "rb", compression="infer", **text
-            )
-            with opened as file:
-                yield from self._csv(file) if is_csv else self._json_lines(file)
+            for row in self._parquet() if self._format == "parquet" else self._text():
+                if not isinstance(row, ValueError):
+                    self.columns.update(dict.fromkeys(row))
+                yield row
+
+    def _text(self) -> Iterator[Row]:
+        is_csv = self._format == "csv"
+        text = {"encoding": "utf-8-sig", "newline": ""} if is_csv else {}
+        opened: Any = fsspec.open(self.path, "rt" if is_csv else "rb", compression="infer", **text)
+        with opened as file:
+            yield from self._csv(file) if is_csv else self._json_lines(file)
 
     def _json_lines(self, file: Any) -> Iterator[Row]:
         for number, line in enumerate(file, 1):
@@ -114,12 +117,25 @@ class PromptList:
 
 def _json_row(line: bytes, number: int) -> Row:
     try:
-        row: object = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        # Files that are joined have the byte order marks of the parts in the middle.
+        row: object = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_once)
+    except KeyError as error:
+        return ValueError(f"line {number} has several columns {error.args[0]}: names must differ")
     except (ValueError, RecursionError) as error:
         return ValueError(f"line {number} is not JSON: {error}")
     if not isinstance(row, dict):
         return ValueError(f"line {number} must be a JSON object")
     return cast("dict[str, Any]", row)
+
+
+def _once(cells: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a line; of two values with one name, neither may be lost."""
+    found: dict[str, Any] = {}
+    for name, value in cells:
+        if name in found:
+            raise KeyError(name)
+        found[name] = value
+    return found
 
 
 def _csv_row(cells: dict[Any, Any], line: int) -> Row:
@@ -140,7 +156,7 @@ class _WatchedLines:
     def __iter__(self) -> Iterator[str]:
         for line in self.lines:
             self.last = line
-            yield line
+            yield line.removeprefix("\ufeff")
 
 
 @contextmanager

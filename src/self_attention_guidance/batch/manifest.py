@@ -18,6 +18,7 @@ from .storage import Storage
 
 MANIFEST = "manifest.parquet"
 PARTS = "manifest.parts"
+FIRST_PART = f"{PARTS}/00000001.parquet"
 
 SCHEMA = pa.schema(
     [
@@ -70,6 +71,17 @@ class Manifest:
         """
         self.storage = storage
         self._parts = 0
+
+    def gone(self) -> set[tuple[int, int]]:
+        """Rows and images of the pictures whose files were deleted, or are empty."""
+        files: dict[tuple[int, int], str | None] = {}
+        for batch in self._batches(["row", "image", "file"]):
+            row, image, file = (column.to_pylist() for column in batch.columns)
+            files.update(zip(zip(row, image, strict=True), file, strict=True))
+        # Listing a folder is much cheaper than asking for each of its files.
+        folders = {file.rpartition("/")[0] for file in files.values() if file}
+        sizes = {n: size for folder in folders for n, size in self.storage.sizes(folder).items()}
+        return {picture for picture, file in files.items() if file and not sizes.get(file)}
 
     def finished(self) -> Finished:
         """The pictures it holds; if one has several rows, the newest counts."""
@@ -145,9 +157,8 @@ class Manifest:
                 raise ValueError("it has other columns")
             yield from table.iter_batches(batch_size=_ROWS_IN_MEMORY, columns=columns)
         except _DAMAGE as error:
-            place = f"{self.storage.url}/{name}"
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"out: {place!r} is damaged: {reason}") from error
+            remedy = "delete it, and what it records is drawn again"
+            raise self.storage.damaged(name, error, remedy) from error
 
 
 def _keys(batch: Any) -> NDArray[np.uint64]:

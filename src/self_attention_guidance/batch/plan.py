@@ -40,16 +40,6 @@ def items_of(source: Source, defaults: Defaults) -> Iterator[Item]:
             yield bad_row(number, values, error)
 
 
-def unused_columns(source: Source) -> list[str]:
-    """Columns of a list's first row that are not used.
-
-    Args:
-        source: A list, or a number of pictures without a prompt.
-    """
-    first = next(iter(source), {}) if isinstance(source, PromptList) else {}
-    return [] if isinstance(first, ValueError) else [n for n in first if n not in COLUMNS]
-
-
 class Plan:
     """The finished and the missing part of a list.
 
@@ -62,6 +52,8 @@ class Plan:
         total: Pictures that the list asks for; a row that cannot be read counts as one.
         done: How many of them are drawn.
         failed: How many of them failed and are not tried again.
+        gone: How many were drawn, but their files were deleted or are empty; they are missing.
+        unused: Columns of the list that are not used.
     """
 
     def __init__(
@@ -84,9 +76,13 @@ class Plan:
         self.missing: list[tuple[int, Task]] = []
         self.bad: list[BadRow] = []
         self.tasks = self.total = self.done = self.failed = 0
-        finished = manifest.finished()
+        gone = manifest.gone()
+        finished = {key: found for key, found in manifest.finished().items() if key not in gone}
         for item in items_of(source, defaults):
             self._add(item, finished)
+        self.gone = sum((task.row, task.image) in gone for _, task in self.missing)
+        columns = source.columns if isinstance(source, PromptList) else ()
+        self.unused = [name for name in columns if name not in COLUMNS]
         if not self.total:
             raise ValueError("prompts: the list must hold at least one row")
 

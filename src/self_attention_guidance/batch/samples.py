@@ -39,7 +39,7 @@ from .artists import PixelArtist
 from .drawing import IMAGES, JOB, Unit, UnitWorker, picture_file
 from .labels import choose_labels
 from .npz import StreamedArray, write_npz
-from .storage import LOCK, UNFINISHED, Storage
+from .storage import LOCK, UNFINISHED, Storage, json_object
 from .tasks import Task
 from .workers import Crew, Lost, distribute
 
@@ -217,18 +217,18 @@ class SampleJob:
         if not self.storage.exists(JOB):
             return self.tasks
         folders = {picture_file(task).rpartition("/")[0] for task in self.tasks}
-        existing = {name for folder in folders for name in self.storage.names(folder)}
-        return [task for task in self.tasks if picture_file(task) not in existing]
+        sizes = {n: size for folder in folders for n, size in self.storage.sizes(folder).items()}
+        return [task for task in self.tasks if not sizes.get(picture_file(task))]
 
     def _difference(self) -> str | None:
         """The settings of the pictures in the folder that differ from this job's."""
-        stored = self.storage.read(JOB)
-        if stored is None or not any(map(self.storage.names, self.storage.names(IMAGES))):
+        if not any(map(self.storage.names, self.storage.names(IMAGES))):
             return None
         try:
-            return difference(json.loads(stored), self.record)
-        except (ValueError, TypeError, AttributeError):
+            stored = self.storage.parsed(JOB, json_object)
+        except ValueError:
             return f"a damaged {JOB}"
+        return None if stored is None else difference(stored, self.record)
 
     def _is_written(self) -> bool:
         """Whether a run was killed after the files were written, before its parts were deleted."""
@@ -262,8 +262,13 @@ class SampleJob:
     def _pictures(self, tasks: Sequence[Task]) -> Iterator[NDArray[np.uint8]]:
         """The pictures of tasks, each as an array (1, height, width, channels)."""
         for task in tasks:
-            with self.storage.open(picture_file(task)) as file, Image.open(file) as image:
-                pixels: NDArray[np.uint8] = np.asarray(image)
+            name = picture_file(task)
+            try:
+                with self.storage.open(name) as file, Image.open(file) as image:
+                    pixels: NDArray[np.uint8] = np.asarray(image)
+            except (OSError, SyntaxError) as error:  # Pillow's errors for damaged files
+                remedy = "delete it, and it is drawn again"
+                raise self.storage.damaged(name, error, remedy) from error
             yield pixels.reshape(1, *pixels.shape[:2], -1)
 
     def _remove_if_empty(self) -> None:

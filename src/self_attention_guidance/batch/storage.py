@@ -6,9 +6,12 @@ import json
 import os
 import threading
 import time
-from collections.abc import Generator
+import zipfile
+import zlib
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
-from typing import IO, Any, cast
+from types import UnionType
+from typing import IO, Any, TypeVar, cast
 
 import fsspec.core
 from filelock import FileLock, Timeout
@@ -19,6 +22,13 @@ UNFINISHED = ".unfinished"
 LOCK = ".lock"
 # In an object store, a run shows that it is alive by rewriting its lock.
 _LOCK_SECONDS = 60.0
+# What parsing a damaged file raises.
+_DAMAGE = (
+    *(ValueError, TypeError, LookupError, RecursionError, MemoryError, NotImplementedError),
+    *(OSError, EOFError, zipfile.BadZipFile, zlib.error),
+)
+
+Content = TypeVar("Content")
 
 
 class Storage:
@@ -26,23 +36,25 @@ class Storage:
 
     Attributes:
         url: The folder, or its URL as fsspec knows it, for example "s3://bucket/folder".
+        argument: Name of the argument that gave it, for messages.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, argument: str = "out") -> None:
         """Open the file system; create nothing yet.
 
         Args:
             url: The folder.
+            argument: Name of the argument that gave it, for messages.
 
         Raises:
             ValueError: fsspec does not know this kind of URL.
         """
-        self.url = url
+        self.url, self.argument = url, argument
         self._files, self._root = self._open()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the URL only: another process makes its own connection."""
-        return Storage, (self.url,)
+        return Storage, (self.url, self.argument)
 
     @property
     def is_local(self) -> bool:
@@ -60,7 +72,9 @@ class Storage:
             if self.is_local:
                 os.makedirs(self._root, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"out={self.url!r} cannot be made: {error.strerror}") from error
+            raise ValueError(
+                f"{self.argument}={self.url!r} cannot be made: {error.strerror}"
+            ) from error
 
     def write(self, name: str, content: bytes) -> None:
         """Write a file, and replace one of that name.
@@ -105,6 +119,34 @@ class Storage:
         except FileNotFoundError:
             return None
 
+    def parsed(self, name: str, parse: Callable[[bytes], Content]) -> Content | None:
+        """What a file says; `None` if it does not exist.
+
+        Args:
+            name: Name of the file.
+            parse: Reads its content; may raise what the standard library raises for wrong data.
+
+        Raises:
+            ValueError: It is damaged.
+        """
+        content = self.read(name)
+        try:
+            return None if content is None else parse(content)
+        except _DAMAGE as error:
+            raise self.damaged(name, error) from error
+
+    def damaged(self, name: str, error: BaseException | str, remedy: str = "") -> ValueError:
+        """The error for a file that can't be used.
+
+        Args:
+            name: Name of the file.
+            error: What is wrong with it.
+            remedy: What to do; by default, what helps with every file.
+        """
+        reason = " ".join(str(error).split())[:200]
+        remedy = remedy or "restore it, name another folder, or start again with overwrite=True"
+        return ValueError(f"{self.argument}: '{self.url}/{name}' is damaged ({reason}): {remedy}")
+
     def exists(self, name: str) -> bool:
         """Whether there is such a file.
 
@@ -127,11 +169,19 @@ class Storage:
         Args:
             folder: Its name; it need not exist.
         """
+        return sorted(self.sizes(folder))
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Sizes of the files directly in a folder, in bytes, by the names of `names`.
+
+        Args:
+            folder: Its name; it need not exist.
+        """
         try:
-            found = cast("list[str]", self._files.ls(self._path(folder), detail=False))
+            found = cast("list[dict[str, Any]]", self._files.ls(self._path(folder), detail=True))
         except FileNotFoundError:
-            return []
-        return sorted(f"{folder}/{path.rsplit('/', 1)[-1]}" for path in found)
+            return {}
+        return {f"{folder}/{each['name'].rsplit('/', 1)[-1]}": each["size"] for each in found}
 
     def remove(self, *names: str) -> None:
         """Delete files, or folders with their contents; they need not exist.
@@ -162,7 +212,7 @@ class Storage:
         try:
             return cast("tuple[Any, str]", fsspec.core.url_to_fs(self.url, **options))
         except (ValueError, ImportError) as error:
-            raise ValueError(f"out={self.url!r} cannot be used: {error}") from error
+            raise ValueError(f"{self.argument}={self.url!r} cannot be used: {error}") from error
 
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"
@@ -176,9 +226,7 @@ class Storage:
 
     @contextmanager
     def _lease(self) -> Generator[None]:
-        lock = self.read(LOCK)
-        age = time.time() - json.loads(lock)["time"] if lock else _LOCK_SECONDS
-        if age < _LOCK_SECONDS:
+        if time.time() - _time_of(self.read(LOCK)) < _LOCK_SECONDS:
             raise self._in_use()
         ended = threading.Event()
 
@@ -201,4 +249,32 @@ class Storage:
         self.write(LOCK, json.dumps({"time": time.time()}).encode())
 
     def _in_use(self) -> ValueError:
-        return ValueError(f"out={self.url!r} is in use by another run: wait for it, or end it")
+        return ValueError(
+            f"{self.argument}={self.url!r} is in use by another run: wait for it, or end it"
+        )
+
+
+def json_object(content: object, **kinds: type | UnionType) -> dict[str, Any]:
+    """A JSON object, checked to have some members.
+
+    Args:
+        content: The text of a file, or a value of another object.
+        kinds: Types of its members, by name.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    found: Any = json.loads(content) if isinstance(content, bytes) else content
+    if not isinstance(found, dict):
+        raise ValueError("it must hold a JSON object")
+    for name, kind in kinds.items():
+        if name not in found or not isinstance(found[name], kind):
+            raise ValueError(f"{name} is missing, or of another type")
+    return cast("dict[str, Any]", found)
+
+
+def _time_of(lock: bytes | None) -> float:
+    """When a lock was written; 0 if it is damaged, since it must not keep all runs out."""
+    with suppress(ValueError):
+        return float(json_object(lock or b"{}", time=int | float)["time"])
+    return 0.0

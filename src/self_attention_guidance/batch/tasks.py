@@ -28,6 +28,11 @@ COLUMNS = (
     "strength",
 )
 _MOST_IMAGES = 100_000
+# What a model without prompts has no use for.
+_OF_PROMPTS = (
+    *("prompt", "negative_prompt", "width", "height", "guidance_scale", "image", "mask"),
+    "strength",
+)
 # Floats hold all whole numbers below this one.
 _LARGEST_EXACT = 2**53
 
@@ -100,6 +105,7 @@ class Defaults:
         num_images: Pictures of a row, at least 1.
         max_size: Largest side, in pixels.
         max_steps: Largest number of sampling steps.
+        takes_prompts: Whether the model does; otherwise rows may not hold what belongs to prompts.
 
     Raises:
         ValueError: A setting is out of its range.
@@ -110,6 +116,7 @@ class Defaults:
     num_images: int = 1
     max_size: int = 2048
     max_steps: int = 1000
+    takes_prompts: bool = True
 
     def __post_init__(self) -> None:
         """Check every setting."""
@@ -137,6 +144,9 @@ def tasks_of(row: int, values: Mapping[str, Any] | ValueError, defaults: Default
     if given["prompt"] is None:
         raise ValueError("prompt is missing")
     filled = {name: value for name, value in given.items() if value is not None and value != ""}
+    for column in () if defaults.takes_prompts else _OF_PROMPTS:
+        if column in filled:
+            raise ValueError(f"{column} must be empty: the model takes no prompts")
     prompt = check_text("prompt", given["prompt"])
     settings = _settings(filled, defaults)
     seed = _whole("seed", filled.get("seed", defaults.seed))
@@ -238,7 +248,7 @@ def _read(name: str, value: object, kind: Callable[[str], object], rule: str) ->
     if not isinstance(value, str):
         return value
     try:
-        return kind(value)
+        return kind(value.replace("_", " "))  # only Python reads 1_0 as ten
     except ValueError:
         raise ValueError(f"{name}={value[:40]!r} must be {rule}") from None
 

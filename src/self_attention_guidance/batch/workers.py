@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
-from ..checks import check_count
+from ..checks import check_count, check_number
 
 Unit = TypeVar("Unit")
 Result = TypeVar("Result")
@@ -34,6 +34,7 @@ AfterDeath = Callable[[Unit, int], Sequence[Unit]]
 
 # A unit is given up when this many workers died while they had it.
 TRIES = 3
+_MOST = 1024
 _RESTART_SECONDS = 2.0
 _PATIENCE_SECONDS = 120.0
 
@@ -43,13 +44,13 @@ class Crew:
     """The number and kind of workers.
 
     Attributes:
-        workers: Number of workers, at least 1. A single one without an address is this process.
+        workers: Number of workers, 1 to 1024. A single one without an address is this process.
         address: Address of a running Ray cluster, for example "auto" or "ray://host:10001"; `None`
             runs Ray on this machine while it is needed.
-        threads: CPU threads of each worker, at least 1. The last bits of what a network computes
+        threads: CPU threads of each worker, 1 to 1024. The last bits of what a network computes
             can depend on it. `None` leaves this process as it is, and is 1 on Ray.
-        gpus: GPUs of each worker, or a fraction of one; `None` shares all GPUs, at most one for
-            each worker.
+        gpus: GPUs of each worker on Ray, or a fraction of one; `None` shares all GPUs, at most
+            one for each worker.
 
     Raises:
         ValueError: A setting is out of its range, or Ray is needed and not installed.
@@ -62,11 +63,16 @@ class Crew:
 
     def __post_init__(self) -> None:
         """Check every setting."""
-        check_count("workers", self.workers)
+        check_count("workers", self.workers, most=_MOST)
         if self.threads is not None:
-            check_count("threads", self.threads)
-        if self.gpus is not None and not 0 <= self.gpus < float("inf"):
-            raise ValueError(f"gpus={self.gpus} must be at least 0")
+            check_count("threads", self.threads, most=_MOST)
+        if self.gpus is not None:
+            check_number("gpus", self.gpus, 0, _MOST)
+            if self.is_here:
+                raise ValueError(
+                    f"gpus={self.gpus} must not be given for a single worker without an address,"
+                    " which uses the device of this process"
+                )
         if not self.is_here and importlib.util.find_spec("ray") is None:
             raise ValueError("more than one worker needs Ray: pip install ray")
 

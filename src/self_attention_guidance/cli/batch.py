@@ -7,12 +7,12 @@ import itertools
 import json
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import OneScaleOptions
+from .options import OneScaleOptions, PromptOptions, SamplingOptions
 from .output import hide_loading_bars, note, print_line
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 
 _SHOWN_FAILURES = 5
+_MOST_SAMPLES = 10_000_000
+_MOST_TOGETHER = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,9 +96,11 @@ class BatchCommand(OneScaleOptions):
             ValueError: A setting is outside its range.
         """
         from ..batch import Defaults
+        from ..generate.finding import is_pixel_model
 
         names = ("seed", "num_images", "max_size", "max_steps")
-        return Defaults(settings=settings, **{name: getattr(self, name) for name in names})
+        given = {name: getattr(self, name) for name in names}
+        return Defaults(settings=settings, takes_prompts=not is_pixel_model(self.model), **given)
 
     def run(self) -> None:
         """Draw the missing pictures, and report on the list."""
@@ -118,7 +122,7 @@ class BatchCommand(OneScaleOptions):
         job = _job(source, self)
         with _progress(self.quiet) as (report, latest):
             try:
-                summary = job.run(crew, report)
+                summary = job.run(crew, report, lambda line: note(line, self.quiet))
             except KeyboardInterrupt:
                 typer.echo(f"{_report(latest())}; the same command resumes", err=True)
                 raise
@@ -133,7 +137,9 @@ def _source(options: BatchCommand) -> PromptList | int:
     from ..checks import check_count
 
     if options.prompts is None:
-        return check_count("num_samples", options.num_samples)
+        if options.num_images != 1:
+            raise ValueError("num_images: with --num-samples, each sample is one picture")
+        return check_count("num_samples", options.num_samples, most=_MOST_SAMPLES)
     return PromptList(options.prompts)
 
 
@@ -145,15 +151,29 @@ def _check_before_loading(options: BatchCommand) -> None:
 
     given = options.generation_arguments().items()
     options.defaults(GenerationSettings(**{n: value for n, value in given if value is not None}))
-    for name in ("batch_size", "together", "shard_size"):
+    for name in ("batch_size", "shard_size"):
         if getattr(options, name) is not None:
             check_count(name, getattr(options, name))
+    check_count("together", options.together, most=_MOST_TOGETHER)
     if options.scheduler is not None:
         check_scheduler_name(options.scheduler)
     options.check_guidance()
     check_dtype_name(options.dtype)
     options.loading_arguments()
     find_prompt_or_pixel_model(options.model)
+    _check_uses(options)
+
+
+def _check_uses(options: BatchCommand) -> None:
+    """Refuse options that a model without prompts has no use for."""
+    from ..generate.finding import is_pixel_model
+
+    shared = {"max_size", *(each.name for each in fields(SamplingOptions))}
+    for each in fields(PromptOptions) if is_pixel_model(options.model) else ():
+        if each.name not in shared and getattr(options, each.name) != each.default:
+            raise ValueError(
+                f"{each.name}: {options.model} takes no prompts, and has no use for it"
+            )
 
 
 def _show_failures(manifest: Manifest) -> None:
@@ -167,11 +187,8 @@ def _show_failures(manifest: Manifest) -> None:
 
 
 def _job(source: PromptList | int, options: BatchCommand) -> BatchJob:
-    from ..batch import BatchJob, unused_columns
+    from ..batch import BatchJob
 
-    unused = unused_columns(source)
-    if unused:
-        note(f"columns that are not used: {', '.join(unused)}"[:200], options.quiet)
     hide_loading_bars()
     model, defaults = _model_and_defaults(options)
     return BatchJob(

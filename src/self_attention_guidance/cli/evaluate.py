@@ -9,9 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..checks import check_count
+from ..checks import check_count, seeds_of
 from .options import check_outputs
 from .output import print_line, progress
+from .tune import Features
+
+# More halves change no digit of an interval.
+_MOST_HALVES = 10_000
 
 if TYPE_CHECKING:
     from ..evaluate import LoadedSet, PictureSource, Report, SampleReport, SavedStatistics
@@ -60,11 +64,13 @@ def evaluate_command(
       sag evaluate unguided.npz guided.npz ./emoji-art --plot compare.png --json compare.json
       sag evaluate in256.npz VIRTUAL_imagenet256_labeled.npz --features inception
     """
-    check_outputs({"json": json_file, "plot": plot, "save_statistics": save_statistics}, overwrite)
-    _check_numbers(bootstrap, seed, batch_size)
+    outputs = {"json_file": json_file, "plot": plot, "save_statistics": save_statistics}
+    check_outputs(outputs, overwrite)
+    _check_values(features, bootstrap, seed, batch_size)
     if len(paths) < 2 and save_statistics is None:
         raise ValueError("SAMPLES and REFERENCE must be given: one path needs --save-statistics")
-    for name, file in (("json", json_file), ("plot", plot)):
+    for name in ("json_file", "plot"):
+        file = outputs[name]
         if len(paths) < 2 and file is not None:
             raise ValueError(f"{name}={str(file)!r} needs samples: one path is only the reference")
 
@@ -91,17 +97,20 @@ def evaluate_command(
         _show(report, json_file, plot)
 
 
-def _check_numbers(bootstrap: int, seed: int, batch_size: int) -> None:
-    check_count("--bootstrap", bootstrap, least=0)
-    check_count("--seed", seed, least=0)
+def _check_values(features: str, bootstrap: int, seed: int, batch_size: int) -> None:
+    encoders = [each.value for each in Features]
+    if features not in encoders:
+        raise ValueError(f"--features={features!r} must be one of {', '.join(encoders)}")
+    check_count("--bootstrap", bootstrap, least=0, most=_MOST_HALVES)
+    if bootstrap == 1:
+        raise ValueError("--bootstrap=1 has no spread: it must be 0, for no intervals, or above 1")
+    seeds_of(seed, 1)
     check_count("--batch-size", batch_size)
 
 
 def _load(paths: Sequence[Path], features: str, batch_size: int) -> list[LoadedSet]:
-    from ..evaluate import ENCODERS, load_encoder, load_set, open_set
+    from ..evaluate import load_encoder, load_set, open_set
 
-    if features not in ENCODERS:
-        raise ValueError(f"--features={features!r} must be one of {', '.join(ENCODERS)}")
     opened = [open_set(path) for path in paths]
     encoder = load_encoder(features)
     with progress(sum(map(_pictures, opened)), "encoding") as advance:
@@ -132,6 +141,7 @@ def _measure(
 
 def _show(report: Report, json_file: Path | None, plot: Path | None) -> None:
     from ..evaluate import as_json, format_table, write_plot
+    from ..generate.files import whole_file
 
     # First, so that figures of hours are seen even if a file cannot be written.
     print_line(format_table(report))
@@ -139,6 +149,8 @@ def _show(report: Report, json_file: Path | None, plot: Path | None) -> None:
         typer.echo(f"warning: {warning}", err=True)
     if json_file is not None:
         text = json.dumps(as_json(report), indent=2, ensure_ascii=False)
-        json_file.write_text(text + "\n", encoding="utf-8")
+        with whole_file(json_file) as file:
+            # Names of files may be no UTF-8; JSON has the same escapes.
+            file.write((text + "\n").encode("utf-8", "backslashreplace"))
     if plot is not None:
         write_plot(plot, report)

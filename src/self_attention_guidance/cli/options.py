@@ -6,6 +6,7 @@ A command with such options is a dataclass: typer reads its fields as the parame
 # Not `from __future__ import annotations`: typer would look names up in a subclass's module.
 
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +20,7 @@ _GUIDANCE_OPTIONS = (
     *("blur_sigma", "blur_kernel_size", "threshold", "layer"),
     *("start", "stop", "every", "branch"),
 )
-_SUFFIXES = {"json": ".json", "plot": ".png", "save_statistics": ".npz"}
+_SUFFIXES = {"json_file": ".json", "plot": ".png", "save_statistics": ".npz"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,7 +303,7 @@ def check_outputs(outputs: dict[str, Path | None], overwrite: bool) -> None:
         overwrite: Whether existing files may be replaced.
 
     Raises:
-        ValueError: A file's ending is wrong, or its folder is missing.
+        ValueError: A file's ending is wrong, or it can't be made in its folder.
         FileExistsError: A file exists and may not be replaced.
     """
     for name, path in outputs.items():
@@ -312,5 +313,11 @@ def check_outputs(outputs: dict[str, Path | None], overwrite: bool) -> None:
             raise ValueError(f"{name}={str(path)!r} must end in {_SUFFIXES[name]}")
         if not path.parent.is_dir():
             raise ValueError(f"{name}={str(path)!r}: there is no folder {str(path.parent)!r}")
+        if path.is_dir():
+            raise ValueError(f"{name}={str(path)!r} is a folder: name a file")
         if path.exists() and not overwrite:
             raise FileExistsError(f"{name}={str(path)!r} exists: replace it with --overwrite")
+        try:
+            tempfile.TemporaryFile(dir=path.parent).close()
+        except OSError as error:
+            raise ValueError(f"{name}={str(path)!r} cannot be made: {error.strerror}") from error

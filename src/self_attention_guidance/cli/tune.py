@@ -165,11 +165,12 @@ def _check_before_loading(options: TuneCommand) -> "tuple[TuneSettings, Path, Pa
     from ..generate import check_count, check_folder, check_free
     from ..generate.finding import find_prompt_or_pixel_model, is_pixel_model
     from ..tune import TuneSettings, make_plan, parse_budget
+    from ..tune.plan import BEST
     from ..tune.settings import RESULT_FILE
 
     methods = tuple(name.strip() for name in (options.methods or "").split(",") if name.strip())
     check_methods(methods)
-    check_drawing(options, options.count or 1)
+    check_drawing(options, 1)
     find_prompt_or_pixel_model(options.model)
     if is_pixel_model(options.model) and options.prompts_file is not None:
         raise ValueError(f"--prompts must not be given: {options.model} takes no prompts")
@@ -186,8 +187,6 @@ def _check_before_loading(options: TuneCommand) -> "tuple[TuneSettings, Path, Pa
         # No guidance and each method's defaults are tried in any case.
         anchors = len(methods or declared_settings()) + 1
         make_plan(settings.budget.pictures, options.batch_size, anchors, anchors, options.count)
-    if options.choose is not None:
-        check_count("choose", options.choose, least=0)
     if options.reference is not None and not options.reference.exists():
         raise ValueError(
             f"reference={str(options.reference)!r} does not exist: give a folder of pictures or an"
@@ -195,9 +194,16 @@ def _check_before_loading(options: TuneCommand) -> "tuple[TuneSettings, Path, Pa
         )
     out = _out(options)
     work = out.parent / _WORK if options.work is None else options.work
+    if options.choose is not None:
+        check_count("choose", options.choose, least=0, most=BEST + 1)
+        if not (work / RESULT_FILE).is_file():
+            raise ValueError(
+                f"choose={options.choose} is a row of a report: there is none in {str(work)!r} yet"
+            )
     check_folder(out.parent)
     # If the same command ran before, the file is its own and may be replaced.
     check_free([out], options.overwrite or (work / RESULT_FILE).is_file())
+    check_folder(work, "work")
     return settings, out, work
 
 

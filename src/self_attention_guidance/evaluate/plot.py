@@ -7,6 +7,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
+from ..generate.files import whole_file
 from .measuring import METRICS, Metric
 from .report import Report, SampleReport, footnote
 
@@ -57,7 +58,8 @@ def write_plot(path: Path, report: Report) -> None:
     for axes in list(grid.flat)[len(known) :]:
         axes.set_visible(False)
     figure.supxlabel("\n".join(lines), x=0.01, horizontalalignment="left", fontsize=7)
-    figure.savefig(path, format="png", dpi=150)
+    with whole_file(path) as file:
+        figure.savefig(file, format="png", dpi=150)
 
 
 def _draw_panel(axes: Any, metric: Metric, samples: Any) -> None:

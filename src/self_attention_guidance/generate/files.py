@@ -35,11 +35,12 @@ def next_index(folder: str | Path) -> int:
     return max((int(name) + 1 for name in names if name.isdecimal()), default=0)
 
 
-def check_folder(folder: str | Path) -> Path:
+def check_folder(folder: str | Path, argument: str = "out") -> Path:
     """Create a folder for pictures if it does not exist.
 
     Args:
         folder: The folder.
+        argument: Name of the argument that gave it, for messages.
 
     Returns:
         The folder.
@@ -51,11 +52,13 @@ def check_folder(folder: str | Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise ValueError(f"out={str(path)!r} is or lies below a file: name a folder") from None
+        raise ValueError(
+            f"{argument}={str(path)!r} is or lies below a file: name a folder"
+        ) from None
     except OSError as error:
-        raise ValueError(f"out={str(path)!r} cannot be made: {error.strerror}") from error
+        raise ValueError(f"{argument}={str(path)!r} cannot be made: {error.strerror}") from error
     if not os.access(path, os.W_OK | os.X_OK):
-        raise ValueError(f"out={str(path)!r} is not writable: name another folder")
+        raise ValueError(f"{argument}={str(path)!r} is not writable: name another folder")
     return path
 
 

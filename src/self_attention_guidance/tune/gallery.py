@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import time
 from collections.abc import Sequence
@@ -64,6 +65,7 @@ class Gallery:
     Attributes:
         unit: Pictures of a chunk.
         failures: Why settings could not be drawn.
+        damaged: Files of earlier runs that can't be read; their chunks are drawn again.
     """
 
     def __init__(
@@ -93,8 +95,17 @@ class Gallery:
         self._loaded, self._encoder, self._storage = loaded, encoder, storage
         self._steps, self._seed, self._prompts = steps, seed, prompts
         self.unit = unit
-        names = storage.names(PARTS)
-        self._chunks = {name: _read(storage, name) for name in names}
+        self.damaged: list[str] = []
+        self._chunks: dict[str, Chunk] = {}
+        for name in storage.names(PARTS):
+            try:
+                chunk = storage.parsed(name, functools.partial(_parsed, unit=unit))
+            except ValueError:
+                chunk = None
+            if chunk is None:
+                self.damaged.append(name)
+            else:
+                self._chunks[name] = chunk
         self._kept = sum(chunk.elapsed for chunk in self._chunks.values())
         self.failures: dict[Candidate, str] = {}
         self._last = time.monotonic() if started is None else started
@@ -226,8 +237,12 @@ def _content(chunk: Chunk) -> bytes:
     return file.getvalue()
 
 
-def _read(storage: Storage, name: str) -> Chunk:
-    with np.load(io.BytesIO(storage.read(name) or b""), allow_pickle=False) as file:
+def _parsed(content: bytes, unit: int) -> Chunk:
+    with np.load(io.BytesIO(content), allow_pickle=False) as file:
         arrays = dict(file)
     # Numbers and texts are stored as arrays without dimensions.
-    return Chunk(**{key: each if each.ndim else each.item() for key, each in arrays.items()})
+    chunk = Chunk(**{key: each if each.ndim else each.item() for key, each in arrays.items()})
+    counts = len(chunk.features), len(chunk.figures), len(chunk.shown) or unit
+    if not chunk.failure and counts != (unit, unit, unit):
+        raise ValueError(f"it holds {counts} pictures, not {unit}")
+    return chunk

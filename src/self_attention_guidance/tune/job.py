@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..batch.storage import Storage
+from ..batch.storage import Storage, json_object
+from ..checks import check_count
 from ..denoiser.families import denoiser_of
 from ..evaluate import LoadedSet
 from ..evaluate.features import Encoder
@@ -18,9 +19,9 @@ from ..generate.loaded import Loaded
 from ..generate.record import describe, difference, fingerprints
 from ..guidance import Guidance, guidance_of
 from .gallery import PARTS, Gallery
-from .plan import Plan, fewest_pictures, make_plan
+from .plan import LARGEST_BUDGET, Plan, fewest_pictures, make_plan
 from .result import Tuned, as_json
-from .scores import ChangeScore, FrechetScore, Score
+from .scores import ChangeScore, FrechetScore, Score, halves_of
 from .settings import RESULT_FILE, TuneSettings
 from .space import Space, space_of
 from .trial import JOURNAL, Journal, Report, Trial
@@ -64,13 +65,13 @@ class TuneJob:
                 folder.
         """
         self.loaded, self.settings = loaded, settings
-        self.storage = Storage(str(check_folder(work)))
+        self.storage = Storage(str(check_folder(work, "work")), "work")
         self.score: Score = ChangeScore() if reference is None else FrechetScore(reference)
         self._encoder, self._reference, self._started = encoder, reference, started
         asked, own = self._asked(), self._own()
-        stored = self._stored()
-        other = difference(stored.get("asked", {}), asked) if stored else None
-        if other is not None and not overwrite:
+        stored = self._stored(overwrite)
+        other = difference(stored["asked"], asked) if stored else None
+        if other is not None and not overwrite and self._has_begun():
             raise ValueError(
                 f"work={str(work)!r} holds a run with {other}: go on with its settings, name"
                 " another folder, or start again with overwrite=True"
@@ -79,6 +80,7 @@ class TuneJob:
         # settings that the model had when it began.
         self._job = stored if stored and other is None else {"asked": asked, "own": own}
         self._is_new = not stored or other is not None
+        self._seen = self.storage.read(JOB)
         own = self._job["own"]
         guidance = guidance_of(own["guidance"])
         if not isinstance(guidance, Guidance):
@@ -108,9 +110,15 @@ class TuneJob:
             FloatingPointError: Without guidance, a picture is NaN or infinite.
         """
         with self.storage.locked():
+            if self.storage.read(JOB) != self._seen:
+                raise ValueError(
+                    f"work={self.storage.url!r}: another run has begun here since this one was"
+                    " started: start it again"
+                )
             if self._is_new:
                 self.storage.remove(JOB, PLAN, JOURNAL, RESULT_FILE, PARTS)
                 self.storage.write(JOB, json.dumps(self._job, indent=2).encode())
+                self._seen, self._is_new = self.storage.read(JOB), False
             settings = self.settings
             gallery = Gallery(
                 self.loaded,
@@ -122,6 +130,8 @@ class TuneJob:
                 prompts=settings.prompts,
                 started=self._started,
             )
+            if gallery.damaged:
+                tell(f"{len(gallery.damaged)} damaged files are drawn again: {gallery.damaged[0]}")
             plan = self._plan(gallery, tell)
             found = Trial(
                 self.space, gallery, self.score, plan, settings, Journal(self.storage), report
@@ -154,17 +164,29 @@ class TuneJob:
             "steps": own.num_inference_steps,
         }
 
-    def _stored(self) -> dict[str, Any] | None:
-        content = self.storage.read(JOB)
-        return None if content is None else json.loads(content)
+    def _stored(self, overwrite: bool) -> dict[str, Any] | None:
+        """What an earlier run was asked for. If that is not known, its pictures stay."""
+        try:
+            stored = self.storage.parsed(JOB, _job)
+            if stored is None and (self._has_begun() or self.storage.names(PARTS)):
+                raise self.storage.damaged(JOB, "it is gone, and says what the pictures are of")
+        except ValueError:
+            if overwrite:
+                return None
+            raise
+        return stored
+
+    def _has_begun(self) -> bool:
+        """Whether a run has a plan; until then, it only tried whether it can draw and score."""
+        return any(map(self.storage.exists, (PLAN, JOURNAL, RESULT_FILE)))
 
     def _plan(self, gallery: Gallery, tell: Callable[[str], object]) -> Plan:
         """Make the plan of this run, or restore the one that it began with."""
         settings, unit = self.settings, self.settings.batch_size
         wanted = max(_FEWEST_SETTINGS, _SETTINGS_A_METHOD * len(self.space.layers))
         anchors = len(self.anchors)
-        content = self.storage.read(PLAN)
-        pictures = json.loads(content)["pictures"] if content else settings.budget.pictures
+        stored = self.storage.parsed(PLAN, _pictures)
+        pictures = stored or settings.budget.pictures
         if settings.budget.pictures is not None:
             tell(str(make_plan(settings.budget.pictures, unit, anchors, wanted, settings.count)))
         each = self._seconds_of_a_picture(gallery)
@@ -173,7 +195,7 @@ class TuneJob:
             pictures = gallery.drawn + int(_RESERVE * max(left, 0) / each)
             pictures = max(pictures, fewest_pictures(unit, anchors, settings.count))
         plan = make_plan(pictures, unit, anchors, wanted, settings.count)
-        if not content:
+        if stored is None:
             self.storage.write(PLAN, json.dumps({"pictures": pictures}).encode())
         if settings.budget.pictures is None:
             tell(str(plan))
@@ -185,6 +207,9 @@ class TuneJob:
         """Time for a picture of a usual setting, whose guidance adds about half a pass."""
         unguided = gallery.draw(self.space.unguided, 0)
         self._check_size(unguided.size.tolist())
+        # What can't be scored is told before more is drawn.
+        drawn = gallery.of(self.space.unguided, 0, gallery.unit)
+        self.score.values(drawn, drawn, halves_of(gallery.unit, 0, 0))
         seconds = [unguided.seconds]
         for candidate in self.anchors[1:]:
             chunk = gallery.draw(candidate, 0)
@@ -199,6 +224,17 @@ class TuneJob:
         if real is not None and [*real.size] != [*size]:
             sizes = "{}x{} pixels, the model draws {}x{}".format(*real.size, *size)
             raise ValueError(f"reference: it holds pictures of {sizes}")
+
+
+def _job(content: bytes) -> dict[str, Any]:
+    found = json_object(content, asked=dict, own=dict)
+    own = json_object(found["own"], guidance=dict, guidance_scale=int | float | None, steps=int)
+    guidance_of(own["guidance"])
+    return found
+
+
+def _pictures(content: bytes) -> int:
+    return check_count("pictures", json_object(content)["pictures"], most=LARGEST_BUDGET)
 
 
 def _digest(reference: LoadedSet) -> str:

@@ -20,9 +20,11 @@ _BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*([smh]?)", re.IGNORECASE)
 # Distances of fewer pictures say hardly anything, and intervals come from halves of them.
 _FEWEST_SEEDS = 8
 _FIRST_SEEDS = 16
-_MOST_SEEDS = 2048
+# Of a half, unless a larger number is asked for.
+MOST_SEEDS = 2048
+_LARGEST_COUNT = 100_000
 # Of pictures, or of seconds, which are eleven days.
-_LARGEST_BUDGET = 1_000_000
+LARGEST_BUDGET = 1_000_000
 # Beyond this many seeds, a larger budget also buys more settings.
 _MANY_SEEDS = 64
 # The last rung has at least this many settings, so that a person can choose.
@@ -57,9 +59,9 @@ def parse_budget(text: str) -> Budget:
         raise ValueError(
             f"budget={text!r} must be a time like 90s, 30m or 2h, or a number of pictures like 500"
         )
-    if number * _UNITS.get(unit, 1) > _LARGEST_BUDGET:
+    if number * _UNITS.get(unit, 1) > LARGEST_BUDGET:
         raise ValueError(
-            f"budget={text!r:.40} must be at most {_LARGEST_BUDGET:,} pictures or seconds"
+            f"budget={text!r:.40} must be at most {LARGEST_BUDGET:,} pictures or seconds"
         )
     return Budget(seconds=number * _UNITS[unit]) if unit else Budget(pictures=int(number))
 
@@ -185,17 +187,17 @@ def fewest_pictures(unit: int, anchors: int, count: int | None = None) -> int:
 
 def _sizes(unit: int, count: int | None) -> list[int]:
     """Possible numbers of seeds in a half, from few to many."""
-    check_count("batch_size", unit)
+    check_count("batch_size", unit, most=MOST_SEEDS)
     least = unit * -(-_FEWEST_SEEDS // unit)
     if count is not None:
-        if check_count("count", count) % (2 * unit) or count < 2 * least:
+        if check_count("count", count, most=_LARGEST_COUNT) % (2 * unit) or count < 2 * least:
             raise ValueError(
                 f"count={count} must be a multiple of twice the batch size ({2 * unit}), at least"
                 f" {2 * least}"
             )
         return [count // 2]
     sizes = [least]
-    while sizes[-1] * 2 <= _MOST_SEEDS:
+    while sizes[-1] * 2 <= MOST_SEEDS:
         sizes.append(sizes[-1] * 2)
     return sizes
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..checks import check_count, check_prompts, check_text, seeds_of
-from .plan import Budget, fewest_pictures
+from .plan import MOST_SEEDS, Budget, fewest_pictures
 
 RESULT_FILE = "result.json"
 """The file that a run writes into its folder when it is done."""
@@ -43,6 +43,6 @@ class TuneSettings:
         if self.steps is not None:
             check_count("steps", self.steps)
         fewest_pictures(self.batch_size, 1, self.count)  # checks both
-        seeds_of(self.seed, self.count or 1)
+        seeds_of(self.seed, self.count or 2 * MOST_SEEDS)
         for method in self.methods:
             check_text("methods", method)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -38,13 +39,25 @@ class Journal:
             storage: The folder of the run.
         """
         self._storage = storage
-        self._entries: list[int] = json.loads(storage.read(JOURNAL) or b"[]")
+        self._entries: list[Any] = storage.parsed(JOURNAL, _list) or []
         self._next = 0
 
-    def known(self) -> int | None:
-        """Return the next decision; `None` if it was not made yet."""
+    def known(self, possible: range) -> int | None:
+        """Return the next decision; `None` if it was not made yet.
+
+        Args:
+            possible: All that may be decided.
+
+        Raises:
+            ValueError: The journal holds something else.
+        """
         self._next += 1
-        return self._entries[self._next - 1] if self._next <= len(self._entries) else None
+        if self._next > len(self._entries):
+            return None
+        found = self._entries[self._next - 1]
+        if found not in possible:
+            raise self._storage.damaged(JOURNAL, f"entry {self._next} is {found!r:.40}")
+        return found
 
     def add(self, decision: int) -> int:
         """Store a new decision, and return it."""
@@ -132,8 +145,9 @@ class Trial:
     def _sweep(self, candidates: Sequence[Candidate], first: int, end: int, until: float) -> int:
         """Draw all settings on the same seeds while there is time; return the end of the seeds."""
         shown = range(self.plan.seeds, self.plan.seeds + _MOST_SHOWN)
-        known = self._journal.known()
-        for chunk in range(first, end if known is None else known, self.gallery.unit):
+        unit = self.gallery.unit
+        known = self._journal.known(range(first + unit, end + 1, unit))
+        for chunk in range(first, end if known is None else known, unit):
             missing = [c for c in self._sound(candidates) if not self.gallery.has(c, chunk)]
             # The first chunk is always drawn.
             is_open = known is None and chunk > first and missing
@@ -154,7 +168,7 @@ class Trial:
         return [each for each in candidates if each not in self.gallery.failures]
 
     def _neighbours(self, parents: Sequence[Candidate], count: int) -> Sequence[Candidate]:
-        known = self._journal.known()
+        known = self._journal.known(range(count + 1))
         if known is None:
             first = self.plan.rungs[0]
             until = self._end_of(first.settings, first.seeds)
@@ -203,3 +217,10 @@ class Trial:
             steps=self.space.steps,
             score=self.score,
         )
+
+
+def _list(content: bytes) -> list[Any]:
+    found: Any = json.loads(content)
+    if not isinstance(found, list):
+        raise ValueError("it must hold a JSON array")
+    return found
