@@ -217,6 +217,17 @@ def test_errors_are_one_line_before_the_model_is_loaded(
     assert message in error_of(capsys, "compare", "a", "--out", tmp_path / "a.png", *options)
 
 
+def test_steps_are_checked_before_the_first_picture(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: str
+) -> None:
+    monkeypatch.setattr(
+        "self_attention_guidance.generate.comparison._draw", lambda *_: pytest.fail("it draws")
+    )
+    arguments = ("compare", "a", "--model", model, "--out", tmp_path / "a.png")
+    message = error_of(capsys, *arguments, "--columns", "steps=2,5000")
+    assert message.startswith("error: --steps=5000 must be at most ")
+
+
 @pytest.mark.parametrize(
     ("name", "values", "message"),
     [

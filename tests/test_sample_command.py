@@ -217,6 +217,8 @@ def test_other_settings_are_one_line(
         (["--scheduler", "eular"], "scheduler='eular' is unknown: the nearest"),
         (["--scheduler", "edm euler"], "needs EDM preconditioning"),
         (["--eta", "-1"], "eta=-1.0 must be at least 0"),
+        (["--eta", "1", "--model", "emoji-adm"], "--eta=1.0 has no effect with DDPMScheduler"),
+        (["--scheduler", "pndm", "--steps", "3"], "--steps=3 must be at least 4 with PNDM"),
         (["--sag-scale", "nan"], "--sag-scale=nan must be a finite number"),
         (["--classifier-scale", "2"], "--classifier-scale=2.0 must be 0: there is no classifier"),
         (["--classifier", "none"], "classifier='none' must be a folder that `sag convert"),

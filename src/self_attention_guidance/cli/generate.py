@@ -73,7 +73,7 @@ class GenerateCommand(OneScaleOptions):
             prompts = prompts or [record["prompt"]]
         if not prompts:
             raise ValueError('PROMPT is missing: give at least one ("" is one, too)')
-        seeds = seeds_of(options.seed, self.num_images) * len(prompts)
+        seeds = [*seeds_of(options.seed, self.num_images)] * len(prompts)
         check_prompting(options, self.num_images)
         if _is_file(self.out, len(seeds)):
             folder, paths = self.out.parent, [self.out]

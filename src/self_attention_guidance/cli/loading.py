@@ -12,33 +12,37 @@ if TYPE_CHECKING:
     from ..generate import LoadedPipeline
 
 
-def check_sampling(options: SamplingOptions, num_images: int) -> None:
+def check_sampling(
+    options: SamplingOptions, num_images: int, count_name: str = "num_images"
+) -> None:
     """Refuse wrong options before the heavy imports, which take seconds.
 
     Args:
         options: Options of a command that draws.
         num_images: Number of pictures, with consecutive seeds.
+        count_name: Name of that number, for the message.
 
     Raises:
         ValueError: An option is outside its range.
     """
     options.check_guidance()
-    check_drawing(options, num_images)
+    check_drawing(options, num_images, count_name)
 
 
-def check_drawing(options: DrawingOptions, num_images: int) -> None:
+def check_drawing(options: DrawingOptions, num_images: int, count_name: str = "num_images") -> None:
     """Like `check_sampling`, for commands that choose the guidance themselves.
 
     Args:
         options: Options of the command.
         num_images: As in `check_sampling`.
+        count_name: As in `check_sampling`.
 
     Raises:
         ValueError: An option is outside its range.
     """
     from ..generate import check_count, check_dtype_name, check_scheduler_name, seeds_of
 
-    seeds_of(options.seed, num_images)
+    seeds_of(options.seed, num_images, count_name)
     check_count("batch_size", options.batch_size)
     if options.scheduler is not None:
         check_scheduler_name(options.scheduler)

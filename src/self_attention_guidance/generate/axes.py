@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from ..checks import check_count, check_finite, check_layer, check_number, check_text
+from ..checks import check_finite, check_layer, check_number, check_seed, check_steps, check_text
 from .guidance_text import check_guidance, parse_guidance
 from .settings import GenerationSettings
 
@@ -58,8 +58,10 @@ class Axis:
         for value in self.values:
             if self.name == "prompt":
                 check_text("prompt", value)
-            elif self.name in ("steps", "seed"):
-                check_count(self.name, value, least=1 if self.name == "steps" else 0)
+            elif self.name == "steps":
+                check_steps(value, "steps")
+            elif self.name == "seed":
+                check_seed(value)
             elif self.name == "window":
                 start, stop = value
                 if not 0 <= start < stop <= 1:
