@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +16,21 @@ from PIL import Image
 
 from command_line import error_of, in_a_process, interrupted, run
 from self_attention_guidance.cli import main
-from self_attention_guidance.generate import read_parameters, read_record
+from self_attention_guidance.generate import read_parameters, read_record, save_png
 from tiny import save_tiny_model
+
+RECORD: dict[str, Any] = {
+    "version": "self-attention-guidance 0.2.0",
+    "model": "emoji",
+    "prompt": "ein Füchs",
+    "seed": 5,
+    "size": [64, 64],
+    "dtype": "float32",
+    "settings": {"negative_prompt": "", "guidance_scale": 3.0, "num_inference_steps": 2},
+    "guidance": {"method": "sag", "scale": 1.0},
+    "scheduler": "DDIMScheduler",
+    "scheduler_config": {"num_train_timesteps": 1000},
+}
 
 SETTINGS = {
     "guidance": {"scale": 1.5, "blur_sigma": 2.0},
@@ -254,6 +269,46 @@ def test_info_shows_how_a_picture_was_made(
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [record["settings"]["num_inference_steps"] for record in records] == [3, 3]
     assert "does not exist" in error_of(capsys, "info", tmp_path / "none.png")
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_info_goes_on_after_a_file_that_cannot_be_read(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, options: list[str]
+) -> None:
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", RECORD)
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
+    names = ("none.png", "a.png", "b.png", "a.png", "n" * 300)
+    assert run("info", *(tmp_path / name for name in names), *options) == 2
+    captured = capsys.readouterr()
+    errors = captured.err.splitlines()
+    assert len(errors) == 3
+    assert all(line.startswith("error: ") and "Errno" not in line for line in errors)
+    assert captured.out.count("ein Füchs") == (0 if options else 2)
+    if options:
+        assert [json.loads(line)["prompt"] for line in captured.out.splitlines()] == [
+            "ein Füchs"
+        ] * 2
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_terminal_without_a_character_gets_its_code(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, encoding: str
+) -> None:
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", {**RECORD, "prompt": "Füchs \u2192"})
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert run("info", tmp_path / "a.png") == 0
+    expected = {"ascii": "F\\xfcchs \\u2192", "latin-1": "Füchs \\u2192", "utf-8": "Füchs \u2192"}
+    stdout.seek(0)
+    assert stdout.readline().rstrip() == expected[encoding]
+
+
+@pytest.mark.parametrize("option", ["--size", "--image", "--guidance", "--lora", "--like", "--out"])
+def test_long_values_are_shortened(capsys: pytest.CaptureFixture[str], option: str) -> None:
+    message = error_of(capsys, "generate", "a", option, "9 x" * 3000 + ".jpg")
+    assert len(message) < 600
+    assert "..." in message
+    assert "Errno" not in message
 
 
 # compare

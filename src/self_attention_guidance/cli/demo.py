@@ -27,7 +27,8 @@ class DemoCommand:
     model: Annotated[
         str,
         typer.Option(
-            help="A builtin model, a folder, a .safetensors file, or a hub id (owner/name)."
+            metavar="NAME|FOLDER|FILE|HUB_ID",
+            help="A builtin model, a diffusers folder, a .safetensors file or a hub id.",
         ),
     ] = "emoji"
     host: Annotated[

@@ -248,7 +248,8 @@ def prompts_of(file: str | None) -> list[str]:
         return []
     try:
         content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-        lines = content.decode("utf-8-sig").splitlines()
+        # Not `splitlines`: a prompt may hold separators that are no line's end in an editor.
+        lines = content.decode("utf-8-sig").split("\n")
     except OSError as error:
         raise ValueError(f"prompts_file={file!r} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
