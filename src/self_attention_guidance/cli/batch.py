@@ -150,7 +150,7 @@ def _check_before_loading(options: BatchCommand) -> None:
             check_count(name, getattr(options, name))
     if options.scheduler is not None:
         check_scheduler_name(options.scheduler)
-    options.check_guidance()
+    options.guidance_arguments()
     check_dtype_name(options.dtype)
     options.loading_arguments()
     find_prompt_or_pixel_model(options.model)

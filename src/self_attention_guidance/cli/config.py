@@ -56,7 +56,8 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
         if option.startswith("--") and parameter.name != "config"
     }
     # The command is a dataclass of its options.
-    types = get_type_hints(inspect.unwrap(context.command.callback))
+    command: Any = context.command
+    types = get_type_hints(inspect.unwrap(command.callback))
     defaults: dict[str, Any] = {}
     for option, value in given.items():
         name = known.get(option.replace("_", "-"))

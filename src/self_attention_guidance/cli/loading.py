@@ -25,7 +25,7 @@ def check_sampling(
     Raises:
         ValueError: An option is outside its range.
     """
-    options.check_guidance()
+    options.guidance_arguments()
     check_drawing(options, num_images, count_name)
 
 

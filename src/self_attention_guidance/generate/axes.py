@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from ..checks import check_finite, check_layer, check_number, check_seed, check_steps, check_text
-from .guidance_text import check_guidance, parse_guidance
+from .guidance_text import parse_guidance
 from .settings import GenerationSettings
 
 if TYPE_CHECKING:
@@ -185,13 +185,14 @@ def parse_axis(option: str, text: str) -> Axis:
         raise ValueError(
             f"{option}={text!r} must be NAME=VALUE,VALUE,... with a name of {', '.join(AXES)}"
         )
-    if name == "guidance":
-        texts = _guidances(rest)
-        for each in texts:
-            check_guidance([] if each == "none" else [each], {})
-        return Axis(name, [None if each == "none" else each for each in texts], texts)
     parts = [part.strip() for part in rest.split("|" if name == "prompt" else ",")]
     try:
+        if name == "guidance":
+            texts = _guidances(rest)
+            values = [None if each == "none" else each for each in texts]
+            for each in filter(None, values):
+                parse_guidance(each)
+            return Axis(name, values, texts)
         return Axis(name, [_KINDS.get(name, float)(part) for part in parts])
     except ValueError as error:
         raise ValueError(f"{option}={text!r}: {error}") from None
