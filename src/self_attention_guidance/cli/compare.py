@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..generate.axes import parse_axis, with_guidances
+from ..generate.guidance_text import parse_guidance
+from .like import given_names
 from .loading import check_prompting, load_pipeline_of
 from .options import PromptOptions, parse_numbers
 from .output import print_line, progress, warn_unread
@@ -32,6 +34,7 @@ class CompareCommand(PromptOptions):
       sag compare "grinning face" --show-attention --out face.png
     """
 
+    context: typer.Context
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT")] = None
     sag_scales: Annotated[
         str | None,
@@ -94,14 +97,16 @@ class CompareCommand(PromptOptions):
         print_line(self.out)
 
 
-# Options whose value an axis replaces.
+# What an axis replaces: options, and settings in the text of a guidance.
 _REPLACED = {
-    "steps": "steps",
-    "guidance_scale": "cfg",
-    "blur_sigma": "blur",
-    "start": "window",
-    "stop": "window",
-    "layer": "layer",
+    "seed": ("seed",),
+    "steps": ("steps",),
+    "cfg": ("guidance_scale",),
+    "guidance": ("guidance",),
+    "scale": ("scale",),
+    "blur": ("blur_sigma",),
+    "window": ("start", "stop"),
+    "layer": ("layer", "layers"),
 }
 
 
@@ -117,19 +122,22 @@ def _axes(options: CompareCommand) -> dict[str, Axis]:
     names = [axis.name for axis in axes.values()]
     if not axes:
         return axes
-    others = {
-        "--sag-scales": options.sag_scales is not None,
-        "--num-images": options.num_images != 1,
-        "--show-attention": options.show_attention,
-        "--guidance": "guidance" in names and options.guidance,
-        **{
-            f"--{option.replace('_', '-')}": axis in names and getattr(options, option) is not None
-            for option, axis in _REPLACED.items()
-        },
-    }
-    for option, is_given in others.items():
-        if is_given:
+    given_here = given_names(options.context)
+    replaced = [setting for name in names for setting in _REPLACED.get(name, ())]
+    # Grids of axes have one picture a cell, drawn alone so that its cost is its own.
+    for name in (*replaced, "sag_scales", "num_images", "batch_size", "show_attention"):
+        if name in given_here:
+            option = f"--{name.replace('_', '-')}"
             raise ValueError(f"{option} must not be given with --rows or --columns that replace it")
+    of_axes = [text for axis in axes.values() if axis.name == "guidance" for text in axis.values]
+    for text in filter(None, [*(options.guidance or []), *of_axes]):
+        named = parse_guidance(text)
+        for part in named.get("guidances", [named]):
+            for setting in part.keys() & set(replaced):
+                raise ValueError(
+                    f"guidance={text!r}: {setting} must not be given with --rows or --columns that"
+                    " replace it"
+                )
     if len(set(names)) < len(names):
         raise ValueError(f"--rows and --columns must differ: both are {names[0]}")
     if len(prompts) > (0 if "prompt" in names else 1) and (len(axes) == 2 or "prompt" in names):
