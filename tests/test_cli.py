@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from command_line import error_of, in_a_process, interrupted, run
 from self_attention_guidance.cli import main
@@ -240,6 +241,76 @@ def test_generate_draws_like_a_picture(
     assert "does not exist" in error_of(capsys, "generate", "--like", tmp_path / "none.png")
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
     assert "has no" in error_of(capsys, "generate", "--like", tmp_path / "plain.png")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"settings": None}, "is no single picture of a prompt"),
+        ({"settings": {"guidance_scale": "x"}}, "guidance_scale='x' must be a finite number"),
+        ({"settings": {"guidance_scale": 1, "foo": 1}}, "settings: 'foo' is unknown"),
+        ({"settings": {"guidance_scale": 1, "num_inference_steps": True}}, "num_inference_steps="),
+        ({"settings": {"guidance_scale": 1, "image": 5}}, "image: 5 must be a text"),
+        ({"settings": {"guidance_scale": 1, "mask": "a.png"}}, "mask='a.png' needs an image"),
+        ({"guidance": ["sag"]}, "guidance=['sag'] must be an object"),
+        ({"seed": "5"}, "seed='5' must be a whole number"),
+        ({"seed": 5.0}, "seed=5.0 must be a whole number"),
+        ({"seed": 2**70}, "is too large: seeds must be below 2**64"),
+        ({"prompt": None}, "prompt: None must be a text"),
+        ({"model": 5}, "model: 5 must be a text"),
+        ({"dtype": "int8"}, "dtype='int8' must be one of"),
+        ({"loras": 5}, "loras=5 must hold pairs"),
+        ({"loras": [["a.safetensors"]]}, "loras=[['a.safetensors']] must hold pairs"),
+        ({"loras": [[5, 1]]}, "loras: 5 must be a text"),
+        ({"loras": [["a.safetensors", "x"]]}, "loras='x' must be a finite number"),
+        ({"scheduler": 5}, "scheduler: 5 must be a text"),
+        ({"scheduler_config": [1]}, "scheduler_config=[1] must be an object"),
+        ({"size": "64x64"}, "size='64x64' must hold pairs"),
+        ({"size": [64, "a"]}, "size='a' must be a whole number"),
+        ({"start": 5}, "start=5 must be an object"),
+        # These are known only once the model is loaded.
+        ({"guidance": {"method": "sag", "foo": 1}}, "guidance: 'foo' is not a setting of sag"),
+        ({"guidance": {"method": "sag+pag", "guidances": 5}}, "guidance: guidances=5 must be"),
+        ({"scheduler": "Foo"}, "scheduler_config of Foo: scheduler='Foo' is unknown"),
+        ({"scheduler_config": {"num_train_timesteps": "x"}}, "scheduler_config of DDIMScheduler: "),
+    ],
+    ids=str,
+)
+def test_a_record_of_another_shape_is_refused_by_its_entry(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    model: str,
+    change: dict[str, Any],
+    message: str,
+) -> None:
+    info = PngInfo()
+    info.add_text("sag_settings", json.dumps({**RECORD, **change}))
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
+    arguments = ("generate", "--like", tmp_path / "a.png", "--model", model, "--out", tmp_path)
+    answer = error_of(capsys, *arguments)
+    assert answer.startswith(f"error: --like='{tmp_path / 'a.png'}'")
+    assert message in answer
+
+
+@pytest.mark.parametrize("text", ["5", "[1]", "null", "{", "[" * 100_000])
+def test_a_record_that_is_no_object_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str
+) -> None:
+    info = PngInfo()
+    info.add_text("sag_settings", text)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
+    message = error_of(capsys, "generate", "--like", tmp_path / "a.png")
+    assert "a.png': its 'sag_settings' text " in message
+
+
+def test_the_size_of_a_record_has_the_limit_of_the_command(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    record = {**RECORD, "settings": {**RECORD["settings"], "width": 80, "height": 72}}
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", record)
+    arguments = ("generate", "--like", tmp_path / "a.png", "--max-size", 72, "--out", tmp_path)
+    message = "error: --size: width=80 must be at most 72 (--max-size)\n"
+    assert error_of(capsys, *arguments) == message
 
 
 def test_options_of_like_are_kept_even_with_their_default_values(

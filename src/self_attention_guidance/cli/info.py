@@ -43,7 +43,7 @@ def info_command(
             else:
                 text = read_text(file)
         except (ValueError, OSError) as error:
-            print_error(reason_of(error))
+            print_error(reason_of(error).removeprefix("path="))
             failed = True
             continue
         if len(files) > 1 and not as_json and file.suffix != ".npz":
