@@ -145,6 +145,9 @@ def test_sizes_have_a_limit_that_can_be_raised(
         assert "--size: height=72 must be at most 64 (--max-size)" in message
         assert run(command, "a", *shared, out, "--max-size", 72) == 0
         capsys.readouterr()
+        own = ("a", "--model", model, "--out", tmp_path / "own.png")
+        message = error_of(capsys, command, *own, "--max-size", 32)
+        assert "--size: the model's own size is 64, and a side must have at most 32" in message
 
 
 def test_the_traceback_is_there_for_those_who_ask(

@@ -228,6 +228,8 @@ def test_other_settings_are_one_line(
         (["--seed", "-1"], "seed=-1 must be a whole number, at least 0"),
         (["--batch-size", "0"], "--batch-size=0 must be a whole number, at least 1"),
         (["--device", "cuda:63"], "device='cuda:63' is not available here"),
+        (["--device", "meta"], "device='meta' is not available here"),
+        (["--device", "hpu"], "device='hpu' is not available here"),
         (["--dtype", "int8"], "dtype='int8' must be one of auto, float32"),
         (["--model", "./none"], "model='./none' does not exist: give a folder"),
         (["--model", "emoji"], "is a Stable Diffusion model: draw from it with `sag generate`"),

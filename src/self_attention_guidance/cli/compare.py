@@ -17,7 +17,7 @@ from .options import PromptOptions, parse_numbers
 from .output import print_line, progress, warn_unread
 
 if TYPE_CHECKING:
-    from ..generate import Axis, Comparison, LoadedPipeline
+    from ..generate import Axis, Comparison, GenerationSettings, LoadedPipeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,15 +80,17 @@ class CompareCommand(PromptOptions):
         check_free([self.out], self.overwrite)
         check_folder(self.out.parent)
 
-        from ..generate import save_png
+        from ..generate import check_own_size, save_png
 
         loaded = load_pipeline_of(self)
+        settings = loaded.settings(**self.generation_arguments())
+        check_own_size(loaded.pipeline, settings, self.max_size)
         prompts = self.prompts or list(loaded.recommended.compare_prompts) or [""]
         if axes:
-            comparison = _compare_axes(loaded, axes, prompts, self)
+            comparison = _compare_axes(loaded, axes, prompts, settings, self)
         else:
             scales = given_scales or _default_scales(loaded, self)
-            comparison = _compare_scales(loaded, prompts, scales, self)
+            comparison = _compare_scales(loaded, prompts, scales, settings, self)
         save_png(comparison.grid, self.out, comparison.record, self.overwrite)
         drawn = [each for column in comparison.columns for each in column]
         unread = {each.prompt: each for each in drawn if each.unread}
@@ -149,6 +151,7 @@ def _compare_axes(
     loaded: LoadedPipeline,
     axes: Mapping[str, Axis],
     prompts: Sequence[str],
+    settings: GenerationSettings,
     options: CompareCommand,
 ) -> Comparison:
     from ..generate import Axis, compare_axes
@@ -169,7 +172,7 @@ def _compare_axes(
             loaded.pipeline,
             rows,
             columns,
-            loaded.settings(**options.generation_arguments()),
+            settings,
             prompt=prompts[0],
             seed=options.seed,
             model_name=loaded.name,
@@ -181,6 +184,7 @@ def _compare_scales(
     loaded: LoadedPipeline,
     prompts: Sequence[str],
     scales: Sequence[float],
+    settings: GenerationSettings,
     options: CompareCommand,
 ) -> Comparison:
     from ..generate import compare
@@ -190,7 +194,7 @@ def _compare_scales(
             loaded.pipeline,
             prompts,
             scales,
-            loaded.settings(**options.generation_arguments()),
+            settings,
             seed=options.seed,
             num_images=options.num_images,
             batch_size=options.batch_size,

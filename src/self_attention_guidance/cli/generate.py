@@ -109,15 +109,17 @@ def _draw(
     arguments: Mapping[str, Any],
     record: Mapping[str, Any] | None,
 ) -> None:
-    from ..generate import generate, save_png
+    from ..generate import check_own_size, generate, save_png
 
     loaded = load_pipeline_of(options, record)
+    settings = loaded.settings(**arguments)
+    check_own_size(loaded.pipeline, settings, options.max_size)
     last: GeneratedImage | None = None
     with progress(len(paths), quiet=options.quiet) as advance:
         pictures = generate(
             loaded.pipeline,
             prompts,
-            loaded.settings(**arguments),
+            settings,
             seed=options.seed,
             num_images=options.num_images,
             batch_size=options.batch_size,
