@@ -319,6 +319,11 @@ def test_arguments_without_sense_are_refused(arguments: dict[str, Any], message:
         draw(pipeline(), **arguments)
 
 
+def test_fresh_noise_is_refused_where_the_scheduler_would_ignore_it() -> None:
+    with pytest.raises(ValueError, match=r"eta=0.5 has no effect with EulerDiscreteScheduler"):
+        draw(pipeline(EulerDiscreteScheduler()), eta=0.5)
+
+
 def test_callbacks_change_latents_and_failures_leave_nothing_behind() -> None:
     pipe = pipeline()
     steps: list[int] = []

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from command_line import error_of, in_a_process, interrupted, run
 from self_attention_guidance.cli import main
-from self_attention_guidance.generate import read_parameters, read_record
+from self_attention_guidance.generate import read_parameters, read_record, save_png
 from tiny import save_tiny_model
+
+RECORD: dict[str, Any] = {
+    "version": "self-attention-guidance 0.2.0",
+    "model": "emoji",
+    "prompt": "ein Füchs",
+    "seed": 5,
+    "size": [64, 64],
+    "dtype": "float32",
+    "settings": {"negative_prompt": "", "guidance_scale": 3.0, "num_inference_steps": 2},
+    "guidance": {"method": "sag", "scale": 1.0},
+    "scheduler": "DDIMScheduler",
+    "scheduler_config": {"num_train_timesteps": 1000},
+}
 
 SETTINGS = {
     "guidance": {"scale": 1.5, "blur_sigma": 2.0},
@@ -227,6 +243,76 @@ def test_generate_draws_like_a_picture(
     assert "has no" in error_of(capsys, "generate", "--like", tmp_path / "plain.png")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"settings": None}, "is no single picture of a prompt"),
+        ({"settings": {"guidance_scale": "x"}}, "guidance_scale='x' must be a finite number"),
+        ({"settings": {"guidance_scale": 1, "foo": 1}}, "settings: 'foo' is unknown"),
+        ({"settings": {"guidance_scale": 1, "num_inference_steps": True}}, "num_inference_steps="),
+        ({"settings": {"guidance_scale": 1, "image": 5}}, "image: 5 must be a text"),
+        ({"settings": {"guidance_scale": 1, "mask": "a.png"}}, "mask='a.png' needs an image"),
+        ({"guidance": ["sag"]}, "guidance=['sag'] must be an object"),
+        ({"seed": "5"}, "seed='5' must be a whole number"),
+        ({"seed": 5.0}, "seed=5.0 must be a whole number"),
+        ({"seed": 2**70}, "is too large: seeds must be below 2**64"),
+        ({"prompt": None}, "prompt: None must be a text"),
+        ({"model": 5}, "model: 5 must be a text"),
+        ({"dtype": "int8"}, "dtype='int8' must be one of"),
+        ({"loras": 5}, "loras=5 must hold pairs"),
+        ({"loras": [["a.safetensors"]]}, "loras=[['a.safetensors']] must hold pairs"),
+        ({"loras": [[5, 1]]}, "loras: 5 must be a text"),
+        ({"loras": [["a.safetensors", "x"]]}, "loras='x' must be a finite number"),
+        ({"scheduler": 5}, "scheduler: 5 must be a text"),
+        ({"scheduler_config": [1]}, "scheduler_config=[1] must be an object"),
+        ({"size": "64x64"}, "size='64x64' must hold pairs"),
+        ({"size": [64, "a"]}, "size='a' must be a whole number"),
+        ({"start": 5}, "start=5 must be an object"),
+        # These are known only once the model is loaded.
+        ({"guidance": {"method": "sag", "foo": 1}}, "guidance: 'foo' is not a setting of sag"),
+        ({"guidance": {"method": "sag+pag", "guidances": 5}}, "guidance: guidances=5 must be"),
+        ({"scheduler": "Foo"}, "scheduler_config of Foo: scheduler='Foo' is unknown"),
+        ({"scheduler_config": {"num_train_timesteps": "x"}}, "scheduler_config of DDIMScheduler: "),
+    ],
+    ids=str,
+)
+def test_a_record_of_another_shape_is_refused_by_its_entry(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    model: str,
+    change: dict[str, Any],
+    message: str,
+) -> None:
+    info = PngInfo()
+    info.add_text("sag_settings", json.dumps({**RECORD, **change}))
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
+    arguments = ("generate", "--like", tmp_path / "a.png", "--model", model, "--out", tmp_path)
+    answer = error_of(capsys, *arguments)
+    assert answer.startswith(f"error: --like='{tmp_path / 'a.png'}'")
+    assert message in answer
+
+
+@pytest.mark.parametrize("text", ["5", "[1]", "null", "{", "[" * 100_000])
+def test_a_record_that_is_no_object_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str
+) -> None:
+    info = PngInfo()
+    info.add_text("sag_settings", text)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
+    message = error_of(capsys, "generate", "--like", tmp_path / "a.png")
+    assert "a.png': its 'sag_settings' text " in message
+
+
+def test_the_size_of_a_record_has_the_limit_of_the_command(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    record = {**RECORD, "settings": {**RECORD["settings"], "width": 80, "height": 72}}
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", record)
+    arguments = ("generate", "--like", tmp_path / "a.png", "--max-size", 72, "--out", tmp_path)
+    message = "error: --size: width=80 must be at most 72 (--max-size)\n"
+    assert error_of(capsys, *arguments) == message
+
+
 def test_options_of_like_are_kept_even_with_their_default_values(
     tmp_path: Path, model: Path
 ) -> None:
@@ -254,6 +340,46 @@ def test_info_shows_how_a_picture_was_made(
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [record["settings"]["num_inference_steps"] for record in records] == [3, 3]
     assert "does not exist" in error_of(capsys, "info", tmp_path / "none.png")
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_info_goes_on_after_a_file_that_cannot_be_read(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, options: list[str]
+) -> None:
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", RECORD)
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
+    names = ("none.png", "a.png", "b.png", "a.png", "n" * 300)
+    assert run("info", *(tmp_path / name for name in names), *options) == 2
+    captured = capsys.readouterr()
+    errors = captured.err.splitlines()
+    assert len(errors) == 3
+    assert all(line.startswith("error: ") and "Errno" not in line for line in errors)
+    assert captured.out.count("ein Füchs") == (0 if options else 2)
+    if options:
+        assert [json.loads(line)["prompt"] for line in captured.out.splitlines()] == [
+            "ein Füchs"
+        ] * 2
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_terminal_without_a_character_gets_its_code(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, encoding: str
+) -> None:
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", {**RECORD, "prompt": "Füchs \u2192"})
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert run("info", tmp_path / "a.png") == 0
+    expected = {"ascii": "F\\xfcchs \\u2192", "latin-1": "Füchs \\u2192", "utf-8": "Füchs \u2192"}
+    stdout.seek(0)
+    assert stdout.readline().rstrip() == expected[encoding]
+
+
+@pytest.mark.parametrize("option", ["--size", "--image", "--guidance", "--lora", "--like", "--out"])
+def test_long_values_are_shortened(capsys: pytest.CaptureFixture[str], option: str) -> None:
+    message = error_of(capsys, "generate", "a", option, "9 x" * 3000 + ".jpg")
+    assert len(message) < 600
+    assert "..." in message
+    assert "Errno" not in message
 
 
 # compare

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
+import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 
 from command_line import error_of, run
 from self_attention_guidance.generate import read_parameters, read_record
-from self_attention_guidance.generate.guidance_text import declared_settings, parse_guidance
+from self_attention_guidance.generate.guidance_text import (
+    _settings_of_methods,
+    declared_settings,
+    parse_guidance,
+)
 from self_attention_guidance.guidance import METHODS
 from tiny import save_tiny_model
 
@@ -57,14 +67,14 @@ def test_prompts_come_from_a_file_or_stdin(
     tmp_path: Path,
     model: str,
 ) -> None:
-    text = "\ufeffred heart\r\n\r\n  Füchse \n".encode()
+    text = "\ufeffred\u2028heart\x85\r\n\r\n  Füchse \n".encode()
     (tmp_path / "prompts.txt").write_bytes(text)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
     for number, source in enumerate((tmp_path / "prompts.txt", "-")):
         out = tmp_path / str(number)
         assert run("generate", "first", "--prompts", source, "--model", model, "--out", out) == 0
         drawn = [read_parameters(path).prompt for path in sorted(out.iterdir())]
-        assert drawn == ["first", "red heart", "Füchse"]
+        assert drawn == ["first", "red\u2028heart", "Füchse"]
     capsys.readouterr()
     (tmp_path / "prompts.txt").write_bytes("füchse".encode("utf-16"))
     message = error_of(capsys, "generate", "--prompts", tmp_path / "prompts.txt", "--model", model)
@@ -135,6 +145,9 @@ def test_sizes_have_a_limit_that_can_be_raised(
         assert "--size: height=72 must be at most 64 (--max-size)" in message
         assert run(command, "a", *shared, out, "--max-size", 72) == 0
         capsys.readouterr()
+        own = ("a", "--model", model, "--out", tmp_path / "own.png")
+        message = error_of(capsys, command, *own, "--max-size", 32)
+        assert "--size: the model's own size is 64, and a side must have at most 32" in message
 
 
 def test_the_traceback_is_there_for_those_who_ask(
@@ -171,13 +184,28 @@ def test_the_first_bad_rows_of_a_list_are_printed(
 
 
 def test_names_of_settings_are_those_of_the_methods() -> None:
-    from dataclasses import fields
-
     declared = declared_settings()
     own = [name for name, cls in METHODS.items() if cls.__module__.startswith("self_attention")]
     assert {name: set(declared[name]) for name in own} == {
         name: {setting.name for setting in fields(METHODS[name])} for name in own
     }
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_settings_are_checked_before_torch_as_by_the_methods(method: str) -> None:
+    light = _settings_of_methods()[method]
+
+    def answer(make: Callable[..., Any], **given: Any) -> str:
+        try:
+            made = make(**given)
+        except ValueError as error:
+            return str(error)
+        return ", ".join(f"{each.name}={getattr(made, each.name)!r}" for each in fields(made))
+
+    values = (0, -1, 0.5, 1, 2, 3.0, math.inf, math.nan, True, "a", "inf", "cond", None, ())
+    for setting, value in itertools.product(declared_settings()[method], values):
+        given = {setting: value}
+        assert answer(light, **given) == answer(METHODS[method], **given), given
 
 
 class TestConfig:
@@ -196,7 +224,20 @@ class TestConfig:
         [
             ("stepz = 3", "'stepz' is no option; there are "),
             ("steps = ", "is no TOML: "),
-            ("steps = 'many'", "should be a valid integer"),
+            ("steps = 'many'", 'steps="many" must be a whole number'),
+            ("steps = true", "steps=true must be a whole number"),
+            ("steps = 2.0", "steps=2.0 must be a whole number"),
+            ("sag-scale = '1'", 'sag-scale="1" must be a number'),
+            ("sag-scale = false", "sag-scale=false must be a number"),
+            ("size = 64", "size=64 must be a text in quotes"),
+            ("out = 5", "out=5 must be a text in quotes"),
+            ("guidance = ['sag', 1]", "guidance=1 must be a text in quotes"),
+            ("quiet = 'yes'", 'quiet="yes" must be true or false'),
+            ("quiet = 1", "quiet=1 must be true or false"),
+            ("seed = 2024-01-01", 'seed="2024-01-01" must be a whole number'),
+            ("sag_scale = 1\nsag-scale = 2", "sag-scale was given twice"),
+            ("help = true", "'help' is no option"),
+            (f"seed = {'9' * 5000}", "is no TOML: "),
             ("steps = 0", "steps=0 must be"),
             ("config = 'other.toml'", "'config' is no option"),
             (None, "cannot be read: No such file or directory"),
@@ -209,6 +250,51 @@ class TestConfig:
         if content is not None:
             config.write_text(content)
         assert message in error_of(capsys, "generate", "cat", "--config", config, "--out", tmp_path)
+
+    def test_a_single_text_may_stand_for_a_list(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        config = tmp_path / "mine.toml"
+        config.write_text("guidance = 'pagg'\n")
+        assert "did you mean pag?" in error_of(capsys, "generate", "cat", "--config", config)
+
+
+@pytest.mark.parametrize("by_file", [False, True])
+@pytest.mark.parametrize(
+    ("command", "option", "value"),
+    [
+        ("generate a", "model", "~/none"),
+        ("generate a", "image", "~/none.png"),
+        ("generate a --image a.png", "mask", "~/none.png"),
+        ("generate a", "lora", "~/none.safetensors:0.5"),
+        ("generate", "prompts", "~/none.txt"),
+        ("generate", "like", "~/none.png"),
+        ("generate a", "out", "~/none.jpg"),
+        ("compare a", "out", "~/none.jpg"),
+        ("sample --num-samples 1", "out", "~/none.zip"),
+        ("sample --num-samples 1", "classifier", "~/none"),
+        ("tune emoji --out a.json", "reference", "~/none"),
+    ],
+)
+def test_paths_begin_at_home(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    command: str,
+    option: str,
+    value: str,
+    by_file: bool,
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(home))
+    Image.new("RGB", (64, 64)).save("a.png")
+    (home / "mine.toml").write_text(f"{option} = '{value}'\n")
+    given = "--config=~/mine.toml" if by_file else f"--{option}={value}"
+    message = error_of(capsys, *command.split(), given)
+    assert str(home / "none") in message
+    assert "~" not in message
 
 
 def test_a_run_without_a_guided_step_warns(

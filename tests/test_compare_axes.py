@@ -193,6 +193,7 @@ def test_axes_are_read_as_they_were_written() -> None:
         (["--rows", "window=0.5"], "'0.5' must be START-STOP, for example 0.2-0.65"),
         (["--rows", "window=0.5-0.2"], "window=0.5-0.2 must be from 0 to 1, upwards"),
         (["--rows", "blur=-1"], "blur=-1.0 must be at least 0"),
+        (["--rows", f"seed={2**64}"], "is too large: seeds must be below 2**64"),
         (["--columns", "guidance=pagg"], "'pagg' is no guidance; did you mean pag?"),
         (["--columns", "guidance=pag:sigma=2"], "'sigma' is no setting of pag"),
         (["--rows", "cfg=1", "--columns", "cfg=2"], "must differ: both are cfg"),
@@ -200,6 +201,17 @@ def test_axes_are_read_as_they_were_written() -> None:
         (["--rows", "cfg=1", "--guidance-scale", 2], "--guidance-scale must not be given with"),
         (["--rows", "steps=1,2", "--steps", 2], "--steps must not be given with --rows"),
         (["--rows", "window=0-1", "--start", 0.5], "--start must not be given with --rows"),
+        (["--rows", "seed=1,2", "--seed", 0], "--seed must not be given with --rows"),
+        (["--rows", "seed=1,2", "--batch-size", 4], "--batch-size must not be given"),
+        (["--rows", "cfg=1", "--num-images", 1], "--num-images must not be given"),
+        (["--rows", "blur=1,2", "--blur-sigma", 2], "--blur-sigma must not be given"),
+        (["--rows", "layer=mid", "--layer", "mid"], "--layer must not be given"),
+        (
+            ["--rows", "blur=1,2", "--guidance", "sag:blur_sigma=2"],
+            "--guidance='sag:blur_sigma=2': blur_sigma must not be given with --rows",
+        ),
+        (["--rows", "window=0-1", "--guidance", "pag:stop=0.5 + seg"], "stop must not be given"),
+        (["--rows", "scale=1,2", "--columns", "guidance=none,pag:scale=2"], "scale must not be"),
         (["--rows", "guidance=pag", "--guidance", "sag"], "--guidance must not be given"),
         (["b", "--rows", "cfg=1", "--columns", "steps=2"], "2 prompts: give them by --rows"),
     ],
@@ -215,6 +227,17 @@ def test_errors_are_one_line_before_the_model_is_loaded(
 
     monkeypatch.delattr(compare, "load_pipeline_of")
     assert message in error_of(capsys, "compare", "a", "--out", tmp_path / "a.png", *options)
+
+
+def test_steps_are_checked_before_the_first_picture(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: str
+) -> None:
+    monkeypatch.setattr(
+        "self_attention_guidance.generate.comparison._draw", lambda *_: pytest.fail("it draws")
+    )
+    arguments = ("compare", "a", "--model", model, "--out", tmp_path / "a.png")
+    message = error_of(capsys, *arguments, "--columns", "steps=2,5000")
+    assert message.startswith("error: --steps=5000 must be at most ")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import re
+import socket
 import threading
 import tracemalloc
 import urllib.error
@@ -461,7 +462,35 @@ def test_only_the_newest_pictures_are_kept() -> None:
     assert [path.exists() for path in paths] == [False, False, True, True, True]
 
 
+def test_the_models_own_size_has_the_limit_of_the_page() -> None:
+    small = Studio(load_pipeline("emoji", "cpu"), Limits(max_size=36))
+    asked = VisitorSettings(**{**SETTINGS, "steps": 1})
+    with pytest.raises(ValueError, match="the model's own size is 64, and a side must have at mo"):
+        small.pair(asked, lambda share: None)
+    usual = replace(asked, size=small.usual_size())
+    assert small.pair(usual, lambda share: None)[0][0].image.size == (32, 32)
+    assert Studio(small.model, Limits(max_size=64)).usual_size() == 0
+
+
+def test_an_address_that_cannot_be_used_is_refused_at_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        message = error_of(capsys, "demo", "--port", port)
+        assert message == f"error: --port={port} can't be used: Address already in use\n"
+    assert "--host='no.such.invalid' is unknown" in error_of(
+        capsys, "demo", "--host", "no.such.invalid"
+    )
+    message = error_of(capsys, "demo", "--host", "192.0.2.1")
+    assert "--host='192.0.2.1' must be an address of this machine" in message
+    monkeypatch.setattr("importlib.metadata.version", lambda _: "5.49.1")
+    message = error_of(capsys, "demo")
+    assert message.startswith("error: the demo needs gradio 6, and 5.49.1 is there: pip install")
+
+
 def test_the_command_says_what_is_wrong_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--max-size=7 must be" in error_of(capsys, "demo", "--max-size", 7)
     assert "port=0 must be between" in error_of(capsys, "demo", "--port", 0)
     assert "no_such_model" in error_of(capsys, "demo", "--model", "no_such_model")
     assert "--max-steps=0" in error_of(capsys, "demo", "--max-steps", 0)

@@ -183,7 +183,7 @@ def test_too_small_size_is_refused(pipe: StableDiffusionSAGPipeline) -> None:
 
 
 def test_seeds() -> None:
-    assert seeds_of(3, 2) == [3, 4]
+    assert list(seeds_of(3, 2)) == [3, 4]
 
 
 # Models

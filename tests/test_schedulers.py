@@ -13,6 +13,7 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 
 import reference
 from self_attention_guidance import SelfAttentionGuidance, StableDiffusionSAGPipeline
+from self_attention_guidance.generate.schedulers import check_steps_of
 from tiny import tiny_pipeline, tiny_scheduler, tiny_unet
 
 # diffusers' KDPM2 schedulers hand a tensor to a NumPy function
@@ -288,6 +289,33 @@ def test_a_schedule_begun_in_the_middle(name: str, guidance_scale: float) -> Non
         for scale in (SCALE, 0.0)
     ]
     assert_agrees(ours, *traces)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "rule"),
+    [
+        ("DDIMScheduler", 1000, "at most 999"),  # its timesteps begin at 1000, beyond the table
+        ("DDPMScheduler", 1001, "at most 999"),
+        ("PNDMScheduler", 3, "at least 4"),
+        ("PNDMScheduler", 1001, "at most 999"),
+        # All timesteps would be the last one: pure noise, without an error.
+        ("EulerDiscreteScheduler", 1001, "at most 1000"),
+        ("DPMSolverMultistepScheduler", 1000, "at most 999"),
+    ],
+)
+def test_steps_that_a_scheduler_cannot_take(name: str, steps: int, rule: str) -> None:
+    scheduler = build(name, steps_offset=1, timestep_spacing="leading")
+    with pytest.raises(ValueError, match=f"num_inference_steps={steps} must be {rule} with {name}"):
+        check_steps_of(scheduler, steps)
+    check_steps_of(scheduler, int(rule.rpartition(" ")[2]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_usual_numbers_of_steps_are_taken(name: str) -> None:
+    for spacing in ("leading", "linspace", "trailing"):
+        config = {**tiny_scheduler().config, "timestep_spacing": spacing}
+        for steps in (4, 50, 999):
+            check_steps_of(getattr(diffusers, name).from_config(config), steps)
 
 
 def test_edm_euler_made_from_another_schedulers_config_is_refused() -> None:

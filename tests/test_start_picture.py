@@ -113,6 +113,10 @@ def test_it_is_drawn_again_from_its_file(
     message = error_of(capsys, "generate", "--like", path, "--out", tmp_path / "c")
     assert "is another picture than it was" in message
     assert run("generate", "--like", path, "--image", start, "--out", tmp_path / "c") == 0
+    start.unlink()
+    capsys.readouterr()
+    message = error_of(capsys, "generate", "--like", path, "--out", tmp_path / "d")
+    assert message == f"error: --image={str(start)!r} cannot be read: No such file or directory\n"
 
 
 def test_rows_of_a_list_begin_with_pictures(tmp_path: Path, start: Path) -> None:

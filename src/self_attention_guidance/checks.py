@@ -5,24 +5,40 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+# Squares of the values that settings are multiplied with must fit into float32.
 _LARGEST = 1e9
+# More do not fit into memory or a day; a mistyped number would fill both.
+_MOST_IMAGES = 10_000_000
+_MOST_STEPS = 100_000
 
 
-def seeds_of(seed: int, num_images: int) -> list[int]:
+def seeds_of(seed: int, num_images: int, name: str = "num_images") -> range:
     """Return the seeds of a prompt's pictures: `seed`, `seed + 1`, ...
 
     Args:
         seed: Seed of the first picture, at least 0.
-        num_images: Number of pictures, at least 1.
+        num_images: Number of pictures, 1 to ten million.
+        name: Name of the number of pictures, for the message.
 
     Raises:
         ValueError: An argument is outside its range.
     """
-    check_count("seed", seed, least=0)
-    check_count("num_images", num_images)
+    check_count(name, num_images, most=_MOST_IMAGES)
+    check_seed(seed)
     if seed + num_images > 2**64:
-        raise ValueError(f"seed={seed} is too large: seeds must be below 2**64")
-    return [seed + number for number in range(num_images)]
+        raise ValueError(f"seed={seed} with {name}={num_images}: seeds must be below 2**64")
+    return range(seed, seed + num_images)
+
+
+def check_seed(seed: object) -> None:
+    """Refuse a seed that no generator of random numbers takes."""
+    if check_count("seed", seed, least=0) >= 2**64:
+        raise ValueError(f"seed={seed!r:.60} is too large: seeds must be below 2**64")
+
+
+def check_steps(steps: object, name: str = "num_inference_steps") -> None:
+    """Refuse a number of sampling steps that no scheduler takes."""
+    check_count(name, steps, most=_MOST_STEPS)
 
 
 def check_prompts(prompts: str | Sequence[str]) -> list[str]:
@@ -79,7 +95,6 @@ def check_finite(name: str, value: object) -> float:
     """
     if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < math.inf:
         raise ValueError(f"{name}={value!r:.60} must be a finite number")
-    # Squares of the values that it is multiplied with must fit into float32.
     if abs(value) > _LARGEST:
         raise ValueError(f"{name}={value!r:.60} must be at most {_LARGEST:g} in size")
     return value

@@ -18,6 +18,7 @@ import typer
 from .. import __version__
 from .batch import BatchCommand
 from .compare import CompareCommand
+from .config import expand_home
 from .convert import convert_command
 from .demo import DemoCommand
 from .errors import as_typed, memory_advice
@@ -25,6 +26,7 @@ from .evaluate import evaluate_command
 from .generate import GenerateCommand
 from .info import info_command
 from .layers import layers_command
+from .output import print_error, reason_of, replace_unprintable
 from .sample import SampleCommand
 from .tune import TuneCommand
 
@@ -126,7 +128,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, 2 after a user's error (one line on stderr), 130 after Ctrl-C. With
         `SAG_DEBUG=1` in the environment, the traceback is printed before the line.
     """
+    replace_unprintable()
     command = typer.main.get_command(app)
+    expand_home(command)
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         with _quiet_libraries():
@@ -134,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _UsageError as error:
         return _fail(error.format_message(), 2)
     except (ValueError, OSError, FloatingPointError) as error:
-        return _fail(as_typed(str(error), command, given), 2)
+        return _fail(as_typed(reason_of(error), command, given), 2)
     except typer.Abort as error:  # what click makes of an interrupt, and of a file that is cut off
         if isinstance(error.__cause__, EOFError):
             return _fail(f"a file ends too early: {error.__cause__}", 2)
@@ -154,5 +158,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _fail(message: str, status: int) -> int:
     if os.environ.get("SAG_DEBUG") == "1" and sys.exc_info()[0] is not None:
         traceback.print_exc()
-    typer.echo("error: " + " ".join(message.split()), err=True)
+    print_error(message)
     return status

@@ -157,7 +157,7 @@ def _check_before_loading(options: BatchCommand) -> None:
     check_count("together", options.together, most=_MOST_TOGETHER)
     if options.scheduler is not None:
         check_scheduler_name(options.scheduler)
-    options.check_guidance()
+    options.guidance_arguments()
     check_dtype_name(options.dtype)
     options.loading_arguments()
     find_prompt_or_pixel_model(options.model)

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..generate.axes import parse_axis, with_guidances
+from ..generate.guidance_text import parse_guidance
+from .like import given_names
 from .loading import check_prompting, load_pipeline_of
 from .options import PromptOptions, parse_numbers
 from .output import print_line, progress, warn_unread
 
 if TYPE_CHECKING:
-    from ..generate import Axis, Comparison, LoadedPipeline
+    from ..generate import Axis, Comparison, GenerationSettings, LoadedPipeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,7 @@ class CompareCommand(PromptOptions):
       sag compare "grinning face" --show-attention --out face.png
     """
 
+    context: typer.Context
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT")] = None
     sag_scales: Annotated[
         str | None,
@@ -77,15 +80,17 @@ class CompareCommand(PromptOptions):
         check_free([self.out], self.overwrite)
         check_folder(self.out.parent)
 
-        from ..generate import save_png
+        from ..generate import check_own_size, save_png
 
         loaded = load_pipeline_of(self)
+        settings = loaded.settings(**self.generation_arguments())
+        check_own_size(loaded.pipeline, settings, self.max_size)
         prompts = self.prompts or list(loaded.recommended.compare_prompts) or [""]
         if axes:
-            comparison = _compare_axes(loaded, axes, prompts, self)
+            comparison = _compare_axes(loaded, axes, prompts, settings, self)
         else:
             scales = given_scales or _default_scales(loaded, self)
-            comparison = _compare_scales(loaded, prompts, scales, self)
+            comparison = _compare_scales(loaded, prompts, scales, settings, self)
         save_png(comparison.grid, self.out, comparison.record, self.overwrite)
         drawn = [each for column in comparison.columns for each in column]
         unread = {each.prompt: each for each in drawn if each.unread}
@@ -94,14 +99,16 @@ class CompareCommand(PromptOptions):
         print_line(self.out)
 
 
-# Options whose value an axis replaces.
+# What an axis replaces: options, and settings in the text of a guidance.
 _REPLACED = {
-    "steps": "steps",
-    "guidance_scale": "cfg",
-    "blur_sigma": "blur",
-    "start": "window",
-    "stop": "window",
-    "layer": "layer",
+    "seed": ("seed",),
+    "steps": ("steps",),
+    "cfg": ("guidance_scale",),
+    "guidance": ("guidance",),
+    "scale": ("scale",),
+    "blur": ("blur_sigma",),
+    "window": ("start", "stop"),
+    "layer": ("layer", "layers"),
 }
 
 
@@ -117,19 +124,22 @@ def _axes(options: CompareCommand) -> dict[str, Axis]:
     names = [axis.name for axis in axes.values()]
     if not axes:
         return axes
-    others = {
-        "--sag-scales": options.sag_scales is not None,
-        "--num-images": options.num_images != 1,
-        "--show-attention": options.show_attention,
-        "--guidance": "guidance" in names and options.guidance,
-        **{
-            f"--{option.replace('_', '-')}": axis in names and getattr(options, option) is not None
-            for option, axis in _REPLACED.items()
-        },
-    }
-    for option, is_given in others.items():
-        if is_given:
+    given_here = given_names(options.context)
+    replaced = [setting for name in names for setting in _REPLACED.get(name, ())]
+    # Grids of axes have one picture a cell, drawn alone so that its cost is its own.
+    for name in (*replaced, "sag_scales", "num_images", "batch_size", "show_attention"):
+        if name in given_here:
+            option = f"--{name.replace('_', '-')}"
             raise ValueError(f"{option} must not be given with --rows or --columns that replace it")
+    of_axes = [text for axis in axes.values() if axis.name == "guidance" for text in axis.values]
+    for text in filter(None, [*(options.guidance or []), *of_axes]):
+        named = parse_guidance(text)
+        for part in named.get("guidances", [named]):
+            for setting in part.keys() & set(replaced):
+                raise ValueError(
+                    f"guidance={text!r}: {setting} must not be given with --rows or --columns that"
+                    " replace it"
+                )
     if len(set(names)) < len(names):
         raise ValueError(f"--rows and --columns must differ: both are {names[0]}")
     if len(prompts) > (0 if "prompt" in names else 1) and (len(axes) == 2 or "prompt" in names):
@@ -141,6 +151,7 @@ def _compare_axes(
     loaded: LoadedPipeline,
     axes: Mapping[str, Axis],
     prompts: Sequence[str],
+    settings: GenerationSettings,
     options: CompareCommand,
 ) -> Comparison:
     from ..generate import Axis, compare_axes
@@ -161,7 +172,7 @@ def _compare_axes(
             loaded.pipeline,
             rows,
             columns,
-            loaded.settings(**options.generation_arguments()),
+            settings,
             prompt=prompts[0],
             seed=options.seed,
             model_name=loaded.name,
@@ -173,6 +184,7 @@ def _compare_scales(
     loaded: LoadedPipeline,
     prompts: Sequence[str],
     scales: Sequence[float],
+    settings: GenerationSettings,
     options: CompareCommand,
 ) -> Comparison:
     from ..generate import compare
@@ -182,7 +194,7 @@ def _compare_scales(
             loaded.pipeline,
             prompts,
             scales,
-            loaded.settings(**options.generation_arguments()),
+            settings,
             seed=options.seed,
             num_images=options.num_images,
             batch_size=options.batch_size,

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import importlib.metadata
 import importlib.util
+import socket
 from dataclasses import dataclass
 from typing import Annotated
 
 import typer
 
 from ..checks import check_count
+
+_OLDEST_GRADIO = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +32,8 @@ class DemoCommand:
     model: Annotated[
         str,
         typer.Option(
-            help="A builtin model, a folder, a .safetensors file, or a hub id (owner/name)."
+            metavar="NAME|FOLDER|FILE|HUB_ID",
+            help="A builtin model, a diffusers folder, a .safetensors file or a hub id.",
         ),
     ] = "emoji"
     host: Annotated[
@@ -43,16 +49,15 @@ class DemoCommand:
 
     def run(self) -> None:
         """Serve the page until it is interrupted."""
-        if importlib.util.find_spec("gradio") is None:
-            raise ValueError("the demo needs gradio: pip install gradio")
-        _check_port(self.port)
+        _check_gradio()
 
         from ..generate import check_dtype_name, find_model
 
         check_dtype_name(self.dtype)
         find_model(self.model)
         for name in ("max_steps", "max_size", "max_images", "max_queue"):
-            check_count(name, getattr(self, name))
+            check_count(name, getattr(self, name), least=8 if name == "max_size" else 1)
+        _check_address(self.host, self.port)
 
         from ..demo import Limits, build_page
         from ..generate import load_pipeline
@@ -71,6 +76,31 @@ class DemoCommand:
         page.app.launch(server_name=self.host, server_port=self.port, **page.launch_settings)
 
 
-def _check_port(port: int) -> None:
+def _check_gradio() -> None:
+    advice = f"pip install 'gradio>={_OLDEST_GRADIO}'"
+    if importlib.util.find_spec("gradio") is None:
+        raise ValueError(f"the demo needs gradio: {advice}")
+    version = importlib.metadata.version("gradio")
+    if int(version.partition(".")[0]) < _OLDEST_GRADIO:
+        raise ValueError(
+            f"the demo needs gradio {_OLDEST_GRADIO}, and {version} is there: {advice}"
+        )
+
+
+def _check_address(host: str, port: int) -> None:
+    """Refuse an address that no page can be served at, before a model is loaded for it."""
     if not 1 <= port <= 65535:
         raise ValueError(f"port={port} must be between 1 and 65535")
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"host={host!r} is unknown: give a name or an address") from error
+    family, kind, *_, address = found[0]
+    with socket.socket(family, kind) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError as error:
+            if error.errno == errno.EADDRNOTAVAIL:
+                raise ValueError(f"host={host!r} must be an address of this machine") from error
+            raise ValueError(f"port={port} can't be used: {error.strerror}") from error

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .like import as_drawn, given_names, record_like, settings_like
+from .like import arguments_like, as_drawn, given_names, record_like
 from .loading import check_prompting, load_pipeline_of
 from .options import OneScaleOptions, prompts_of
 from .output import drawn_with, note, print_line, progress, warn_unread
@@ -65,16 +65,17 @@ class GenerateCommand(OneScaleOptions):
         """Draw and save the pictures, and print their paths."""
         from ..generate import check_folder, check_free, next_index, picture_path, seeds_of
 
-        options = self
+        options, given = self, given_names(self.context)
         prompts = [*(self.prompts or []), *prompts_of(self.prompts_file)]
         record = None if self.like is None else record_like(self.like)
         if record is not None:
-            options = as_drawn(self, record, given_names(self.context))
+            options = as_drawn(self, record, given)
             prompts = prompts or [record["prompt"]]
         if not prompts:
             raise ValueError('PROMPT is missing: give at least one ("" is one, too)')
-        seeds = seeds_of(options.seed, self.num_images) * len(prompts)
-        check_prompting(options, self.num_images)
+        seeds = [*seeds_of(options.seed, self.num_images)] * len(prompts)
+        arguments = arguments_like(options.generation_arguments(), record, given)
+        check_prompting(options, self.num_images, arguments)
         if _is_file(self.out, len(seeds)):
             folder, paths = self.out.parent, [self.out]
         else:
@@ -82,7 +83,7 @@ class GenerateCommand(OneScaleOptions):
             paths = [picture_path(folder, first + k, seed) for k, seed in enumerate(seeds)]
         check_folder(folder)
         check_free(paths, self.overwrite)
-        _draw(prompts, paths, options, record)
+        _draw(prompts, paths, options, arguments, record)
 
 
 def _is_file(out: Path, pictures: int) -> bool:
@@ -105,18 +106,20 @@ def _draw(
     prompts: Sequence[str],
     paths: Sequence[Path],
     options: GenerateCommand,
+    arguments: Mapping[str, Any],
     record: Mapping[str, Any] | None,
 ) -> None:
-    from ..generate import generate, save_png
+    from ..generate import check_own_size, generate, save_png
 
     loaded = load_pipeline_of(options, record)
-    given = given_names(options.context)
+    settings = loaded.settings(**arguments)
+    check_own_size(loaded.pipeline, settings, options.max_size)
     last: GeneratedImage | None = None
     with progress(len(paths), quiet=options.quiet) as advance:
         pictures = generate(
             loaded.pipeline,
             prompts,
-            settings_like(loaded, options.generation_arguments(), record, given),
+            settings,
             seed=options.seed,
             num_images=options.num_images,
             batch_size=options.batch_size,

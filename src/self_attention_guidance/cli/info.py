@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from .output import print_error, print_line, reason_of
+
 
 def info_command(
     files: Annotated[list[Path], typer.Argument(metavar="FILE", help="PNG or .npz files.")],
@@ -21,6 +23,8 @@ def info_command(
     Without --json, it prints the text that web interfaces read. Pictures from other programs hold
     only that text.
 
+    A file that can't be read is an error; the others are shown nevertheless.
+
     \b
     Examples:
       sag info out/00000-0.png
@@ -28,12 +32,22 @@ def info_command(
     """
     from ..generate import read_record, read_text
 
+    failed = False
     for file in files:
-        if not file.is_file():
-            raise ValueError(f"FILE={str(file)!r} does not exist")
-        if as_json or file.suffix == ".npz":
-            typer.echo(json.dumps({"path": str(file), **read_record(file)}, ensure_ascii=False))
+        try:
+            if not file.is_file():
+                raise ValueError(f"FILE={str(file)!r} does not exist")
+            if as_json or file.suffix == ".npz":
+                # In ASCII: any terminal can show it, and any path.
+                text = json.dumps({"path": str(file), **read_record(file)})
+            else:
+                text = read_text(file)
+        except (ValueError, OSError) as error:
+            print_error(reason_of(error).removeprefix("path="))
+            failed = True
             continue
-        if len(files) > 1:
-            typer.echo(f"{file}:")
-        typer.echo(read_text(file))
+        if len(files) > 1 and not as_json and file.suffix != ".npz":
+            print_line(f"{file}:")
+        print_line(text)
+    if failed:
+        raise typer.Exit(2)

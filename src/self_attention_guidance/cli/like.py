@@ -7,33 +7,39 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..generate.record_check import check_record
 from .options import PromptOptions
 
 if TYPE_CHECKING:
     import typer
 
-    from ..generate import GenerationSettings, LoadedPipeline
-
 Options = TypeVar("Options", bound=PromptOptions)
 
 
 def record_like(picture: Path) -> dict[str, Any]:
-    """The record of a picture.
+    """The record of a picture, checked to be complete.
 
     Args:
         picture: A PNG file that `sag` drew from a prompt.
 
     Raises:
-        ValueError: The file does not exist, or is no such picture.
+        ValueError: The file does not exist, or is no such picture; the message has the entry of the
+            record that is wrong.
     """
     from ..generate import read_record
 
     if not picture.is_file():
         raise ValueError(f"like={str(picture)!r} does not exist")
-    record = read_record(picture)
-    if "prompt" not in record or "guidance_scale" not in record["settings"]:
-        raise ValueError(f"like={str(picture)!r} is no single picture of a prompt")
-    return record
+    try:
+        record = read_record(picture)
+        settings = record.get("settings")
+        if "prompt" in record and isinstance(settings, dict) and "guidance_scale" in settings:
+            check_record(record)
+            return record
+    except ValueError as error:
+        reason = str(error).removeprefix(f"path={str(picture)!r}").removeprefix(":").strip()
+        raise ValueError(f"like={str(picture)!r}: {reason}") from error
+    raise ValueError(f"like={str(picture)!r} is no single picture of a prompt")
 
 
 def given_names(context: typer.Context) -> frozenset[str]:
@@ -75,31 +81,31 @@ def as_drawn(options: Options, record: Mapping[str, Any], given_names: Collectio
     return replace(options, **found)
 
 
-def settings_like(
-    loaded: LoadedPipeline,
-    given: Mapping[str, Any],
-    record: Mapping[str, Any] | None,
-    given_names: Collection[str],
-) -> GenerationSettings:
-    """Settings of pictures: those given, else a picture's, else what the model recommends.
+def arguments_like(
+    given: Mapping[str, Any], record: Mapping[str, Any] | None, given_names: Collection[str]
+) -> dict[str, Any]:
+    """Arguments of `GenerationSettings`: those given, else a picture's.
 
     Args:
-        loaded: The model.
         given: Arguments of `GenerationSettings`; `None` and empty texts count as not given.
         record: The record of the picture, if there is one.
         given_names: Names of options that were given even so.
+
+    Raises:
+        ValueError: The picture began with another one that has changed since.
     """
     if record is None:
-        return loaded.settings(**given)
-    from ..generate import digests
+        return dict(given)
+    from ..generate import GenerationSettings, digests
 
     chosen = {
         name: value
         for name, value in given.items()
         if name in given_names or value not in (None, "")
     }
-    settings = loaded.settings(**{**record["settings"], **chosen})
+    arguments = {**record["settings"], **chosen}
+    now = digests(GenerationSettings(**{n: v for n, v in arguments.items() if v is not None}))
     for name, digest in record.get("start", {}).items():
-        if name not in chosen and digests(settings)[name] != digest:
-            raise ValueError(f"{name}={getattr(settings, name)!r} is another picture than it was")
-    return settings
+        if name not in chosen and now.get(name, digest) != digest:
+            raise ValueError(f"{name}={arguments[name]!r} is another picture than it was")
+    return arguments

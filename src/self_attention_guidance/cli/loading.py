@@ -12,56 +12,63 @@ if TYPE_CHECKING:
     from ..generate import LoadedPipeline
 
 
-def check_sampling(options: SamplingOptions, num_images: int) -> None:
+def check_sampling(
+    options: SamplingOptions, num_images: int, count_name: str = "num_images"
+) -> None:
     """Refuse wrong options before the heavy imports, which take seconds.
 
     Args:
         options: Options of a command that draws.
         num_images: Number of pictures, with consecutive seeds.
+        count_name: Name of that number, for the message.
 
     Raises:
         ValueError: An option is outside its range.
     """
-    options.check_guidance()
-    check_drawing(options, num_images)
+    options.guidance_arguments()
+    check_drawing(options, num_images, count_name)
 
 
-def check_drawing(options: DrawingOptions, num_images: int) -> None:
+def check_drawing(options: DrawingOptions, num_images: int, count_name: str = "num_images") -> None:
     """Like `check_sampling`, for commands that choose the guidance themselves.
 
     Args:
         options: Options of the command.
         num_images: As in `check_sampling`.
+        count_name: As in `check_sampling`.
 
     Raises:
         ValueError: An option is outside its range.
     """
     from ..generate import check_count, check_dtype_name, check_scheduler_name, seeds_of
 
-    seeds_of(options.seed, num_images)
+    seeds_of(options.seed, num_images, count_name)
     check_count("batch_size", options.batch_size)
     if options.scheduler is not None:
         check_scheduler_name(options.scheduler)
     check_dtype_name(options.dtype)
 
 
-def check_prompting(options: PromptOptions, num_images: int) -> None:
+def check_prompting(
+    options: PromptOptions, num_images: int, arguments: Mapping[str, Any] | None = None
+) -> None:
     """Like `check_sampling`, for commands that draw prompts.
 
     Args:
         options: Options of the command.
         num_images: Number of pictures for each prompt.
+        arguments: Arguments of `GenerationSettings`, if they are not those of the options alone.
 
     Raises:
         ValueError: An option is outside its range, or there is no such model.
     """
     from ..generate import GenerationSettings, check_start, find_model
 
-    given: dict[str, Any] = options.generation_arguments()
+    given = options.generation_arguments() if arguments is None else arguments
     chosen = {name: value for name, value in given.items() if value is not None}
     check_start(GenerationSettings(**chosen), options.max_size)
     for name in ("width", "height"):
-        if (given[name] or 0) > options.max_size:
+        if (given.get(name) or 0) > options.max_size:
             raise ValueError(
                 f"{name}={given[name]} must be at most {options.max_size} (--max-size)"
             )
@@ -87,7 +94,10 @@ def load_pipeline_of(
     hide_loading_bars()
     loaded = load_pipeline(options.model, **options.loading_arguments())
     if record is not None:
-        loaded.restore(record)
+        try:
+            loaded.restore(record)
+        except ValueError as error:
+            raise ValueError(f"like={str(vars(options)['like'])!r}: {error}") from error
     guidance = options.guidance_arguments()
     if options.fast:
         fast, usual = (loaded.guidance(is_fast, **guidance) for is_fast in (True, False))

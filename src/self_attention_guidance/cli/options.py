@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..generate.guidance_text import check_guidance, guidance_of
+from ..generate.guidance_text import guidance_of
 from .config import read_config
 
 _GUIDANCE_OPTIONS = (
@@ -114,20 +114,9 @@ class SamplingOptions(DrawingOptions):
         Raises:
             ValueError: One is unknown, given twice or outside its range.
         """
-        return guidance_of(*self._guidance_given())
-
-    def check_guidance(self) -> None:
-        """Refuse wrong settings of guidance, as far as that needs no heavy import.
-
-        Raises:
-            ValueError: One is unknown or given twice.
-        """
-        check_guidance(*self._guidance_given())
-
-    def _guidance_given(self) -> tuple[list[str], dict[str, Any], bool]:
         given = {name: getattr(self, name, None) for name in _GUIDANCE_OPTIONS}
         scales = (getattr(self, name, None) for name in ("sag_scale", "sag_scales"))
-        return (
+        return guidance_of(
             self.guidance or [],
             {name: value for name, value in given.items() if value is not None},
             any(scale is not None for scale in scales),
@@ -249,7 +238,8 @@ def prompts_of(file: str | None) -> list[str]:
         return []
     try:
         content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-        lines = content.decode("utf-8-sig").splitlines()
+        # Not `splitlines`: a prompt may hold separators that are no line's end in an editor.
+        lines = content.decode("utf-8-sig").split("\n")
     except OSError as error:
         raise ValueError(f"prompts_file={file!r} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

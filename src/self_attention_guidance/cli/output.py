@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import re
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +14,42 @@ import typer
 
 if TYPE_CHECKING:
     from ..generate import GeneratedImage
+
+
+_QUOTED = re.compile(r"""(?<!\w)(['"])(.*?)\1(?!\w)|\S{160,}""")
+
+
+def replace_unprintable() -> None:
+    """Let stdout and stderr write characters that their encoding lacks, as "\\xe9", not fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if not isinstance(stream, io.TextIOWrapper):
+            continue
+        # In UTF-8, only names of files need "surrogateescape", which keeps their bytes.
+        keeps_bytes = stream.errors == "surrogateescape" and stream.encoding.lower() == "utf-8"
+        if not keeps_bytes:
+            stream.reconfigure(errors="backslashreplace")
+
+
+def reason_of(error: Exception) -> str:
+    """What an error says, without the number that systems give it."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{str(error.filename)!r} cannot be used: {error.strerror}"
+    return str(error)
+
+
+def print_error(message: str) -> None:
+    """Print an error on stderr, in one line.
+
+    Args:
+        message: What is wrong, its value, and the rule; long values are shortened.
+    """
+
+    def shortened(found: re.Match[str]) -> str:
+        text = found[0]
+        return text if len(text) < 160 else f"{text[:80]}...{text[-40:]}"
+
+    line = _QUOTED.sub(shortened, " ".join(message.split()))
+    typer.echo(f"error: {line}", err=True)
 
 
 def hide_loading_bars() -> None:

@@ -105,13 +105,18 @@ class SampleCommand(SamplingOptions):
         _check_before_loading(self)
 
         from ..batch import SampleJob
+        from ..generate.schedulers import check_steps_of
 
         loaded = _load(self)
+        settings = loaded.settings(**self.sample_arguments())
+        # Before the job, whose folder would bind the next run to these settings.
+        loaded.pipeline.check_eta(settings.eta)
+        check_steps_of(loaded.pipeline.scheduler, settings.num_inference_steps)
         job = SampleJob(
             loaded.pipeline,
             self.out,
             self.num_samples,
-            loaded.settings(**self.sample_arguments()),
+            settings,
             seed=self.seed,
             overwrite=self.overwrite,
             model_name=loaded.name,
@@ -126,18 +131,14 @@ class SampleCommand(SamplingOptions):
 
 def _check_before_loading(options: SampleCommand) -> None:
     """Refuse wrong options before a model is loaded, which takes long."""
-    from ..generate import (
-        SampleSettings,
-        check_count,
-        check_samples_path,
-        find_classifier,
-        find_pixel_model,
-    )
+    from ..generate import SampleSettings, check_samples_path, find_classifier, find_pixel_model
+    from ..generate.schedulers import check_eta
 
     given = options.sample_arguments()
     SampleSettings(**{name: value for name, value in given.items() if value is not None})
-    check_count("num_samples", options.num_samples)
-    check_sampling(options, options.num_samples)
+    check_sampling(options, options.num_samples, "num_samples")
+    if options.scheduler is not None:
+        check_eta(options.eta, options.scheduler)
     for name in ("guidance", "threshold", "layer") if options.blur_guidance else ():
         if getattr(options, name) is not None:
             raise ValueError(

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gradio as gr
 
-from ..generate import GenerationSettings, method_label
+from ..generate import method_label
 from ..guidance import Guidance
 from .earlier import values_of
-from .limits import LARGEST_SEED, MOST_CHARACTERS, Limits, VisitorSettings
+from .limits import LARGEST_SEED, MOST_CHARACTERS, VisitorSettings
 from .studio import Studio
 from .uploads import upload
 from .visits import FILES, SETTINGS, settings_of
@@ -102,7 +102,6 @@ class Controls:
 
     def draw_settings(self) -> None:
         """Add all other settings to the current block."""
-        model, limits = self.studio.model, self.studio.limits
         with gr.Row():
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED)
             dice = gr.Button("\N{DIE FACE-5} Random seed", min_width=120)
@@ -111,7 +110,7 @@ class Controls:
             "seed": seed,
             "negative_prompt": gr.Textbox(label="Negative prompt", max_length=MOST_CHARACTERS),
             **_of_guidance(self.studio.model.usual(""), self.studio.methods()),
-            **_of_sampling(model.settings(), limits, self.studio.schedulers),
+            **_of_sampling(self.studio),
             **_of_start(self.studio),
         }
         self.inputs = [by_name[name] for name in SETTINGS]
@@ -265,18 +264,23 @@ def _look(name: str, guidance: Guidance) -> dict[str, Any]:
     return look
 
 
-def _of_sampling(
-    settings: GenerationSettings, limits: Limits, schedulers: Iterable[str]
-) -> dict[str, Any]:
+def _of_sampling(studio: Studio) -> dict[str, Any]:
+    settings, limits = studio.model.settings(), studio.limits
     steps = min(settings.num_inference_steps, limits.max_steps)
-    choices = [(name or "the model's own", name) for name in schedulers]
+    choices = [(name or "the model's own", name) for name in studio.schedulers]
     cfg = settings.guidance_scale
     with gr.Accordion("Sampling", open=False):
         return {
             "steps": gr.Slider(1, limits.max_steps, steps, step=1, label="Steps"),
             "scheduler": gr.Dropdown(choices, value="", label="Scheduler"),
             "guidance_scale": gr.Slider(1, 20, cfg, step=0.1, label="CFG scale (1 is off)"),
-            "size": gr.Slider(0, limits.max_size, 0, step=8, label="Size (0 is the model's own)"),
+            "size": gr.Slider(
+                0,
+                limits.max_size,
+                studio.usual_size(),
+                step=8,
+                label="Size (0 is the model's own)",
+            ),
         }
 
 

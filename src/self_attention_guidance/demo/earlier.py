@@ -34,7 +34,7 @@ def values_of(path: str, studio: Studio) -> tuple[dict[str, str], str]:
     try:
         values = _values(record, studio)
         asked = VisitorSettings(**{name: values[name] for name in SETTINGS if name not in FILES})
-        asked.check(studio.limits)
+        studio.check(asked)
         present = studio.choices(asked)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]

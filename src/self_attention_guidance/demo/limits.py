@@ -29,7 +29,7 @@ class Limits:
         max_queue: Largest number of waiting visitors; others are asked to try again later.
 
     Raises:
-        ValueError: A limit is not a whole number of at least 1.
+        ValueError: A limit is not a whole number of at least 1, or 8 pixels.
     """
 
     max_steps: int = 100
@@ -40,7 +40,8 @@ class Limits:
     def __post_init__(self) -> None:
         """Check every limit."""
         for field in fields(self):
-            check_count(field.name, getattr(self, field.name))
+            least = 8 if field.name == "max_size" else 1
+            check_count(field.name, getattr(self, field.name), least)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ from ..generate import (
     GenerationSettings,
     LoadedPipeline,
     Record,
+    check_own_size,
     compare_axes,
     draw_grid,
     generate_one,
@@ -217,10 +218,27 @@ class Studio:
         """The part of a picture's record that a visitor's settings decide."""
         return choices(asked.generation(), self._guidance(asked), self.schedulers[asked.scheduler])
 
+    def check(self, asked: VisitorSettings) -> None:
+        """Refuse what is outside the limits; the guidance checks its own settings.
+
+        Raises:
+            ValueError: A setting is outside the limits; the message names it and the rule.
+        """
+        asked.check(self.limits)
+        check_own_size(self.model.pipeline, asked.generation(), self.limits.max_size)
+
+    def usual_size(self) -> int:
+        """Pixels of a side that the page begins with; 0 is the model's own size."""
+        try:
+            check_own_size(self.model.pipeline, self.model.settings(), self.limits.max_size)
+        except ValueError:
+            return self.limits.max_size // 8 * 8
+        return 0
+
     @contextmanager
     def _set_up(self, asked: VisitorSettings) -> Generator[GenerationSettings]:
         """Give the model a visitor's settings, and lock it for this visitor."""
-        asked.check(self.limits)
+        self.check(asked)
         pipeline: Any = self.model.pipeline
         with self._turn:
             before = pipeline.guidance, pipeline.scheduler

@@ -19,7 +19,7 @@ from ..lazy import exported
 
 if TYPE_CHECKING:
     from ..checks import check_count, check_prompts, check_scales, seeds_of
-    from .arguments import check_size
+    from .arguments import check_own_size, check_size
     from .axes import AXES, Axis, parse_axis, with_guidances
     from .classes import class_names, parse_classes
     from .comparison import Comparison, compare, compare_axes
@@ -78,6 +78,7 @@ __all__ = [
     "check_dtype_name",
     "check_folder",
     "check_free",
+    "check_own_size",
     "check_prompts",
     "check_samples_path",
     "check_scales",
@@ -129,7 +130,7 @@ __getattr__, __dir__ = exported(
     __name__,
     {
         "..checks": ("check_count", "check_prompts", "check_scales", "seeds_of"),
-        ".arguments": ("check_size",),
+        ".arguments": ("check_own_size", "check_size"),
         ".axes": ("AXES", "Axis", "parse_axis", "with_guidances"),
         ".classes": ("class_names", "parse_classes"),
         ".comparison": ("Comparison", "compare", "compare_axes"),

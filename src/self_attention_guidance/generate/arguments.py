@@ -73,6 +73,29 @@ def check_size(pipeline: Any, width: int | None, height: int | None) -> None:
             raise ValueError(f"{name}={pixels} must be a multiple of {multiple} for this model")
 
 
+def check_own_size(pipeline: Any, settings: GenerationSettings, max_size: int) -> None:
+    """Refuse to draw in a model's own size, without a size or a start picture, if it is too large.
+
+    Args:
+        pipeline: The model.
+        settings: Settings of the pictures.
+        max_size: Largest side, in pixels.
+
+    Raises:
+        ValueError: The model's own size is larger.
+    """
+    config: Any = config_of(cast("Any", denoiser_of(pipeline)))
+    sides = getattr(pipeline, "default_sample_size", None) or config.get("sample_size") or 0
+    largest = max(sides) if isinstance(sides, list | tuple) else sides
+    own = largest * int(getattr(pipeline, "vae_scale_factor", 1))
+    has_own_side = settings.width is None or settings.height is None
+    if settings.image is None and has_own_side and own > max_size:
+        raise ValueError(
+            f"size: the model's own size is {own}, and a side must have at most {max_size}: choose"
+            " the size to draw"
+        )
+
+
 def _size_limits(pipeline: Any) -> tuple[int, int]:
     """The smallest side that a model draws, and the number that divides all sides, in pixels."""
     config: Any = config_of(cast("Any", denoiser_of(pipeline)))

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from ..checks import check_count, check_finite, check_layer, check_number, check_text
-from .guidance_text import check_guidance, parse_guidance
+from ..checks import check_finite, check_layer, check_number, check_seed, check_steps, check_text
+from .guidance_text import parse_guidance
 from .settings import GenerationSettings
 
 if TYPE_CHECKING:
@@ -58,8 +58,10 @@ class Axis:
         for value in self.values:
             if self.name == "prompt":
                 check_text("prompt", value)
-            elif self.name in ("steps", "seed"):
-                check_count(self.name, value, least=1 if self.name == "steps" else 0)
+            elif self.name == "steps":
+                check_steps(value, "steps")
+            elif self.name == "seed":
+                check_seed(value)
             elif self.name == "window":
                 start, stop = value
                 if not 0 <= start < stop <= 1:
@@ -183,13 +185,14 @@ def parse_axis(option: str, text: str) -> Axis:
         raise ValueError(
             f"{option}={text!r} must be NAME=VALUE,VALUE,... with a name of {', '.join(AXES)}"
         )
-    if name == "guidance":
-        texts = _guidances(rest)
-        for each in texts:
-            check_guidance([] if each == "none" else [each], {})
-        return Axis(name, [None if each == "none" else each for each in texts], texts)
     parts = [part.strip() for part in rest.split("|" if name == "prompt" else ",")]
     try:
+        if name == "guidance":
+            texts = _guidances(rest)
+            values = [None if each == "none" else each for each in texts]
+            for each in filter(None, values):
+                parse_guidance(each)
+            return Axis(name, values, texts)
         return Axis(name, [_KINDS.get(name, float)(part) for part in parts])
     except ValueError as error:
         raise ValueError(f"{option}={text!r}: {error}") from None

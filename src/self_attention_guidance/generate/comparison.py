@@ -18,7 +18,7 @@ from .grid import EMPTY_PROMPT, draw_grid, overlay_attended
 from .metadata import method_label, text_of, written
 from .record import describe
 from .sampling import generate
-from .schedulers import label_of
+from .schedulers import check_steps_of, label_of
 from .settings import GenerationSettings
 
 
@@ -139,6 +139,8 @@ def compare_axes(
     settings = settings or GenerationSettings()
     own = pipeline.guidance
     cells = cells_of(Cell(prompt=prompt, seed=seed, settings=settings, guidance=own), rows, columns)
+    for steps in {cell.settings.num_inference_steps for row in cells for cell in row}:
+        check_steps_of(pipeline.scheduler, steps)
     denoiser: Any = denoiser_of(pipeline)
     for cell in (cell for row in cells for cell in row if cell.settings.sag_scale != 0):
         for part in cell.guidance.parts:

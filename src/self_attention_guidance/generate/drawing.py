@@ -18,6 +18,7 @@ from .kinds import pipeline_for
 from .metadata import Record, text_of
 from .prompts import unread_part
 from .record import describe
+from .schedulers import check_steps_of
 from .settings import GenerationSettings
 from .start_picture import digests
 
@@ -85,7 +86,12 @@ class PromptArtist:
             model_name: Name for the metadata; `None` leaves it out.
             record_attention: Whether to record where the pictures were blurred.
             on_progress: As in `generate`.
+
+        Raises:
+            ValueError: The scheduler can't take so many or so few steps, or the model can't begin
+                with a picture.
         """
+        check_steps_of(pipeline.scheduler, settings.num_inference_steps)
         self.pipeline = pipeline_for(pipeline, settings)
         self.settings = settings
         self.model_name = model_name

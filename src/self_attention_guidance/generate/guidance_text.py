@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import ast
+import collections.abc
+import dataclasses
 import difflib
 import functools
+import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
+
+from .. import checks
 
 _NUMBERS = {float: "a number", int: "a whole number"}
 _PLUS = " + "
@@ -17,9 +23,9 @@ _TRUTH = {"true": True, "false": False}
 
 
 def guidance_of(
-    texts: Sequence[str], options: dict[str, Any], has_scale: bool = False
+    texts: Sequence[str], options: Mapping[str, Any], has_scale: bool = False
 ) -> dict[str, Any]:
-    """The settings of guidance that a command line gives.
+    """The settings of guidance that a command line gives, checked without any heavy import.
 
     Args:
         texts: Values of `--guidance`; several act together.
@@ -33,40 +39,21 @@ def guidance_of(
         ValueError: A guidance is unknown, or a setting is unknown, given twice or outside its
             range.
     """
-    check_guidance(texts, options, has_scale)
-    given = {**(parse_guidance(_PLUS.join(texts)) if texts else {}), **options}
-
-    from .. import guidance
-
-    guidance.guidance_of({"method": "sag", **given})
-    return given
-
-
-def check_guidance(
-    texts: Sequence[str], options: Mapping[str, Any], has_scale: bool = False
-) -> None:
-    """Refuse wrong settings before the methods are imported, which takes seconds.
-
-    Args:
-        texts: As in `guidance_of`.
-        options: As in `guidance_of`.
-        has_scale: As in `guidance_of`.
-
-    Raises:
-        ValueError: A guidance is unknown, or a setting is unknown or given twice.
-    """
-    declared = _known_settings()
-    parts = [_split(part, declared) for text in texts for part in _parts(text)]
-    if len(parts) > 1:
+    given = parse_guidance(_PLUS.join(texts)) if texts else {}
+    if "guidances" in given:
         for name in options:
             raise ValueError(f"{name} of which guidance? Give it inside --guidance")
-        return
-    method, named = parts[0] if parts else ("sag", {})
-    for name in named.keys() & {*options, *(["scale"] if has_scale else [])}:
+        return given
+    for name in given.keys() & {*options, *(["scale"] if has_scale else [])}:
         raise ValueError(f"{name} was given twice: by --guidance and by an option of its own")
+    settings = {"method": "sag", **given, **options}
+    method = settings.pop("method")
+    known = _names(_methods()[method])
     for name in options:
-        if name not in declared[method]:
-            raise ValueError(f"{_unknown(name, declared[method], f'setting of {method}')}")
+        if name not in known:
+            raise ValueError(_unknown(name, known, f"setting of {method}"))
+    _methods()[method](**settings)
+    return {**given, **options}
 
 
 def check_methods(names: Sequence[str]) -> None:
@@ -86,43 +73,71 @@ def check_methods(names: Sequence[str]) -> None:
             raise ValueError(f"methods={','.join(names)!r}: {name} was given twice")
 
 
-def _known_settings() -> Mapping[str, Sequence[str]]:
-    """Names of each method's settings, including methods of others that are imported."""
+def declared_settings() -> dict[str, list[str]]:
+    """Names of each method's settings, as the methods' source declares them."""
+    return {name: _names(method) for name, method in _settings_of_methods().items()}
+
+
+def _names(method: Any) -> list[str]:
+    return [each.name for each in dataclasses.fields(method)]
+
+
+def _methods() -> Mapping[str, Callable[..., object]]:
+    """Each method's settings by its short name, with methods of others that are imported."""
     imported = sys.modules.get("self_attention_guidance.guidance.base")
-    if imported is None:
-        return declared_settings()
-    return {name: [each.name for each in fields(cls)] for name, cls in imported.METHODS.items()}
+    return _settings_of_methods() if imported is None else imported.METHODS
 
 
 @functools.cache
-def declared_settings() -> dict[str, list[str]]:
-    """Names of each method's settings, as the methods' source declares them."""
+def _settings_of_methods() -> dict[str, type]:
+    """Dataclasses with the fields and the checks of each method, by its short name.
+
+    The methods themselves import torch, which takes seconds. Settings and their checks do not need
+    it. So they are made from the methods' source, without what weakens networks.
+    """
     folder = Path(__file__).parent.parent / "guidance"
-    statements = [
+    source = [
         statement
         for path in sorted(folder.glob("*.py"))
         for statement in ast.parse(path.read_text(encoding="utf-8")).body
     ]
-    classes = {each.name: each for each in statements if isinstance(each, ast.ClassDef)}
+    known: dict[str, Any] = {"math": math, "__name__": __name__}
+    for module in (typing, collections.abc, dataclasses, checks):
+        known |= {name: value for name, value in vars(module).items() if name[0] != "_"}
+    for statement in source:
+        if isinstance(statement, ast.Assign):
+            with suppress(NameError):  # it is no constant, but made by a heavy library
+                _run(statement, known)
+    classes = {each.name: each for each in source if isinstance(each, ast.ClassDef)}
     return {
-        ast.literal_eval(keyword.value): _declared(name, classes)
+        ast.literal_eval(keyword.value): _settings(name, classes, known)
         for name, each in classes.items()
         for keyword in each.keywords
         if keyword.arg == "method"
     }
 
 
-def _declared(name: str, classes: Mapping[str, ast.ClassDef]) -> list[str]:
-    """Fields of a dataclass and of its base classes."""
-    if name not in classes:
-        return []
-    bases = [_declared(ast.unparse(base), classes) for base in classes[name].bases]
-    own = [
-        ast.unparse(each.target)
-        for each in classes[name].body
-        if isinstance(each, ast.AnnAssign) and "ClassVar" not in ast.unparse(each.annotation)
-    ]
-    return list(dict.fromkeys(n for names in (*bases, own) for n in names if n != "_"))
+def _settings(name: str, classes: Mapping[str, ast.ClassDef], known: dict[str, Any]) -> Any:
+    """A dataclass with the fields and the checks of a class and of its base classes."""
+    if name not in known:
+        own = classes[name]
+        for base in own.bases:
+            _settings(ast.unparse(base), classes, known)
+        body = [
+            each
+            for each in own.body
+            if isinstance(each, ast.AnnAssign)
+            or (isinstance(each, ast.FunctionDef) and each.name == "__post_init__")
+        ]
+        kept = ast.ClassDef(**{**vars(own), "body": body or [ast.Pass()], "keywords": []})
+        _run(ast.fix_missing_locations(kept), known)
+    return known[name]
+
+
+def _run(statement: ast.stmt, known: dict[str, Any]) -> None:
+    """Run a statement of this package; its name is added to those known."""
+    module = ast.Module([statement], type_ignores=[])
+    exec(compile(module, "guidance", "exec", dont_inherit=True), known)
 
 
 def parse_guidance(text: str) -> dict[str, Any]:
@@ -139,17 +154,21 @@ def parse_guidance(text: str) -> dict[str, Any]:
         "guidances".
 
     Raises:
-        ValueError: A name is unknown, or a value is not of its type.
+        ValueError: A name is unknown, or a value is not of its type or outside its range.
     """
-    from ..guidance import METHODS
-
     parts = _parts(text)
     if len(parts) > 1:
         several = [parse_guidance(part) for part in parts]
         return {"method": "+".join(each["method"] for each in several), "guidances": several}
-    method, named = _split(text, _known_settings())
-    kinds = get_type_hints(METHODS[method])
-    return {"method": method, **{n: _value(n, value, kinds[n]) for n, value in named.items()}}
+    method, named = _split(text)
+    cls = _methods()[method]
+    kinds = get_type_hints(cls)
+    try:
+        settings = {name: _value(name, value, kinds[name]) for name, value in named.items()}
+        cls(**settings)
+    except ValueError as error:
+        raise ValueError(f"guidance={text!r}: {error}") from None
+    return {"method": method, **settings}
 
 
 def _parts(text: str) -> list[str]:
@@ -157,19 +176,20 @@ def _parts(text: str) -> list[str]:
     return text.split(_PLUS if ":" in text else "+")
 
 
-def _split(text: str, known: Mapping[str, Sequence[str]]) -> tuple[str, dict[str, str]]:
+def _split(text: str) -> tuple[str, dict[str, str]]:
     """The method and the settings of a text, checked to be known."""
     method, colon, rest = text.partition(":")
     method = method.strip().lower()
-    if method not in known:
-        raise ValueError(f"guidance={text!r}: {_unknown(method, known, 'guidance')}")
+    if method not in _methods():
+        raise ValueError(f"guidance={text!r}: {_unknown(method, _methods(), 'guidance')}")
+    known = _names(_methods()[method])
     given: dict[str, str] = {}
     for part in rest.split(",") if colon else ():
         name, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals:
             raise ValueError(f"guidance={text!r}: {part!r} must be NAME=VALUE")
-        if name not in known[method]:
-            reason = _unknown(name, known[method], f"setting of {method}")
+        if name not in known:
+            reason = _unknown(name, known, f"setting of {method}")
             raise ValueError(f"guidance={text!r}: {reason}")
         if name in given:
             raise ValueError(f"guidance={text!r}: {name} was given twice")

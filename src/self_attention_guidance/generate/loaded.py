@@ -97,8 +97,16 @@ class Loaded(Generic[Settings]):
             ValueError: A setting is unknown or outside its range.
         """
         pipeline: Any = self.pipeline
-        pipeline.guidance = guidance_of(record["guidance"])
-        pipeline.scheduler = make_scheduler(record["scheduler"], record["scheduler_config"])
+        try:
+            pipeline.guidance = guidance_of(record["guidance"])
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"guidance: {error}") from error
+        name = record["scheduler"]
+        try:
+            pipeline.scheduler = make_scheduler(name, record["scheduler_config"])
+        except Exception as error:  # diffusers' classes raise all kinds of errors for wrong values
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"scheduler_config of {name}: {reason}") from error
         return self.settings_class(**record["settings"])
 
     def make_scheduler(self, name: str) -> Any:

@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -196,9 +196,12 @@ def read_record(path: str | Path) -> Record:
     """
     text = (_npz_text if Path(path).suffix == ".npz" else _png_chunk)(path, RECORD_KEY)
     try:
-        return json.loads(text)
-    except ValueError as error:
+        record: object = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"path={str(path)!r}: its {RECORD_KEY!r} text is damaged") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"path={str(path)!r}: its {RECORD_KEY!r} text must be a JSON object")
+    return cast("Record", record)
 
 
 def _npz_text(path: str | Path, key: str) -> str:
@@ -216,6 +219,11 @@ def _png_chunk(path: str | Path, key: str) -> str:
             text: object = image.info.get(key)
     except UnidentifiedImageError:
         text = None
+    except FileNotFoundError:
+        raise
+    except (OSError, SyntaxError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"path={str(path)!r} cannot be read: {reason}") from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"path={str(path)!r} is too large: {error}") from error
     if not isinstance(text, str):

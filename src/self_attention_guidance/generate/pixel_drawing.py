@@ -15,6 +15,7 @@ from ..pipelines.adm import ADMPipeline
 from .drawing import Progress, seeded_generators
 from .finite import refuse_not_finite
 from .sample_settings import SampleSettings
+from .schedulers import check_steps_of
 
 
 def draw_samples(
@@ -37,6 +38,7 @@ def draw_samples(
         (samples, height, width, channels).
 
     Raises:
+        ValueError: The scheduler can't take so many or so few steps.
         FloatingPointError: A prediction is NaN or infinite.
     """
 
@@ -46,6 +48,7 @@ def draw_samples(
             on_progress(len(seeds) / len(pipe.scheduler.timesteps))
         return tensors
 
+    check_steps_of(pipeline.scheduler, settings.num_inference_steps)
     output: Any = pipeline(
         batch_size=len(seeds),
         class_labels=labels,

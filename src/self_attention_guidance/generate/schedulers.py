@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -158,6 +159,60 @@ def make_pixel_scheduler(
     if class_name != "DDPMScheduler":
         kept.pop("variance_type", None)  # for others, the pipeline cuts off a learned one
     return type(chosen).from_config(kept, **own)
+
+
+def check_steps_of(scheduler: Any, steps: int) -> None:
+    """Refuse a number of steps with which a scheduler fails, or never leaves the noise.
+
+    Args:
+        scheduler: A diffusers scheduler; it is not changed.
+        steps: Number of sampling steps.
+
+    Raises:
+        ValueError: There are too many steps, or too few; the message has the limit.
+    """
+    if _has_steps(scheduler, steps):
+        return
+    # Beside the number of timesteps in training, limits are small: PNDM's first steps need four.
+    most = min(steps - 1, int(scheduler.config.get("num_train_timesteps", steps)))
+    fewer = next((n for n in range(most, max(0, most - 3), -1) if _has_steps(scheduler, n)), None)
+    more = next((n for n in range(steps + 1, steps + 9) if _has_steps(scheduler, n)), None)
+    rule = "is not possible"
+    if fewer is not None or more is not None:
+        rule = f"must be at most {fewer}" if fewer is not None else f"must be at least {more}"
+    raise ValueError(f"num_inference_steps={steps} {rule} with {type(scheduler).__name__}")
+
+
+def _has_steps(scheduler: Any, steps: int) -> bool:
+    """Whether a scheduler has timesteps for a number of steps that lead from noise to a picture."""
+    config = scheduler.config
+    if config.get("use_dynamic_shifting"):  # its timesteps also depend on the picture's size
+        return True
+    trial: Any = type(scheduler).from_config(config)
+    try:
+        trial.set_timesteps(steps)
+    except (ValueError, IndexError, ZeroDivisionError):
+        return False
+    times = [float(each) for each in trial.timesteps]
+    if not hasattr(trial, "sigmas") and max(times) >= config.get("num_train_timesteps", math.inf):
+        return False  # it looks its noise level up in a table
+    # With more steps than it was trained with, rounding makes all timesteps the last one.
+    return steps == 1 or max(times) > min(times)
+
+
+def check_eta(eta: float, scheduler: str) -> None:
+    """Refuse a share of fresh noise for a scheduler that has none.
+
+    Args:
+        eta: The share; 0 is none.
+        scheduler: As in `make_scheduler`: a name that it knows.
+
+    Raises:
+        ValueError: The share is not 0, and the scheduler is not DDIM.
+    """
+    name = scheduler if scheduler in _class_names() else _find(scheduler)[0].class_name
+    if eta and name != "DDIMScheduler":
+        raise ValueError(f"eta={eta} has no effect with {name}: it is a setting of DDIM")
 
 
 def scheduler_label(scheduler: Any) -> str:

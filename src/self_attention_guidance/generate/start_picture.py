@@ -64,13 +64,21 @@ def start_arguments(settings: GenerationSettings, multiple: int, count: int) -> 
 
 
 def digests(settings: GenerationSettings) -> dict[str, str]:
-    """Digests that identify a start picture and a mask, by "image" and "mask"."""
+    """Digests that identify a start picture and a mask, by "image" and "mask".
+
+    Raises:
+        ValueError: A file can't be read, or is there no longer.
+    """
     paths = {"image": settings.image, "mask": settings.mask}
     found: dict[str, str] = {}
     for name, path in paths.items():
-        if path is not None:
+        if path is None:
+            continue
+        try:
             status = Path(path).stat()
             found[name] = _digest(path, status.st_mtime_ns, status.st_size)
+        except OSError as error:
+            raise ValueError(f"{name}={path!r} cannot be read: {error.strerror}") from error
     return found
 
 

@@ -28,6 +28,10 @@ from ..denoiser.layers import resolved
 from ..maths import degrade, gaussian_blur
 from .base import Guidance, Step
 
+# Wider than any picture: a Gaussian has its weight within six sigma, and borders are mirrored. The
+# blur takes memory in proportion to it.
+_LARGEST_KERNEL = 4095
+
 
 @dataclass(frozen=True)
 class Blurring(Guidance):
@@ -42,8 +46,9 @@ class Blurring(Guidance):
         """Check every setting."""
         super().__post_init__()
         check_number("blur_sigma", self.blur_sigma, 0, math.inf)
-        if check_count("blur_kernel_size", self.blur_kernel_size) % 2 == 0:
-            raise ValueError(f"blur_kernel_size={self.blur_kernel_size} must be odd")
+        size = check_count("blur_kernel_size", self.blur_kernel_size, most=_LARGEST_KERNEL)
+        if size % 2 == 0:
+            raise ValueError(f"blur_kernel_size={size} must be odd")
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ class SelfAttentionGuidance(Blurring, method="sag"):
             values make samples worse on purpose.
         blur_sigma: Standard deviation of the blur, in pixels of the denoiser's input (latent
             pixels for latent diffusion), at least 0.
-        blur_kernel_size: Taps of the blur, odd, at least 1.
+        blur_kernel_size: Taps of the blur, odd, 1 to 4095.
         branch: "uncond" is the paper's choice; "cond" changes the subject more.
         threshold: Positions that receive more attention than this are blurred; 1.0 is the mean.
         layer: Dotted path of the self-attention layer in the denoiser, or a beginning of it that

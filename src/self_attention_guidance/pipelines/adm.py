@@ -96,7 +96,7 @@ class ADMPipeline(GuidedPipelineMixin, DiffusionPipeline):
             sag_scale: Weight of `guidance`, any finite number, 0 is off; `None` is its own scale.
             classifier_scale: Weight of classifier guidance, any finite number, 0 is off; `None`
                 is 1 with a classifier and classes, else 0.
-            eta: Share of fresh noise in DDIM, at least 0; other schedulers ignore it.
+            eta: Share of fresh noise in DDIM, at least 0; must be 0 with other schedulers.
             generator: One generator, or a list with one for each picture.
             latents: x_T, normal noise of shape (batch, channels, height, width).
             output_type: "pil", "np" (batch, height, width, channels) and "pt" (batch, channels,
@@ -114,6 +114,7 @@ class ADMPipeline(GuidedPipelineMixin, DiffusionPipeline):
         check_count("num_inference_steps", num_inference_steps)
         if check_finite("eta", eta) < 0:
             raise ValueError(f"eta={eta} must be at least 0")
+        self.check_eta(eta)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(
                 f"output_type={output_type!r} must be one of {', '.join(OUTPUT_TYPES)}"
@@ -132,6 +133,19 @@ class ADMPipeline(GuidedPipelineMixin, DiffusionPipeline):
             images = self.image_processor.postprocess(x_0.float(), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def check_eta(self, eta: float) -> None:
+        """Refuse a share of fresh noise that the scheduler would ignore.
+
+        Args:
+            eta: As in a call.
+
+        Raises:
+            ValueError: It is not 0, and the scheduler has no such setting.
+        """
+        if eta and "eta" not in inspect.signature(self.scheduler.step).parameters:
+            name = type(self.scheduler).__name__
+            raise ValueError(f"eta={eta} has no effect with {name}: it is a setting of DDIM")
 
     @classmethod
     def _get_signature_types(cls) -> dict[str, Any]:
