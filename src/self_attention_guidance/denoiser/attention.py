@@ -84,20 +84,32 @@ class StandIn:
 
     When the layer calls its kernel, `attend` runs instead. Without `attend`, the kernel runs, and
     its operands are recorded in `noted`.
+
+    Attributes:
+        noted: The operands of all calls of the kernel.
+        was_called: Whether `attend` ran.
     """
 
-    def __init__(self, processor: Any, attend: Attend | None) -> None:
+    def __init__(self, layer: str, processor: Any, attend: Attend | None) -> None:
         self.noted: list[Operands] = []
         self.was_called = False
-        self._processor, self._attend = processor, attend
+        self._layer, self._processor, self._attend = layer, processor, attend
         self._thread = threading.get_ident()
 
-    def _kernel(self, operands: Operands, kernel: Callable[[], Tensor]) -> Tensor:
+    def _kernel(
+        self, tokens: int | None, operands: Operands, kernel: Callable[[], Tensor]
+    ) -> Tensor:
+        queries, positions = operands.query.shape[-2], operands.key.shape[-2]
+        if queries == positions and tokens not in (None, queries):
+            raise ValueError(merged_tokens(self._layer, positions, f"it gets {tokens} tokens"))
+        if self._attend is None:
+            self.noted.append(operands)
+            return kernel()
+        # Attention to image prompts is a separate call.
+        if queries != positions:
+            return kernel()
         self.was_called = True
-        if self._attend is not None:
-            return self._attend(operands, kernel)
-        self.noted.append(operands)
-        return kernel()
+        return self._attend(operands, kernel)
 
 
 @functools.cache
@@ -112,12 +124,34 @@ def _stand_in_for(processor: type) -> type[StandIn]:
         # Another thread may still be in an earlier pass. Compiled code can't check this; if it
         # records an extra call, `received` refuses the number of rows.
         is_mine = torch.compiler.is_compiling() or threading.get_ident() == self._thread
-        with _KernelCalls(self._kernel) if is_mine else nullcontext():
+        kernel = functools.partial(self._kernel, _tokens(*args, **kwargs))
+        with _KernelCalls(kernel) if is_mine else nullcontext():
             return self._processor(attention, *args, **kwargs)
 
     # Copy only the signature. Other attributes, such as "do not compile", are wrong for `call`.
     functools.update_wrapper(call, processor.__call__, assigned=(), updated=())
     return type(f"StandIn{processor.__name__}", (StandIn,), {"__call__": call})
+
+
+def _tokens(
+    hidden_states: Any = None, encoder_hidden_states: Any = None, *_: Any, **__: Any
+) -> int | None:
+    """Count the tokens that a processor gets, text included; `None` if it gets no states."""
+    is_joint = encoder_hidden_states is not None and encoder_hidden_states is not hidden_states
+    given = (hidden_states, encoder_hidden_states) if is_joint else (hidden_states,)
+    if not all(isinstance(states, Tensor) for states in given):
+        return None
+    # A map, (batch, channels, height, width), has a token for each of its pixels.
+    maps = [states.flatten(2).transpose(1, 2) if states.ndim == 4 else states for states in given]
+    return sum(states.shape[1] for states in maps)
+
+
+def merged_tokens(layer: str, positions: int, given: str) -> str:
+    """Say that a layer attends over other tokens than it should, and what may be the reason."""
+    return (
+        f"{layer!r} attends over {positions} positions, but {given}: code that merges or drops "
+        "tokens (such as tomesd) is not supported"
+    )
 
 
 @contextmanager
@@ -130,7 +164,7 @@ def standing_in(
     """
     attention: Any = self_attention(denoiser, layer)
     processor = attention.processor
-    stand_in = _stand_in_for(type(processor))(processor, attend)
+    stand_in = _stand_in_for(type(processor))(layer, processor, attend)
     attention.set_processor(stand_in)
     try:
         yield stand_in
@@ -148,15 +182,20 @@ def why_unseen(denoiser: nn.Module, layer: str) -> str:
         return f"its attention backend {backend!r} {unlike} set_attention_backend('native')"
     if "XFormers" in name:
         return f"its {name} {unlike} disable_xformers_memory_efficient_attention()"
-    wrapper = F.scaled_dot_product_attention
-    if wrapper is not _KERNEL:
-        by = getattr(wrapper, "__qualname__", wrapper)
-        return f"torch.nn.functional.scaled_dot_product_attention was replaced by {by}; undo that"
-    return (
+    return why_in_slices() or (
         f"the layer did not run, or its {name} uses a kernel that can't be read; use diffusers' "
         "default processor there, and if the denoiser was compiled and run before guidance was "
         "attached, call torch.compiler.reset() first"
     )
+
+
+def why_in_slices() -> str | None:
+    """Name the wrapper of torch's kernel that may call it in slices, and what to do."""
+    wrapper = F.scaled_dot_product_attention
+    if wrapper is _KERNEL:
+        return None
+    by = getattr(wrapper, "__qualname__", wrapper)
+    return f"torch.nn.functional.scaled_dot_product_attention was replaced by {by}; undo that"
 
 
 def received(noted: list[Operands], batch: int, rows: slice, picture: slice) -> Tensor:
@@ -167,9 +206,10 @@ def received(noted: list[Operands], batch: int, rows: slice, picture: slice) -> 
     by_row = noted[0].query.ndim == 4
     found = sum(len(each.query) for each in noted)
     if found != batch if by_row else found % batch:
+        reason = "the processor changed the batch; use diffusers' default one at this layer"
         raise RuntimeError(
-            f"attention was recorded for {found} {'' if by_row else 'heads '}of {batch} rows: the "
-            "processor changed the batch; use diffusers' default one at this layer"
+            f"attention was recorded for {found} {'' if by_row else 'heads '}of {batch} rows: "
+            f"{why_in_slices() or reason}"
         )
 
     def joined(parts: list[Tensor]) -> Tensor:

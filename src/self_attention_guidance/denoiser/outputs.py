@@ -84,6 +84,11 @@ class TwoCalls:
         `cfg` is whether a second call follows the first; with `None`, earlier steps decide. At the
         run's last step no later call could show that they were wrong, so none is expected.
         """
+        if has_same_sample and self._is_second and cfg is None:
+            raise RuntimeError(
+                "the denoiser is called a third time at one step with the same sample: at most two "
+                "conditions a picture are supported; several pictures of one seed fit in a batch"
+            )
         self._is_second = has_same_sample and not self._is_second and self._first is not None
         if self._is_second:
             self._expects_second = True

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention import merged_tokens
 from .call import Call
 from .families import Joint, config_of, uncompiled
 
@@ -131,10 +132,8 @@ class PictureTokens:
         if self.words is not None and positions != count:  # some blocks see only the picture
             start = self.words[0]
         if start < 0 or (positions < start + count if self.joint else positions != count):
-            raise ValueError(
-                f"{self.layer!r} attends over {positions} positions, but its picture has {grid[0]} "
-                f"x {grid[1]}: code that merges or drops tokens (such as tomesd) is not supported"
-            )
+            given = f"its picture has {grid[0]} x {grid[1]}"
+            raise ValueError(merged_tokens(self.layer, positions, given))
         return slice(start, start + count), grid
 
 

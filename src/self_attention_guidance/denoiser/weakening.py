@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Operands, StandIn, standing_in
+from .attention import Operands, StandIn, standing_in, why_in_slices
 from .families import Family, family_of, uncompiled
 from .picture import PictureTokens
 
@@ -64,13 +64,14 @@ def attending_by(
     """
 
     def attend(operands: Operands, kernel: Callable[[], Tensor]) -> Tensor:
-        positions = operands.key.shape[-2]
-        # Attention to image prompts is a separate call.
-        if positions != operands.query.shape[-2]:
-            return kernel()
         groups = tokens.groups()
         if len(groups) == 1:
             return weaken(_in_picture(operands, tokens), kernel)
+        if len(operands.query) != len(groups):
+            reason = why_in_slices() or "its processor changed the batch"
+            raise RuntimeError(
+                f"{layer!r} attends for {len(operands.query)} of {len(groups)} pictures: {reason}"
+            )
         return torch.cat([_weakened(weaken, operands.rows(rows), own) for rows, own in groups])
 
     with standing_in(denoiser, layer, attend) as stand_in:
