@@ -357,6 +357,18 @@ def test_settings_of_others_are_not_replaced(
     assert not (model / "sag_tune").exists()
 
 
+def test_damaged_settings_are_named_and_cost_no_picture(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "a.json"
+    command = ["tune", model, *FEW, "--steps", STEPS, "--budget", PICTURES, "--out", out]
+    out.write_text("[")
+    message = error_of(capsys, *command, "--overwrite")
+    assert message.startswith(f"error: --out='{out}' is damaged (")
+    out.unlink()
+    assert run(*command) == 0
+
+
 class Clock:
     """A clock that only drawing moves: a second a picture."""
 

@@ -78,10 +78,8 @@ class Manifest:
         for batch in self._batches(["row", "image", "file"]):
             row, image, file = (column.to_pylist() for column in batch.columns)
             files.update(zip(zip(row, image, strict=True), file, strict=True))
-        # Listing a folder is much cheaper than asking for each of its files.
-        folders = {file.rpartition("/")[0] for file in files.values() if file}
-        sizes = {n: size for folder in folders for n, size in self.storage.sizes(folder).items()}
-        return {picture for picture, file in files.items() if file and not sizes.get(file)}
+        gone = self.storage.gone(file for file in files.values() if file)
+        return {picture for picture, file in files.items() if file in gone}
 
     def finished(self) -> Finished:
         """The pictures it holds; if one has several rows, the newest counts."""

@@ -216,9 +216,8 @@ class SampleJob:
         """The tasks that no run with these settings has drawn; files count only with a record."""
         if not self.storage.exists(JOB):
             return self.tasks
-        folders = {picture_file(task).rpartition("/")[0] for task in self.tasks}
-        sizes = {n: size for folder in folders for n, size in self.storage.sizes(folder).items()}
-        return [task for task in self.tasks if not sizes.get(picture_file(task))]
+        gone = self.storage.gone(map(picture_file, self.tasks))
+        return [task for task in self.tasks if picture_file(task) in gone]
 
     def _difference(self) -> str | None:
         """The settings of the pictures in the folder that differ from this job's."""

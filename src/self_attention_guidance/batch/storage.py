@@ -8,7 +8,7 @@ import threading
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, suppress
 from types import UnionType
 from typing import IO, Any, TypeVar, cast
@@ -169,14 +169,21 @@ class Storage:
         Args:
             folder: Its name; it need not exist.
         """
-        return sorted(self.sizes(folder))
+        return sorted(self._sizes(folder))
 
-    def sizes(self, folder: str) -> dict[str, int]:
-        """Sizes of the files directly in a folder, in bytes, by the names of `names`.
+    def gone(self, names: Iterable[str]) -> set[str]:
+        """Those files that do not exist, or are empty.
 
         Args:
-            folder: Its name; it need not exist.
+            names: Names of files.
         """
+        wanted = set(names)
+        # Listing a folder is much cheaper than asking for each of its files.
+        for folder in {name.rpartition("/")[0] for name in wanted}:
+            wanted -= {name for name, size in self._sizes(folder).items() if size}
+        return wanted
+
+    def _sizes(self, folder: str) -> dict[str, int]:
         try:
             found = cast("list[dict[str, Any]]", self._files.ls(self._path(folder), detail=True))
         except FileNotFoundError:

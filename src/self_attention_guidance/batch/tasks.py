@@ -199,6 +199,7 @@ def _settings(filled: Mapping[str, Any], defaults: Defaults) -> GenerationSettin
     }.items():
         if column in filled:
             changes[name] = check_count(column, _whole(column, filled[column]))
+            _check_limit(column, changes[name], defaults)
     for column in ("image", "mask"):
         if column in filled:
             changes[column] = check_text(column, filled[column])
@@ -213,12 +214,15 @@ def _settings(filled: Mapping[str, Any], defaults: Defaults) -> GenerationSettin
 def _check_limits(settings: GenerationSettings, defaults: Defaults) -> None:
     check_start(settings, defaults.max_size)
     for name in ("width", "height"):
-        pixels = getattr(settings, name)
-        if pixels is not None and pixels > defaults.max_size:
-            raise ValueError(f"{name}={pixels} must be at most {defaults.max_size} (--max-size)")
-    if settings.num_inference_steps > defaults.max_steps:
-        steps = settings.num_inference_steps
-        raise ValueError(f"steps={steps} must be at most {defaults.max_steps} (--max-steps)")
+        _check_limit(name, getattr(settings, name) or 0, defaults)
+    _check_limit("steps", settings.num_inference_steps, defaults)
+
+
+def _check_limit(column: str, value: int, defaults: Defaults) -> None:
+    limit = "max_steps" if column == "steps" else "max_size"
+    if value > (most := getattr(defaults, limit)):
+        option = limit.replace("_", "-")
+        raise ValueError(f"{column}={value!r:.60} must be at most {most} (--{option})")
 
 
 def _clean(text: str) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .loading import check_sampling
 from .options import OneScaleOptions, PromptOptions, SamplingOptions
 from .output import hide_loading_bars, note, print_line
 
@@ -146,19 +147,15 @@ def _source(options: BatchCommand) -> PromptList | int:
 def _check_before_loading(options: BatchCommand) -> None:
     """Refuse wrong options before the heavy imports, which take seconds."""
     from ..checks import check_count
-    from ..generate import GenerationSettings, check_dtype_name, check_scheduler_name
+    from ..generate import GenerationSettings
     from ..generate.finding import find_prompt_or_pixel_model
 
     given = options.generation_arguments().items()
     options.defaults(GenerationSettings(**{n: value for n, value in given if value is not None}))
-    for name in ("batch_size", "shard_size"):
-        if getattr(options, name) is not None:
-            check_count(name, getattr(options, name))
+    check_sampling(options, options.num_images)
+    if options.shard_size is not None:
+        check_count("shard_size", options.shard_size)
     check_count("together", options.together, most=_MOST_TOGETHER)
-    if options.scheduler is not None:
-        check_scheduler_name(options.scheduler)
-    options.guidance_arguments()
-    check_dtype_name(options.dtype)
     options.loading_arguments()
     find_prompt_or_pixel_model(options.model)
     _check_uses(options)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..batch.storage import json_object
 from ..evaluate import Estimate
 from ..generate.files import whole_file
 from .plan import Plan
@@ -76,6 +77,9 @@ def settings_content(candidate: Candidate, steps: int, there: Path) -> dict[str,
         candidate: The setting.
         steps: Sampling steps that it was tried with.
         there: An earlier file, whose section "compare" is kept; it need not exist.
+
+    Raises:
+        ValueError: That file is damaged.
     """
     settings = candidate.guidance.to_dict()
     usual = type(candidate.guidance)().to_dict()
@@ -84,7 +88,10 @@ def settings_content(candidate: Candidate, steps: int, there: Path) -> dict[str,
         generation["guidance_scale"] = candidate.cfg
     kept = {n: v for n, v in settings.items() if n in ("method", "scale") or v != usual[n]}
     content: dict[str, Any] = {"guidance": kept, "generation": generation}
-    earlier: Any = json.loads(there.read_text(encoding="utf-8")) if there.is_file() else {}
+    try:
+        earlier = json_object(there.read_bytes()) if there.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"out={str(there)!r} is damaged ({error}): delete it") from error
     return content | ({"compare": earlier["compare"]} if "compare" in earlier else {})
 
 
