@@ -381,7 +381,7 @@ def test_a_grid_is_bounded() -> None:
     assert (rows.values, columns.values) == (["a", "b, c"], [None, "sag:scale=2"])
     for name, values, message in (
         ("scale", "0,1,2,3", "pictures=8 must be at most 6"),
-        ("scale", "0,x", "columns='scale=0,x': could not convert"),
+        ("scale", "0,x", "columns='scale=0,x': 'x' must be a number"),
         ("scale", "nan", "finite"),
         ("cfg", "101", "cfg=101 must be between"),
         ("steps", "21", "steps=21 must be at most 20"),
