@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import gradio as gr
@@ -113,6 +113,9 @@ class Controls:
             **_of_sampling(self.studio),
             **_of_start(self.studio),
         }
+        for name, control in by_name.items():
+            if isinstance(control, gr.Slider | gr.Number):
+                control.preprocess = _reading_numbers(name, control.preprocess)
         self.inputs = [by_name[name] for name in SETTINGS]
         self.files = [by_name[name] for name in FILES]
         self.in_address = {name: by_name[name] for name in SETTINGS if name not in FILES}
@@ -219,6 +222,19 @@ class Controls:
                 update |= _value_for(control, given[name])
             updates.append(gr.update(**update) if update else gr.skip())
         return updates
+
+
+def _reading_numbers(name: str, read: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Read a control's value from a request, which may hold anything; gradio fails for texts."""
+
+    def checked(value: Any) -> Any:
+        if value is None:  # refused with the other settings
+            return None
+        if not isinstance(value, int | float):
+            raise gr.Error(f"{name}={value!r:.60} must be a number.", print_exception=False)
+        return read(value)
+
+    return checked
 
 
 def _of_guidance(guidance: Guidance, methods: Sequence[str]) -> dict[str, Any]:
