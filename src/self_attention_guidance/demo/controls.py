@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gradio as gr
@@ -115,7 +115,7 @@ class Controls:
         }
         for name, control in by_name.items():
             if isinstance(control, gr.Slider | gr.Number):
-                control.preprocess = _reading_numbers(name, control.preprocess)
+                _refuse_texts(name, control)
         self.inputs = [by_name[name] for name in SETTINGS]
         self.files = [by_name[name] for name in FILES]
         self.in_address = {name: by_name[name] for name in SETTINGS if name not in FILES}
@@ -224,8 +224,9 @@ class Controls:
         return updates
 
 
-def _reading_numbers(name: str, read: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Read a control's value from a request, which may hold anything; gradio fails for texts."""
+def _refuse_texts(name: str, control: Any) -> None:
+    """Let a control for numbers refuse what else a request may hold; gradio fails for it."""
+    read = control.preprocess
 
     def checked(value: Any) -> Any:
         if value is None:  # refused with the other settings
@@ -234,7 +235,7 @@ def _reading_numbers(name: str, read: Callable[[Any], Any]) -> Callable[[Any], A
             raise gr.Error(f"{name}={value!r:.60} must be a number.", print_exception=False)
         return read(value)
 
-    return checked
+    control.preprocess = checked
 
 
 def _of_guidance(guidance: Guidance, methods: Sequence[str]) -> dict[str, Any]:
