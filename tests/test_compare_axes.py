@@ -187,7 +187,8 @@ def test_axes_are_read_as_they_were_written() -> None:
     [
         (["--rows", "cfg"], "--rows='cfg' must be NAME=VALUE,VALUE,... with a name of prompt,"),
         (["--rows", "size=1"], "--rows='size=1' must be NAME=VALUE"),
-        (["--rows", "cfg=1,x"], "--rows='cfg=1,x': could not convert"),
+        (["--rows", "cfg=1,x"], "--rows='cfg=1,x': 'x' must be a number"),
+        (["--rows", "seed=1.5"], "--rows='seed=1.5': '1.5' must be a whole number"),
         (["--rows", "cfg=nan"], "--rows='cfg=nan': cfg=nan must be a finite number"),
         (["--rows", "steps=0,2"], "--rows='steps=0,2': steps=0 must be a whole number"),
         (["--rows", "window=0.5"], "'0.5' must be START-STOP, for example 0.2-0.65"),

@@ -338,6 +338,9 @@ def test_a_sweep_draws_what_the_library_draws(
         ({"size": 100}, "size=100|width=100"),
         ({"seed": -1}, "less than minimum value 0"),
         ({"seed": None}, "seed is empty"),
+        ({"steps": None}, "steps is empty"),
+        ({"steps": "4"}, "steps='4' must be a number"),
+        ({"seed": [4]}, r"seed=\[4\] must be a number"),
         ({"prompt": "a" * 2001}, "2000"),
         ({"scheduler": "../../etc/passwd"}, "not in the list of choices"),
         ({"sag_scale": 1e9}, "greater than maximum"),
@@ -381,7 +384,7 @@ def test_a_grid_is_bounded() -> None:
     assert (rows.values, columns.values) == (["a", "b, c"], [None, "sag:scale=2"])
     for name, values, message in (
         ("scale", "0,1,2,3", "pictures=8 must be at most 6"),
-        ("scale", "0,x", "columns='scale=0,x': could not convert"),
+        ("scale", "0,x", "columns='scale=0,x': 'x' must be a number"),
         ("scale", "nan", "finite"),
         ("cfg", "101", "cfg=101 must be between"),
         ("steps", "21", "steps=21 must be at most 20"),

@@ -132,16 +132,17 @@ def test_only_the_denoised_part_of_packed_tokens_is_blurred() -> None:
 
 
 @pytest.mark.parametrize("branch", ["uncond", "cond"])
-def test_two_calls_of_a_step_cost_one_more_row(branch: Any) -> None:
-    pipe = flux()
+@pytest.mark.parametrize("name", ["Flux", "Qwen-Image"])
+def test_two_calls_of_a_step_cost_no_row_more(name: str, branch: Any) -> None:
+    """These pipelines keep in a variable whether a second call follows."""
+    pipe = TRANSFORMERS[name].make()
     rows: list[int] = []
     pipe.transformer.register_forward_pre_hook(
         lambda _, args, kwargs: rows.append(len(kwargs["hidden_states"])), with_kwargs=True
     )
     with SelfAttentionGuidance(1.0, branch=branch).attach(pipe):
-        draw("Flux", pipe, (3,), num_inference_steps=4)
-    # Whether a second call follows is not known before it came once.
-    assert sum(rows) == 4 * 3 + (branch == "uncond")
+        draw(name, pipe, (3,), num_inference_steps=4)
+    assert sum(rows) == 4 * 3
 
 
 def test_a_pipeline_that_tells_of_its_second_call_costs_no_row_more() -> None:

@@ -131,8 +131,10 @@ def _axes(options: CompareCommand) -> dict[str, Axis]:
         if name in given_here:
             option = f"--{name.replace('_', '-')}"
             raise ValueError(f"{option} must not be given with --rows or --columns that replace it")
-    of_axes = [text for axis in axes.values() if axis.name == "guidance" for text in axis.values]
-    for text in filter(None, [*(options.guidance or []), *of_axes]):
+    texts = [*(options.guidance or [])]
+    for axis in axes.values():
+        texts += [each for each in axis.values if axis.name == "guidance" and each is not None]
+    for text in texts:
         named = parse_guidance(text)
         for part in named.get("guidances", [named]):
             for setting in part.keys() & set(replaced):

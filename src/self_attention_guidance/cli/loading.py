@@ -40,10 +40,13 @@ def check_drawing(options: DrawingOptions, num_images: int, count_name: str = "n
     Raises:
         ValueError: An option is outside its range.
     """
-    from ..generate import check_count, check_dtype_name, check_scheduler_name, seeds_of
+    from ..checks import check_count, check_steps, seeds_of
+    from ..generate import check_dtype_name, check_scheduler_name
 
     seeds_of(options.seed, num_images, count_name)
     check_count("batch_size", options.batch_size)
+    if options.steps is not None:
+        check_steps(options.steps)
     if options.scheduler is not None:
         check_scheduler_name(options.scheduler)
     check_dtype_name(options.dtype)

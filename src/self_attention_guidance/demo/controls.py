@@ -113,6 +113,9 @@ class Controls:
             **_of_sampling(self.studio),
             **_of_start(self.studio),
         }
+        for name, control in by_name.items():
+            if isinstance(control, gr.Slider | gr.Number):
+                _refuse_texts(name, control)
         self.inputs = [by_name[name] for name in SETTINGS]
         self.files = [by_name[name] for name in FILES]
         self.in_address = {name: by_name[name] for name in SETTINGS if name not in FILES}
@@ -219,6 +222,20 @@ class Controls:
                 update |= _value_for(control, given[name])
             updates.append(gr.update(**update) if update else gr.skip())
         return updates
+
+
+def _refuse_texts(name: str, control: Any) -> None:
+    """Let a control for numbers refuse what else a request may hold; gradio fails for it."""
+    read = control.preprocess
+
+    def checked(value: Any) -> Any:
+        if value is None:  # refused with the other settings
+            return None
+        if not isinstance(value, int | float):
+            raise gr.Error(f"{name}={value!r:.60} must be a number.", print_exception=False)
+        return read(value)
+
+    control.preprocess = checked
 
 
 def _of_guidance(guidance: Guidance, methods: Sequence[str]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ embeddings need no special code.
 from __future__ import annotations
 
 import functools
+import math
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext, suppress
@@ -137,13 +138,14 @@ def _tokens(
     hidden_states: Any = None, encoder_hidden_states: Any = None, *_: Any, **__: Any
 ) -> int | None:
     """Count the tokens that a processor gets, text included; `None` if it gets no states."""
-    is_joint = encoder_hidden_states is not None and encoder_hidden_states is not hidden_states
-    given = (hidden_states, encoder_hidden_states) if is_joint else (hidden_states,)
+    has_text = encoder_hidden_states is not None and encoder_hidden_states is not hidden_states
+    given: list[Any] = [hidden_states, encoder_hidden_states] if has_text else [hidden_states]
     if not all(isinstance(states, Tensor) for states in given):
         return None
     # A map, (batch, channels, height, width), has a token for each of its pixels.
-    maps = [states.flatten(2).transpose(1, 2) if states.ndim == 4 else states for states in given]
-    return sum(states.shape[1] for states in maps)
+    return sum(
+        math.prod(states.shape[2:] if states.ndim == 4 else states.shape[1:2]) for states in given
+    )
 
 
 def merged_tokens(layer: str, positions: int, given: str) -> str:

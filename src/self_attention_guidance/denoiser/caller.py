@@ -22,6 +22,7 @@ _CFG = "do_classifier_free_guidance"
 # In pipelines of diffusers that can stop CFG before the last step: one variable or the other.
 _CFG_AT_STEP = "apply_cfg"
 _CFG_HAS_STOPPED = "do_classifier_free_truncation"
+_CFG_OF_DISTILLED = "do_true_cfg"  # in pipelines of networks that take a scale as an argument
 
 # Pipelines whose denoiser gets x_t = alpha_t * x0 + sigma_t * eps in its first channels or tokens,
 # at the scheduler's noise level, with one or two conditions. Their subclasses count as known, too.
@@ -59,7 +60,7 @@ class Caller:
         if self.frame.f_locals.get(_CFG_HAS_STOPPED):
             return False
         where = _where_cfg_is_kept(type(self.pipeline))
-        if where in (_CFG, _CFG_AT_STEP):
+        if where in (_CFG, _CFG_AT_STEP, _CFG_OF_DISTILLED):
             return self.frame.f_locals.get(where)
         return bool(getattr(self.pipeline, _CFG)) if where == "property" else None
 
@@ -137,8 +138,9 @@ def _where_cfg_is_kept(pipeline: type) -> str:
         variables = (*code.co_varnames, *code.co_cellvars)
         # Other pipelines may read the property, but decide by something else.
         is_known = base.__module__.startswith("diffusers.")
-        if is_known and _CFG_AT_STEP in variables:
-            return _CFG_AT_STEP
+        for name in (_CFG_AT_STEP, _CFG_OF_DISTILLED):
+            if is_known and name in variables:
+                return name
         if _CFG in variables:
             return _CFG
         if _CFG in code.co_names and is_known:

@@ -92,19 +92,14 @@ class TwoCalls:
         self._is_second = has_same_sample and not self._is_second and self._first is not None
         if self._is_second:
             self._expects_second = True
-        else:
-            self.check()
+        elif self._owes_guidance:
+            self._owes_guidance = False
+            raise RuntimeError(f"a step ran without its second call, {_USE_FIRST}")
         self._wanted = wanted
         if cfg is not None or is_last:
             self._expects_second = bool(cfg)
         if not self._is_second:
             self._first_terms = {}
-
-    def check(self) -> None:
-        """Refuse a step that is over and was not guided, because its second call is missing."""
-        if self._owes_guidance:
-            self._owes_guidance = False
-            raise RuntimeError(f"a step ran without its second call, {_USE_FIRST}")
 
     def needs_term(self, layout: Layout, branch: str) -> bool:
         """Whether the present call computes the term of a guided branch."""

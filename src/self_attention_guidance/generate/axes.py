@@ -193,7 +193,7 @@ def parse_axis(option: str, text: str) -> Axis:
             for each in filter(None, values):
                 parse_guidance(each)
             return Axis(name, values, texts)
-        return Axis(name, [_KINDS.get(name, float)(part) for part in parts])
+        return Axis(name, [_KINDS.get(name, _number)(part) for part in parts])
     except ValueError as error:
         raise ValueError(f"{option}={text!r}: {error}") from None
 
@@ -222,10 +222,18 @@ def _window(text: str) -> tuple[float, float]:
         raise ValueError(f"{text!r} must be START-STOP, for example 0.2-0.65") from None
 
 
+def _number(text: str, kind: type[int] | type[float] = float) -> float:
+    try:
+        return kind(text)
+    except ValueError:
+        rule = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{text!r} must be {rule}") from None
+
+
 _KINDS: Mapping[str, Callable[[str], Any]] = {
     "prompt": str,
-    "seed": int,
-    "steps": int,
+    "seed": lambda text: _number(text, int),
+    "steps": lambda text: _number(text, int),
     "window": _window,
     "layer": lambda text: None if text == "default" else text,
 }

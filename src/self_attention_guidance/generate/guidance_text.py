@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import collections.abc
+import copy
 import dataclasses
 import difflib
 import functools
@@ -105,8 +106,8 @@ def _settings_of_methods() -> dict[str, type]:
     for module in (typing, collections.abc, dataclasses, checks):
         known |= {name: value for name, value in vars(module).items() if name[0] != "_"}
     for statement in source:
-        if isinstance(statement, ast.Assign):
-            with suppress(NameError):  # it is no constant, but made by a heavy library
+        if isinstance(statement, ast.Assign | ast.FunctionDef):
+            with suppress(NameError):  # it needs a heavy library, so no check needs it
                 _run(statement, known)
     classes = {each.name: each for each in source if isinstance(each, ast.ClassDef)}
     return {
@@ -123,13 +124,12 @@ def _settings(name: str, classes: Mapping[str, ast.ClassDef], known: dict[str, A
         own = classes[name]
         for base in own.bases:
             _settings(ast.unparse(base), classes, known)
-        body = [
-            each
-            for each in own.body
-            if isinstance(each, ast.AnnAssign)
-            or (isinstance(each, ast.FunctionDef) and each.name == "__post_init__")
-        ]
-        kept = ast.ClassDef(**{**vars(own), "body": body or [ast.Pass()], "keywords": []})
+        kept = copy.copy(own)
+        kept.keywords, kept.body = [], [ast.Pass()]
+        for each in own.body:
+            is_check = isinstance(each, ast.FunctionDef) and each.name == "__post_init__"
+            if is_check or isinstance(each, ast.AnnAssign):
+                kept.body.append(each)
         _run(ast.fix_missing_locations(kept), known)
     return known[name]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..checks import check_count, check_finite, check_steps
+from ..checks import check_count, check_finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class SampleSettings:
 
     def __post_init__(self) -> None:
         """Check every setting."""
-        check_steps(self.num_inference_steps)
+        check_count("num_inference_steps", self.num_inference_steps)
         classes: Any = self.classes
         if not isinstance(classes, Sequence) or isinstance(classes, str):
             raise ValueError(f"classes={self.classes!r:.60} must be a sequence of whole numbers")

@@ -8,6 +8,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..checks import check_steps
+
 if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
@@ -171,6 +173,7 @@ def check_steps_of(scheduler: Any, steps: int) -> None:
     Raises:
         ValueError: There are too many steps, or too few; the message has the limit.
     """
+    check_steps(steps)
     if _has_steps(scheduler, steps):
         return
     # Beside the number of timesteps in training, limits are small: PNDM's first steps need four.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..checks import check_count, check_finite, check_steps, check_text
+from ..checks import check_count, check_finite, check_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class GenerationSettings:
         if self.sag_scale is not None:
             check_finite("sag_scale", self.sag_scale)
         check_finite("guidance_scale", self.guidance_scale)
-        check_steps(self.num_inference_steps)
+        check_count("num_inference_steps", self.num_inference_steps)
         for name in ("width", "height"):
             pixels = getattr(self, name)
             if pixels is not None and (check_count(name, pixels) % 8):

@@ -189,20 +189,11 @@ class GuidanceHandle:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        """Remove the guidance.
-
-        Raises:
-            RuntimeError: The pipeline got another denoiser meanwhile, or the last step was not
-                guided, because its second call is missing.
-        """
+        """Remove the guidance; raise an error if the pipeline got another denoiser meanwhile."""
         present = denoiser_of(self._pipeline()) if self.attached else None
         is_guided = present is None or self in _handles_on(present)
-        two_calls = self._run.two_calls
         self.remove()
-        if error is not None:
-            return
-        two_calls.check()
-        if not is_guided:
+        if error is None and not is_guided:
             raise RuntimeError(
                 f"{type(self._pipeline()).__name__} got another denoiser after guidance was "
                 "attached; its pictures since then are not guided: attach again after the change"
