@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from report import Row
 
-# For the methods other than none, which is black.
+# For the methods other than none, which is black. Both lists are begun again where they end; their
+# lengths differ, so that no two methods look the same.
 _MARKERS = "sDP^vX*<>hdp"
-_COLOURS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8", "C9", "gold", "navy", "gray")
+_COLOURS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8", "C9", "gold", "navy", "gray", "teal")
 _APART = 0.7  # evaluations between methods of one budget
 
 
@@ -42,7 +43,8 @@ def draw_frontier(title: str, budgets: Sequence[tuple[str, list[Row]]], path: Pa
             continue
         # Methods of one budget stand beside each other.
         shift = (number - len(methods) / 2) * _APART
-        _draw_points(axes, chosen, shift, _MARKERS[number - 1], _COLOURS[number - 1])
+        looks = (each[(number - 1) % len(each)] for each in (_MARKERS, _COLOURS))
+        _draw_points(axes, chosen, shift, *looks)
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("network evaluations for one sample", fontsize=9)
     axes.set_ylabel("Fréchet distance (lower is better)", fontsize=9)

@@ -45,7 +45,7 @@ def _title(point: Point) -> str:
     method = point.method.removesuffix("-dpm++")
     if method == point.method:
         return _TITLES[method]
-    return "DPM-Solver++ alone" if method == "none" else f"{_TITLES[method]}, DPM-Solver++"
+    return "DPM-Solver++ alone" if method == "none" else f"{_TITLES[method]} with DPM-Solver++"
 
 
 @dataclass(frozen=True)
