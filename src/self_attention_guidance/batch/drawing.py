@@ -258,6 +258,7 @@ def _facts(drawing: GeneratedImage, content: bytes) -> Row:
     """Values that are known only once a picture is drawn, because the model decides them."""
     width, height = drawing.image.size
     record = drawing.record
+    negative = drawing.unread_negative and f"negative_prompt: {drawing.unread_negative}"
     return {
         "sag_scale": record["guidance"]["scale"],
         "guidance": json.dumps(record["guidance"]),
@@ -266,7 +267,7 @@ def _facts(drawing: GeneratedImage, content: bytes) -> Row:
         "width": width,
         "height": height,
         "flagged": drawing.flagged,
-        "unread": drawing.unread or None,
+        "unread": "\n".join(filter(None, (drawing.unread, negative))) or None,
         "sha256": hashlib.sha256(content).hexdigest(),
     }
 

@@ -35,6 +35,7 @@ class GeneratedImage:
         record: All its settings, which are enough to draw it again: see `describe`.
         flagged: Whether the model's safety checker blacked it out.
         unread: The end of the prompt that the model's text encoders did not read; usually empty.
+        unread_negative: The same of the negative prompt.
         attended: Share of the guided steps at which a position was blurred, on the grid of the
             attention layer, (height, width), 0 to 1; `None` if not recorded or if nothing was
             blurred.
@@ -45,6 +46,7 @@ class GeneratedImage:
     record: Mapping[str, Any]
     flagged: bool = False
     unread: str = ""
+    unread_negative: str = ""
     attended: NDArray[np.float64] | None = None
 
     @property
@@ -128,6 +130,7 @@ class PromptArtist:
         images = self.pipeline.numpy_to_pil(output.images)
         flagged = getattr(output, "nsfw_content_detected", None) or [False] * count
         record = self._record(images[0].size, count)
+        unread_negative = unread_part(self.pipeline, self.settings.negative_prompt)
         for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             yield GeneratedImage(
                 image=images[number],
@@ -135,6 +138,7 @@ class PromptArtist:
                 record={**record, "prompt": prompt, "seed": seed},
                 flagged=bool(flagged[number]),
                 unread=unread_part(self.pipeline, prompt),
+                unread_negative=unread_negative,
                 attended=callback.attended(number),
             )
 
