@@ -11,6 +11,7 @@ from typing import IO
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
 from PIL import Image, ImageChops
 from safetensors.torch import load_file, save_file
 
@@ -38,7 +39,7 @@ from self_attention_guidance.generate import (
     seeds_of,
 )
 from single_file import CONFIGURATION_OF_SD1, save_single_file
-from tiny import put_into_hub_cache, save_tiny_model
+from tiny import put_into_hub_cache, save_tiny_model, tiny_pipeline
 
 FEW = GenerationSettings(num_inference_steps=3, guidance_scale=3.0)
 
@@ -247,6 +248,18 @@ def test_a_single_file(tmp_path: Path, hub_cache: Path) -> None:
         save_file({n: v for n, v in tensors.items() if n != gone}, tmp_path / "less.safetensors")
         with pytest.raises(ValueError, match=message):
             load_pipeline(str(tmp_path / "less.safetensors"), "cpu")
+
+
+@pytest.mark.parametrize("is_file", [False, True])
+def test_parts_from_the_hub_must_fit_too(tmp_path: Path, hub_cache: Path, is_file: bool) -> None:
+    pipe = tiny_pipeline(StableDiffusionPipeline, scheduler=FlowMatchEulerDiscreteScheduler())
+    pipe.save_pretrained(tmp_path / "mine")
+    put_into_hub_cache(tmp_path / "mine", hub_cache, CONFIGURATION_OF_SD1)
+    name = CONFIGURATION_OF_SD1
+    if is_file:
+        name = str(save_single_file(pipe, tmp_path / "model.safetensors"))
+    with pytest.raises(ValueError, match="unlike its UNet2DConditionModel"):
+        load_pipeline(name, "cpu")
 
 
 def test_checkpoints_that_can_run_code_are_refused(tmp_path: Path) -> None:

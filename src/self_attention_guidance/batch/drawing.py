@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..generate.drawing import GeneratedImage
+from ..generate.failing import OUT_OF_MEMORY
 from ..generate.metadata import png_text
 from ..generate.record import difference
 from ..generate.schedulers import label_of
@@ -288,8 +289,7 @@ def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
 def _is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("an't allocate memory" in text)
+    return isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def _refuse_broken_device(error: Exception) -> None:

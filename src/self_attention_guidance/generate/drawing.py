@@ -13,6 +13,7 @@ from PIL import Image
 
 from ..guidance import GuidanceHandle
 from .arguments import call_arguments
+from .failing import failures_in_one_line
 from .finite import refuse_not_finite
 from .kinds import pipeline_for
 from .metadata import Record, text_of
@@ -117,11 +118,12 @@ class PromptArtist:
         """
         count = len(prompts)
         callback = _StepCallback(count, self.record_attention, self.on_progress)
-        output: Any = self.pipeline(
-            **call_arguments(self.pipeline, prompts, self.settings, callback),
-            generator=seeded_generators(self.pipeline.scheduler, seeds),
-            sag_scale=self.sag_scale,
-        )
+        with failures_in_one_line():
+            output: Any = self.pipeline(
+                **call_arguments(self.pipeline, prompts, self.settings, callback),
+                generator=seeded_generators(self.pipeline.scheduler, seeds),
+                sag_scale=self.sag_scale,
+            )
         if not np.isfinite(output.images).all():
             raise FloatingPointError(
                 "the decoded picture is not finite: the VAE overflows or its weights are damaged; "
