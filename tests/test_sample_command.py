@@ -134,6 +134,12 @@ def test_other_networks_alone_are_refused_by_what_they_lack(
     assert "is a network alone (UNet2DConditionModel), without what reads prompts" in message
     sample = ("sample", "--model", tmp_path / "unet", "--num-samples", 1)
     assert "it must be one of" in error_of(capsys, *sample)
+    index = {"_class_name": "ConsistencyModelPipeline", "unet": [], "scheduler": []}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    sample = ("sample", "--model", tmp_path, "--num-samples", 1)
+    assert "is of the class ConsistencyModelPipeline: it must" in error_of(capsys, *sample)
+    message = error_of(capsys, "generate", "a", "--model", tmp_path)
+    assert "is of the class ConsistencyModelPipeline, which takes no prompts" in message
 
 
 def test_a_network_without_attention_is_pointed_to_blur_guidance(

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from ..models.builtin import builtin_folder, builtin_names
 from .parts import STABLE_DIFFUSION, Parts, refuse_unfit_parts, refuse_unfit_pixel_parts
+from .single_file import check_single_file
 
 PIXEL_NETWORK = "UNet2DModel"
 PIXEL_CLASSES = ("ADMPipeline", "DDPMPipeline", "DDIMPipeline", PIXEL_NETWORK)
@@ -48,6 +49,7 @@ def find_model(model: str) -> tuple[str, bool]:
                 f"model={model!r}: a single file must be a .safetensors file, because other"
                 " checkpoints can run code when they are loaded; convert it to safetensors"
             )
+        check_single_file(model, path)
         return str(path.resolve()), True
     return find_folder(model, check_prompt_index, "a .safetensors file, "), False
 
@@ -228,7 +230,7 @@ def is_stable_diffusion(index: Mapping[str, Any]) -> bool:
         index: Its content.
     """
     components = {key for key in index if not key.startswith("_")}
-    return "unet" in components and components <= STABLE_DIFFUSION
+    return {"unet", "text_encoder"} <= components <= STABLE_DIFFUSION
 
 
 def check_dtype_name(dtype: str) -> None:

@@ -99,7 +99,7 @@ def _content(path: Path) -> Any:
 
 
 def _refusal(path: Path, reason: str) -> str:
-    if "unsupported" in reason.lower():
+    if "unsupported" in reason.lower() and not _compression(path):
         found = re.search(r"GLOBAL (\S+)", reason)
         named = f" ({found[1]})" if found else ""
         return (
@@ -111,10 +111,17 @@ def _refusal(path: Path, reason: str) -> str:
 
 
 def _damaged(path: Path, error: object) -> str:
-    with path.open("rb") as file:
-        begin = file.read(8)
-    for mark, kind in _COMPRESSED.items():
-        if begin.startswith(mark):
-            return f"checkpoint={str(path)!r} is compressed by {kind}: decompress it first"
+    if kind := _compression(path):
+        return f"checkpoint={str(path)!r} is compressed by {kind}: decompress it first"
     reason = " ".join(str(error).split()) or type(error).__name__
     return f"checkpoint={str(path)!r} is damaged or no checkpoint: {reason[:160]}"
+
+
+def _compression(path: Path) -> str:
+    """How a file is compressed; empty if it is not."""
+    try:
+        with path.open("rb") as file:
+            begin = file.read(8)
+    except OSError:
+        return ""  # that is told already
+    return next((kind for mark, kind in _COMPRESSED.items() if begin.startswith(mark)), "")
