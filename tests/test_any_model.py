@@ -20,9 +20,13 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
 )
 from PIL import Image
+from transformers import T5Config, T5EncoderModel
 
 from command_line import error_of, run
-from self_attention_guidance.generate import generate, load_pipeline, read_record
+from self_attention_guidance.batch import Manifest, Storage
+from self_attention_guidance.denoiser.families import FAMILIES
+from self_attention_guidance.generate import generate, load_pipeline, parts, read_record
+from self_attention_guidance.generate.parts import parts_of_pipeline, refuse_unfit_parts
 from tiny import tiny_pipeline, tiny_unet
 from tiny_models import MODELS
 
@@ -159,6 +163,7 @@ class TestRefusals:
     def refused(self, capsys: pytest.CaptureFixture[str], folder: Path) -> str:
         for weights in folder.rglob("*.safetensors"):
             weights.unlink()
+        capsys.readouterr()  # the progress of saving
         return error_of(capsys, "generate", "red heart", "--model", folder, "--steps", 1)
 
     @pytest.mark.parametrize(
@@ -178,6 +183,93 @@ class TestRefusals:
     ) -> None:
         tiny_pipeline(kind, unet=tiny_unet(in_channels=channels)).save_pretrained(tmp_path)
         assert purpose in self.refused(capsys, tmp_path)
+
+    @pytest.mark.parametrize(
+        ("name", "part", "changes", "message"),
+        [
+            ("stable_diffusion_xl", "unet", {"in_channels": 9}, "is for inpainting: its U-Net"),
+            ("stable_diffusion_3", "transformer", {"in_channels": 9}, "is for inpainting: its tr"),
+            ("flux", "transformer", {"in_channels": 40}, "is for more than text to image: its tr"),
+            ("flux", "transformer", {"in_channels": 8}, "8 channels, and the latents of its VAE "),
+            ("stable_diffusion", "vae", {"latent_channels": 16}, "latents of its VAE have 16"),
+            ("z_image", "vae", {"latent_channels": 16}, "latents of its VAE have 16"),
+            ("stable_diffusion", "unet", {"cross_attention_dim": 48}, "width 48, and its text"),
+            ("stable_diffusion_xl", "text_encoder", {"hidden_size": 48}, "encoder gives 48 + 32"),
+            ("stable_diffusion", "unet", {"addition_embed_type": "text_time"}, "Diffusion XL"),
+            ("stable_diffusion", "unet", {"num_class_embeds": 5}, "(num_class_embeds=5)"),
+            ("stable_diffusion_xl", "unet", {"class_embed_type": "timestep"}, "its U-Net takes c"),
+        ],
+    )
+    def test_parts_that_do_not_fit(
+        self,
+        saved: Saved,
+        capsys: pytest.CaptureFixture[str],
+        tmp_path: Path,
+        name: str,
+        part: str,
+        changes: dict[str, object],
+        message: str,
+    ) -> None:
+        folder = shutil.copytree(saved(name), tmp_path / "model")
+        file = folder / part / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+        assert message in self.refused(capsys, folder)
+
+    @pytest.mark.parametrize(
+        ("name", "scheduler", "message"),
+        [
+            ("stable_diffusion_xl", "FlowMatchEulerDiscreteScheduler", "unlike its UNet2DCondit"),
+            ("pixart", "FlowMatchHeunDiscreteScheduler", "unlike its PixArtTransformer2DModel"),
+            ("stable_diffusion_3", "DDIMScheduler", "was trained by flow matching, and its sch"),
+        ],
+    )
+    def test_a_scheduler_of_another_kind(
+        self,
+        saved: Saved,
+        capsys: pytest.CaptureFixture[str],
+        tmp_path: Path,
+        name: str,
+        scheduler: str,
+        message: str,
+    ) -> None:
+        folder = shutil.copytree(saved(name), tmp_path / "model")
+        index = json.loads((folder / "model_index.json").read_text())
+        index["scheduler"] = ["diffusers", scheduler]
+        (folder / "model_index.json").write_text(json.dumps(index))
+        assert message in self.refused(capsys, folder)
+
+    @pytest.mark.parametrize("name", MODELS)
+    def test_parts_that_are_loaded_already(self, name: str) -> None:
+        pipe = MODELS[name]()
+        refuse_unfit_parts("mine", parts_of_pipeline(pipe))
+        pipe.vae.register_to_config(latent_channels=5)
+        with pytest.raises(ValueError, match=r"^model='mine' has parts .* its VAE have"):
+            refuse_unfit_parts("mine", parts_of_pipeline(pipe))
+
+    def test_all_denoisers_are_known(self) -> None:
+        known = parts._FLOW_MATCHING | parts._WITHOUT_FLOW
+        assert known - {"ADMUNet2DModel"} == FAMILIES.keys()
+        packed = {name for name, family in FAMILIES.items() if family.packing is not None}
+        assert packed <= parts._PACKED
+
+    def test_what_only_the_call_shows(
+        self, saved: Saved, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
+        """Each command says it in one line: the text of this model has another width."""
+        folder = shutil.copytree(saved("pixart"), tmp_path / "model")
+        T5EncoderModel(T5Config(vocab_size=16, d_model=48, d_ff=8, num_layers=1)).save_pretrained(
+            folder / "text_encoder"
+        )
+        asked = ["--model", folder, "--steps", 1, "--out"]
+        said = "the model can't draw: do its parts fit each other? RuntimeError: mat1 and mat2"
+        for command in (["generate", "red"], ["compare", "red"]):
+            out = tmp_path / ("a.png" if command[0] == "compare" else "out")
+            assert run(*command, *asked, out, "--quiet") == 2
+            assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {said}")
+        (tmp_path / "a.jsonl").write_text('{"prompt": "red"}\n')
+        assert run("batch", tmp_path / "a.jsonl", *asked, tmp_path / "job", "--quiet") == 3
+        (row,) = Manifest(Storage(str(tmp_path / "job"))).rows()
+        assert row["error"].startswith(said)
 
     @pytest.mark.parametrize(
         ("kind", "reason"),

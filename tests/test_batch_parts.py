@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
@@ -52,6 +53,37 @@ def test_all_forms_of_lists_hold_the_same(tmp_path: Path, name: str) -> None:
     wanted = [tasks_of(number, row, DEFAULTS) for number, row in enumerate(ROWS)]
     for _ in range(2):  # it can be read again
         assert [tasks_of(number, row, DEFAULTS) for number, row in enumerate(found)] == wanted
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "is_exact"),
+    [
+        (pa.float16(), 2047, True),
+        (pa.float16(), 2049, False),
+        (pa.float32(), 2**24 - 1, True),
+        (pa.float32(), 2**24 + 1, False),
+        (pa.float64(), 2**53 - 1, True),
+        (pa.float64(), 2**53 + 1, False),
+        (pa.int64(), 2**53 + 1, True),
+    ],
+)
+@pytest.mark.parametrize("is_dictionary", [False, True])
+def test_a_seed_that_its_column_could_not_hold_is_refused(
+    tmp_path: Path, kind: pa.DataType, value: int, is_exact: bool, is_dictionary: bool
+) -> None:
+    number = value if kind == pa.int64() else np.dtype(kind.to_pandas_dtype()).type(value)
+    column = pa.array([number, None, number], kind)
+    if is_dictionary and kind != pa.float16():  # pyarrow has no dictionaries of these
+        column = column.dictionary_encode()
+    table = pa.table({"prompt": ["a", "b", "c"], "seed": column, "guidance_scale": [1.5, 2, 3]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    first, empty, _ = PromptList(str(tmp_path / "a.parquet"))
+    assert tasks_of(1, empty, DEFAULTS)[0].seed == DEFAULTS.seed
+    if is_exact:
+        assert tasks_of(0, first, DEFAULTS)[0].seed == value
+    else:
+        with pytest.raises(ValueError, match=r"^seed=\d+ may not be the number that was written"):
+            tasks_of(0, first, DEFAULTS)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.parquet"])

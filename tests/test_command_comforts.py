@@ -14,6 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as parquet
 import pytest
 from PIL import Image
 
@@ -36,6 +37,43 @@ SETTINGS = {
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_tiny_model(tmp_path_factory.mktemp("comforts") / "tiny", SETTINGS))
+
+
+LONG = "red heart, " * 60 + "green apple"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "negative", "cut"),
+    [
+        ("red", "", []),
+        (LONG, "blue", ["prompt"]),
+        ("red", LONG, ["negative prompt"]),
+        (LONG, LONG, ["prompt", "negative prompt"]),
+    ],
+)
+def test_what_is_cut_of_both_prompts_is_told(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    model: str,
+    prompt: str,
+    negative: str,
+    cut: list[str],
+) -> None:
+    asked = [prompt, "--negative-prompt", negative, "--model", model, "--steps", 1, "--quiet"]
+    compared = ["--sag-scales", "0,1", "--out", tmp_path / "grid.png"]
+    for command in (["generate", "--out", tmp_path / "out"], ["compare", *compared]):
+        assert run(command[0], *asked, *command[1:]) == 0
+        told = capsys.readouterr().err.splitlines()
+        assert [line.split(" is too long")[0] for line in told] == [
+            f"warning: the {kind}" for kind in cut
+        ]
+        assert all(line.endswith("apple'") for line in told)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": prompt, "negative_prompt": negative}))
+    listed = [tmp_path / "a.jsonl", "--model", model, "--steps", 1, "--out", tmp_path / "job"]
+    assert run("batch", *listed, "--quiet") == 0
+    (row,) = parquet.read_table(tmp_path / "job/manifest.parquet").to_pylist()
+    assert ((row["unread"] or "").count("apple")) == len(cut)
+    assert ("negative_prompt: " in (row["unread"] or "")) == ("negative prompt" in cut)
 
 
 @pytest.mark.parametrize("command", [[], ["generate"], ["info"]])

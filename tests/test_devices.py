@@ -18,6 +18,7 @@ from self_attention_guidance import (
     SelfAttentionGuidance,
     attach,
 )
+from self_attention_guidance.pipelines.classifier_guidance import ancestral_variance
 from tiny import tiny_pipeline, tiny_scheduler, tiny_unet
 
 SCHEDULERS = (
@@ -210,3 +211,17 @@ def test_a_pipeline_with_several_schedulers_waits_once_a_step(is_first: bool) ->
     with SelfAttentionGuidance(1.0, start=0.2).attach(pipe, batch_layout="single"):
         pipe()
     assert max(waits[1:-1]) <= 1  # the last step also waits for what was left to it
+
+
+@pytest.mark.parametrize("kind", ["fixed_small", "fixed_large", "learned_range"])
+def test_classifier_guidance_needs_no_float64(kind: Any) -> None:
+    """`add_noise` moves the scheduler's table to the device."""
+    scheduler = diffusers.DDPMScheduler(variance_type=kind)
+    scheduler.set_timesteps(4)
+    output, table = torch.randn(1, 6, 8, 8), scheduler.alphas_cumprod
+    for timestep in scheduler.timesteps:
+        scheduler.alphas_cumprod = table
+        expected = ancestral_variance(scheduler, timestep, output)
+        scheduler.alphas_cumprod = table.as_subclass(OnDevice)
+        found = ancestral_variance(scheduler, timestep, output.as_subclass(OnDevice))
+        assert torch.equal(found.as_subclass(Tensor), expected)

@@ -6,11 +6,12 @@ import dataclasses
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers import ControlNetModel, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
 from PIL import Image, ImageChops
 from safetensors.torch import load_file, save_file
 
@@ -24,6 +25,7 @@ from self_attention_guidance.generate import (
     draw_grid,
     find_device,
     find_dtype,
+    find_model,
     format_parameters,
     generate,
     load_pipeline,
@@ -38,7 +40,15 @@ from self_attention_guidance.generate import (
     seeds_of,
 )
 from single_file import CONFIGURATION_OF_SD1, save_single_file
-from tiny import put_into_hub_cache, save_tiny_model
+from tiny import (
+    put_into_hub_cache,
+    save_tiny_model,
+    tiny_pipeline,
+    tiny_text_encoder,
+    tiny_unet,
+    tiny_vae,
+)
+from tiny_models import flux
 
 FEW = GenerationSettings(num_inference_steps=3, guidance_scale=3.0)
 
@@ -247,6 +257,52 @@ def test_a_single_file(tmp_path: Path, hub_cache: Path) -> None:
         save_file({n: v for n, v in tensors.items() if n != gone}, tmp_path / "less.safetensors")
         with pytest.raises(ValueError, match=message):
             load_pipeline(str(tmp_path / "less.safetensors"), "cpu")
+
+
+@pytest.mark.parametrize("is_file", [False, True])
+def test_parts_from_the_hub_must_fit_too(tmp_path: Path, hub_cache: Path, is_file: bool) -> None:
+    pipe = tiny_pipeline(StableDiffusionPipeline, scheduler=FlowMatchEulerDiscreteScheduler())
+    pipe.save_pretrained(tmp_path / "mine")
+    put_into_hub_cache(tmp_path / "mine", hub_cache, CONFIGURATION_OF_SD1)
+    name = CONFIGURATION_OF_SD1
+    if is_file:
+        name = str(save_single_file(pipe, tmp_path / "model.safetensors"))
+    with pytest.raises(ValueError, match="unlike its UNet2DConditionModel"):
+        load_pipeline(name, "cpu")
+
+
+FIRST = "model.diffusion_model.input_blocks.0.0.weight"
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"lora_unet_down_blocks_0.lora_down.weight": (4, 4)}, "it holds a LoRA"),
+        (tiny_vae, "it holds a VAE"),
+        ({"first_stage_model.decoder.conv_in.weight": (8, 4, 3, 3)}, "it holds a VAE"),
+        (tiny_text_encoder, "it holds a text encoder"),
+        (lambda: ControlNetModel.from_unet(tiny_unet()), "it holds a ControlNet"),
+        (tiny_unet, "it holds a network alone"),
+        ({"input_blocks.0.0.weight": (8, 3, 3, 3)}, "it holds a network alone"),
+        (lambda: flux().transformer, "it holds a transformer"),
+        ({"model.diffusion_model.joint_blocks.0.x": (1,)}, "it holds a transformer"),
+        (
+            {FIRST: (8, 4, 3, 3), "conditioner.embedders.0.x": (1,)},
+            "it holds a Stable Diff",
+        ),
+        ({FIRST: (8, 9, 3, 3)}, "is for inpainting: its U-Net takes 9 channels"),
+        ({"mine": (1,)}, "it holds something else"),
+        ({}, "it holds no weights"),
+    ],
+)
+def test_single_files_of_other_kinds_are_named(tmp_path: Path, parts: Any, message: str) -> None:
+    shapes = parts if isinstance(parts, dict) else {}
+    tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    if not isinstance(parts, dict):
+        tensors = {name: value.clone() for name, value in parts().state_dict().items()}
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=message):
+        find_model(str(tmp_path / "a.safetensors"))
 
 
 def test_checkpoints_that_can_run_code_are_refused(tmp_path: Path) -> None:

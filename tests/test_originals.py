@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import bz2
+import gzip
+import lzma
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -275,15 +279,72 @@ def test_safetensors_and_averaged_weights_load_too(tmp_path: Path) -> None:
             assert torch.equal(mine, theirs)
 
 
-@pytest.mark.parametrize("key", ["model", "state_dict", "ema"])
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize(
+    "key", ["model", "state_dict", "ema", "module", "model_state_dict", "ema_model"]
+)
+@pytest.mark.parametrize(
+    "prefix",
+    ["", "module.", "_orig_mod.", "module._orig_mod.", "model.", "_fsdp_wrapped_module.", "blocks"],
+)
 def test_what_training_scripts_write_loads(tmp_path: Path, key: str, prefix: str) -> None:
     state = {f"{prefix}{name}": value for name, value in torch.load(checkpoint("dit")).items()}
+    if prefix == "blocks":
+        in_block = r"^blocks(blocks\.\d+\.)?"
+        state = {re.sub(in_block, r"\1_orig_mod.", name): state[name] for name in state}
     rest = {"opt": {"param_groups": [{"lr": 1e-4}]}, "args": argparse.Namespace(model="DiT-XL/2")}
     torch.save({key: state, **rest}, tmp_path / "0050000.pt")
-    loaded = load_original("dit", tmp_path / "0050000.pt", config("dit"))
+    assert is_the_network(tmp_path / "0050000.pt")
+
+
+def is_the_network(path: Path) -> bool:
+    loaded = load_original("dit", path, config("dit")).parameters()
+    pairs = zip(loaded, network("dit").parameters(), strict=True)
+    return all(torch.equal(mine, theirs) for mine, theirs in pairs)
+
+
+def test_averaged_weights_are_taken_wherever_they_are(tmp_path: Path) -> None:
+    state = torch.load(checkpoint("dit"))
+    other = {name: value + 1 for name, value in state.items()}
+    averaged = {f"module.{name}": value for name, value in state.items()}
+    for content in (
+        {"state_dict": other, "state_dict_ema": state},
+        {"model": other, "model_ema": state},
+        {"model": other, "ema": {"model": state}},
+        {"model": state, "ema": {}},
+        {"model": state, "ema": None},
+        {"n_averaged": torch.tensor(3), **averaged},
+    ):
+        torch.save(content, tmp_path / "a.pt")
+        assert is_the_network(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounded_weights_of_dit_load(tmp_path: Path, dtype: torch.dtype) -> None:
+    state = torch.load(checkpoint("dit"))
+    torch.save({name: value.to(dtype) for name, value in state.items()}, tmp_path / "a.pt")
+    loaded = load_original("dit", tmp_path / "a.pt", config("dit"))
     for mine, theirs in zip(loaded.parameters(), network("dit").parameters(), strict=True):
-        assert torch.equal(mine, theirs)
+        assert torch.allclose(mine, theirs, rtol=0, atol=0.01)
+    state["pos_embed"] = state["pos_embed"] + 0.01
+    torch.save(state, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="other values than the sines and cosines"):
+        load_original("dit", tmp_path / "a.pt", config("dit"))
+
+
+@pytest.mark.parametrize(
+    ("compress", "kind"), [(gzip.compress, "gzip"), (bz2.compress, "bzip2"), (lzma.compress, "xz")]
+)
+def test_compressed_checkpoints_are_named(tmp_path: Path, compress: Any, kind: str) -> None:
+    (tmp_path / "a.pt.x").write_bytes(compress(checkpoint("dit").read_bytes()))
+    with pytest.raises(ValueError, match=f"is compressed by {kind}: decompress it first"):
+        load_original("dit", tmp_path / "a.pt.x", config("dit"))
+
+
+def test_more_than_tensors_is_named_with_what_to_do(tmp_path: Path) -> None:
+    rest = {"args": argparse.Namespace(results=tmp_path)}
+    torch.save({"ema": torch.load(checkpoint("dit")), **rest}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"\(pathlib\..*Path\): .* save its state dict alone$"):
+        load_original("dit", tmp_path / "a.pt", config("dit"))
 
 
 @pytest.mark.parametrize("name", PUBLISHED_SIZES)

@@ -7,9 +7,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import (
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DModel,
+)
 from safetensors.torch import load_file, save_file
 
 import self_attention_guidance.models.builtin as builtin
@@ -85,6 +90,42 @@ def test_a_network_alone_is_sampled(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "without weights in .safetensors files" in error_of(capsys, *broken)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"in_channels": 6}, "is for more than sampling, such as super-resolution: its network"),
+        ({"in_channels": 4, "out_channels": 4}, "draws 4 channels: a picture has 3 channels"),
+        ({"in_channels": 2, "out_channels": 4}, "draws 2 channels: a picture has 3 channels"),
+    ],
+)
+@pytest.mark.parametrize("is_bare", [False, True])
+def test_networks_that_draw_no_pictures_are_refused(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, int],
+    message: str,
+    is_bare: bool,
+) -> None:
+    saved: Any = tiny_unet(**changes)
+    (saved if is_bare else ADMPipeline(saved, DDPMScheduler())).save_pretrained(tmp_path)
+    for command in ("sample", "batch"):
+        asked = (command, "--model", tmp_path, "--num-samples", 1)
+        assert message in error_of(capsys, *asked, "--out", tmp_path / "a.npz")
+
+
+def test_parts_that_do_not_fit_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ("sample", "--model", tmp_path, "--num-samples", 1, "--sag-scale", 0, "--quiet")
+    asked += ("--out", tmp_path / "a.npz")
+    ADMPipeline(tiny_unet(), FlowMatchEulerDiscreteScheduler()).save_pretrained(tmp_path)
+    assert "trained by flow matching, unlike its UNet2DModel" in error_of(capsys, *asked)
+    unet = tiny_unet()
+    unet.register_to_config(sample_size=None)
+    ADMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path)
+    assert "the model can't draw: do its parts fit each other? " in error_of(capsys, *asked)
+
+
 def test_other_networks_alone_are_refused_by_what_they_lack(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -93,6 +134,12 @@ def test_other_networks_alone_are_refused_by_what_they_lack(
     assert "is a network alone (UNet2DConditionModel), without what reads prompts" in message
     sample = ("sample", "--model", tmp_path / "unet", "--num-samples", 1)
     assert "it must be one of" in error_of(capsys, *sample)
+    index = {"_class_name": "ConsistencyModelPipeline", "unet": [], "scheduler": []}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    sample = ("sample", "--model", tmp_path, "--num-samples", 1)
+    assert "is of the class ConsistencyModelPipeline: it must" in error_of(capsys, *sample)
+    message = error_of(capsys, "generate", "a", "--model", tmp_path)
+    assert "is of the class ConsistencyModelPipeline, which takes no prompts" in message
 
 
 def test_a_network_without_attention_is_pointed_to_blur_guidance(

@@ -324,3 +324,12 @@ def test_edm_euler_made_from_another_schedulers_config_is_refused() -> None:
     pipe = tiny_pipeline(StableDiffusionSAGPipeline, unet=shared_unet(), scheduler=scheduler)
     with pytest.raises(ValueError, match="EDMEulerScheduler"):
         pipe("a red apple", num_inference_steps=2, output_type="latent")
+
+
+def test_a_scheduler_that_cannot_set_its_steps_is_refused_by_name() -> None:
+    class ForStages(diffusers.DDIMScheduler):
+        def set_timesteps(self, *_: Any, **__: Any) -> None:
+            raise KeyError(None)
+
+    with pytest.raises(ValueError, match="num_inference_steps=4 is not possible with ForStages"):
+        check_steps_of(ForStages(), 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,7 @@ AT_ONCE = {
     "sample --num-samples 1 --eta 0.5 --scheduler euler": "--eta=0.5 has no effect with Euler",
     f"sample --num-samples {10**20}": f"--num-samples={10**20} must be at most 10000000",
     f"sample --num-samples 9 --seed {2**64 - 8}": f"--seed={2**64 - 8} with num_samples=9: seeds",
+    "generate a --model ./inpaint": "--model='./inpaint' is for inpainting: its U-Net takes 9",
     "info none.png": "FILE='none.png' does not exist",
     "layers ./none": "model='./none' does not exist",
     "demo --model ./none": "--model='./none' does not exist",
@@ -125,6 +127,11 @@ for line in sys.stdin.read().splitlines():
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "empty").mkdir()
+    (tmp_path / "inpaint/unet").mkdir(parents=True)
+    (tmp_path / "inpaint/unet/config.json").write_text('{"in_channels": 9}')
+    index = {part: ["diffusers", part] for part in ("unet", "vae")}
+    index["unet"] = ["diffusers", "UNet2DConditionModel"]
+    (tmp_path / "inpaint/model_index.json").write_text(json.dumps(index))
     (tmp_path / "plain.txt").write_text("mine")
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "taken.png").write_bytes(b"mine")

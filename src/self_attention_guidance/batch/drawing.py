@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..generate.drawing import GeneratedImage
+from ..generate.failing import OUT_OF_MEMORY
 from ..generate.metadata import png_text
 from ..generate.record import difference
 from ..generate.schedulers import label_of
@@ -258,6 +259,7 @@ def _facts(drawing: GeneratedImage, content: bytes) -> Row:
     """Values that are known only once a picture is drawn, because the model decides them."""
     width, height = drawing.image.size
     record = drawing.record
+    negative = drawing.unread_negative and f"negative_prompt: {drawing.unread_negative}"
     return {
         "sag_scale": record["guidance"]["scale"],
         "guidance": json.dumps(record["guidance"]),
@@ -266,7 +268,7 @@ def _facts(drawing: GeneratedImage, content: bytes) -> Row:
         "width": width,
         "height": height,
         "flagged": drawing.flagged,
-        "unread": drawing.unread or None,
+        "unread": "\n".join(filter(None, (drawing.unread, negative))) or None,
         "sha256": hashlib.sha256(content).hexdigest(),
     }
 
@@ -287,8 +289,7 @@ def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
 def _is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("an't allocate memory" in text)
+    return isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def _refuse_broken_device(error: Exception) -> None:

@@ -13,6 +13,8 @@ from typing import Any, cast
 import fsspec
 import fsspec.core
 
+from .tasks import TableFloat
+
 Row = Mapping[str, Any] | ValueError
 
 # What the libraries raise for damaged files.
@@ -21,6 +23,8 @@ _DAMAGE = (
     *(NotImplementedError, csv.Error, zlib.error, LZMAError),
 )
 _COMPRESSED = (".gz", ".bz2", ".xz")
+# The short types of floats hold all whole numbers below these.
+_EXACT = {"halffloat": 2**11, "float": 2**24}
 
 
 class PromptList:
@@ -104,8 +108,14 @@ class PromptList:
         with opened as file:
             table: Any = parquet.ParquetFile(file)
             self._check_columns(table.schema_arrow.names)
+            exact = {each.name: _EXACT.get(_kind(each.type)) for each in table.schema_arrow}
+            short = {name: limit for name, limit in exact.items() if limit is not None}
             for batch in table.iter_batches(batch_size=1024):
-                yield from batch.to_pylist()
+                for row in batch.to_pylist():
+                    for name, limit in short.items():
+                        if row[name] is not None:
+                            row[name] = TableFloat.of(row[name], limit)
+                    yield row
 
     def _check_columns(self, names: Sequence[str]) -> None:
         if "prompt" not in names:
@@ -144,6 +154,11 @@ def _csv_row(cells: dict[Any, Any], line: int) -> Row:
     if None in cells.values():
         return ValueError(f"line {line} has fewer cells than there are columns")
     return cells
+
+
+def _kind(column: Any) -> str:
+    """The name of the type of a column's cells; a dictionary has each of its values once."""
+    return str(column.value_type if str(column).startswith("dictionary") else column)
 
 
 class _WatchedLines:

@@ -33,8 +33,19 @@ _OF_PROMPTS = (
     *("prompt", "negative_prompt", "width", "height", "guidance_scale", "image", "mask"),
     "strength",
 )
-# Floats hold all whole numbers below this one.
-_LARGEST_EXACT = 2**53
+
+
+class TableFloat(float):
+    """A number of a table; the type of its column holds all whole numbers below `exact`."""
+
+    exact = 2**53
+
+    @classmethod
+    def of(cls, value: float, exact: int) -> TableFloat:
+        """The number of a column with a shorter type than Python's floats."""
+        found = cls(value)
+        found.exact = exact
+        return found
 
 
 @dataclass(frozen=True, slots=True)  # a list may have millions
@@ -234,10 +245,11 @@ def _whole(name: str, value: object) -> int:
     """A whole number; tables store it as text, or as a float if the column has empty cells."""
     value = _read(name, value, int, "a whole number")
     if isinstance(value, float) and value.is_integer():
-        if abs(value) >= _LARGEST_EXACT:
+        exact = getattr(value, "exact", TableFloat.exact)
+        if abs(value) >= exact:
             raise ValueError(
-                f"{name}={value:.17g} may not be the number that was written: a column with empty "
-                "cells was read as floats, which are exact below 2**53; write it as text"
+                f"{name}={value:.17g} may not be the number that was written: the list has it as a "
+                f"float, which is exact below 2**{exact.bit_length() - 1}; write it as text"
             )
         value = int(value)
     return check_count(name, value, least=0)

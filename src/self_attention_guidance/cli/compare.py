@@ -93,8 +93,7 @@ class CompareCommand(PromptOptions):
             comparison = _compare_scales(loaded, prompts, scales, settings, self)
         save_png(comparison.grid, self.out, comparison.record, self.overwrite)
         drawn = [each for column in comparison.columns for each in column]
-        unread = {each.prompt: each for each in drawn if each.unread}
-        for picture in unread.values():
+        for picture in {each.prompt: each for each in drawn}.values():
             warn_unread(picture)
         print_line(self.out)
 

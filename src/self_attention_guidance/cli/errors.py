@@ -6,12 +6,12 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from ..generate.failing import OUT_OF_MEMORY
+
 # Settings whose options have other names.
 _OTHER_NAMES = {"num_inference_steps": "steps", "width": "size", "height": "size"}
 # The places in a message where the settings that it is about are named.
 _SETTING = re.compile(r"(?:^|(?<= below ))([a-z_]+)(?==|: )")
-# torch has its own class of error for the memory of GPUs only.
-_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 
 
 def as_typed(message: str, command: Any, arguments: Sequence[str]) -> str:
@@ -47,7 +47,7 @@ def memory_advice(error: BaseException, command: Any, arguments: Sequence[str]) 
         command: The app as typer's command.
         arguments: Arguments of the command line.
     """
-    if not isinstance(error, MemoryError) and not _OUT_OF_MEMORY.search(str(error)):
+    if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
         return None
     options = _options(command, arguments)
     ways = {

@@ -129,8 +129,7 @@ def _draw(
         for last, path in zip(pictures, paths, strict=True):
             save_png(last.image, path, last.record, options.overwrite)
             print_line(path)
-            if last.unread:
-                warn_unread(last)
+            warn_unread(last)
             if last.flagged:
                 typer.echo(f"warning: the model's safety checker blanked {path}", err=True)
     if last is not None:

@@ -62,14 +62,18 @@ def hide_loading_bars() -> None:
 
 
 def warn_unread(picture: GeneratedImage) -> None:
-    """Warn about the end of a prompt that the model did not read.
+    """Warn about the ends of a prompt and a negative prompt that the model did not read.
 
     Args:
-        picture: A picture of the prompt.
+        picture: A picture of the prompts.
     """
-    end = picture.unread if len(picture.unread) < 60 else f"...{picture.unread[-60:]}"
-    message = f"warning: the prompt is too long for this model, and its end was cut: {end!r}"
-    print(message, file=sys.stderr)
+    for kind, unread in (("prompt", picture.unread), ("negative prompt", picture.unread_negative)):
+        if unread:
+            end = unread if len(unread) < 60 else f"...{unread[-60:]}"
+            print(
+                f"warning: the {kind} is too long for this model, and its end was cut: {end!r}",
+                file=sys.stderr,
+            )
 
 
 def note(text: str, quiet: bool = False) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from ..guidance import GuidanceHandle
 from .arguments import call_arguments
+from .failing import failures_in_one_line
 from .finite import refuse_not_finite
 from .kinds import pipeline_for
 from .metadata import Record, text_of
@@ -35,6 +36,7 @@ class GeneratedImage:
         record: All its settings, which are enough to draw it again: see `describe`.
         flagged: Whether the model's safety checker blacked it out.
         unread: The end of the prompt that the model's text encoders did not read; usually empty.
+        unread_negative: The same of the negative prompt.
         attended: Share of the guided steps at which a position was blurred, on the grid of the
             attention layer, (height, width), 0 to 1; `None` if not recorded or if nothing was
             blurred.
@@ -45,6 +47,7 @@ class GeneratedImage:
     record: Mapping[str, Any]
     flagged: bool = False
     unread: str = ""
+    unread_negative: str = ""
     attended: NDArray[np.float64] | None = None
 
     @property
@@ -115,11 +118,12 @@ class PromptArtist:
         """
         count = len(prompts)
         callback = _StepCallback(count, self.record_attention, self.on_progress)
-        output: Any = self.pipeline(
-            **call_arguments(self.pipeline, prompts, self.settings, callback),
-            generator=seeded_generators(self.pipeline.scheduler, seeds),
-            sag_scale=self.sag_scale,
-        )
+        with failures_in_one_line():
+            output: Any = self.pipeline(
+                **call_arguments(self.pipeline, prompts, self.settings, callback),
+                generator=seeded_generators(self.pipeline.scheduler, seeds),
+                sag_scale=self.sag_scale,
+            )
         if not np.isfinite(output.images).all():
             raise FloatingPointError(
                 "the decoded picture is not finite: the VAE overflows or its weights are damaged; "
@@ -128,6 +132,7 @@ class PromptArtist:
         images = self.pipeline.numpy_to_pil(output.images)
         flagged = getattr(output, "nsfw_content_detected", None) or [False] * count
         record = self._record(images[0].size, count)
+        unread_negative = unread_part(self.pipeline, self.settings.negative_prompt)
         for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             yield GeneratedImage(
                 image=images[number],
@@ -135,6 +140,7 @@ class PromptArtist:
                 record={**record, "prompt": prompt, "seed": seed},
                 flagged=bool(flagged[number]),
                 unread=unread_part(self.pipeline, prompt),
+                unread_negative=unread_negative,
                 attended=callback.attended(number),
             )
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from ..models.builtin import builtin_folder, builtin_names
+from .parts import STABLE_DIFFUSION, Parts, refuse_unfit_parts, refuse_unfit_pixel_parts
+from .single_file import check_single_file
 
 PIXEL_NETWORK = "UNet2DModel"
 PIXEL_CLASSES = ("ADMPipeline", "DDPMPipeline", "DDIMPipeline", PIXEL_NETWORK)
@@ -26,12 +28,6 @@ IndexCheck = Callable[[str, Mapping[str, Any], Path], object]
 """Called with a model's name, the content of its `model_index.json` and its folder."""
 
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
-_SD_CHANNELS = {9: "inpainting", 8: "editing pictures by instructions (InstructPix2Pix)"}
-# Components of Stable Diffusion 1 and 2 in a `model_index.json`.
-_STABLE_DIFFUSION = {
-    *("vae", "text_encoder", "tokenizer", "unet", "scheduler"),
-    *("safety_checker", "requires_safety_checker", "feature_extractor", "image_encoder"),
-}
 
 
 def find_model(model: str) -> tuple[str, bool]:
@@ -53,6 +49,7 @@ def find_model(model: str) -> tuple[str, bool]:
                 f"model={model!r}: a single file must be a .safetensors file, because other"
                 " checkpoints can run code when they are loaded; convert it to safetensors"
             )
+        check_single_file(model, path)
         return str(path.resolve()), True
     return find_folder(model, check_prompt_index, "a .safetensors file, "), False
 
@@ -194,8 +191,7 @@ def check_prompt_index(model: str, index: Mapping[str, Any], folder: Path) -> No
             f"model={model!r} is a pixel-space model ({name}), which takes no prompts: draw from"
             " it with `sag sample`"
         )
-    if is_stable_diffusion(index):
-        _refuse_more_channels(model, folder)
+    refuse_unfit_parts(model, _parts_of(model, index, folder))
 
 
 def check_pixel_index(model: str, index: Mapping[str, Any], folder: Path | None = None) -> None:
@@ -213,6 +209,9 @@ def check_pixel_index(model: str, index: Mapping[str, Any], folder: Path | None 
     if class_name == PIXEL_NETWORK and folder and not any(folder.glob("*.safetensors")):
         raise ValueError(f"model={model!r} is a folder without weights in .safetensors files")
     if class_name in PIXEL_CLASSES:
+        is_bare = class_name == PIXEL_NETWORK
+        parts = {"unet": index} if is_bare else _parts_of(model, index, folder or Path(model))
+        refuse_unfit_pixel_parts(model, parts)
         return
     if is_stable_diffusion(index):
         raise ValueError(
@@ -231,7 +230,7 @@ def is_stable_diffusion(index: Mapping[str, Any]) -> bool:
         index: Its content.
     """
     components = {key for key in index if not key.startswith("_")}
-    return "unet" in components and components <= _STABLE_DIFFUSION
+    return {"unet", "text_encoder"} <= components <= STABLE_DIFFUSION
 
 
 def check_dtype_name(dtype: str) -> None:
@@ -267,18 +266,16 @@ def loading_failed(model: str, source: str, error: Exception) -> str:
     )
 
 
-def _refuse_more_channels(model: str, folder: Path) -> None:
-    """Refuse U-Nets that take more than the latents."""
-    if not (folder / "unet/config.json").is_file():
-        return
-    config = _json_object(model, folder / "unet/config.json", "it is damaged")
-    channels, drawn = config.get("in_channels", 4), config.get("out_channels", 4)
-    if channels != drawn:
-        purpose = _SD_CHANNELS.get(channels, "more than text to image")
-        raise ValueError(
-            f"model={model!r} is for {purpose}: its U-Net takes {channels} channels, and draws"
-            f" {drawn}; only text to image is supported here"
-        )
+def _parts_of(model: str, index: Mapping[str, Any], folder: Path) -> Parts:
+    """The configs of a model's parts, of those files that are on this machine."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for name, part in index.items():
+        if isinstance(part, list) and part and part[-1]:
+            kind = "scheduler_config" if name == "scheduler" else "config"
+            file = folder / name / f"{kind}.json"
+            config = _json_object(model, file, "it is damaged") if file.is_file() else {}
+            found[name] = {**config, "_class_name": str(part[-1])}
+    return found
 
 
 def _json_object(model: str, file: Path, advice: str) -> dict[str, Any]:

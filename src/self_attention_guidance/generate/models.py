@@ -21,6 +21,7 @@ from .finding import DTYPES, check_dtype_name, find_model, loading_failed, model
 from .kinds import prompt_pipeline
 from .loaded import Loaded
 from .loras import add_loras
+from .parts import parts_of_pipeline, refuse_unfit_parts
 from .settings import GenerationSettings
 from .weights import refuse_missing_weights, refuse_unloaded_weights
 
@@ -90,6 +91,8 @@ def load_pipeline(
         raise ValueError(loading_failed(model, source, error)) from error
     if os.path.isdir(source):  # files from the hub are checked by their checksums
         refuse_missing_weights(model, pipeline, source)
+    else:  # the parts of a folder were checked when it was found
+        refuse_unfit_parts(model, parts_of_pipeline(pipeline))
     refuse_unloaded_weights(model, pipeline)
     recommended = with_defaults(recommended_settings(source), kind)
     pipeline.guidance = recommended.make_guidance()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..pipelines.adm import ADMPipeline
 from .drawing import Progress, seeded_generators
+from .failing import failures_in_one_line
 from .finite import refuse_not_finite
 from .sample_settings import SampleSettings
 from .schedulers import check_steps_of
@@ -49,17 +50,18 @@ def draw_samples(
         return tensors
 
     check_steps_of(pipeline.scheduler, settings.num_inference_steps)
-    output: Any = pipeline(
-        batch_size=len(seeds),
-        class_labels=labels,
-        num_inference_steps=settings.num_inference_steps,
-        sag_scale=settings.sag_scale,
-        classifier_scale=settings.classifier_scale,
-        eta=settings.eta,
-        generator=seeded_generators(pipeline.scheduler, seeds),
-        output_type="latent",
-        callback_on_step_end=report,
-    )
+    with failures_in_one_line():
+        output: Any = pipeline(
+            batch_size=len(seeds),
+            class_labels=labels,
+            num_inference_steps=settings.num_inference_steps,
+            sag_scale=settings.sag_scale,
+            classifier_scale=settings.classifier_scale,
+            eta=settings.eta,
+            generator=seeded_generators(pipeline.scheduler, seeds),
+            output_type="latent",
+            callback_on_step_end=report,
+        )
     return to_uint8(output.images)
 
 

@@ -22,6 +22,7 @@ from .finding import (
 )
 from .loaded import Loaded
 from .models import find_device, find_dtype
+from .parts import parts_of_pipeline, refuse_unfit_pixel_parts
 from .sample_settings import SampleSettings
 from .schedulers import make_pixel_scheduler
 from .weights import refuse_missing_weights
@@ -88,6 +89,8 @@ def load_pixel_model(
     pipeline = _load_pipeline(model, source)
     if os.path.isdir(source):  # files from the hub are checked by their checksums
         refuse_missing_weights(model, pipeline, source)
+    else:  # the parts of a folder were checked when it was found
+        refuse_unfit_pixel_parts(model, parts_of_pipeline(pipeline))
     if classifier is not None:
         size = pipeline.unet.config.sample_size
         pipeline.register_modules(classifier=_load_classifier(classifier, size))

@@ -105,7 +105,7 @@ def ancestral_variance(scheduler: DDPMScheduler, timestep: Tensor, output: Tenso
 
 def _variances(scheduler: DDPMScheduler, timestep: Tensor) -> tuple[Tensor, Tensor]:
     """Compute posterior variance and beta, in float64, for one step of the spaced process."""
-    levels = scheduler.alphas_cumprod.double()
+    levels = scheduler.alphas_cumprod.cpu().double()  # Apple's GPUs have no float64
     before = int(scheduler.previous_timestep(int(timestep)))
     now, then = levels[int(timestep)], levels[before] if before >= 0 else torch.ones_like(levels[0])
     beta = 1 - now / then

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,10 +13,20 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-# Keys under which training scripts save weights, the best ones first; and prefixes that wrapped
-# networks put before names.
-_WRAPPERS = ("ema", "state_dict", "model")
-_PREFIXES = ("module.", "_orig_mod.")
+# Keys under which training scripts save weights, the best ones first: averaged weights.
+_WRAPPERS = (
+    *("ema", "state_dict_ema", "model_ema", "ema_model", "ema_state_dict"),
+    *("state_dict", "model_state_dict", "model", "module"),
+)
+# What wrapped networks put before all names, or into the names of wrapped blocks.
+_PREFIXES = ("module.", "model.")
+_INFIX = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"(\xb5/\xfd": "zstd",
+}
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
@@ -23,10 +34,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
 
     Args:
         path: A `.safetensors` file, or a file that `torch.save` wrote, with a state dict or with
-            one under the key "ema", "state_dict" or "model".
+            one under a key of training scripts, such as "ema", "state_dict" or "model". Averaged
+            weights are taken if there are any.
 
     Returns:
-        The tensors, on the CPU, by their names without "module." and "_orig_mod.".
+        The tensors, on the CPU, by their names without those of wrappers, such as "module.".
 
     Raises:
         ValueError: The file does not exist, is damaged, or holds more than tensors or no tensors.
@@ -34,11 +46,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     path = Path(path).expanduser()
     if not path.is_file():
         raise ValueError(f"checkpoint={str(path)!r} must be a file, but there is none")
-    content = _content(path)
-    for name in _WRAPPERS:
-        if isinstance(content, dict) and isinstance(content.get(name), dict):
-            content = content[name]
-            break
+    content = _unwrapped(_content(path))
     if not isinstance(content, dict) or not content:
         raise ValueError(f"checkpoint={str(path)!r} must hold tensors by their names")
     named = cast("dict[Any, Any]", content)
@@ -51,8 +59,21 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     return _without_prefixes(named)
 
 
+def _unwrapped(content: Any) -> Any:
+    """What a checkpoint has under the keys of training scripts, one in the other."""
+    while isinstance(content, dict):
+        found = cast("dict[Any, Any]", content)
+        inner = (found[name] for name in _WRAPPERS if name in found)
+        content = next((each for each in inner if isinstance(each, dict) and each), None)
+        if content is None:
+            return found
+    return content
+
+
 def _without_prefixes(named: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return weights under the names that they had before the network was wrapped."""
+    # torch's `AveragedModel` counts what it has averaged.
+    named = {_INFIX.sub("", name): named[name] for name in named if name != "n_averaged"}
     for prefix in _PREFIXES * 2:  # compiled, then distributed, or the other way round
         if all(name.startswith(prefix) for name in named):
             named = {name.removeprefix(prefix): value for name, value in named.items()}
@@ -78,14 +99,29 @@ def _content(path: Path) -> Any:
 
 
 def _refusal(path: Path, reason: str) -> str:
-    if "unsupported" in reason.lower():
+    if "unsupported" in reason.lower() and not _compression(path):
+        found = re.search(r"GLOBAL (\S+)", reason)
+        named = f" ({found[1]})" if found else ""
         return (
-            f"checkpoint={str(path)!r} holds more than tensors: loading it could run code, so it "
-            "was refused and nothing was executed"
+            f"checkpoint={str(path)!r} holds more than tensors{named}: loading it could run code,"
+            " so it was refused and nothing was executed; if you trust its author, load it yourself"
+            " and save its state dict alone"
         )
     return _damaged(path, reason)
 
 
 def _damaged(path: Path, error: object) -> str:
+    if kind := _compression(path):
+        return f"checkpoint={str(path)!r} is compressed by {kind}: decompress it first"
     reason = " ".join(str(error).split()) or type(error).__name__
     return f"checkpoint={str(path)!r} is damaged or no checkpoint: {reason[:160]}"
+
+
+def _compression(path: Path) -> str:
+    """How a file is compressed; empty if it is not."""
+    try:
+        with path.open("rb") as file:
+            begin = file.read(8)
+    except OSError:
+        return ""  # that is told already
+    return next((kind for mark, kind in _COMPRESSED.items() if begin.startswith(mark)), "")
