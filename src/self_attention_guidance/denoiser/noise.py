@@ -149,6 +149,21 @@ class Schedule:
         found = self._sources.items()
         return all(source.is_still(getattr(self.scheduler, n, None)) for n, source in found)
 
+    @property
+    def is_set(self) -> bool:
+        """Whether the scheduler says for how many steps it was set."""
+        return getattr(self.scheduler, "num_inference_steps", None) is not None
+
+    def check_set(self) -> None:
+        """Refuse a scheduler without timesteps, or whose sigmas are in the order of training."""
+        sigmas = self.tables.get("sigmas", ()) if self.has_sigmas and not self.is_set else ()
+        if not len(self) or (sigmas and sigmas[0] < sigmas[-1]):
+            name = type(self.scheduler).__name__
+            raise ValueError(
+                f"{name} is not set to a number of steps: call its set_timesteps, or attach with "
+                "the scheduler that runs"
+            )
+
     def equal_to(self, step: int) -> list[int]:
         """Return the steps with the same timestep as this step, itself included."""
         timesteps = self.tables["timesteps"]
