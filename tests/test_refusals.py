@@ -358,9 +358,21 @@ def test_x0_is_limited_as_the_scheduler_does_it(name: str, limits: dict[str, Any
     assert (handle.x0 - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
-def test_limits_of_a_config_that_the_scheduler_does_not_know_are_not_used() -> None:
-    config = tiny_scheduler(clip_sample=True, clip_sample_range=0.1).config
-    scheduler = EulerDiscreteScheduler.from_config(config)
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("EulerDiscreteScheduler", {"clip_sample": True}),
+        ("CogVideoXDDIMScheduler", {"clip_sample": True}),
+        ("CogVideoXDPMScheduler", {"clip_sample": True}),
+        ("TCDScheduler", {"clip_sample": True, "thresholding": True}),
+        ("UniPCMultistepScheduler", {"thresholding": True, "predict_x0": False}),
+    ],
+)
+def test_limits_that_the_scheduler_does_not_apply_are_not_used(
+    name: str, settings: dict[str, Any]
+) -> None:
+    """It may have them only in its config, or from that of another scheduler."""
+    scheduler = getattr(diffusers, name).from_config({**tiny_scheduler().config, **settings})
     scheduler.set_timesteps(4)
     unet, x, texts = tiny_unet(), torch.randn(1, 4, 8, 8), torch.randn(1, 7, 32)
     with BlurGuidance(1.0).attach(unet, scheduler=scheduler) as handle, torch.no_grad():

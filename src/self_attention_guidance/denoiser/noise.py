@@ -237,12 +237,16 @@ class Schedule:
 
     def limited(self, x0: Tensor) -> Tensor:
         """Threshold or clip x0 as the scheduler does; thresholding takes precedence."""
-        if setting(self.scheduler, "thresholding"):
+        # UniPC thresholds only if it predicts x0.
+        if self._applies("thresholding") and setting(self.scheduler, "predict_x0", True):
             return self.scheduler._threshold_sample(x0)
-        if not setting(self.scheduler, "clip_sample"):
+        if not self._applies("clip_sample"):
             return x0
         clip = float(setting(self.scheduler, "clip_sample_range", 1.0))
         return x0.clamp(-clip, clip)
+
+    def _applies(self, name: str) -> bool:
+        return bool(setting(self.scheduler, name)) and _is_read(name, type(self.scheduler))
 
     def _sigma(self, step: int) -> float:
         """Return the sigma of x0 + sigma * eps, or of (1 - sigma) * x0 + sigma * eps."""
@@ -291,6 +295,14 @@ def setting(scheduler: Any, name: str, default: Any = None) -> Any:
     """Return a setting if the scheduler's class has it; configs may hold those of other classes."""
     config = getattr(scheduler, "config", {})
     return config.get(name, default) if name in _settings(type(scheduler)) else default
+
+
+@functools.cache
+def _is_read(name: str, scheduler: type) -> bool:
+    """Whether a scheduler's code reads a setting: TCD's and CogVideoX's never clip."""
+    members = (each for base in scheduler.__mro__ for each in vars(base).values())
+    codes = (inspect.unwrap(each).__code__ for each in members if inspect.isfunction(each))
+    return any(name in (*code.co_names, *code.co_consts) for code in codes)
 
 
 @functools.cache
