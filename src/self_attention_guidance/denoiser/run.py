@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .call import Call, Layout, halves_agree, layout_by_samples
+from .call import Call, Layout, halves_agree, have_other_conditions, layout_by_samples
 from .caller import Caller, is_running
 from .noise import Prediction, Schedule, Scheduler, check_scheduler, is_elsewhere
 from .outputs import TwoCalls
@@ -272,7 +272,7 @@ class Run:
             is_same = before is not None and before.sample is call.sample
             if before is not None and not is_same:
                 self._note_wait(call.sample)
-                is_same = torch.equal(before.sample, call.sample)
+                is_same = torch.equal(before.denoised, call.denoised)
             is_last = self.step == len(self.schedule) - 1
             self.two_calls.begin(is_same, cfg, terms, is_last)
         if layout.has_halves:
@@ -283,12 +283,15 @@ class Run:
             message = (
                 f"the two halves of the batch hold different samples ({reason}); {_WITHOUT_CFG}"
             )
-            self.refuse(~halves_agree(call.sample), ValueError, message)
-        elif before is not None and not layout.is_given:
-            pairs = (before.sample, call.sample), (before.condition, call.condition)
-            if all(a is not None and b is not None and a.shape == b.shape for a, b in pairs):
-                same, alike = ((a == b).all() for a, b in pairs)
-                self.refuse(same & ~alike, ValueError, _SEVERAL_CALLS)
+            self.refuse(~halves_agree(call.denoised), ValueError, message)
+        elif (
+            before is not None
+            and not layout.is_given
+            and before.denoised.shape == call.denoised.shape
+        ):
+            same = (before.denoised == call.denoised).all()
+            differ = have_other_conditions(before, call)
+            self.refuse(same & differ, ValueError, _SEVERAL_CALLS)
 
     # Held terms
 
