@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,10 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
+from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from self_attention_guidance import SelfAttentionGuidance, register_batch_arguments
 from self_attention_guidance.denoiser import families
@@ -76,7 +80,12 @@ def test_a_loop_that_repeats_a_sample_with_several_conditions_must_say_why(predi
         own_loop(predict)
 
 
-@pytest.mark.parametrize("predict", [in_two_calls, the_other_way_round])
+def with_a_longer_text(unet: Any, x: Tensor, t: Any) -> Tensor:
+    uncond, cond = (unet(x, t, text).sample for text in (TEXTS[:1], TEXTS.reshape(1, 14, 32)))
+    return uncond + 5 * (cond - uncond)
+
+
+@pytest.mark.parametrize("predict", [in_two_calls, the_other_way_round, with_a_longer_text])
 def test_two_calls_of_a_step_must_be_given(predict: Any) -> None:
     with pytest.raises(ValueError, match="called twice at one step with the same sample and two"):
         own_loop(predict)
@@ -90,6 +99,55 @@ def test_all_ways_of_classifier_free_guidance_draw_one_picture() -> None:
     ):
         found = own_loop(predict, batch_layout=layout)
         assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def image_prompts(unet: Any) -> dict[str, Any]:
+    """An IP-Adapter with an empty prompt: only the image differs between the halves."""
+    for name, layer in unet.named_modules():
+        if name.endswith("attn2"):
+            layer.set_processor(IPAdapterAttnProcessor2_0(layer.query_dim, 32))
+    unet.encoder_hid_proj = MultiIPAdapterImageProjection([ImageProjection(32, 32, 4)])
+    unet.config.encoder_hid_dim_type = "ip_image_proj"
+    return {"added_cond_kwargs": {"image_embeds": [randn(2, 1, 32)]}}
+
+
+def control(_: Any) -> dict[str, Any]:
+    return {
+        "mid_block_additional_residual": randn(2, 64, 4, 4) * torch.tensor([0, 1]).view(2, 1, 1, 1)
+    }
+
+
+def a_picture_beside(_: Any) -> dict[str, Any]:
+    return {"sample": torch.stack([torch.zeros(4, 8, 8), randn(4, 8, 8)])}
+
+
+@pytest.mark.parametrize("differing", [image_prompts, control, a_picture_beside])
+@pytest.mark.parametrize("calls", [1, 2])
+def test_halves_with_one_text_may_differ_in_any_other_condition(
+    differing: Callable[[Any], dict[str, Any]], calls: int
+) -> None:
+    unet = tiny_unet(in_channels=8 if differing is a_picture_beside else 4)
+    scheduler = tiny_scheduler()
+    scheduler.set_timesteps(2)
+    text, arguments = TEXTS[:1].repeat(2, 1, 1), differing(unet)
+    beside = arguments.pop("sample", torch.zeros(2, 0, 8, 8))
+
+    @torch.no_grad()
+    def predict(layout: Any) -> Tensor:
+        x = torch.cat([randn(1, 4, 8, 8).repeat(2, 1, 1, 1), beside], 1)
+        with GUIDANCE.attach(unet, scheduler=scheduler, batch_layout=layout):
+            given = [x, text, arguments]
+            rows = [tree_map(operator.itemgetter(slice(n, n + 1)), given) for n in range(2)]
+            return torch.cat(
+                [
+                    unet(x, scheduler.timesteps[0], text, **more).sample
+                    for x, text, more in (rows if calls == 2 else [given])
+                ]
+            )
+
+    with pytest.raises(ValueError, match=AMBIGUOUS if calls == 1 else "called twice at one step"):
+        predict(None)
+    predict("uncond_first" if calls == 1 else "uncond_call_first")
 
 
 def test_pictures_of_one_seed_and_one_condition_need_no_word() -> None:
@@ -175,33 +233,40 @@ class OwnCfg(StableDiffusionPipeline):
         return False
 
 
-def test_halves_of_a_pipeline_that_does_not_tell_are_those_of_classifier_free_guidance() -> None:
-    pipe = tiny_pipeline(OwnCfg)
-    with GUIDANCE.attach(pipe):
-        found = pipe()
-        with pytest.raises(ValueError, match=AMBIGUOUS):
-            pipe(steps=1)
+class WithTheEncoder(OwnCfg):
+    """Uses the parent for its text only; another call of the parent left its settings."""
+
+    def __call__(self, steps: int = 4, **arguments: Any) -> Any:  # type: ignore[override]
+        super().encode_prompt("red", "cpu", 1, True)
+        self._guidance_scale = 1.0
+        return OwnCfg.__call__(self, steps, **arguments)
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return StableDiffusionPipeline.do_classifier_free_guidance.fget(self)  # type: ignore[attr-defined]
+
+
+class WithTheVariable(OwnCfg):
+    """Named as in diffusers; but the order of the halves could still be any."""
+
+    @torch.no_grad()
+    def __call__(self, steps: int = 4, **_: Any) -> Any:  # type: ignore[override]
+        self.scheduler.set_timesteps(steps)
+        x = randn(1, 4, 8, 8)
+        do_classifier_free_guidance = True
+        for t in self.scheduler.timesteps if do_classifier_free_guidance else ():
+            x = self.scheduler.step(in_a_batch(self.unet, x, t), t, x).prev_sample
+        return x
+
+
+@pytest.mark.parametrize("pipeline", [OwnCfg, WithTheEncoder, WithTheVariable])
+def test_halves_in_a_loop_that_is_not_diffusers_own_must_be_given(pipeline: Any) -> None:
+    pipe = tiny_pipeline(pipeline)
+    with GUIDANCE.attach(pipe), pytest.raises(ValueError, match=AMBIGUOUS):
+        pipe()
+    pipe.unet, pipe.scheduler = tiny_unet(), tiny_scheduler()
     with GUIDANCE.attach(pipe, batch_layout="uncond_first"):
-        assert torch.equal(pipe(), found)
-
-
-def test_halves_that_turn_out_to_be_pictures_are_refused() -> None:
-    class OneSeed(OwnCfg):
-        @torch.no_grad()
-        def __call__(self, steps: int = 4, **_: Any) -> Any:  # type: ignore[override]
-            self.scheduler.set_timesteps(steps)
-            x = randn(1, 4, 8, 8).repeat(2, 1, 1, 1)
-            for t in self.scheduler.timesteps:
-                x = self.scheduler.step(self.unet(x, t, TEXTS).sample, t, x).prev_sample
-            return x
-
-    pipe = tiny_pipeline(OneSeed)
-    with GUIDANCE.attach(pipe), pytest.raises(ValueError, match="batch_layout='single'"):
-        pipe()
-    with GUIDANCE.attach(pipe, batch_layout="single") as handle:
-        pipe()
-        assert handle.mask is not None
-        assert len(handle.mask) == 2
+        assert torch.equal(pipe(steps=5), own_loop(in_a_batch, batch_layout="uncond_first"))
 
 
 @pytest.mark.parametrize(

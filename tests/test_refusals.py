@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import pickle
 import threading
@@ -14,6 +15,8 @@ import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.hooks import ModelHook, add_hook_to_module
+from accelerate.utils import convert_outputs_to_fp32
 from diffusers import (
     EulerDiscreteScheduler,
     FirstBlockCacheConfig,
@@ -53,20 +56,56 @@ def replace_the_whole(unet: Any) -> None:
     unet.forward = lambda *args, **kwargs: compute(*args, **kwargs)
 
 
-def test_a_forward_that_was_replaced_in_its_class_is_refused_by_name(pipe: Any) -> None:
+@pytest.mark.parametrize("wraps", [False, True])
+def test_a_forward_that_was_replaced_in_its_class_is_refused_by_name(
+    pipe: Any, wraps: bool
+) -> None:
     class Cached(UNet2DConditionModel):
         """Stands in for diffusers' class, so that no other test sees the change."""
 
-    Cached.__module__ = "diffusers.models"
+        forward = UNet2DConditionModel.forward
 
     def cached(self: Any, *args: Any, **kwargs: Any) -> Any:
         return UNet2DConditionModel.forward(self, *args, **kwargs)
 
-    Cached.forward = cached  # as TeaCache does it
+    Cached.__module__ = UNet2DConditionModel.__module__
     pipe.unet.__class__ = Cached
-    message = r"the forward of Cached was replaced by '\S+cached'"
+    with SelfAttentionGuidance(1.0).attach(pipe):
+        pass
+    # as TeaCache does it
+    Cached.forward = functools.wraps(UNet2DConditionModel.forward)(cached) if wraps else cached
+    message = r"the forward of Cached was replaced by '\S+"
     with pytest.raises(ValueError, match=message):
         SelfAttentionGuidance(1.0).attach(pipe)
+
+
+WRAPPERS: dict[str, Callable[[Any], Any]] = {
+    "accelerate's hook": lambda block: add_hook_to_module(block, ModelHook()),
+    "a hook of diffusers": lambda block: apply_layerwise_casting(
+        block, torch.float32, torch.float32
+    ),
+    "no compiling": lambda block: vars(block).update(forward=torch.compiler.disable(block.forward)),
+    "compiling": lambda block: vars(block).update(
+        forward=torch.compile(block.forward, backend="eager")
+    ),
+    "mixed precision": lambda block: vars(block).update(
+        forward=convert_outputs_to_fp32(torch.autocast("cpu", enabled=False)(block.forward))
+    ),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+@pytest.mark.parametrize("order", ["", "wr", "rw"])
+def test_a_replaced_forward_is_found_behind_wrappers_that_cache_nothing(
+    pipe: Any, wrap: Callable[[Any], Any], order: str
+) -> None:
+    for each in order or "w":
+        wrap(pipe.unet.mid_block) if each == "w" else replace_a_block(pipe.unet)
+    if order:
+        with pytest.raises(ValueError, match=r"mid_block was replaced by 'replace_a_block"):
+            BlurGuidance(1.0).attach(pipe)
+    else:
+        BlurGuidance(1.0).attach(pipe).remove()
 
 
 @pytest.mark.parametrize("guidance", GUIDANCES, ids=lambda each: each.method)
@@ -319,9 +358,21 @@ def test_x0_is_limited_as_the_scheduler_does_it(name: str, limits: dict[str, Any
     assert (handle.x0 - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
-def test_limits_of_a_config_that_the_scheduler_does_not_know_are_not_used() -> None:
-    config = tiny_scheduler(clip_sample=True, clip_sample_range=0.1).config
-    scheduler = EulerDiscreteScheduler.from_config(config)
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("EulerDiscreteScheduler", {"clip_sample": True}),
+        ("CogVideoXDDIMScheduler", {"clip_sample": True}),
+        ("CogVideoXDPMScheduler", {"clip_sample": True}),
+        ("TCDScheduler", {"clip_sample": True, "thresholding": True}),
+        ("UniPCMultistepScheduler", {"thresholding": True, "predict_x0": False}),
+    ],
+)
+def test_limits_that_the_scheduler_does_not_apply_are_not_used(
+    name: str, settings: dict[str, Any]
+) -> None:
+    """It may have them only in its config, or from that of another scheduler."""
+    scheduler = getattr(diffusers, name).from_config({**tiny_scheduler().config, **settings})
     scheduler.set_timesteps(4)
     unet, x, texts = tiny_unet(), torch.randn(1, 4, 8, 8), torch.randn(1, 7, 32)
     with BlurGuidance(1.0).attach(unet, scheduler=scheduler) as handle, torch.no_grad():

@@ -12,9 +12,11 @@ from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    PNDMScheduler,
     StableDiffusionDiffEditPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
+    UniPCMultistepScheduler,
 )
 from PIL import Image
 from torch import Tensor
@@ -129,6 +131,36 @@ def test_a_scheduler_that_does_not_run_is_refused(scheduler: Any) -> None:
         for t in running.timesteps:
             sample = running.scale_model_input(x, t)
             x = running.step(unet(sample, t, texts).sample, t, x).prev_sample
+
+
+def run_beside(guidance: Any, scheduler: Any) -> None:
+    """Attach with a scheduler that is never set, and run another one."""
+    unet, idle, running = tiny_unet(), tiny_scheduler(scheduler), tiny_scheduler(DDIMScheduler)
+    running.set_timesteps(5)
+    x, texts = torch.randn(1, 4, 8, 8), torch.randn(1, 7, 32)
+    with guidance.attach(unet, scheduler=idle), torch.no_grad():
+        for t in running.timesteps:
+            unet(x, t, texts)
+
+
+@pytest.mark.parametrize(
+    "scheduler", [DPMSolverMultistepScheduler, UniPCMultistepScheduler, PNDMScheduler]
+)
+def test_a_scheduler_that_needs_to_be_set_is_refused_before(scheduler: Any) -> None:
+    """Its sigmas have the order of training until then, or it has no timesteps."""
+    with pytest.raises(ValueError, match=f"{scheduler.__name__} is not set to a number of steps"):
+        run_beside(GUIDANCE, scheduler)
+
+
+@pytest.mark.parametrize("settings", [{"every": 2}, {"start": 0.3}, {"stop": 0.9}])
+def test_steps_of_a_scheduler_that_was_not_set_can_t_be_counted(settings: Any) -> None:
+    with pytest.raises(ValueError, match="has 1000 timesteps, of which the last call skipped"):
+        run_beside(SelfAttentionGuidance(2.0, **settings), DDIMScheduler)
+
+
+@pytest.mark.parametrize("settings", [{}, {"noise_to": 0.1}, {"scale": 0.0, "every": 2}])
+def test_a_scheduler_that_was_not_set_knows_the_noise_of_its_timesteps(settings: Any) -> None:
+    run_beside(SelfAttentionGuidance(**settings), DDIMScheduler)
 
 
 @pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, DPMSolverMultistepScheduler])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -27,6 +28,7 @@ class Call:
     arguments: dict[str, Any]  # by name; containers are copied: diffusers' U-Net empties a list
     positional: tuple[str, ...]  # names of the arguments given by position
     sample: Tensor  # x_t of the whole batch, also if the argument is a list of pictures
+    denoised: Tensor  # without channels beside it, such as those of a mask
     condition: Tensor | None  # the argument that differs between the halves of CFG
     timestep: Any  # a number, or a tensor of any shape
     timestep_scale: float  # (network's timestep - offset) / scheduler's timestep
@@ -43,6 +45,23 @@ class Call:
         numbers = (values[:1] if self.has_one_timestep else values).cpu().tolist()
         numbers = numbers[:1] if len(set(numbers)) == 1 else numbers
         return [self.counted(number) for number in numbers]
+
+    @functools.cached_property
+    def conditions(self) -> list[Tensor]:
+        """All that may differ between the halves of CFG, with a row for each picture."""
+        family, beside = self.family, self.sample[:, self.denoised.shape[1] :]
+        found = [each for each in (self.condition, beside) if each is not None and each.numel()]
+        for name in family.batched:
+            if name == family.condition and self.condition is not None:
+                continue
+            held: Any = self.arguments
+            for part in name.split("."):
+                held = held.get(part) if isinstance(held, Mapping) else None
+            leaves: list[Any] = tree_leaves(held)
+            second = name in family.batched_second
+            tensors = [each for each in leaves if isinstance(each, Tensor) and each.ndim > second]
+            found += [each.transpose(0, 1) for each in tensors] if second else tensors
+        return found
 
     def given(self, timestep: float) -> float:
         """Convert a timestep of the scheduler to the network's."""
@@ -106,8 +125,10 @@ def call_of(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     # Networks trained with rescaled timesteps have the scale in their config. For others, the table
     # has the scale that their pipelines use.
     scale = float(config_of(denoiser).get("timestep_scale", family.timestep_scale))
-    positional = tuple(by_position)
-    return Call(family, arguments, positional, stacked(sample), condition, timestep, scale)
+    positional, sample = tuple(by_position), stacked(sample)
+    channels: Any = config_of(denoiser).get("out_channels") if family.packing is None else None
+    denoised = sample[:, :channels]
+    return Call(family, arguments, positional, sample, denoised, condition, timestep, scale)
 
 
 @functools.cache
@@ -163,7 +184,8 @@ def layout_of(call: Call, caller: Caller | None, given: BatchLayout | None) -> L
             "attach SkipLayerGuidance"
         )
     usual = Layout(call.family.cfg_layout, True)
-    if usual.has_two_calls or (usual.kind == "single" and caller is not None):
+    is_known = caller is not None and caller.is_known
+    if usual.has_two_calls or (usual.kind == "single" and is_known):
         return usual
     if caller is None or caller.cfg is None:
         return None
@@ -176,15 +198,16 @@ def layout_by_samples(
     """Find the layout from the samples and conditions of a run's first guided step.
 
     Pictures of one seed look like two halves, and only a later step can show the difference. So two
-    halves are not assumed at a run's last step.
+    halves are not assumed at a run's last step. In code that is not diffusers', their order is not
+    known either.
 
     Raises:
         ValueError: The samples do not decide it.
     """
-    family, condition = call.family, call.condition
-    if len(call.sample) < 2 or condition is None or len(condition) != len(call.sample):
+    family, conditions = call.family, [c for c in call.conditions if len(c) == len(call.sample)]
+    if len(call.sample) < 2 or not conditions:
         return Layout("single", False)
-    repeats = _repeats(call.sample, condition)
+    repeats = _repeats(call.denoised, conditions)
     if not repeats.any():
         return Layout("single", False)
     batch = len(repeats)
@@ -192,7 +215,8 @@ def layout_by_samples(
     if has_halves and family.null_label is not None:
         return Layout(_layout_by_labels(denoiser, call), True)
     has_one_twin_each = int(repeats.sum()) == batch
-    if has_halves and has_one_twin_each and caller is not None and not is_last_step:
+    is_known = caller is not None and caller.is_known
+    if has_halves and has_one_twin_each and is_known and not is_last_step:
         return Layout(family.cfg_layout, False)
     name = type(denoiser if caller is None else caller.pipeline).__name__
     raise ValueError(
@@ -208,13 +232,24 @@ def halves_agree(rows: Tensor) -> Tensor:
     return ((first == second) | (first.isnan() & second.isnan())).all()
 
 
-def _repeats(sample: Tensor, condition: Tensor) -> Tensor:
+def have_other_conditions(call: Call, other: Call) -> Tensor | bool:
+    """Whether two calls differ in more than x_t; a tensor is on their device."""
+    shapes = ([each.shape for each in one.conditions] for one in (call, other))
+    if next(shapes) != next(shapes):
+        return True
+    pairs = zip(call.conditions, other.conditions, strict=True)
+    found = ((a != b).any().to(call.sample.device) for a, b in pairs if a is not b)
+    return functools.reduce(operator.or_, found, False)
+
+
+def _repeats(sample: Tensor, conditions: list[Tensor]) -> Tensor:
     """Find rows with equal samples but different conditions: (batch, batch) bool, on the CPU."""
-    same, alike = (
-        (rows[:, None] == rows[None]).flatten(2).all(dim=2)
-        for rows in (sample, condition.flatten(1) if condition.ndim > 1 else condition[:, None])
-    )
-    return (same & ~alike).cpu()
+    alike = (_equal_rows(each).to(sample.device) for each in conditions)
+    return (_equal_rows(sample) & ~functools.reduce(operator.and_, alike)).cpu()
+
+
+def _equal_rows(rows: Tensor) -> Tensor:
+    return torch.stack([(rows == row).reshape(len(rows), -1).all(dim=1) for row in rows])
 
 
 def _layout_by_labels(denoiser: nn.Module, call: Call) -> BatchLayout:

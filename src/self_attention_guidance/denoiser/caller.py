@@ -7,7 +7,6 @@ calls a copy of it, and inversion has its own scheduler. So the pipeline is foun
 from __future__ import annotations
 
 import functools
-import inspect
 import re
 import sys
 import threading
@@ -54,15 +53,28 @@ class Caller:
     pipeline: Any
     frame: FrameType
 
+    @property
+    def is_known(self) -> bool:
+        """Whether the call is in code of diffusers or of this package, not in a user's own."""
+        package = str(self.frame.f_globals.get("__name__")).partition(".")[0]
+        return package in ("diffusers", __name__.partition(".")[0])
+
     @functools.cached_property
     def cfg(self) -> bool | None:
-        """Whether classifier-free guidance is on in the pipeline's call; `None` if unknown."""
-        if self.frame.f_locals.get(_CFG_HAS_STOPPED):
+        """Whether classifier-free guidance is on in the pipeline's call; `None` if unknown.
+
+        Pipelines of a user's own may inherit a property that their own loop does not follow.
+        """
+        if not self.is_known:
+            return None
+        code, variables = self.frame.f_code, self.frame.f_locals
+        if variables.get(_CFG_HAS_STOPPED):
             return False
-        where = _where_cfg_is_kept(type(self.pipeline))
-        if where in (_CFG, _CFG_AT_STEP, _CFG_OF_DISTILLED):
-            return self.frame.f_locals.get(where)
-        return bool(getattr(self.pipeline, _CFG)) if where == "property" else None
+        # The variable comes first, because the property may differ from it.
+        for name in (_CFG_AT_STEP, _CFG_OF_DISTILLED, _CFG):
+            if name in (*code.co_varnames, *code.co_cellvars):
+                return variables.get(name)
+        return bool(getattr(self.pipeline, _CFG)) if _CFG in code.co_names else None
 
     @property
     def schedulers(self) -> list[Any]:
@@ -122,29 +134,3 @@ def _candidates(code: CodeType) -> tuple[str, ...]:
     """Return the variables that may hold a pipeline: `self`, and `components` in modular blocks."""
     arguments = code.co_varnames[: code.co_argcount]
     return tuple(name for name in ("self", "components") if name in arguments)
-
-
-@functools.cache
-def _where_cfg_is_kept(pipeline: type) -> str:
-    """Return the variable of a pipeline's call that says if CFG is on, "property" or "unknown".
-
-    The variable comes first, because the property may differ from it.
-    """
-    for base in pipeline.__mro__:
-        call = vars(base).get("__call__")
-        code = getattr(inspect.unwrap(call), "__code__", None) if call is not None else None
-        if code is None:
-            continue
-        variables = (*code.co_varnames, *code.co_cellvars)
-        # Other pipelines may read the property, but decide by something else.
-        is_known = base.__module__.startswith("diffusers.")
-        for name in (_CFG_AT_STEP, _CFG_OF_DISTILLED):
-            if is_known and name in variables:
-                return name
-        if _CFG in variables:
-            return _CFG
-        if _CFG in code.co_names and is_known:
-            return "property"
-        if not is_known and "super" not in code.co_names:
-            return "unknown"
-    return "unknown"

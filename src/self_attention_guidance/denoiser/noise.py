@@ -149,6 +149,21 @@ class Schedule:
         found = self._sources.items()
         return all(source.is_still(getattr(self.scheduler, n, None)) for n, source in found)
 
+    @property
+    def is_set(self) -> bool:
+        """Whether the scheduler says for how many steps it was set."""
+        return getattr(self.scheduler, "num_inference_steps", None) is not None
+
+    def check_set(self) -> None:
+        """Refuse a scheduler without timesteps, or whose sigmas are in the order of training."""
+        sigmas = self.tables.get("sigmas", ()) if self.has_sigmas and not self.is_set else ()
+        if not len(self) or (sigmas and sigmas[0] < sigmas[-1]):
+            name = type(self.scheduler).__name__
+            raise ValueError(
+                f"{name} is not set to a number of steps: call its set_timesteps, or attach with "
+                "the scheduler that runs"
+            )
+
     def equal_to(self, step: int) -> list[int]:
         """Return the steps with the same timestep as this step, itself included."""
         timesteps = self.tables["timesteps"]
@@ -222,12 +237,16 @@ class Schedule:
 
     def limited(self, x0: Tensor) -> Tensor:
         """Threshold or clip x0 as the scheduler does; thresholding takes precedence."""
-        if setting(self.scheduler, "thresholding"):
+        # UniPC thresholds only if it predicts x0.
+        if self._applies("thresholding") and setting(self.scheduler, "predict_x0", True):
             return self.scheduler._threshold_sample(x0)
-        if not setting(self.scheduler, "clip_sample"):
+        if not self._applies("clip_sample"):
             return x0
         clip = float(setting(self.scheduler, "clip_sample_range", 1.0))
         return x0.clamp(-clip, clip)
+
+    def _applies(self, name: str) -> bool:
+        return bool(setting(self.scheduler, name)) and _is_read(name, type(self.scheduler))
 
     def _sigma(self, step: int) -> float:
         """Return the sigma of x0 + sigma * eps, or of (1 - sigma) * x0 + sigma * eps."""
@@ -276,6 +295,14 @@ def setting(scheduler: Any, name: str, default: Any = None) -> Any:
     """Return a setting if the scheduler's class has it; configs may hold those of other classes."""
     config = getattr(scheduler, "config", {})
     return config.get(name, default) if name in _settings(type(scheduler)) else default
+
+
+@functools.cache
+def _is_read(name: str, scheduler: type) -> bool:
+    """Whether a scheduler's code reads a setting: TCD's and CogVideoX's never clip."""
+    members = (each for base in scheduler.__mro__ for each in vars(base).values())
+    codes = (inspect.unwrap(each).__code__ for each in members if inspect.isfunction(each))
+    return any(name in (*code.co_names, *code.co_consts) for code in codes)
 
 
 @functools.cache

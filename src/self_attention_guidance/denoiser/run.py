@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .call import Call, Layout, halves_agree, layout_by_samples
+from .call import Call, Layout, halves_agree, have_other_conditions, layout_by_samples
 from .caller import Caller, is_running
 from .noise import Prediction, Schedule, Scheduler, check_scheduler, is_elsewhere
 from .outputs import TwoCalls
@@ -35,7 +35,7 @@ class Run:
 
     def __init__(self, is_for_this_thread: bool = False) -> None:
         self.step = 0
-        self.is_new = self.is_weak = self._has_waited = False
+        self.is_new = self.is_weak = self._has_waited = self._skips = False
         self._is_fixed = is_for_this_thread
         self._owner = threading.current_thread() if is_for_this_thread else None
         self._interrupted: dict[threading.Thread, int] = {}
@@ -105,10 +105,12 @@ class Run:
         is_other = schedule is not self.schedule
         if is_other:
             check_scheduler(schedule.scheduler)
+            schedule.check_set()
             self._left_at.clear()
         step, is_certain = self._step_of(call, schedule)
         self._take(schedule.timesteps, step)
         self.is_new = is_other or step < self.step
+        self._skips = not (self.is_new or schedule.is_set) and step > self.step + 1
         if self.is_new:
             if not is_other:
                 self._left_at.add(self.step)
@@ -142,9 +144,9 @@ class Run:
             return self._schedule_of(schedulers[0])
         self._note_wait(call.timestep)
         for scheduler in schedulers:
-            is_set = getattr(scheduler, "num_inference_steps", None) is not None
-            if is_set and self._schedule_of(scheduler).is_at(call.timesteps[0]):
-                return self._schedule_of(scheduler)
+            schedule = self._schedule_of(scheduler)
+            if schedule.is_set and schedule.is_at(call.timesteps[0]):
+                return schedule
         raise _not_at(schedulers[0], call, call.timestep)
 
     def _schedule_of(self, scheduler: Scheduler) -> Schedule:
@@ -201,6 +203,16 @@ class Run:
                 f"because the effect of {guidance} depends on the step"
             )
             self.refuse((values != values[0]).any(), ValueError, message)
+
+    def refuse_skipped_steps(self, guidance: object) -> None:
+        """Refuse to count the steps of a scheduler that was not set, where a call skipped some."""
+        if self._skips:
+            scheduler = self.schedule.scheduler
+            raise ValueError(
+                f"{type(scheduler).__name__} has {len(self.schedule)} timesteps, of which the last "
+                f"call skipped some, so {guidance} can't count the steps: call its set_timesteps, "
+                "or attach with the scheduler that runs"
+            )
 
     def prediction(self, call: Call) -> Prediction:
         timesteps = self.schedule.tables["timesteps"][self.step : self.step + 1]
@@ -260,7 +272,7 @@ class Run:
             is_same = before is not None and before.sample is call.sample
             if before is not None and not is_same:
                 self._note_wait(call.sample)
-                is_same = torch.equal(before.sample, call.sample)
+                is_same = torch.equal(before.denoised, call.denoised)
             is_last = self.step == len(self.schedule) - 1
             self.two_calls.begin(is_same, cfg, terms, is_last)
         if layout.has_halves:
@@ -271,12 +283,15 @@ class Run:
             message = (
                 f"the two halves of the batch hold different samples ({reason}); {_WITHOUT_CFG}"
             )
-            self.refuse(~halves_agree(call.sample), ValueError, message)
-        elif before is not None and not layout.is_given:
-            pairs = (before.sample, call.sample), (before.condition, call.condition)
-            if all(a is not None and b is not None and a.shape == b.shape for a, b in pairs):
-                same, alike = ((a == b).all() for a, b in pairs)
-                self.refuse(same & ~alike, ValueError, _SEVERAL_CALLS)
+            self.refuse(~halves_agree(call.denoised), ValueError, message)
+        elif (
+            before is not None
+            and not layout.is_given
+            and before.denoised.shape == call.denoised.shape
+        ):
+            same = (before.denoised == call.denoised).all()
+            differ = have_other_conditions(before, call)
+            self.refuse(same & differ, ValueError, _SEVERAL_CALLS)
 
     # Held terms
 

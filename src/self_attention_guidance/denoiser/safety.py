@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from .families import uncompiled
 
+# Their functions around `forward` cache nothing, and refer to what they are around.
+_WRAPPERS = ("torch.", "accelerate.", "diffusers.hooks.")
+
 
 def run_uncompiled(function: Any) -> Any:
     """Apply `torch.compiler.disable`, with a reason if this version of torch takes one."""
@@ -32,12 +35,11 @@ def refuse_caches(denoiser: nn.Module) -> None:
         for hook_name, hook in hooks.items():
             if getattr(hook, "_is_stateful", False):
                 raise ValueError(f"{where} has the hook {hook_name!r}, a cache, {mixes}; remove it")
-        own = vars(module).get("forward", _replaced_by(type(module)))
-        if own is None or hooks or getattr(own, "__func__", None) is type(module).forward:
-            continue
-        # Compiling and offloading also replace `forward`, but cache nothing.
-        if not hasattr(own, "_torchdynamo_orig_callable") and not hasattr(module, "_hf_hook"):
-            by = getattr(own, "__qualname__", type(own).__name__)
+        replacement = _replaced_by(module)
+        if replacement is not None:
+            by = getattr(replacement, "__qualname__", type(replacement).__name__)
+            # `functools.wraps` copies the other name.
+            by = getattr(getattr(replacement, "__code__", None), "co_qualname", by)
             raise ValueError(
                 f"the forward of {where} was replaced by {by!r}: caches over the steps (DeepCache, "
                 f"TeaCache) do this, {mixes}, and so does code that merges tokens; undo it first"
@@ -60,14 +62,37 @@ def refuse_recomputing(denoiser: nn.Module) -> None:
         )
 
 
-@functools.cache
-def _replaced_by(cls: type[nn.Module]) -> Any:
-    """Return the function that replaced a class's `forward`, as TeaCache does; else `None`."""
-    base = next(base for base in cls.__mro__ if "forward" in vars(base))
-    forward = vars(base)["forward"]
-    is_of_its_module = getattr(forward, "__module__", None) == base.__module__
-    is_of_its_name = getattr(forward, "__qualname__", None) == f"{base.__qualname__}.forward"
-    return None if is_of_its_module or is_of_its_name else forward
+def _replaced_by(module: nn.Module) -> Any:
+    """Return what replaced the `forward` of a module or of its class; else `None`."""
+    bases = [base for base in type(module).__mro__ if "forward" in vars(base)]
+    usual = [_innermost(vars(base)["forward"]) for base in bases]
+    if "forward" in vars(module):
+        own, compiled = _innermost(vars(module)["forward"]), uncompiled(module)
+        known = usual if compiled is module else [nn.Module.__call__, compiled]
+        is_known = any(own is each for each in known)
+        if not is_known and not _source(own).startswith("diffusers.hooks."):
+            return own
+    package = bases[0].__module__.partition(".")[0]
+    if _source(usual[0]).partition(".")[0] == package:
+        return None
+    # Decorators of other packages are usual, except in these two.
+    name = getattr(usual[0], "__module__", None)
+    is_decorated = name == bases[0].__module__ and package not in ("diffusers", "torch")
+    return None if is_decorated else usual[0]
+
+
+def _innermost(forward: Any) -> Any:
+    """Return the function behind what compiling, offloading and precision wrap around it."""
+    while _source(forward).startswith(_WRAPPERS) and hasattr(forward, "__wrapped__"):
+        forward = forward.__wrapped__
+    return getattr(forward, "__func__", forward)
+
+
+def _source(function: Any) -> str:
+    """Name the module whose code a function runs; `functools.wraps` does not change it."""
+    function = function.func if isinstance(function, functools.partial) else function
+    names: dict[str, str] = getattr(function, "__globals__", {})
+    return names.get("__name__", type(function).__module__)
 
 
 def not_finite(stages: dict[str, Tensor], step: int, timestep: Any) -> FloatingPointError:

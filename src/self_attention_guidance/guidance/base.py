@@ -229,6 +229,11 @@ class Guidance:
         """Whether what guidance does to a picture depends on the index of its step or its noise."""
         return self.start > 0 or self.stop < 1 or self.has_noise_window
 
+    @property
+    def counts_steps(self) -> bool:
+        """Whether the number of steps and the index of a step decide if a weakened pass runs."""
+        return self.start > 0 or self.stop < 1 or self.every > 1
+
     def acts_at(self, step: int, steps: int, noise: float | None = None) -> bool:
         """Whether a step of a run is guided.
 

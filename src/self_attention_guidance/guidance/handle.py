@@ -248,6 +248,8 @@ class GuidanceHandle:
         for guidance in self.guidances:
             if guidance.scale != 0 and guidance.depends_on_step:
                 run.refuse_several_timesteps(call, guidance)
+            if guidance.scale != 0 and guidance.counts_steps:
+                run.refuse_skipped_steps(guidance)
         acting = [n for n in self._numbers if _acts(self.guidances[n], run, run.step)]
         if acting:
             self._guided_call = self._begin(module, call, caller, acting)
