@@ -20,7 +20,7 @@ _GUIDANCE_OPTIONS = (
     *("blur_sigma", "blur_kernel_size", "threshold", "layer"),
     *("start", "stop", "every", "branch"),
 )
-_SUFFIXES = {"json_file": ".json", "plot": ".png", "save_statistics": ".npz"}
+_SUFFIXES = {"json": ".json", "json_file": ".json", "plot": ".png", "save_statistics": ".npz"}
 
 
 @dataclass(frozen=True, kw_only=True)
