@@ -52,7 +52,7 @@ def refuse_unfit_parts(model: str, parts: Parts) -> None:
 
     Args:
         model: As the user named it, for the message.
-        parts: The configs of its parts. What they do not tell is not checked.
+        parts: The configs of its parts. What they leave out is not checked.
 
     Raises:
         ValueError: It is such a model.
@@ -66,7 +66,7 @@ def refuse_unfit_pixel_parts(model: str, parts: Parts) -> None:
 
     Args:
         model: As the user named it, for the message.
-        parts: The configs of its parts. What they do not tell is not checked.
+        parts: The configs of its parts. What they leave out is not checked.
 
     Raises:
         ValueError: It is such a model.
@@ -98,7 +98,7 @@ def _problems(parts: Parts) -> Iterator[str]:
 
 
 def _count(config: Mapping[str, Any], name: str, usual: int | None = None) -> int | None:
-    """A number of a config; `None` if the config does not tell it, as a number for all layers."""
+    """A number of a config; `None` if the config has no single number for it."""
     value = config.get(name, usual)
     return value if isinstance(value, int) else None
 

@@ -207,7 +207,7 @@ class TuneJob:
         """Time for a picture of a usual setting, whose guidance adds about half a pass."""
         unguided = gallery.draw(self.space.unguided, 0)
         self._check_size(unguided.size.tolist())
-        # What can't be scored is told before more is drawn.
+        # Pictures that can't be scored are an error before more are drawn.
         drawn = gallery.of(self.space.unguided, 0, gallery.unit)
         self.score.values(drawn, drawn, halves_of(gallery.unit, 0, 0))
         seconds = [unguided.seconds]

@@ -123,5 +123,5 @@ def _compression(path: Path) -> str:
         with path.open("rb") as file:
             begin = file.read(8)
     except OSError:
-        return ""  # that is told already
+        return ""  # the error says it already
     return next((kind for mark, kind in _COMPRESSED.items() if begin.startswith(mark)), "")
