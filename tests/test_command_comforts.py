@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import io
-import itertools
 import json
-import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as parquet
 import pytest
@@ -20,12 +15,7 @@ from PIL import Image
 
 from command_line import error_of, run
 from self_attention_guidance.generate import read_parameters, read_record
-from self_attention_guidance.generate.guidance_text import (
-    _settings_of_methods,
-    declared_settings,
-    parse_guidance,
-)
-from self_attention_guidance.guidance import METHODS
+from self_attention_guidance.guidance.text import parse_guidance
 from tiny import save_tiny_model
 
 SETTINGS = {
@@ -219,31 +209,6 @@ def test_the_first_bad_rows_of_a_list_are_printed(
     assert len(lines) == 6
     assert lines[0].startswith("row 1 (from 0), 'bad 0': steps=0 must be a whole number")
     assert lines[-1] == "and 2 more: see the column error of manifest.parquet"
-
-
-def test_names_of_settings_are_those_of_the_methods() -> None:
-    declared = declared_settings()
-    own = [name for name, cls in METHODS.items() if cls.__module__.startswith("self_attention")]
-    assert {name: set(declared[name]) for name in own} == {
-        name: {setting.name for setting in fields(METHODS[name])} for name in own
-    }
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_settings_are_checked_before_torch_as_by_the_methods(method: str) -> None:
-    light = _settings_of_methods()[method]
-
-    def answer(make: Callable[..., Any], **given: Any) -> str:
-        try:
-            made = make(**given)
-        except ValueError as error:
-            return str(error)
-        return ", ".join(f"{each.name}={getattr(made, each.name)!r}" for each in fields(made))
-
-    values = (0, -1, 0.5, 1, 2, 3.0, math.inf, math.nan, True, "a", "inf", "cond", None, ())
-    for setting, value in itertools.product(declared_settings()[method], values):
-        given = {setting: value}
-        assert answer(light, **given) == answer(METHODS[method], **given), given
 
 
 class TestConfig:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,8 @@ from self_attention_guidance import (
     SelfAttentionGuidance,
 )
 from self_attention_guidance.generate import generate, load_pipeline, read_parameters, read_record
-from self_attention_guidance.generate.guidance_text import parse_guidance
 from self_attention_guidance.guidance import GuidanceSum, guidance_of
+from self_attention_guidance.guidance.text import parse_guidance
 from test_batch_jobs import rows_of
 from tiny import save_tiny_model
 from tiny_pixels import arrays_of, interrupt, one_thread, save_tiny_pixels, tiny_pipeline
@@ -289,3 +291,16 @@ def test_any_text_is_read_or_refused(text: str) -> None:
 @pytest.mark.parametrize("command", ["generate", "compare", "sample", "batch"])
 def test_help_tells_of_it_without_torch(command: str) -> None:
     assert "--guidance METHOD[:NAME=VALUE,...]" in help_without_torch(command)
+
+
+def test_settings_of_every_method_are_checked_without_torch() -> None:
+    code = (
+        "import sys; from self_attention_guidance.guidance import METHODS, text\n"
+        "assert all(text.parse_guidance(name)['method'] == name for name in METHODS)\n"
+        "try: text.parse_guidance('seg:blur_sigma=0')\n"
+        "except ValueError as error: print(error)\n"
+        "assert not {'torch', 'numpy', 'diffusers'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "blur_sigma=0.0 must be above 0" in done.stdout

@@ -29,7 +29,7 @@ from self_attention_guidance import (
     Step,
     attach,
 )
-from self_attention_guidance.generate.guidance_text import parse_guidance
+from self_attention_guidance.guidance.text import parse_guidance
 from test_devices import OnDevice, draw_on_device
 from test_guidance import draw
 from test_guider import draw_modular, modular_xl

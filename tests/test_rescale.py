@@ -19,7 +19,7 @@ from self_attention_guidance import (
     SkipLayerGuidance,
     attach,
 )
-from self_attention_guidance.generate.guidance_text import parse_guidance
+from self_attention_guidance.guidance.text import parse_guidance
 from self_attention_guidance.maths import rescaling
 from test_devices import draw_on_device
 from test_guider import draw_modular, modular_xl

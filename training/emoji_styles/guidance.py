@@ -22,10 +22,10 @@ from torch import Tensor
 
 import data
 import evaluate
-from self_attention_guidance import Guidance
 from self_attention_guidance.evaluate import load_encoder, paired_difference, random_halves
 from self_attention_guidance.evaluate.statistics import frechet_distances, moments_of
-from self_attention_guidance.generate.guidance_text import guidance_of
+from self_attention_guidance.guidance import guidance_of
+from self_attention_guidance.guidance.text import parse_guidance
 
 REPETITIONS = 400
 
@@ -90,7 +90,7 @@ def main() -> None:
             if text == "none":
                 drawn = draw(task.captions, seeds)
             else:
-                guidance = Guidance.from_dict(guidance_of([text], {}, has_scale=False))
+                guidance = guidance_of(parse_guidance(text))
                 with guidance.attach(pipe):
                     drawn = draw(task.captions, seeds)
             found = distance(drawn)

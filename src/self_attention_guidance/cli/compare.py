@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..generate.axes import parse_axis, with_guidances
-from ..generate.guidance_text import parse_guidance
+from ..guidance.text import parse_guidance
 from .like import given_names
 from .loading import check_prompting, load_pipeline_of
 from .options import PromptOptions, parse_numbers

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..generate.guidance_text import guidance_of
+from ..guidance.text import settings_of
 from .config import read_config
 
 _GUIDANCE_OPTIONS = (
@@ -116,7 +116,7 @@ class SamplingOptions(DrawingOptions):
         """
         given = {name: getattr(self, name, None) for name in _GUIDANCE_OPTIONS}
         scales = (getattr(self, name, None) for name in ("sag_scale", "sag_scales"))
-        return guidance_of(
+        return settings_of(
             self.guidance or [],
             {name: value for name, value in given.items() if value is not None},
             any(scale is not None for scale in scales),

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..generate.guidance_text import check_methods, declared_settings
+from ..guidance import METHODS
+from ..guidance.text import check_methods
 from ..models.builtin import SETTINGS_FILE, builtin_names
 from .loading import check_drawing
 from .options import DrawingOptions, prompts_of
@@ -185,7 +186,7 @@ def _check_before_loading(options: TuneCommand) -> "tuple[TuneSettings, Path, Pa
     )
     if settings.budget.pictures is not None:
         # No guidance and each method's defaults are tried in any case.
-        anchors = len(methods or declared_settings()) + 1
+        anchors = len(methods or METHODS) + 1
         make_plan(settings.budget.pictures, options.batch_size, anchors, anchors, options.count)
     if options.reference is not None and not options.reference.exists():
         raise ValueError(

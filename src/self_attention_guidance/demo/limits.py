@@ -9,8 +9,8 @@ from typing import Any
 
 from ..checks import check_count, check_finite, check_text
 from ..generate import Axis, GenerationSettings, check_scheduler_name, check_start, parse_axis
-from ..generate.guidance_text import parse_guidance
 from ..guidance import METHODS
+from ..guidance.text import parse_guidance
 
 MOST_CHARACTERS = 2000
 LARGEST_SEED = 2**32 - 1

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from ..checks import check_finite, check_layer, check_number, check_seed, check_steps, check_text
-from .guidance_text import parse_guidance
+from ..guidance.text import parse_guidance
 from .settings import GenerationSettings
 
 if TYPE_CHECKING:

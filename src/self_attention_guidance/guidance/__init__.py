@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from .base import METHODS, Branch, Guidance, Step
-from .handle import GuidanceHandle, attach
+from typing import TYPE_CHECKING
+
+from ..lazy import exported
+from .base import METHODS, Branch, Guidance
 from .pag import PerturbedAttentionGuidance
 from .sag import BlurGuidance, SelfAttentionGuidance
 from .seg import SmoothedEnergyGuidance
 from .several import GuidanceSum, guidance_of
 from .slg import SkipLayerGuidance
 from .tpg import TokenPerturbationGuidance
+
+if TYPE_CHECKING:
+    from .handle import GuidanceHandle, attach
+    from .step import Step
 
 __all__ = [
     "METHODS",
@@ -27,3 +33,7 @@ __all__ = [
     "attach",
     "guidance_of",
 ]
+
+__getattr__, __dir__ = exported(
+    __name__, {".handle": ("GuidanceHandle", "attach"), ".step": ("Step",)}
+)

@@ -19,7 +19,8 @@ from ..denoiser.prefix import Prefix, ShapesDiffer, blocks_before
 from ..denoiser.run import Run
 from ..denoiser.safety import not_finite
 from ..maths import limiting, rescaling
-from .base import Guidance, Step
+from .base import Guidance
+from .step import Step
 
 
 def _no_effect(step: int, guidance: Guidance) -> RuntimeError:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from ..denoiser.weakening import PictureOperands
-from .base import Step
 from .weak_layers import WeakLayers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..denoiser.weakening import PictureOperands
+    from .step import Step
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class PerturbedAttentionGuidance(WeakLayers, method="pag"):
 
 def identity(operands: PictureOperands, kernel: Callable[[], Tensor]) -> Tensor:
     """Compute attention whose map between the picture's positions is the identity matrix."""
+    import torch
+
     if operands.has_picture_only:
         return operands.value
     query, picture, bias = operands.query, operands.picture, operands.bias

@@ -18,15 +18,15 @@ import math
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
 
 from ..checks import check_count, check_layer, check_number
-from ..denoiser.families import default_layer
-from ..denoiser.layers import resolved
-from ..maths import degrade, gaussian_blur
-from .base import Guidance, Step
+from .base import Guidance
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from .step import Step
 
 # Wider than any picture: a Gaussian has its weight within six sigma, and borders are mirrored. The
 # blur takes memory in proportion to it.
@@ -62,6 +62,10 @@ class BlurGuidance(Blurring, method="blur"):
     @contextmanager
     def weaken(self, step: Step) -> Generator[Tensor | None]:
         """Blur the predicted clean sample."""
+        import torch
+
+        from ..maths import gaussian_blur
+
         step.noted["mask"] = torch.ones_like(step.x0[:, 0], dtype=torch.bool)
         yield gaussian_blur(step.x0, self.blur_sigma, self.blur_kernel_size)
 
@@ -96,6 +100,9 @@ class SelfAttentionGuidance(Blurring, method="sag"):
 
     def reads(self, denoiser: nn.Module) -> tuple[str, ...]:
         """Dotted path of the layer whose attention makes the mask."""
+        from ..denoiser.families import default_layer
+        from ..denoiser.layers import resolved
+
         if self.layer is None:
             return (default_layer(denoiser),)
         found = resolved(denoiser, (self.layer,), has_blocks=False)
@@ -110,6 +117,8 @@ class SelfAttentionGuidance(Blurring, method="sag"):
     @contextmanager
     def weaken(self, step: Step) -> Generator[Tensor | None]:
         """Blur the predicted clean sample where the network attends to it (Eq. 14 and 15)."""
+        from ..maths import degrade
+
         (attention,) = step.attention.values()
         mask = self.mask(attention)
         step.noted.update(attention=attention, mask=mask)

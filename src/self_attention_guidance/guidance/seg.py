@@ -7,15 +7,16 @@ import math
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from ..checks import check_number
-from ..denoiser.weakening import PictureOperands
-from ..maths import gaussian_blur
-from .base import Step
 from .weak_layers import WeakLayers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..denoiser.weakening import PictureOperands
+    from .step import Step
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ def attention_of_blurred(
     operands: PictureOperands, kernel: Callable[[], Tensor], sigma: float
 ) -> Tensor:
     """Compute attention with queries that are blurred over the picture's grid."""
+    from ..maths import gaussian_blur
+
     query = operands.query.clone()
     own = query[..., operands.picture, :]
     if sigma == math.inf:

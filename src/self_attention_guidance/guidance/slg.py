@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from torch import Tensor
-
-from .base import Step
 from .weak_layers import WeakLayers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .step import Step
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,15 @@ import random
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from ..checks import check_count
-from ..denoiser.layers import uncompiled_path
-from .base import Step
 from .weak_layers import WeakLayers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .step import Step
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,10 @@ class TokenPerturbationGuidance(WeakLayers, method="tpg"):
 
 def token_order(seed: int, step: int, block: str, tokens: int) -> Tensor:
     """Return the order of the tokens for a block at a step: (tokens,) int64 indices, on the CPU."""
+    import torch
+
+    from ..denoiser.layers import uncompiled_path
+
     own_seed = random.Random(f"{seed} {step} {uncompiled_path(block)}").getrandbits(63)
     order = torch.randperm(tokens, generator=torch.Generator().manual_seed(own_seed))
     # Few tokens may keep their order by chance, which would not weaken the network.

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import ClassVar
-
-from torch import nn
+from typing import TYPE_CHECKING, ClassVar
 
 from ..checks import check_layer
-from ..denoiser.layers import resolved
 from .base import Branch, Guidance
-from .default_layers import default_layers
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,9 @@ class WeakLayers(Guidance):
         Raises:
             ValueError: A name matches no layer, or the denoiser has none of the default layers.
         """
+        from ..denoiser.layers import resolved
+        from .default_layers import default_layers
+
         if self.layers is not None:
             return resolved(denoiser, self.layers, self.has_blocks)
         names = default_layers(self.method, denoiser, self.has_blocks)
