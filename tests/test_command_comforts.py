@@ -60,10 +60,34 @@ def test_what_is_cut_of_both_prompts_is_told(
         assert all(line.endswith("apple'") for line in told)
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": prompt, "negative_prompt": negative}))
     listed = [tmp_path / "a.jsonl", "--model", model, "--steps", 1, "--out", tmp_path / "job"]
+    capsys.readouterr()
     assert run("batch", *listed, "--quiet") == 0
+    assert ("too long prompts: 1 " in capsys.readouterr().out) == bool(cut)
     (row,) = parquet.read_table(tmp_path / "job/manifest.parquet").to_pylist()
     assert ((row["unread"] or "").count("apple")) == len(cut)
     assert ("negative_prompt: " in (row["unread"] or "")) == ("negative prompt" in cut)
+
+
+def test_a_negative_prompt_without_effect_is_told_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str
+) -> None:
+    asked = ["red", "--negative-prompt", "blue", "--model", model, "--steps", 1, "--quiet"]
+    told = "warning: the negative prompt has no effect: classifier-free guidance is off\n"
+    for cfg, expected in ((1, told), (3, "")):
+        command = ["--guidance-scale", cfg, "--num-images", 2, "--out", tmp_path / str(cfg)]
+        assert run("generate", *asked, *command) == 0
+        assert capsys.readouterr().err == expected
+
+
+def test_a_layer_that_the_model_lacks_ends_a_job_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str
+) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"prompt": "{n}"}}\n' for n in range(3)))
+    asked = [tmp_path / "a.jsonl", "--model", model, "--out", tmp_path / "job", "--quiet"]
+    assert run("batch", *asked, "--layer", "down.9") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: layer 'down.9' is not a self-attention layer of UNet2D")
+    assert not (tmp_path / "job/manifest.parquet").exists()
 
 
 @pytest.mark.parametrize("command", [[], ["generate"], ["info"]])

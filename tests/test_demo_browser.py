@@ -430,6 +430,16 @@ def test_bad_input_is_one_plain_sentence(page: Page, address: str) -> None:
     draw(page)
 
 
+def test_what_the_model_ignores_is_said(page: Page, address: str) -> None:
+    long = "cat" + " apple" * 90
+    visit(page, address, f"?prompt=cat&steps=1&guidance_scale=1&negative_prompt={long}")
+    button(page, COMPARE).click()
+    toasts = page.locator(".toast-wrap")
+    expect(toasts).to_contain_text("The negative prompt is too long for this model")
+    expect(toasts).to_contain_text("The negative prompt has no effect")
+    page.screenshot(path=SHOTS / "ignored.png")
+
+
 def test_a_phone_can_use_it(page: Page) -> None:
     page.set_viewport_size({"width": 390, "height": 844})
     start = button(page, COMPARE).bounding_box()

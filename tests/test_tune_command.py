@@ -142,11 +142,13 @@ def test_text_models_are_tuned_in_cfg_too(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = save_tiny_model(tmp_path / "tiny")
-    (tmp_path / "prompts.txt").write_text("red heart\nblue fox\n")
+    (tmp_path / "prompts.txt").write_text(f"red heart{' red' * 90}\nblue fox\n")
     arguments = ["--methods", "pag", "--steps", "1", "--budget", "104"]
     command = ["tune", model, *arguments, "--prompts", tmp_path / "prompts.txt"]
     assert run(*command) == 0
-    assert "settings in 1 rung (6 on 8 seeds)" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "settings in 1 rung (6 on 8 seeds)" in told
+    assert "too long for this model, and are cut: 1\n" in told
     chosen = recommended_settings(model)
     assert chosen.guidance_scale is not None
     page = (model / "sag_tune" / "report.md").read_text("utf-8")

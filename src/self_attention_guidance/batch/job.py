@@ -43,6 +43,7 @@ class Summary:
         done: How many of these are drawn.
         failed: How many of these failed; the manifest says why.
         drawn: How many of the drawn ones this run drew.
+        cut: How many of these have a prompt that was too long; the manifest has its unread end.
         seconds: How long this run has taken.
     """
 
@@ -50,6 +51,7 @@ class Summary:
     done: int
     failed: int
     drawn: int = 0
+    cut: int = 0
     seconds: float = 0.0
 
 
@@ -228,6 +230,7 @@ class _Run:
             done=self.summary.done + drawn,
             failed=self.summary.failed + failed,
             drawn=self.summary.drawn + drawn,
+            cut=self.summary.cut + sum(bool(row.get("unread")) for row in rows),
         )
         if len(self.rows) >= _ROWS_IN_PART or time.monotonic() - self.written > _SECONDS_OF_PART:
             self._write()

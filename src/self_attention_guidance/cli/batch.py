@@ -250,5 +250,7 @@ def _report(summary: Summary) -> str:
         parts.append(f"{earlier} of them by earlier runs")
     if summary.failed:
         parts.append(f"{summary.failed} failed (see the column error of manifest.parquet)")
+    if summary.cut:
+        parts.append(f"too long prompts: {summary.cut} (their ends: column unread)")
     rate = f", {summary.drawn / summary.seconds:.3g} a second" if summary.drawn else ""
     return ", ".join(parts) + f"; {summary.seconds:.1f} s{rate}"

@@ -14,7 +14,7 @@ from ..guidance.text import parse_guidance
 from .like import given_names
 from .loading import check_prompting, load_pipeline_of
 from .options import PromptOptions, parse_numbers
-from .output import print_line, progress, warn_unread
+from .output import print_line, progress, warn
 
 if TYPE_CHECKING:
     from ..generate import Axis, Comparison, GenerationSettings, LoadedPipeline
@@ -93,8 +93,7 @@ class CompareCommand(PromptOptions):
             comparison = _compare_scales(loaded, prompts, scales, settings, self)
         save_png(comparison.grid, self.out, comparison.record, self.overwrite)
         drawn = [each for column in comparison.columns for each in column]
-        for picture in {each.prompt: each for each in drawn}.values():
-            warn_unread(picture)
+        warn(dict.fromkeys(text for picture in drawn for text in picture.warnings))
         print_line(self.out)
 
 

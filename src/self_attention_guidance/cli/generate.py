@@ -12,7 +12,7 @@ import typer
 from .like import arguments_like, as_drawn, given_names, record_like
 from .loading import check_prompting, load_pipeline_of
 from .options import OneScaleOptions, prompts_of
-from .output import drawn_with, note, print_line, progress, warn_unread
+from .output import drawn_with, note, print_line, progress, warn
 
 if TYPE_CHECKING:
     from ..generate import GeneratedImage
@@ -115,6 +115,7 @@ def _draw(
     settings = loaded.settings(**arguments)
     check_own_size(loaded.pipeline, settings, options.max_size)
     last: GeneratedImage | None = None
+    warned: set[str] = set()
     with progress(len(paths), quiet=options.quiet) as advance:
         pictures = generate(
             loaded.pipeline,
@@ -129,9 +130,10 @@ def _draw(
         for last, path in zip(pictures, paths, strict=True):
             save_png(last.image, path, last.record, options.overwrite)
             print_line(path)
-            warn_unread(last)
+            warn(text for text in last.warnings if text not in warned)
+            warned.update(last.warnings)
             if last.flagged:
-                typer.echo(f"warning: the model's safety checker blanked {path}", err=True)
+                warn([f"the model's safety checker blanked {path}"])
     if last is not None:
         seeds = range(options.seed, options.seed + options.num_images)
         note(drawn_with(last.record, seeds), options.quiet)

@@ -5,16 +5,12 @@ from __future__ import annotations
 import io
 import re
 import sys
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
-
-if TYPE_CHECKING:
-    from ..generate import GeneratedImage
-
 
 _QUOTED = re.compile(r"""(?<!\w)(['"])(.*?)\1(?!\w)|\S{160,}""")
 
@@ -61,19 +57,14 @@ def hide_loading_bars() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def warn_unread(picture: GeneratedImage) -> None:
-    """Warn about the ends of a prompt and a negative prompt that the model did not read.
+def warn(texts: Iterable[str]) -> None:
+    """Print warnings on stderr.
 
     Args:
-        picture: A picture of the prompts.
+        texts: One line each.
     """
-    for kind, unread in (("prompt", picture.unread), ("negative prompt", picture.unread_negative)):
-        if unread:
-            end = unread if len(unread) < 60 else f"...{unread[-60:]}"
-            print(
-                f"warning: the {kind} is too long for this model, and its end was cut: {end!r}",
-                file=sys.stderr,
-            )
+    for text in texts:
+        typer.echo(f"warning: {text}", err=True)
 
 
 def note(text: str, quiet: bool = False) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 
-from ..generate import LoadedPipeline, overlay_attended, parse_axis
+from ..generate import GeneratedImage, LoadedPipeline, overlay_attended, parse_axis
 from .browser import AT_FIRST, DRAW_AT_ONCE, STYLE
 from .controls import Controls
 from .limits import Limits, VisitorSettings, check_axes
@@ -244,6 +244,7 @@ class _Builder:
         pair = self.studio.pair(asked, watch)
         if any(picture.flagged for picture, _ in pair):
             gr.Warning("The model's safety checker blacked a picture out.")
+        _warn(picture for picture, _ in pair)
         names = ("unguided", "guided")
         paths = tuple(
             pictures.save(picture.image, f"{asked.seed}-{name}", picture.record)
@@ -266,6 +267,7 @@ class _Builder:
         *sides, watch = sides_and_watch
         rows, columns = check_axes(*sides, limits=self.limits)
         drawn = self.studio.grid(asked, rows, columns, watch)
+        _warn(picture for column in drawn.columns for picture in column)
         return self.pictures.save(drawn.grid, "grid", drawn.record)
 
 
@@ -279,6 +281,12 @@ def _image(label: str, *classes: str) -> gr.Image:
         interactive=False,
         buttons=["download", "fullscreen"],
     )
+
+
+def _warn(pictures: Iterable[GeneratedImage]) -> None:
+    """Show what the model ignored of the prompts, once for all pictures."""
+    for text in dict.fromkeys(text for picture in pictures for text in picture.warnings):
+        gr.Warning(f"{text[0].upper()}{text[1:]}.")
 
 
 def _wide_enough(columns: str, values: str) -> gr.Image:

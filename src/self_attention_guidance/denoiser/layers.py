@@ -94,8 +94,8 @@ def resolve(
         if not found:
             raise ValueError(
                 f"layer {name!r} is not a {kind} of {type(uncompiled(denoiser)).__name__}; it must "
-                f"be one of {', '.join(known) or '(there is none)'}, or the beginning of some, for "
-                f"short {', '.join(beginnings(known)) or '(none)'}"
+                f"be one of {_listed(known)}, or the beginning of some, for short "
+                f"{_listed(beginnings(known))}"
             )
         chosen.update(dict.fromkeys(found))
     return [path for path in known if path in chosen]
@@ -110,6 +110,13 @@ def resolved(denoiser: nn.Module, names: Sequence[str], has_blocks: bool) -> tup
         kind = "block with self-attention" if has_blocks else "self-attention layer"
         cache[key] = tuple(resolve(network, names, known, kind))
     return cache[key]
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names for a message; of a large network, the first and the last ones."""
+    if len(names) > 12:
+        names = [*names[:6], "...", *names[-2:]]
+    return ", ".join(names) or "(there is none)"
 
 
 def _is_meant(path: str, name: str) -> bool:

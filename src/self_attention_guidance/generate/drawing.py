@@ -37,6 +37,8 @@ class GeneratedImage:
         flagged: Whether the model's safety checker blacked it out.
         unread: The end of the prompt that the model's text encoders did not read; usually empty.
         unread_negative: The same of the negative prompt.
+        ignores_negative: Whether the negative prompt had no effect, without classifier-free
+            guidance.
         attended: Share of the guided steps at which a position was blurred, on the grid of the
             attention layer, (height, width), 0 to 1; `None` if not recorded or if nothing was
             blurred.
@@ -48,6 +50,7 @@ class GeneratedImage:
     flagged: bool = False
     unread: str = ""
     unread_negative: str = ""
+    ignores_negative: bool = False
     attended: NDArray[np.float64] | None = None
 
     @property
@@ -59,6 +62,19 @@ class GeneratedImage:
     def seed(self) -> int:
         """The seed of the picture."""
         return self.record["seed"]
+
+    @property
+    def warnings(self) -> list[str]:
+        """Sentences on what the model ignored of the prompts; usually none."""
+        parts = (("prompt", self.unread), ("negative prompt", self.unread_negative))
+        found = [
+            f"the {kind} is too long for this model, and its end was cut: {_end(unread)!r}"
+            for kind, unread in parts
+            if unread
+        ]
+        if self.ignores_negative:
+            found.append("the negative prompt has no effect: classifier-free guidance is off")
+        return found
 
     @property
     def parameters(self) -> str:
@@ -132,7 +148,10 @@ class PromptArtist:
         images = self.pipeline.numpy_to_pil(output.images)
         flagged = getattr(output, "nsfw_content_detected", None) or [False] * count
         record = self._record(images[0].size, count)
-        unread_negative = unread_part(self.pipeline, self.settings.negative_prompt)
+        negative = self.settings.negative_prompt
+        unread_negative = unread_part(self.pipeline, negative)
+        has_cfg = getattr(self.pipeline, "do_classifier_free_guidance", True)
+        ignores_negative = bool(negative) and not has_cfg
         for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             yield GeneratedImage(
                 image=images[number],
@@ -141,6 +160,7 @@ class PromptArtist:
                 flagged=bool(flagged[number]),
                 unread=unread_part(self.pipeline, prompt),
                 unread_negative=unread_negative,
+                ignores_negative=ignores_negative,
                 attended=callback.attended(number),
             )
 
@@ -155,6 +175,10 @@ class PromptArtist:
             together=together,
             **({"start": digests(self.settings)} if self.settings.image is not None else {}),
         )
+
+
+def _end(text: str) -> str:
+    return text if len(text) < 60 else f"...{text[-60:]}"
 
 
 def seeded_generators(scheduler: Any, seeds: Sequence[int]) -> list[torch.Generator]:

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
+from ..denoiser.families import denoiser_of
 from ..guidance import Guidance, GuidanceSum, guidance_of
 from ..models.builtin import RecommendedSettings
 from .schedulers import make_scheduler
@@ -42,11 +43,16 @@ class Loaded(Generic[Settings]):
                 guidance as "method", they differ from the defaults of that one, or its fast preset.
 
         Raises:
-            ValueError: A setting is unknown or outside its range.
+            ValueError: A setting is unknown or outside its range, or the model has no such layer.
         """
         pipeline: Any = self.pipeline
         pipeline.set_progress_bar_config(disable=True)
-        pipeline.guidance = self.guidance(fast, **guidance)
+        chosen = self.guidance(fast, **guidance)
+        denoiser: Any = denoiser_of(pipeline)
+        for part in chosen.parts:
+            if getattr(part, "layer", None) or getattr(part, "layers", None):
+                part.reads(denoiser)  # refuses layers that do not exist, before any picture
+        pipeline.guidance = chosen
         if scheduler is not None:
             pipeline.scheduler = self.make_scheduler(scheduler)
 

@@ -16,6 +16,7 @@ from ..evaluate import LoadedSet
 from ..evaluate.features import Encoder
 from ..generate.files import check_folder
 from ..generate.loaded import Loaded
+from ..generate.prompts import unread_part
 from ..generate.record import describe, difference, fingerprints
 from ..guidance import Guidance, guidance_of
 from .gallery import PARTS, Gallery
@@ -132,6 +133,9 @@ class TuneJob:
             )
             if gallery.damaged:
                 tell(f"{len(gallery.damaged)} damaged files are drawn again: {gallery.damaged[0]}")
+            cut = sum(bool(unread_part(self.loaded.pipeline, each)) for each in settings.prompts)
+            if cut:
+                tell(f"prompts that are too long for this model, and are cut: {cut}")
             plan = self._plan(gallery, tell)
             found = Trial(
                 self.space, gallery, self.score, plan, settings, Journal(self.storage), report
