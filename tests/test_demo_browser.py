@@ -437,6 +437,7 @@ def test_what_the_model_ignores_is_said(page: Page, address: str) -> None:
     toasts = page.locator(".toast-wrap")
     expect(toasts).to_contain_text("The negative prompt is too long for this model")
     expect(toasts).to_contain_text("The negative prompt has no effect")
+    expect(toasts).to_contain_text("No step is guided")  # the only one is before the window
     page.screenshot(path=SHOTS / "ignored.png")
 
 

@@ -245,6 +245,8 @@ class _Builder:
         if any(picture.flagged for picture, _ in pair):
             gr.Warning("The model's safety checker blacked a picture out.")
         _warn(picture for picture, _ in pair)
+        if asked.sag_scale and len({cost.evaluations for _, cost in pair}) == 1:
+            gr.Warning("No step is guided: widen the guided steps, or take more steps.")
         names = ("unguided", "guided")
         paths = tuple(
             pictures.save(picture.image, f"{asked.seed}-{name}", picture.record)
