@@ -186,7 +186,7 @@ def test_a_compiled_denoiser_is_guided_in_whole_graphs(method: str, name: str) -
     try:
         with METHODS[method]().attach(pipe):
             guided = draw(pipe)
-            denoiser_of(pipe).compile(backend="aot_eager")
+            denoiser_of(pipe).compile(backend="eager")
             compiled = []
             for _ in range(3):
                 assert difference(draw(pipe), guided) < 1e-3
