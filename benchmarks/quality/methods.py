@@ -52,6 +52,10 @@ BUDGETS = {
         Budget("every", "25 steps, each guided", {False: 2 * STEPS, True: 3 * STEPS}),
         # 25 steps without guidance, and a tenth more.
         Budget("cheap", "a tenth above 25 steps", {False: 1.1 * STEPS, True: 2.2 * STEPS}),
+        # SAG alone: what a weakened pass at each step is worth when there are fewer.
+        Budget(
+            "few", "a tenth above 25 steps, each guided", {False: 1.1 * STEPS, True: 2.2 * STEPS}
+        ),
         # Without guidance alone: what more steps are worth.
         Budget("plain", "25 steps, not guided", {False: STEPS, True: 2 * STEPS}),
         Budget("double", "twice the first", {False: 4 * STEPS, True: 6 * STEPS}),
@@ -95,7 +99,7 @@ class Point:
     @property
     def searched(self) -> Point:
         """The point whose search chooses the settings."""
-        budget = "every" if self.budget in ("plain", "double") else self.budget
+        budget = "cheap" if self.budget == "cheap" else "every"
         return Point(self.task, budget, self.method)
 
     def setting_of(self, found: Setting) -> Setting:
@@ -112,6 +116,7 @@ def points() -> Iterator[Point]:
         if recommended_settings(builtin_folder(task.model)).guidance:
             yield Point(name, "every", "shipped")
         yield from (Point(name, budget, "none") for budget in ("plain", "double"))
+        yield Point(name, "few", "sag")
         cheap = with_scheduler(task, ("sag", "pag", "tpg"))
         yield from (Point(name, "cheap", each) for each in dict.fromkeys((*METHODS, *cheap)))
     for task in TASKS:
