@@ -1,4 +1,4 @@
-"""Calls of a layer's attention kernels are told from other work, and belong together."""
+"""Calls of a layer's attention kernels are kept apart from other work, and belong together."""
 
 from __future__ import annotations
 

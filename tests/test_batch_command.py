@@ -162,7 +162,7 @@ def test_a_finished_folder_knows_its_model_by_another_path(
     assert run(*command, "./model") == 0
 
 
-def test_pictures_that_are_gone_are_told(
+def test_pictures_that_are_gone_are_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ("batch", "--num-samples", 2, "--model", "emoji-adm", "--steps", 1)
@@ -170,5 +170,5 @@ def test_pictures_that_are_gone_are_told(
     next((tmp_path / "images").rglob("*.png")).unlink()
     capsys.readouterr()
     assert run(*command, "--out", tmp_path) == 0
-    told = "note: 1 of 2 pictures are gone or empty, and are drawn again\n"
-    assert told in capsys.readouterr().err
+    printed = "note: 1 of 2 pictures are gone or empty, and are drawn again\n"
+    assert printed in capsys.readouterr().err

@@ -298,7 +298,7 @@ def test_a_picture_that_is_gone_is_drawn_again(
     storage.remove(deleted)
     storage.write(emptied, b"")
     lines: list[str] = []
-    again = job(6, out, shard_size=shard_size).run(tell=lines.append)
+    again = job(6, out, shard_size=shard_size).run(note=lines.append)
     pictures = 2 * (shard_size or 1)
     assert counts(again) == (6, 6, 0, pictures)
     assert lines == [f"{pictures} of 6 pictures are gone or empty, and are drawn again"]

@@ -1,4 +1,4 @@
-"""What a batch holds: pictures, or the halves of classifier-free guidance; told, or refused."""
+"""What a batch holds: pictures, or the halves of classifier-free guidance; named, or refused."""
 
 from __future__ import annotations
 

@@ -163,7 +163,7 @@ def test_diffusers_class_is_left_out_where_it_does_not_fit() -> None:
 
 
 @pytest.mark.parametrize("part", ["scheduler", "heads"])
-def test_failure_of_diffusers_class_is_told_and_leaves_nothing(part: str) -> None:
+def test_failure_of_diffusers_class_is_reported_and_leaves_nothing(part: str) -> None:
     def make(dtype: torch.dtype) -> Any:
         pipe = tiny_pipeline(StableDiffusionSAGPipeline)
         if part == "scheduler":
@@ -212,7 +212,7 @@ def test_compiled_denoisers_are_measured(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.usefixtures("compiled_code")
-def test_machines_that_can_not_compile_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machines_that_can_not_compile_get_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: object) -> None:
         raise RuntimeError("no compiler\nis here")
 
@@ -338,7 +338,7 @@ def test_large_networks_are_small_pictures_on_a_cpu_only() -> None:
 # Memory and JSON
 
 
-def test_memory_of_a_process_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_of_a_process_that_fails_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     (wanted,) = plan(["emoji-adm"], device="cpu", steps=1)
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     message = of_process(wanted, "none")

@@ -1,4 +1,4 @@
-"""The shipped model `emoji`: its files, how it loads, and whether it draws what it is told.
+"""The shipped model `emoji`: its files, how it loads, and whether it draws what is asked for.
 
 The reference pictures are 16x16 thumbnails of the training pictures (Google Noto emoji,
 Apache-2.0; Twitter Twemoji, CC-BY 4.0), written by training/emoji/reference.py.

@@ -41,7 +41,7 @@ LONG = "red heart, " * 60 + "green apple"
         (LONG, LONG, ["prompt", "negative prompt"]),
     ],
 )
-def test_what_is_cut_of_both_prompts_is_told(
+def test_what_is_cut_of_both_prompts_is_named(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     model: str,
@@ -53,11 +53,11 @@ def test_what_is_cut_of_both_prompts_is_told(
     compared = ["--sag-scales", "0,1", "--out", tmp_path / "grid.png"]
     for command in (["generate", "--out", tmp_path / "out"], ["compare", *compared]):
         assert run(command[0], *asked, *command[1:]) == 0
-        told = capsys.readouterr().err.splitlines()
-        assert [line.split(" is too long")[0] for line in told] == [
+        printed = capsys.readouterr().err.splitlines()
+        assert [line.split(" is too long")[0] for line in printed] == [
             f"warning: the {kind}" for kind in cut
         ]
-        assert all(line.endswith("apple'") for line in told)
+        assert all(line.endswith("apple'") for line in printed)
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": prompt, "negative_prompt": negative}))
     listed = [tmp_path / "a.jsonl", "--model", model, "--steps", 1, "--out", tmp_path / "job"]
     capsys.readouterr()
@@ -68,12 +68,12 @@ def test_what_is_cut_of_both_prompts_is_told(
     assert ("negative_prompt: " in (row["unread"] or "")) == ("negative prompt" in cut)
 
 
-def test_a_negative_prompt_without_effect_is_told_once(
+def test_a_negative_prompt_without_effect_gives_one_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str
 ) -> None:
     asked = ["red", "--negative-prompt", "blue", "--model", model, "--steps", 1, "--quiet"]
-    told = "warning: the negative prompt has no effect: classifier-free guidance is off\n"
-    for cfg, expected in ((1, told), (3, "")):
+    printed = "warning: the negative prompt has no effect: classifier-free guidance is off\n"
+    for cfg, expected in ((1, printed), (3, "")):
         command = ["--guidance-scale", cfg, "--num-images", 2, "--out", tmp_path / str(cfg)]
         assert run("generate", *asked, *command) == 0
         assert capsys.readouterr().err == expected

@@ -248,7 +248,7 @@ def test_a_picture_gives_its_settings_back(
     assert studio.pair(again, lambda share: None)[1][0].image.tobytes() == guided.image.tobytes()
 
 
-def test_what_the_page_cannot_take_from_a_picture_is_told(
+def test_what_the_page_cannot_take_from_a_picture_is_named(
     demo: tuple[str, LoadedPipeline], tmp_path: Path, start: Path
 ) -> None:
     studio, path = Studio(demo[1], Limits(max_steps=20)), tmp_path / "a.png"

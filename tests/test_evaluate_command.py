@@ -340,11 +340,11 @@ def test_the_table_is_shown_even_if_a_file_cannot_be_written(
     monkeypatch.setattr(evaluate_module, "_measure", meanwhile)
     assert run(*asked, "--json", tmp_path / "a.json", "--overwrite") == 2
     assert "Fréchet distance" in capsys.readouterr().out
-    told = error_of(
+    printed = error_of(
         capsys, "evaluate", sets / "sharp.npz", "--save-statistics", tmp_path / "s.npz",
         "--json", tmp_path / "b.json",
     )  # fmt: skip
-    assert "needs samples" in told
+    assert "needs samples" in printed
 
 
 @pytest.mark.parametrize(

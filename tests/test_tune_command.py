@@ -146,9 +146,9 @@ def test_text_models_are_tuned_in_cfg_too(
     arguments = ["--methods", "pag", "--steps", "1", "--budget", "104"]
     command = ["tune", model, *arguments, "--prompts", tmp_path / "prompts.txt"]
     assert run(*command) == 0
-    told = capsys.readouterr().err
-    assert "settings in 1 rung (6 on 8 seeds)" in told
-    assert "too long for this model, and are cut: 1\n" in told
+    printed = capsys.readouterr().err
+    assert "settings in 1 rung (6 on 8 seeds)" in printed
+    assert "too long for this model, and are cut: 1\n" in printed
     chosen = recommended_settings(model)
     assert chosen.guidance_scale is not None
     page = (model / "sag_tune" / "report.md").read_text("utf-8")
@@ -433,7 +433,7 @@ def assert_equal_counts(found: Tuned) -> None:
     assert found.seeds[1] >= 4
 
 
-def test_a_setting_that_fails_is_left_out_and_told(
+def test_a_setting_that_fails_is_left_out_and_named(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pictures = Gallery._pictures

@@ -112,14 +112,14 @@ class BatchJob:
         self,
         crew: Crew | None = None,
         on_progress: Progress | None = None,
-        tell: Callable[[str], object] = lambda line: None,
+        note: Callable[[str], object] = lambda line: None,
     ) -> Summary:
         """Draw the missing pictures.
 
         Args:
             crew: The workers; `None` is this process.
             on_progress: Called once the amount of work is known, and after each unit.
-            tell: Called with lines about the list and the folder before drawing begins.
+            note: Called with lines about the list and the folder before drawing begins.
 
         Raises:
             ValueError: The list cannot be read, the model cannot be loaded, another run uses the
@@ -132,9 +132,9 @@ class BatchJob:
                 self.storage.remove(JOB, MANIFEST, PARTS, IMAGES)
             plan = Plan(self.source, self.defaults, self.manifest, self.retry_failed)
             if plan.unused:
-                tell(f"columns that are not used: {', '.join(plan.unused)}"[:200])
+                note(f"columns that are not used: {', '.join(plan.unused)}"[:200])
             if plan.gone:
-                tell(f"{plan.gone} of {plan.total} pictures are gone or empty, and are drawn again")
+                note(f"{plan.gone} of {plan.total} pictures are gone or empty, and are drawn again")
             run = _Run(self, plan, crew or Crew(), on_progress)
             try:
                 run.draw()

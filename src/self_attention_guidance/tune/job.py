@@ -94,12 +94,12 @@ class TuneJob:
         self.anchors = self.space.anchors()
 
     def run(
-        self, tell: Callable[[str], object] = lambda line: None, report: Report | None = None
+        self, note: Callable[[str], object] = lambda line: None, report: Report | None = None
     ) -> tuple[Tuned, Gallery]:
         """Draw the missing pictures, and choose.
 
         Args:
-            tell: Called with lines about the plan before drawing begins.
+            note: Called with lines about the plan before drawing begins.
             report: Called before each chunk of pictures.
 
         Returns:
@@ -132,11 +132,11 @@ class TuneJob:
                 started=self._started,
             )
             if gallery.damaged:
-                tell(f"{len(gallery.damaged)} damaged files are drawn again: {gallery.damaged[0]}")
+                note(f"{len(gallery.damaged)} damaged files are drawn again: {gallery.damaged[0]}")
             cut = sum(bool(unread_part(self.loaded.pipeline, each)) for each in settings.prompts)
             if cut:
-                tell(f"prompts that are too long for this model, and are cut: {cut}")
-            plan = self._plan(gallery, tell)
+                note(f"prompts that are too long for this model, and are cut: {cut}")
+            plan = self._plan(gallery, note)
             found = Trial(
                 self.space, gallery, self.score, plan, settings, Journal(self.storage), report
             ).run()
@@ -184,7 +184,7 @@ class TuneJob:
         """Whether a run has a plan; until then, it only tried whether it can draw and score."""
         return any(map(self.storage.exists, (PLAN, JOURNAL, RESULT_FILE)))
 
-    def _plan(self, gallery: Gallery, tell: Callable[[str], object]) -> Plan:
+    def _plan(self, gallery: Gallery, note: Callable[[str], object]) -> Plan:
         """Make the plan of this run, or restore the one that it began with."""
         settings, unit = self.settings, self.settings.batch_size
         wanted = max(_FEWEST_SETTINGS, _SETTINGS_A_METHOD * len(self.space.layers))
@@ -192,7 +192,7 @@ class TuneJob:
         stored = self.storage.parsed(PLAN, _pictures)
         pictures = stored or settings.budget.pictures
         if settings.budget.pictures is not None:
-            tell(str(make_plan(settings.budget.pictures, unit, anchors, wanted, settings.count)))
+            note(str(make_plan(settings.budget.pictures, unit, anchors, wanted, settings.count)))
         each = self._seconds_of_a_picture(gallery)
         if pictures is None:
             left = (settings.budget.seconds or 0) - gallery.elapsed
@@ -202,9 +202,9 @@ class TuneJob:
         if stored is None:
             self.storage.write(PLAN, json.dumps({"pictures": pictures}).encode())
         if settings.budget.pictures is None:
-            tell(str(plan))
+            note(str(plan))
         left = each * max(plan.pictures - gallery.drawn, 0)
-        tell(f"about {_duration(left)} at {each:.2g} s a picture")
+        note(f"about {_duration(left)} at {each:.2g} s a picture")
         return plan
 
     def _seconds_of_a_picture(self, gallery: Gallery) -> float:
