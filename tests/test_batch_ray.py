@@ -146,12 +146,14 @@ def test_units_are_asked_for_when_someone_can_take_them(cluster: Cluster) -> Non
     time.sleep(0.1)
 
 
-def test_a_cluster_that_is_not_there_is_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "self_attention_guidance.cli", "batch", "--num-samples", "1"]
-    done = subprocess.run(
-        [*command, "--address", "127.0.0.1:1", "--out", str(tmp_path)],
-        capture_output=True,
-        text=True,
+def test_a_cluster_that_is_not_there_is_one_line_at_once(tmp_path: Path) -> None:
+    code = (
+        "import sys; from self_attention_guidance.cli import main\n"
+        "status = main(sys.argv[1:])\n"
+        "assert not {'torch', 'ray', 'diffusers'} & set(sys.modules)\n"
+        "sys.exit(status)"
     )
+    asked = ["batch", "--num-samples", "1", "--address", "127.0.0.1:1", "--out", str(tmp_path)]
+    done = subprocess.run([sys.executable, "-c", code, *asked], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: --address=")

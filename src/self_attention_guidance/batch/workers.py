@@ -298,7 +298,7 @@ def _running_ray(crew: Crew) -> Generator[None]:
     if ray.is_initialized():
         yield
         return
-    _check_reachable(crew.address)
+    check_reachable(crew.address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     options: dict[str, Any] = {"address": crew.address or "local"}
     if crew.address is None:
@@ -315,8 +315,15 @@ def _running_ray(crew: Crew) -> Generator[None]:
         ray.shutdown()
 
 
-def _check_reachable(address: str | None) -> None:
-    """Refuse an address that does not answer; Ray itself would try for minutes."""
+def check_reachable(address: str | None) -> None:
+    """Refuse the address of a cluster that does not answer; Ray itself would try for minutes.
+
+    Args:
+        address: As in `Crew`.
+
+    Raises:
+        ValueError: Nothing answers there.
+    """
     host, _, port = (address or "").removeprefix("ray://").rpartition(":")
     if not (host and port.isdecimal()):
         return

@@ -110,7 +110,7 @@ class BatchCommand(OneScaleOptions):
         if (self.prompts is None) == (self.num_samples is None):
             raise ValueError("give either PROMPTS or --num-samples")
 
-        from ..batch.workers import Crew
+        from ..batch.workers import Crew, check_reachable
 
         crew = Crew(
             workers=self.workers,
@@ -120,6 +120,7 @@ class BatchCommand(OneScaleOptions):
         )
         source = _source(self)
         _check_before_loading(self)
+        check_reachable(crew.address)
         job = _job(source, self)
         with _progress(self.quiet) as (report, latest):
             try:
