@@ -202,20 +202,27 @@ def trials(name: str) -> Iterator[str]:
 
 
 def claims(name: str) -> Iterator[str]:
-    """The best row of each budget and the recommended one, against what else one could do."""
+    """The best row of each budget and the recommended one, against what else one could do.
+
+    And the best row with the better sampler, against the sampler alone.
+    """
     rows = {budget: rows_of(name, budget) for budget in BUDGETS}
-    rivals = [row for row in rows["every"] if row.point.method in ("none", "none-dpm++", "sag")]
+    unguided = ("none", "none-dpm++")
+    rivals = [row for row in rows["every"] if row.point.method in (*unguided, "sag")]
     rivals += rows["double"]
     for budget in ("every", "cheap"):
-        own = [row for row in rows[budget] if row.point.method == "none"]
+        own = [row for row in rows[budget] if row.point.method in unguided]
         own += rows["few"] if budget == "cheap" else []
         others = [*own, *(row for row in rivals if row not in own)]
         shown = rows[budget][:1] if len(rows[budget]) > 1 else []
         shown += [row for row in rows[budget] if row.point.method == "shipped"]
-        for row in shown:
-            for other in others:
-                if other is not row and other.result.count == row.result.count:
-                    yield _claim(row, other)
+        pairs = [(row, other) for row in shown for other in others]
+        by_sampler = [row for row in rows[budget] if row.point.method.endswith("-dpm++")]
+        if by_sampler and by_sampler[0] not in shown:
+            pairs += [(by_sampler[0], row) for row in own if row.point.method == "none-dpm++"]
+        for row, other in pairs:
+            if other is not row and other.result.count == row.result.count:
+                yield _claim(row, other)
 
 
 def _claim(row: Row, other: Row) -> str:
