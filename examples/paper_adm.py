@@ -10,9 +10,10 @@ import sys
 import torch
 from diffusers.utils import make_image_grid
 
-from self_attention_guidance import builtin_model
+from self_attention_guidance import SelfAttentionGuidance, builtin_model
 
 pipe = builtin_model("emoji-adm")
+pipe.guidance = SelfAttentionGuidance(2.0, blur_sigma=3.0, start=0.1, every=4)
 rows = []
 for scale in (0.0, 2.0):  # without and with guidance, of the same seeds
     seeds = [torch.Generator().manual_seed(seed) for seed in range(4)]

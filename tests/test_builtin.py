@@ -92,10 +92,6 @@ def test_emoji_adm_draws_on_white_and_guidance_shows(pixels: ADMPipeline) -> Non
         assert pictures.shape == (8, 3, 32, 32)
         assert pictures[:, :, [0, 0, -1, -1], [0, -1, 0, -1]].mean() > 0.8
     assert (guided - unguided).abs().mean() > 0.01
-    handle = pixels.guidance_handle
-    assert handle is not None
-    assert handle.attention is not None
-    assert handle.attention.std() > 0.1  # where to blur is a choice, not chance
 
 
 @pytest.mark.parametrize("name", ["ddim", "dpm++ 2m", "unipc", "euler", "heun", "lms"])
@@ -209,10 +205,10 @@ def test_emoji_styles_lists_its_captions() -> None:
     assert {style for _, style in captions["held_out_pairs"]} == set(captions["styles"])
 
 
-@pytest.mark.parametrize(("name", "fast"), [("emoji", "sag"), ("emoji-adm", "tpg")])
-def test_the_shipped_files_name_the_method_of_each_preset(name: str, fast: str) -> None:
+@pytest.mark.parametrize(("name", "method"), [("emoji", "sag"), ("emoji-adm", "tpg")])
+def test_the_shipped_files_name_the_method_of_each_preset(name: str, method: str) -> None:
     content = json.loads((builtin_folder(name) / "sag_settings.json").read_text())
-    assert (content["guidance"]["method"], content["fast"]["method"]) == ("sag", fast)
+    assert content["guidance"]["method"] == content["fast"]["method"] == method
 
 
 @pytest.mark.parametrize(

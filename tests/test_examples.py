@@ -107,6 +107,7 @@ def test_the_papers_case_draws_what_the_library_draws(
     """Its pictures are (rows, columns) = (without and with guidance, seeds)."""
     picture = drawn("paper_adm")
     pipe = builtin_model("emoji-adm")
+    pipe.guidance = SelfAttentionGuidance(2.0, blur_sigma=3.0, start=0.1, every=4)
     seeds = [seeded(seed) for seed in range(4)]
     images = pipe(batch_size=4, num_inference_steps=40, sag_scale=2.0, generator=seeds).images
     size = images[0].size[0]

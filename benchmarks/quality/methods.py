@@ -113,12 +113,12 @@ def points() -> Iterator[Point]:
     for name, task in TASKS.items():
         fast = with_scheduler(task, FAST_METHODS)
         yield from (Point(name, "every", method) for method in (*METHODS, *fast))
-        if recommended_settings(builtin_folder(task.model)).guidance:
-            yield Point(name, "every", "shipped")
         yield from (Point(name, budget, "none") for budget in ("plain", "double"))
         yield Point(name, "few", "sag")
         cheap = with_scheduler(task, ("sag", "pag", "tpg"))
         yield from (Point(name, "cheap", each) for each in dict.fromkeys((*METHODS, *cheap)))
+        if recommended_settings(builtin_folder(task.model)).guidance:
+            yield Point(name, "cheap", "shipped")
     for task in TASKS:
         yield from (Point(task, "every", method, "float32") for method in ("none", "sag", "pag"))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sampling import load, sample, to_images
 from self_attention_guidance import SelfAttentionGuidance
-from self_attention_guidance.generate import draw_grid
+from self_attention_guidance.generate import draw_grid, method_label
 from self_attention_guidance.models.builtin import recommended_settings
 from shipping import SHIPPED
 
@@ -34,7 +34,7 @@ def main() -> None:
     drawn = [sample(pipe, each, SEEDS, steps) for each in (UNGUIDED, guidance)]
     grid = draw_grid(
         [to_images(pixels) for pixels in drawn],
-        labels=["unguided", f"SAG, scale {guidance.scale:g}"],
+        labels=["unguided", f"{method_label(guidance.method)}, scale {guidance.scale:g}"],
         headings=[f"seed {seed}" for seed in SEEDS],
         footer=f"emoji-adm, 32x32, no class given, {steps} steps of DDPM; "
         "the first seeds, not picked",
