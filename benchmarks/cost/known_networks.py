@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from random_networks import sd15_unet, sdxl_unet, stable_diffusion, stable_diffusion_xl
-from self_attention_guidance.guidance import METHODS, Guidance
+from self_attention_guidance.guidance import METHODS, Guidance, SelfAttentionGuidance
 from self_attention_guidance.models.builtin import (
     builtin_folder,
     builtin_model,
@@ -74,25 +74,26 @@ def exact_guidance(folder: Path | None, method: str) -> Guidance:
     diffusers' class for SAG has that layer fixed; a model may recommend another.
 
     Args:
-        folder: The model's, for its recommended settings of SAG; `None` takes the defaults.
+        folder: The model's, if it recommends settings of this guidance; `None` takes the defaults.
         method: Short name of the guidance.
     """
-    if folder is None or method != "sag":
-        return METHODS[method]()
-    recommended = recommended_settings(folder).make_guidance()
-    return replace(recommended, start=0.0, stop=1.0, every=1, layer=None)
+    recommended = None if folder is None else recommended_settings(folder).make_guidance()
+    if isinstance(recommended, SelfAttentionGuidance) and method == "sag":
+        return replace(recommended, start=0.0, stop=1.0, every=1, layer=None)
+    return METHODS[method]()
 
 
 def fast_guidance(folder: Path | None, method: str) -> Guidance:
-    """The fast preset: for SAG that which the model recommends, whatever its method.
+    """The fast preset of a guidance.
 
     Args:
-        folder: The model's, for its recommended settings; `None` takes the defaults.
+        folder: The model's, if it recommends one of this guidance; `None` takes the usual one.
         method: Short name of the guidance.
     """
-    if folder is None or method != "sag":
-        return METHODS[method].fast()
-    return recommended_settings(folder).make_fast_guidance()
+    recommended = None if folder is None else recommended_settings(folder).make_fast_guidance()
+    if recommended is not None and recommended.method == method:
+        return recommended
+    return METHODS[method].fast()
 
 
 def load(network: Network, dtype: str, device: str) -> Any:
