@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 # Squares of the values that settings are multiplied with must fit into float32.
 _LARGEST = 1e9
 # More do not fit into memory or a day; a mistyped number would fill both.
 _MOST_IMAGES = 10_000_000
 _MOST_STEPS = 100_000
+
+Number = TypeVar("Number", int, float)
+
+
+class GuidanceError(RuntimeError):
+    """Guidance can't act as it was asked to, or can't be sure that it does."""
 
 
 def seeds_of(seed: int, num_images: int, name: str = "num_images") -> range:
@@ -78,6 +85,19 @@ def check_count(name: str, value: object, least: int = 1, most: int | None = Non
     if most is not None and value > most:
         raise ValueError(f"{name}={value!r:.60} must be at most {most}")
     return value
+
+
+def parse_number(text: str, kind: Callable[[str], Number]) -> Number:
+    """Read a number as people write it: only Python reads "1_0" as ten.
+
+    Args:
+        text: The number.
+        kind: `int` or `float`.
+
+    Raises:
+        ValueError: It is no number of that kind.
+    """
+    return kind(text.replace("_", " "))
 
 
 def check_finite(name: str, value: object) -> float:

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Protocol
 import typer
 
 from .. import __version__
+from ..checks import GuidanceError
 from .batch import BatchCommand
 from .compare import CompareCommand
 from .config import expand_home
@@ -137,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             status = command.main(args=given, prog_name="sag", standalone_mode=False)
     except _UsageError as error:
         return _fail(error.format_message(), 2)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, GuidanceError) as error:
         return _fail(as_typed(reason_of(error), command, given), 2)
     except typer.Abort as error:  # what click makes of an interrupt, and of a file that is cut off
         if isinstance(error.__cause__, EOFError):

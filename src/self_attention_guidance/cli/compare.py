@@ -110,6 +110,10 @@ _REPLACED = {
 }
 
 
+# What grids of axes have no use for: each picture is drawn alone, so that its cost is its own.
+_ONE_PICTURE_A_CELL = ("sag_scales", "num_images", "batch_size", "show_attention")
+
+
 def _axes(options: CompareCommand) -> dict[str, Axis]:
     """The axes that were given, by option.
 
@@ -124,11 +128,12 @@ def _axes(options: CompareCommand) -> dict[str, Axis]:
         return axes
     given_here = given_names(options.context)
     replaced = [setting for name in names for setting in _REPLACED.get(name, ())]
-    # Grids of axes have one picture a cell, drawn alone so that its cost is its own.
-    for name in (*replaced, "sag_scales", "num_images", "batch_size", "show_attention"):
+    for name in (*replaced, *_ONE_PICTURE_A_CELL):
         if name in given_here:
             option = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{option} must not be given with --rows or --columns that replace it")
+            has_axis = name in replaced
+            reason = " that replace it" if has_axis else ", which draw one picture a cell"
+            raise ValueError(f"{option} must not be given with --rows or --columns{reason}")
     texts = [*(options.guidance or [])]
     for axis in axes.values():
         texts += [each for each in axis.values if axis.name == "guidance" and each is not None]

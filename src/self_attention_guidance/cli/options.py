@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..checks import parse_number
 from ..guidance.text import settings_of
 from .config import read_config
 
@@ -278,7 +279,7 @@ def parse_numbers(text: str) -> list[float]:
         ValueError: It has another format.
     """
     try:
-        return [float(part) for part in text.split(",")]
+        return [parse_number(part, float) for part in text.split(",")]
     except ValueError:
         raise ValueError(
             f"sag_scales={text!r} must be numbers separated by commas, for example 0,0.5,1"

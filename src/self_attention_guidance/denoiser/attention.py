@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..checks import GuidanceError
 from ..maths import attention_received
 from .families import uncompiled
 
@@ -209,7 +210,7 @@ def received(noted: list[Operands], batch: int, rows: slice, picture: slice) -> 
     found = sum(len(each.query) for each in noted)
     if found != batch if by_row else found % batch:
         reason = "the processor changed the batch; use diffusers' default one at this layer"
-        raise RuntimeError(
+        raise GuidanceError(
             f"attention was recorded for {found} {'' if by_row else 'heads '}of {batch} rows: "
             f"{why_in_slices() or reason}"
         )

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from ..checks import GuidanceError
+
 if TYPE_CHECKING:
     from .call import Layout
 
@@ -85,7 +87,7 @@ class TwoCalls:
         run's last step no later call could show that they were wrong, so none is expected.
         """
         if has_same_sample and self._is_second and cfg is None:
-            raise RuntimeError(
+            raise GuidanceError(
                 "the denoiser is called a third time at one step with the same sample: at most two "
                 "conditions a picture are supported; several pictures of one seed fit in a batch"
             )
@@ -94,7 +96,7 @@ class TwoCalls:
             self._expects_second = True
         elif self._owes_guidance:
             self._owes_guidance = False
-            raise RuntimeError(f"a step ran without its second call, {_USE_FIRST}")
+            raise GuidanceError(f"a step ran without its second call, {_USE_FIRST}")
         self._wanted = wanted
         if cfg is not None or is_last:
             self._expects_second = bool(cfg)
@@ -122,7 +124,7 @@ class TwoCalls:
         if terms:
             first = self._first()
             if first is None:
-                raise RuntimeError(f"the first call's prediction was copied, {_USE_FIRST}")
+                raise GuidanceError(f"the first call's prediction was copied, {_USE_FIRST}")
             first.copy_(added(self._first_plain, whole))
         self._owes_guidance = False
         return added(prediction, whole), whole

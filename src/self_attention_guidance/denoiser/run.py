@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..checks import GuidanceError
 from .call import Call, Layout, halves_agree, have_other_conditions, layout_by_samples
 from .caller import Caller, is_running
 from .noise import Prediction, Schedule, Scheduler, check_scheduler, is_elsewhere
@@ -69,12 +70,12 @@ class Run:
         """Begin a call of the denoiser; refuse it if another thread is inside one."""
         thread = threading.current_thread()
         if self._is_fixed and thread is not self._owner:
-            raise RuntimeError(_TWO_THREADS)
+            raise GuidanceError(_TWO_THREADS)
         with self._entering:
             # Ctrl-C can leave a call without its end, in this thread or in another.
             inside = None if self.is_inside() else self._inside
             if inside is not None and is_running(denoiser, inside):
-                raise RuntimeError(_TWO_THREADS)
+                raise GuidanceError(_TWO_THREADS)
             self._inside, self.is_weak = thread, False
 
     def leave(self) -> None:
@@ -91,7 +92,7 @@ class Run:
             # A new run has other timesteps, or starts at an earlier one of the same timesteps.
             continued = min(self.step, self._interrupted.pop(thread, self.step))
             if timesteps is self.schedule.timesteps and step > continued:
-                raise RuntimeError(_TWO_THREADS)
+                raise GuidanceError(_TWO_THREADS)
             if self._owner is not None and self.step < len(self.schedule) - 1:
                 self._interrupted[self._owner] = self.step
         self._owner = thread
@@ -136,7 +137,7 @@ class Run:
         """Find the schedule of the pipeline's scheduler that is at the call's timestep."""
         schedulers = [] if caller is None else caller.schedulers
         if not schedulers:
-            raise RuntimeError(
+            raise GuidanceError(
                 "no pipeline runs this denoiser, so its scheduler is unknown; for a loop of your "
                 "own, attach to it with scheduler= and batch_layout="
             )
@@ -311,7 +312,7 @@ class Run:
             return None
         if held.passes > passes:  # several pictures are denoised by turns
             calls = f"the denoiser is called {held.passes} times a step"
-            raise RuntimeError(f"{calls}, so a held term may be of another picture; use every=1")
+            raise GuidanceError(f"{calls}, so a held term may be of another picture; use every=1")
         return held.noise
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import GuidanceError
 from .families import uncompiled
 
 # Their functions around `forward` cache nothing, and refer to what they are around.
@@ -56,7 +57,7 @@ def refuse_recomputing(denoiser: nn.Module) -> None:
     """Refuse layers that are changed during a pass and run again, unchanged, by `backward`."""
     if recomputes(denoiser):
         name = type(uncompiled(denoiser)).__name__
-        raise RuntimeError(
+        raise GuidanceError(
             f"{name} computes its layers again for gradients, and would not weaken them then: call "
             "its disable_gradient_checkpointing(), or draw under torch.no_grad()"
         )

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import GuidanceError
 from .attention import Operands, StandIn, standing_in, why_in_slices
 from .families import Family, family_of, uncompiled
 from .picture import PictureTokens
@@ -69,7 +70,7 @@ def attending_by(
             return weaken(_in_picture(operands, tokens), kernel)
         if len(operands.query) != len(groups):
             reason = why_in_slices() or "its processor changed the batch"
-            raise RuntimeError(
+            raise GuidanceError(
                 f"{layer!r} attends for {len(operands.query)} of {len(groups)} pictures: {reason}"
             )
         return torch.cat([_weakened(weaken, operands.rows(rows), own) for rows, own in groups])

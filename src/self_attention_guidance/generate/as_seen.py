@@ -6,6 +6,9 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+"""The formats of pictures that are read. Pillow runs programs for others, such as EPS."""
+
 # Tags of TIFF.
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
 _WHITE_IS_ZERO, _UNSIGNED = 0, {1, 4}

@@ -7,7 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from ..checks import check_finite, check_layer, check_number, check_seed, check_steps, check_text
+from ..checks import (
+    check_finite,
+    check_layer,
+    check_number,
+    check_seed,
+    check_steps,
+    check_text,
+    parse_number,
+)
 from ..guidance.text import parse_guidance
 from .settings import GenerationSettings
 
@@ -217,14 +225,14 @@ def with_guidances(axis: Axis, make: Callable[[Mapping[str, Any]], Guidance | Gu
 def _window(text: str) -> tuple[float, float]:
     start, _, stop = text.partition("-")
     try:
-        return float(start), float(stop)
+        return parse_number(start, float), parse_number(stop, float)
     except ValueError:
         raise ValueError(f"{text!r} must be START-STOP, for example 0.2-0.65") from None
 
 
 def _number(text: str, kind: type[int] | type[float] = float) -> float:
     try:
-        return kind(text)
+        return parse_number(text, kind)
     except ValueError:
         rule = "a whole number" if kind is int else "a number"
         raise ValueError(f"{text!r} must be {rule}") from None

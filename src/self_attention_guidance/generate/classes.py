@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
+
+from ..checks import parse_number
 
 _FILE = "classes.json"
 
@@ -17,27 +20,31 @@ def class_names(folder: str | Path) -> dict[str, int]:
     Args:
         folder: Folder of the model. The names are in its `classes.json`, a list or an object of
             names by numbers, or under "id2label" in its `model_index.json`, as diffusers'
-            `DiTPipeline` has them. Commas separate several names of one class.
+            `DiTPipeline` has them. Commas separate several names of one class. A name of several
+            classes is followed by the number: "crane (134)".
 
     Raises:
         ValueError: They have another format.
     """
     path = Path(folder)
-    named: object = _read(path / _FILE)
-    if named is None:
+    listed: object = _read(path / _FILE)
+    if listed is None:
         index = _read(path / "model_index.json")
-        named = cast("dict[str, Any]", index).get("id2label") if isinstance(index, dict) else None
-    if isinstance(named, list):
-        named = dict(enumerate(cast("list[object]", named)))
+        listed = cast("dict[str, Any]", index).get("id2label") if isinstance(index, dict) else None
+    if isinstance(listed, list):
+        listed = dict(enumerate(cast("list[object]", listed)))
     try:
-        pairs = cast("Mapping[object, Any]", named or {}).items()
-        return {
-            each.strip().lower(): int(cast("Any", number))
+        pairs = cast("Mapping[object, Any]", listed or {}).items()
+        named = [
+            (each.strip().lower(), int(cast("Any", number)))
             for number, names in pairs
             for each in names.split(",")
-        }
+        ]
     except (AttributeError, TypeError, ValueError):
         raise ValueError(f"{path}: the classes must be names, by numbers") from None
+    # ImageNet has two classes of the name "crane".
+    count = Counter(name for name, _ in set(named))
+    return {f"{name} ({n})" if count[name] > 1 else name: n for name, n in named}
 
 
 def parse_classes(text: str, names: Mapping[str, int]) -> tuple[int, ...]:
@@ -55,7 +62,7 @@ def parse_classes(text: str, names: Mapping[str, int]) -> tuple[int, ...]:
 
 def _number(part: str, names: Mapping[str, int]) -> int:
     try:
-        return int(part) if part.lower() not in names else names[part.lower()]
+        return parse_number(part, int) if part.lower() not in names else names[part.lower()]
     except ValueError:
         raise ValueError(f"classes={part!r} {_rule(part.lower(), names)}") from None
 
@@ -78,5 +85,5 @@ def _read(path: Path) -> object:
         return None
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error

@@ -39,7 +39,7 @@ class GeneratedImage:
         unread_negative: The same of the negative prompt.
         ignores_negative: Whether the negative prompt had no effect, without classifier-free
             guidance.
-        attended: Share of the guided steps at which a position was blurred, on the grid of the
+        attended: Share of the weakened passes in which a position was blurred, on the grid of the
             attention layer, (height, width), 0 to 1; `None` if not recorded or if nothing was
             blurred.
     """
@@ -178,7 +178,7 @@ class PromptArtist:
 
 
 def _end(text: str) -> str:
-    return text if len(text) < 60 else f"...{text[-60:]}"
+    return text if len(text) <= 60 else f"...{text[-60:]}"
 
 
 def seeded_generators(scheduler: Any, seeds: Sequence[int]) -> list[torch.Generator]:
@@ -204,7 +204,8 @@ class _StepCallback:
         self.count = count
         self.record = record
         self.on_progress = on_progress
-        self.guided_steps = 0
+        self.mask: Any = None
+        self.masks = 0
         self.blurred: Any = 0
 
     def __call__(
@@ -220,10 +221,11 @@ class _StepCallback:
         return kwargs
 
     def _add(self, handle: GuidanceHandle) -> None:
-        # After a step that was not guided, the handle still holds the last guided one's mask.
-        if handle.mask is not None and handle.steps != self.guided_steps:
-            self.guided_steps = handle.steps
+        # After a step without a mask of its own, the handle still holds an earlier one.
+        if handle.mask is not None and handle.mask is not self.mask:
+            self.mask = handle.mask
+            self.masks += 1
             self.blurred = self.blurred + handle.mask.cpu().numpy().astype(np.float64)
 
     def attended(self, number: int) -> NDArray[np.float64] | None:
-        return self.blurred[number] / self.guided_steps if self.guided_steps else None
+        return self.blurred[number] / self.masks if self.masks else None

@@ -99,7 +99,7 @@ def check_samples_path(out: str | Path, overwrite: bool = False) -> Path:
         ValueError: It does not end in `.npz`, or cannot be written.
         FileExistsError: It exists, no unfinished run is beside it, and `overwrite` is False.
     """
-    path = Path(out).expanduser()
+    path = Path(os.path.expanduser(out))
     if path.suffix != ".npz":
         raise ValueError(f"out={str(out)!r} must end in .npz")
     check_folder(path.parent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -42,7 +43,7 @@ def find_model(model: str) -> tuple[str, bool]:
     Raises:
         ValueError: It is none of these, or cannot be loaded.
     """
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     if model not in builtin_names() and path.is_file():
         if path.suffix.lower() != ".safetensors":
             raise ValueError(
@@ -66,7 +67,7 @@ def find_pixel_model(model: str) -> str:
     Raises:
         ValueError: It is neither, or cannot be loaded.
     """
-    if model not in builtin_names() and Path(model).expanduser().is_file():
+    if model not in builtin_names() and Path(os.path.expanduser(model)).is_file():
         raise ValueError(
             f"model={model!r} is a file: give a folder; `sag convert` makes one of an original"
             " checkpoint"
@@ -103,7 +104,7 @@ def find_folder(model: str, check_index: IndexCheck, or_else: str = "") -> str:
     Raises:
         ValueError: It is neither, or cannot be loaded.
     """
-    path = builtin_folder(model) if model in builtin_names() else Path(model).expanduser()
+    path = builtin_folder(model) if model in builtin_names() else Path(os.path.expanduser(model))
     if path.is_dir():
         check_index(model, model_index(model, path), path)
         return str(path.resolve())
@@ -128,7 +129,7 @@ def find_classifier(folder: str | Path) -> Path:
     Raises:
         ValueError: It is no such folder.
     """
-    path = Path(folder).expanduser()
+    path = Path(os.path.expanduser(folder))
     if not (path / "config.json").is_file():
         raise ValueError(
             f"classifier={str(folder)!r} must be a folder that `sag convert classifier` wrote"
@@ -142,7 +143,7 @@ def is_pixel_model(model: str) -> bool:
     Args:
         model: As in `load_pixel_model`, or in `load_pipeline`. Hub ids never count.
     """
-    folder = builtin_folder(model) if model in builtin_names() else Path(model).expanduser()
+    folder = builtin_folder(model) if model in builtin_names() else Path(os.path.expanduser(model))
     try:
         return model_index(model, folder).get("_class_name") in PIXEL_CLASSES
     except ValueError:
@@ -283,7 +284,7 @@ def _json_object(model: str, file: Path, advice: str) -> dict[str, Any]:
         found: object = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"model={model!r} is a folder without {file.name}: {advice}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"model={model!r}: {file.name} cannot be read: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"model={model!r}: {file.name} must hold a JSON object")

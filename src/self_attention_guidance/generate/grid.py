@@ -72,9 +72,14 @@ class _Layout:
     def caption_height(self) -> int:
         return int(self.font_size * 1.3) if self.has_captions else 0
 
+    @cached_property
+    def wrapped_headings(self) -> list[str]:
+        return ["\n".join(wrap(each, self.cell[0], self.font, most=3)) for each in self.headings]
+
     @property
     def heading_height(self) -> int:
-        return int(self.font_size * 1.9)
+        lines = 1 + max(heading.count("\n") for heading in self.wrapped_headings)
+        return int(self.font_size * (0.55 + 1.35 * lines))
 
     @property
     def footer_height(self) -> int:
@@ -108,7 +113,7 @@ def draw_grid(
     Args:
         rows: The pictures, row by row; pictures under 192 pixels are enlarged.
         labels: One text for each row, wrapped beside it.
-        headings: One text for each column.
+        headings: One text for each column, wrapped above it.
         footer: One line below the grid, wrapped if it is too long.
         captions: A short line below each picture, row by row; empty for none.
 
@@ -202,10 +207,18 @@ def _font_for(text: str, size: int) -> Font:
 
 
 def _draw_headings(draw: ImageDraw.ImageDraw, layout: _Layout) -> None:
-    for column, heading in enumerate(layout.headings):
+    for column, heading in enumerate(layout.wrapped_headings):
         left, top = layout.corner(0, column)
         centre = (left + layout.cell[0] // 2, top - layout.heading_height // 2)
-        draw.text(centre, heading, fill=_INK, font=layout.font, anchor="mm")
+        draw.multiline_text(
+            centre,
+            heading,
+            fill=_INK,
+            font=layout.font,
+            anchor="mm",
+            align="center",
+            spacing=layout.font_size * 0.35,
+        )
 
 
 def _draw_label(draw: ImageDraw.ImageDraw, layout: _Layout, row: int) -> None:

@@ -51,7 +51,7 @@ def prompt_pipeline(model: str, index: Mapping[str, Any], folder: Path) -> type[
             " supported here; in Python, `attach` guides it"
         )
     parts = (index.get(part) for part in ("unet", "transformer"))
-    denoisers = [str(part[-1]) for part in parts if part]
+    denoisers = [str(part[-1]) for part in parts if isinstance(part, list) and part]
     if not any(denoiser in FAMILIES for denoiser in denoisers):
         raise ValueError(
             f"model={model!r} is of the class {name}, whose denoiser can't be guided"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checks import check_finite
+from ..checks import check_finite, parse_number
 
 
 def parse_lora(text: str) -> tuple[str, float]:
@@ -22,14 +22,15 @@ def parse_lora(text: str) -> tuple[str, float]:
         ValueError: The file does not exist, or the scale is not a finite number.
     """
     path, colon, scale = text.rpartition(":")
-    if not colon or Path(text).is_file():
+    # A colon may also follow the letter of a drive.
+    if not colon or {"/", "\\"} & set(scale) or Path(text).is_file():
         path, scale = text, "1"
     if Path(path).suffix != ".safetensors":
         raise ValueError(f"lora={text!r} must be FILE.safetensors or FILE.safetensors:SCALE")
     if not Path(path).is_file():
         raise ValueError(f"lora={path!r} does not exist")
     try:
-        return path, float(check_finite("scale", float(scale)))
+        return path, float(check_finite("scale", parse_number(scale, float)))
     except ValueError:
         raise ValueError(f"lora={text!r}: the scale {scale!r} must be a finite number") from None
 

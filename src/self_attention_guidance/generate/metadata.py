@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +35,7 @@ _WEB_NAMES = {"SAG Scale": "SAG Guidance Scale", "SAG Threshold": "SAG Mask Thre
 _WEB_SWITCHES = {"sag": "SAG Guidance Enabled", "pag": "PAG Active", "seg": "SEG Active"}
 _COUNT_STEPS = ("pag", "seg")
 _NEGATIVE = "Negative prompt: "
-_FIELD = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+_FIELD = re.compile(r'\s*(\w[\w \-/]{1,60}):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,13 +207,15 @@ def _npz_text(path: str | Path, key: str) -> str:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return str(arrays[key].item())
-    except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # numpy raises all kinds of errors for what is no such archive
         raise ValueError(f"path={str(path)!r} has no {key!r} text") from error
 
 
 def _png_chunk(path: str | Path, key: str) -> str:
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=["PNG"]) as image:
             image.load()
             text: object = image.info.get(key)
     except UnidentifiedImageError:
@@ -263,7 +264,8 @@ def _guidance_fields(guidance: Mapping[str, Any], steps: int) -> dict[str, Any]:
             words = setting.removeprefix(f"{own}_").replace("_", " ").title()
             name = f"{method_label(own)}{again} {words}"
             fields[_WEB_NAMES.get(name, name)] = "default" if value is None else value
-        if again or not part["scale"]:
+        scales = part["scale"] if isinstance(part["scale"], list) else [part["scale"]]
+        if again or not any(scales):
             continue
         if own in _WEB_SWITCHES:
             fields[_WEB_SWITCHES[own]] = True
@@ -278,4 +280,7 @@ def _quoted(text: str) -> str:
 
 
 def _read(value: str) -> str:
-    return json.loads(value) if value.startswith('"') else value
+    try:
+        return str(json.loads(value)) if value.startswith('"') else value
+    except ValueError:  # it was written by another program
+        return value

@@ -113,7 +113,7 @@ def difference(earlier: Mapping[str, Any], present: Mapping[str, Any]) -> str | 
         The line, with three differences at most; `None` if the records are equal.
     """
     before, now = _flat(earlier), _flat(present)
-    names = [n for n in {**now, **before} if n not in now or n not in before or now[n] != before[n]]
+    names = [n for n in {**now, **before} if before.get(n) != now.get(n)]
     changes = [
         f"{n.removeprefix('settings.')}={before.get(n)!r:.80}, not {now.get(n)!r:.80}"
         for n in names

@@ -28,7 +28,8 @@ def check_record(record: Mapping[str, Any]) -> None:
         if name not in record:
             raise ValueError(f"{name} is missing")
     for name in _TEXTS:
-        check_text(name, record[name])
+        if name != "model" or record[name] is not None:  # no name was given in Python
+            check_text(name, record[name])
     check_seed(record["seed"])
     check_dtype_name(record["dtype"])
     for name in (*_OBJECTS, "start"):

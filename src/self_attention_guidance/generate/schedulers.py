@@ -66,7 +66,7 @@ def check_scheduler_name(name: str) -> None:
     Raises:
         ValueError: The name is unknown; the message lists the nearest ones.
     """
-    if name not in _class_names():
+    if not name.endswith("Scheduler"):  # classes of diffusers are looked up there
         _find(name)
 
 
@@ -86,8 +86,17 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
         A diffusers scheduler.
 
     Raises:
-        ValueError: The name is unknown, or the scheduler does not have the spacing.
+        ValueError: The name is unknown, the scheduler does not have the spacing, or it needs a
+            library that is not installed.
     """
+    try:
+        return _made(name, config)
+    except ImportError as error:
+        line = " ".join(str(error).split())[:200]
+        raise ValueError(f"scheduler={name!r} is not possible: {line}") from error
+
+
+def _made(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
     import diffusers
 
     if name in _class_names() or _is_class(name, diffusers):

@@ -7,9 +7,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
-from .as_seen import as_seen
+from .as_seen import FORMATS, as_seen
 from .settings import GenerationSettings
 
 
@@ -30,8 +30,9 @@ def check_start(settings: GenerationSettings, max_size: int | None = None) -> No
             continue
         with _opened(name, path) as image:
             width, height = image.size
-        is_own_size = name == "image" and settings.width is None and settings.height is None
-        if is_own_size and max_size is not None and max(width, height) > max_size:
+        sides = ((width, settings.width), (height, settings.height)) if name == "image" else ()
+        own = [side for side, chosen in sides if chosen is None]
+        if max_size is not None and max(own, default=0) > max_size:
             raise ValueError(
                 f"image={path!r} has {width}x{height} pixels, and a side must have at most"
                 f" {max_size}: choose the size to draw"
@@ -93,19 +94,19 @@ def _read(name: str, path: str) -> Image.Image:
     with _opened(name, path) as image:
         try:
             return as_seen(image)
-        except OSError as error:
-            raise ValueError(f"{name}={path!r} is no picture that can be read") from error
         except ValueError as error:
             raise ValueError(f"{name}={path!r}: {error}") from error
+        except Exception as error:  # each format has its own errors for damaged files
+            raise ValueError(f"{name}={path!r} is no picture that can be read") from error
 
 
 def _opened(name: str, path: str) -> Image.Image:
     """A picture whose pixels are not read yet."""
     try:
-        return Image.open(path)
+        return Image.open(path, formats=FORMATS)
     except FileNotFoundError:
         raise ValueError(f"{name}={path!r} does not exist") from None
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{name}={path!r} is no picture that can be read") from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name}={path!r} is too large: {error}") from error
+    except Exception as error:  # each format has its own errors for damaged files
+        raise ValueError(f"{name}={path!r} is no picture that can be read") from error

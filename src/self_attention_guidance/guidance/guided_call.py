@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..checks import GuidanceError
 from ..denoiser.attention import StandIn, received, why_unseen
 from ..denoiser.call import Call, Layout
 from ..denoiser.families import uncompiled
@@ -23,8 +24,8 @@ from .base import Guidance
 from .step import Step
 
 
-def _no_effect(step: int, guidance: Guidance) -> RuntimeError:
-    return RuntimeError(
+def _no_effect(step: int, guidance: Guidance) -> GuidanceError:
+    return GuidanceError(
         f"step {step}: {guidance} had no effect: the weakened network predicted the same as the "
         "network itself"
     )
@@ -161,7 +162,7 @@ class GuidedCall:
         noted = self.read[layer].noted
         if not noted:
             reason = why_unseen(self.denoiser, layer)
-            raise RuntimeError(f"no attention was recorded at {layer!r}: {reason}")
+            raise GuidanceError(f"no attention was recorded at {layer!r}: {reason}")
         positions, batch = noted[0].key.shape[-2], range(len(self.call.sample))
         found: list[Tensor] = []
         for own, tokens in tokens_at(self.denoiser, layer, self.call, place, rows).groups():
@@ -183,7 +184,7 @@ class GuidedCall:
         finally:
             self.run.is_weak = False
         if len(output) != len(sample):
-            raise RuntimeError(
+            raise GuidanceError(
                 f"the weakened pass of {len(sample)} pictures returned {len(output)}: an argument "
                 "with a row for each picture is unknown to guidance; see register_batch_arguments"
             )

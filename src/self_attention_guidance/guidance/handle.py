@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from torch import Tensor, nn
 
+from ..checks import GuidanceError
 from ..denoiser.attention import self_attention, standing_in
 from ..denoiser.call import Call, call_of, layout_of
 from ..denoiser.caller import Caller, find_caller, refuse_unknown
@@ -194,7 +195,7 @@ class GuidanceHandle:
         is_guided = present is None or self in _handles_on(present)
         self.remove()
         if error is None and not is_guided:
-            raise RuntimeError(
+            raise GuidanceError(
                 f"{type(self._pipeline()).__name__} got another denoiser after guidance was "
                 "attached; its pictures since then are not guided: attach again after the change"
             )

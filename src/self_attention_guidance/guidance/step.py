@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from ..checks import GuidanceError
 from ..denoiser.attention import why_unseen
 from ..denoiser.picture import PictureTokens
 from ..denoiser.safety import refuse_recomputing
@@ -56,7 +57,7 @@ class Step:
         for layer, stand_in in zip(layers, stand_ins, strict=True):
             if not stand_in.was_called:
                 reason = why_unseen(self.denoiser, layer)
-                raise RuntimeError(f"no attention was weakened at {layer!r}: {reason}")
+                raise GuidanceError(f"no attention was weakened at {layer!r}: {reason}")
 
     @contextmanager
     def skipping(self, blocks: Sequence[str]) -> Generator[None]:
@@ -105,7 +106,7 @@ class Step:
             yield
         for block, stand_in in stand_ins.items():
             if not stand_in.was_called:
-                raise RuntimeError(
+                raise GuidanceError(
                     f"no tokens were changed at {block!r}: the block did not run; if the denoiser "
                     "was compiled and run before guidance was attached, call torch.compiler.reset()"
                 )

@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, get_args, get_origin, get_type_hints
 
+from ..checks import parse_number
 from .base import METHODS
 
 PLUS = " + "
@@ -131,7 +132,7 @@ def _value(name: str, text: str, kind: Any) -> Any:
     for number, rule in _NUMBERS.items():
         if number in kinds:
             try:
-                return number(text)
+                return parse_number(text, number)
             except ValueError:
                 raise ValueError(f"{name}={text!r} must be {rule}") from None
     if bool in kinds:

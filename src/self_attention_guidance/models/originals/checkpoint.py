@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import pickle
 import re
 from pathlib import Path
@@ -43,7 +44,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     Raises:
         ValueError: The file does not exist, is damaged, or holds more than tensors or no tensors.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     if not path.is_file():
         raise ValueError(f"checkpoint={str(path)!r} must be a file, but there is none")
     content = _unwrapped(_content(path))
