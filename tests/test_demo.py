@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from diffusers import AutoencoderKL
 from PIL import Image
 
 pytest.importorskip("gradio", reason="the demo needs the extra 'demo' (gradio)")
@@ -26,11 +27,13 @@ from gradio_client.exceptions import AppError
 
 from command_line import error_of, help_without_torch
 from demo_app import SETTINGS, running
-from self_attention_guidance import PerturbedAttentionGuidance
+from family import KINDS
+from self_attention_guidance import PerturbedAttentionGuidance, SelfAttentionGuidance
 from self_attention_guidance.demo import Limits, VisitorSettings, build_page
 from self_attention_guidance.demo.earlier import values_of
 from self_attention_guidance.demo.limits import check_axes
 from self_attention_guidance.demo.pictures import Pictures
+from self_attention_guidance.demo.steps import step_pictures
 from self_attention_guidance.demo.studio import Studio
 from self_attention_guidance.generate import (
     LoadedPipeline,
@@ -117,6 +120,27 @@ def test_steps_are_pictures_of_every_second_pass(client: Client) -> None:
     assert all(not np.array_equal(drawn[0], other) for other in drawn[1:])
     few = client.predict(**{**SETTINGS, "every": 2}, api_name="/steps")
     assert len(few) == 2
+
+
+def test_steps_without_guidance_show_no_earlier_picture(
+    demo: tuple[str, LoadedPipeline],
+) -> None:
+    studio, asked = Studio(demo[1], Limits()), VisitorSettings(**SETTINGS)
+    assert studio.steps(asked, lambda share: None)
+    with pytest.raises(ValueError, match="no step is guided: sag_scale is 0"):
+        studio.steps(replace(asked, sag_scale=0.0), lambda share: None)
+
+
+def test_the_term_of_packed_latents_is_shown_as_a_picture() -> None:
+    pipe, draw = KINDS["Flux"].make(), KINDS["Flux"].draw
+    with SelfAttentionGuidance(2.0).attach(pipe) as handle:
+        draw(pipe)
+    assert handle.x0 is not None
+    channels = handle.x0.shape[1]
+    pipe.vae = AutoencoderKL(latent_channels=channels, block_out_channels=(4,), norm_num_groups=2)
+    term = np.asarray(step_pictures(pipe, handle, 64)["guidance term"]).astype(int)
+    assert np.abs(np.diff(term, axis=0)).max() > 0
+    assert np.abs(np.diff(term, axis=1)).max() > 0
 
 
 def test_steps_of_a_guidance_without_a_mask(tmp_path: Path) -> None:
@@ -265,6 +289,14 @@ def test_what_the_page_cannot_take_from_a_picture_is_named(
         return values_of(str(path), studio)[1]
 
     assert message_of() == "The page now has its settings."
+    record = read_record(path)
+    for name in ("image", "mask", "strength"):  # as before image to image
+        del record["settings"][name]
+    save_png(Image.new("RGB", (8, 8)), path, record, overwrite=True)
+    assert values_of(str(path), studio)[1] == "The page now has its settings."
+    del record["settings"]["width"]
+    save_png(Image.new("RGB", (8, 8)), path, record, overwrite=True)
+    assert values_of(str(path), studio)[1].startswith("Its settings do not fit this page")
     assert "guidance.branch='cond', not 'uncond'" in message_of(replace(own, branch="cond"))
     assert "height=64, not None" in message_of(width=72, height=64)
     assert "It began with" in message_of(image=str(start)) and "upload that" in message_of(
@@ -345,6 +377,8 @@ def test_a_sweep_draws_what_the_library_draws(
         ({"scheduler": "../../etc/passwd"}, "not in the list of choices"),
         ({"sag_scale": 1e9}, "greater than maximum"),
         ({"start": 0.9, "stop": 0.1}, "start"),
+        # A message is shown as HTML.
+        ({"method": "pag", "layers": "<img src=//x>"}, "layer '&lt;img src=//x&gt;' is not a"),
     ],
 )
 def test_what_is_out_of_bounds_is_one_sentence_and_the_app_goes_on(

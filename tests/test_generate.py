@@ -15,7 +15,11 @@ from diffusers import ControlNetModel, FlowMatchEulerDiscreteScheduler, StableDi
 from PIL import Image, ImageChops
 from safetensors.torch import load_file, save_file
 
-from self_attention_guidance import SelfAttentionGuidance, StableDiffusionSAGPipeline
+from self_attention_guidance import (
+    PerturbedAttentionGuidance,
+    SelfAttentionGuidance,
+    StableDiffusionSAGPipeline,
+)
 from self_attention_guidance.generate import (
     GenerationSettings,
     LoadedPipeline,
@@ -114,6 +118,20 @@ def test_sag_scale_changes_the_picture_and_defaults_to_the_pipelines(
     assert own.image.tobytes() != off.image.tobytes()
     assert parse_parameters(own.parameters).settings["SAG Guidance Scale"] == "2"
     assert parse_parameters(off.parameters).settings["SAG Guidance Scale"] == "0"
+
+
+def test_attended_share_of_a_sum_is_that_of_its_own_passes(
+    pipe: StableDiffusionSAGPipeline,
+) -> None:
+    own, everywhere = pipe.guidance, SelfAttentionGuidance(1.0, threshold=0.0, stop=0.5)
+    try:
+        for guidance in (everywhere, everywhere + PerturbedAttentionGuidance(1.0, layers="mid")):
+            pipe.guidance = guidance
+            (picture,) = generate(pipe, "a", FEW, record_attention=True)
+            assert picture.attended is not None
+            assert (picture.attended == 1).all()
+    finally:
+        pipe.guidance = own
 
 
 def test_attended_share_counts_guided_steps_only(pipe: StableDiffusionSAGPipeline) -> None:

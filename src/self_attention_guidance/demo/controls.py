@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -59,6 +60,8 @@ _AXES = {
     "prompt": "Prompt (with | between)",
 }
 _MOST_EXAMPLES = 4
+# Characters that mean something in Markdown or HTML.
+_IN_MARKDOWN = re.compile(r"([\\`*_\[\]!<>&~#|])")
 _RANDOM_SEED = f"() => Math.floor(Math.random() * {LARGEST_SEED + 1})"
 _TO_ADDRESS = """(...values) => {
   const address = new URL(window.location);
@@ -184,6 +187,7 @@ class Controls:
         unfit = [n for n, text in values.items() if not _value_for(self.in_address[n], text)]
         if unfit:
             message += f" Out of range here: {', '.join(f'{n}={values[n]}' for n in unfit)}."
+        message = _IN_MARKDOWN.sub(r"\\\1", message)  # it quotes the visitor's file
         if not values:
             return [message, None, *(gr.skip() for _ in (*self.files, *self.in_address))]
         return [message, None, *(None for _ in self.files), *self.from_address(values)]

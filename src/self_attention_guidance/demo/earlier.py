@@ -36,17 +36,17 @@ def values_of(path: str, studio: Studio) -> tuple[dict[str, str], str]:
         asked = VisitorSettings(**{name: values[name] for name in SETTINGS if name not in FILES})
         studio.check(asked)
         present = studio.choices(asked)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        given = record["settings"]
+        earlier = {name: record.get(name, present[name]) for name in present}
+        earlier["settings"] = {**given, "image": None, "mask": None, "strength": None}
+        changed = difference(earlier, present)
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         return {}, f"Its settings do not fit this page, and nothing was changed: {reason}"
-    given = record["settings"]
-    earlier = {name: record.get(name, present[name]) for name in present}
-    earlier["settings"] = {**given, "image": None, "mask": None, "strength": None}
-    changed = difference(earlier, present)
     sentences = [
         "The page now has its settings.",
         f"It has no controls for all of them: {changed}." if changed else "",
-        f"It began with {given['image']}: upload that below, too." if given["image"] else "",
+        f"It began with {given['image']}: upload that below, too." if given.get("image") else "",
     ]
     texts = {name: str(value) for name, value in values.items()}
     return texts, " ".join(filter(None, sentences))
@@ -74,7 +74,7 @@ def _values(record: Mapping[str, Any], studio: Studio) -> dict[str, Any]:
         "size": width if width and width == height else 0,
         "method": guidance["method"],
         "layers": "+".join(guidance.get("layers") or []),
-        "strength": settings["strength"] or VisitorSettings.strength,
+        "strength": settings.get("strength") or VisitorSettings.strength,
         **sides,
     }
 

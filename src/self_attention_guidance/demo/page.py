@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -288,7 +289,7 @@ def _image(label: str, *classes: str) -> gr.Image:
 def _warn(pictures: Iterable[GeneratedImage]) -> None:
     """Show what the model ignored of the prompts, once for all pictures."""
     for text in dict.fromkeys(text for picture in pictures for text in picture.warnings):
-        gr.Warning(f"{text[0].upper()}{text[1:]}.")
+        gr.Warning(html.escape(f"{text[0].upper()}{text[1:]}.", quote=False))
 
 
 def _wide_enough(columns: str, values: str) -> gr.Image:

@@ -26,6 +26,9 @@ def step_pictures(pipeline: Any, handle: GuidanceHandle, side: int) -> dict[str,
         Pictures by heading; attention and mask only for guidances that have them. Attention is
         black at 0 and brightest at three times the mean; the term is black where it is 0 and
         brightest at its largest.
+
+    Raises:
+        ValueError: The model's latents can't be shown.
     """
     assert handle.x0 is not None and handle.term is not None
     x0, guidance = handle.x0[:1], handle.guidance
@@ -36,9 +39,9 @@ def step_pictures(pipeline: Any, handle: GuidanceHandle, side: int) -> dict[str,
         mask = handle.mask[:1]
         blurred = degrade(x0, mask, guidance.blur_sigma, guidance.blur_kernel_size)
         drawn |= {"mask": _heat(mask[0].float()), "blurred x0": _decoded(pipeline, blurred)}
-    term = handle.term[0].square().mean(dim=0).sqrt()
-    drawn["guidance term"] = _heat(term / term.max().clamp(min=1e-12))
     height, width = x0.shape[-2:]
+    term = _strength(handle.term[0], height, width)
+    drawn["guidance term"] = _heat(term / term.max().clamp(min=1e-12))
     size = (side * width // max(x0.shape[-2:]), side * height // max(x0.shape[-2:]))
     smooth = Image.Resampling.BICUBIC
     sharp = Image.Resampling.NEAREST
@@ -48,9 +51,21 @@ def step_pictures(pipeline: Any, handle: GuidanceHandle, side: int) -> dict[str,
     }
 
 
+def _strength(term: Tensor, height: int, width: int) -> Tensor:
+    """Root mean square of a term over its channels, (rows, columns)."""
+    if term.ndim == 3:
+        return term.square().mean(dim=0).sqrt()
+    # Packed latents, (tokens, channels): each token holds a square of the latents.
+    strength = term.square().mean(dim=-1).sqrt()
+    side = round((height * width / len(strength)) ** 0.5)
+    return strength.unflatten(0, (height // side, width // side))
+
+
 @torch.no_grad()
 def _decoded(pipeline: Any, latents: Tensor) -> Image.Image:
     config = pipeline.vae.config
+    if not hasattr(config, "scaling_factor"):
+        raise ValueError(f"the latents of {type(pipeline.vae).__name__} can't be shown by step")
     latents = latents.to(pipeline.vae.device, pipeline.vae.dtype) / config.scaling_factor
     shift = getattr(config, "shift_factor", None) or 0.0
     decoded = pipeline.vae.decode(latents + shift).sample

@@ -89,6 +89,7 @@ class Studio:
 
         with self._set_up(asked) as settings:
             pipeline = pipeline_for(self.model.pipeline, settings)
+            pipeline.guidance_handle = None  # that of an earlier visitor's picture
 
             def look(share: float) -> None:
                 seen["steps"] += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import inspect
 import logging
 import threading
@@ -130,8 +131,11 @@ def settings_of(values: Sequence[Any]) -> VisitorSettings:
 
 
 def _sentence(error: Exception, inputs: Mapping[str, Any]) -> str:
-    """The error in one line, without the folders of a visitor's files on this machine."""
+    """The error in one line, without the folders of a visitor's files on this machine.
+
+    Messages are shown as HTML, and may quote what stands in a link.
+    """
     message = str(error)
     for path in filter(None, (inputs.get(name) for name in FILES)):
         message = message.replace(path, Path(path).name)
-    return " ".join(message.split())[:300]
+    return html.escape(" ".join(message.split())[:300], quote=False)
