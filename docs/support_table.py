@@ -38,14 +38,14 @@ random weights.
   second run.
 - **offloaded**: every picture is guided while accelerate moves the weights.
 - **PAG**, **SEG**, **SLG**, **TPG**: the [method](guidance-methods.md) leaves no trace, and is
-  batch-independent where the network is. Except in tasks (inpainting, ControlNet, ...), it also
-  equals a plain implementation of its paper's equations within 1e-4.
+  batch-independent where the network is. Except for special tasks (inpainting, ControlNet, ...),
+  it also agrees with a plain implementation of its paper's equations within 1e-4.
 
 The first five columns are about SAG.
 
-✓ means that both versions work. A version number means that only that one does, ✗ that neither
-does. An empty cell has no test of its own. Lumina 2 and HiDream have no whole graph, guided or
-not, because they read numbers from the device in the middle of a pass.
+✓ means that both versions work, a version number that only this version works, and ✗ that neither
+works. An empty cell means that there is no separate test. Lumina 2 and HiDream have no whole graph,
+guided or not, because they read numbers from the device in the middle of a pass.
 """
 
 

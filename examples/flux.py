@@ -1,6 +1,6 @@
 """Guidance for Flux: `python examples/flux.py [OUT.png [MODEL [SIZE]]]`.
 
-MODEL is a hub id or a folder. For the default one, weights move to the GPU when they are needed.
+MODEL is a hub id or a folder. If there is a GPU, weights move there only when they are needed.
 The fast preset adds a second pass at a sixth of the steps.
 """
 

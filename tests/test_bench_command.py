@@ -108,7 +108,7 @@ def test_table_names_every_variant(measured: Measured) -> None:
     assert blocks[0].startswith("emoji, eager, float32, CFG, SAG; 1 picture of 64x64, 3 steps\n")
     for block in blocks[:3]:
         _, titles, *rows = block.splitlines()
-        assert titles.split()[:2] == ["variant", "rows/image"]
+        assert titles.split()[:2] == ["variant", "evaluations/image"]
         assert [row.split("  ")[1] for row in rows[:4]] == [
             "no guidance",
             "exact",

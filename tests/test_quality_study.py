@@ -377,3 +377,14 @@ def test_pages_keep_their_text_and_get_the_tables(
     assert (kept / "docs" / "images" / "quality-text.png").stat().st_size > 10_000
     report.write_report()
     assert page.read_text() == first
+
+
+def test_the_summary_names_the_best_cheap_method_whichever_it_is(kept: Path) -> None:
+    sag = (SelfAttentionGuidance(1.0),)
+    results.write("text/every/none", invented(0, task="text"))
+    results.write("text/every/sag", invented(0, task="text", guidance=sag))
+    assert list(report.summary(""))[-1].endswith(" | not measured |")
+    results.write("text/cheap/sag", invented(0, task="text", guidance=sag))
+    *_, plain, dear, cheap, _ = list(report.summary(""))[-1].split("|")
+    assert cheap == f" SAG:{dear}"
+    assert "SAG" not in plain + dear

@@ -19,7 +19,7 @@ from variants import VARIANTS
 
 _TITLES = (
     "variant",
-    "rows/image",
+    "evaluations/image",
     "seconds",
     "time / no guidance",
     "time / diffusers' class",

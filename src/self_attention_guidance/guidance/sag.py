@@ -75,7 +75,7 @@ class SelfAttentionGuidance(Blurring, method="sag"):
     """Settings of Self-Attention Guidance (Hong et al., ICCV 2023, arXiv 2210.00939).
 
     Attributes:
-        scale: The paper's s (Eq. 16), any finite number: 0 is off, 0.5 to 1 is usual, negative
+        scale: The paper's s (Eq. 16), any finite number: 0 is off, 0.5 to 0.75 is usual, negative
             values make samples worse on purpose.
         blur_sigma: Standard deviation of the blur, in pixels of the denoiser's input (latent
             pixels for latent diffusion), at least 0.

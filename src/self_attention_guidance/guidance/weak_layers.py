@@ -18,7 +18,7 @@ class WeakLayers(Guidance):
     """Settings of guidances that weaken layers, in addition to those of `Guidance`.
 
     Attributes:
-        scale: The authors of all these methods use 3.
+        scale: 3 is what the authors of PAG, SEG and TPG use, and usual for SLG.
         branch: The authors use "cond".
         layers: Dotted paths of self-attention layers, or of blocks for methods that change whole
             blocks; or beginnings of paths: "mid", "down.2", "blocks.7". `None` is the default of
