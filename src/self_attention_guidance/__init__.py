@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .guidance import (
         BlurGuidance,
         Guidance,
+        GuidanceError,
         GuidanceHandle,
         PerturbedAttentionGuidance,
         SelfAttentionGuidance,
@@ -41,6 +42,7 @@ __all__ = [
     "Guidance",
     "Step",
     "GuidanceHandle",
+    "GuidanceError",
     "attach",
     "Family",
     "register_family",
@@ -67,6 +69,7 @@ _exported, __dir__ = exported(
         ".guidance": (
             "BlurGuidance",
             "Guidance",
+            "GuidanceError",
             "GuidanceHandle",
             "PerturbedAttentionGuidance",
             "SelfAttentionGuidance",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..checks import GuidanceError
 from ..lazy import exported
 from .base import METHODS, Branch, Guidance
 from .pag import PerturbedAttentionGuidance
@@ -22,6 +23,7 @@ __all__ = [
     "BlurGuidance",
     "Branch",
     "Guidance",
+    "GuidanceError",
     "GuidanceHandle",
     "GuidanceSum",
     "PerturbedAttentionGuidance",
