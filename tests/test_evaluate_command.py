@@ -30,8 +30,12 @@ from self_attention_guidance.evaluate import (
     load_set,
     measure,
     open_set,
+    paired_difference,
+    random_halves,
+    repeated_values,
     work,
     write_plot,
+    write_statistics,
 )
 from self_attention_guidance.evaluate.encoder import ENCODER_FOLDER, KNOWN_FILE, farther_than_art
 from tiny_pixels import arrays_of, one_thread
@@ -132,6 +136,28 @@ def test_seeds_move_the_intervals_only(sets: Path, tmp_path: Path) -> None:
         assert first[key]["value"] == other[key]["value"]
         assert low(first[key]) <= first[key]["value"] <= high(first[key])
     assert first["kid"]["low"] != other["kid"]["low"]
+
+
+def test_parts_of_a_loaded_set_are_of_its_own_order(sets: Path, tmp_path: Path) -> None:
+    encoder = load_encoder("emoji")
+    reference = load_set(open_set(sets / "reference.npz"), encoder, 16)
+    halves = random_halves(SAMPLES, 3, 0)
+    pictures = draw(SAMPLES, 1)
+    for name in ("sharp.npz", "pictures"):
+        found = repeated_values(load_set(open_set(sets / name), encoder, 16), reference, halves)
+        for number, half in enumerate(halves):
+            part = save_npz(tmp_path / "part.npz", pictures[half.numpy()])
+            expected = measure(load_set(open_set(part), encoder, 16), reference, 0, 0)
+            for key in ("kid", "inception_score"):
+                value = float(found[key][number])
+                assert value == pytest.approx(expected[key].value, rel=1e-6), (name, key)
+    with pytest.raises(ValueError, match="values of 4 and 1 parts can't be paired"):
+        paired_difference(found["kid"], found["kid"][:1])
+    # Statistics are saved in the order of their features, so they can't be paired.
+    write_statistics(tmp_path / "saved.npz", reference)
+    saved = load_set(open_set(tmp_path / "saved.npz"), encoder, 16)
+    with pytest.raises(ValueError, match=r"saved\.npz': the order of its features is not known"):
+        repeated_values(saved, reference, random_halves(REFERENCE, 3, 0))
 
 
 def test_progress_ends_at_the_whole(sets: Path) -> None:

@@ -72,8 +72,9 @@ def measure(
         ValueError: The sets do not fit each other.
     """
     drawn = _check_fit(samples, reference)
+    # Of the sorted rows: intervals do not depend on the order of the pictures.
     halves = random_halves(len(drawn.features), repetitions, seed)
-    values = repeated_values(samples, reference, halves, advance)
+    values = _values(samples, reference, halves, advance)
     real = reference.features
     few = real is not None and min(len(drawn.features), len(real.features)) < FEWEST_FOR_SHARES
     left_out = {"precision", "recall"} if few else set[str]()
@@ -94,21 +95,35 @@ def repeated_values(
 ) -> dict[str, Tensor]:
     """All figures that the two sets allow, for each of the given parts of the samples.
 
-    If two sets of samples have the same seeds and are measured on the same parts, their values can
-    be subtracted: see `paired_difference`.
+    If two sets of samples hold the same seeds in the same order and are measured on the same parts,
+    their values can be subtracted: see `paired_difference`.
 
     Args:
-        samples: A set with features.
+        samples: A set with features whose order is known.
         reference: The reference; without features, it allows only Fréchet distances.
-        halves: (repetitions, samples) bool, as `random_halves` returns them.
+        halves: (repetitions, samples) bool, as `random_halves` returns them, in the order of the
+            samples' source.
         advance: As in `measure`.
 
     Returns:
         (repetitions,) float64 by `Metric.key`.
 
     Raises:
-        ValueError: The sets do not fit each other.
+        ValueError: The sets do not fit each other, or the order of the samples is not known.
     """
+    drawn = _check_fit(samples, reference)
+    if drawn.order is None:
+        raise ValueError(
+            f"{str(samples.path)!r}: the order of its features is not known, so other sets can't be"
+            " paired with it: load the pictures"
+        )
+    return _values(samples, reference, halves[:, drawn.order], advance)
+
+
+def _values(
+    samples: LoadedSet, reference: LoadedSet, halves: Tensor, advance: Advance
+) -> dict[str, Tensor]:
+    """As `repeated_values`, but for parts of the rows."""
     drawn = _check_fit(samples, reference)
     values = {
         "frechet_distance": frechet_distances(
