@@ -14,13 +14,12 @@ from ..generate.files import whole_file
 from ..generate.grid import draw_grid
 from ..guidance.text import guidance_text
 from .gallery import Gallery
+from .plan import MOST_SHOWN
 from .result import Tuned
 from .scores import FIGURES, moved_by
 from .space import Candidate
 
 PAGE, GRID = "report.md", "report.png"
-
-_MOST_SHOWN = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +74,9 @@ def write_report(folder: str | Path, found: Tuned, gallery: Gallery, about: Abou
 
 def _grid(found: Tuned, gallery: Gallery, about: About) -> Image.Image:
     first = found.plan.seeds
-    chunks = -(-min(_MOST_SHOWN, found.seeds[1]) // gallery.unit)
+    chunks = -(-min(MOST_SHOWN, found.seeds[1]) // gallery.unit)
     end = first + chunks * gallery.unit
-    rows = [gallery.shown(row.candidate, first, end)[:_MOST_SHOWN] for row in found.rows]
+    rows = [gallery.shown(row.candidate, first, end)[:MOST_SHOWN] for row in found.rows]
     labels = [f"{number}: {_short(row.candidate)}" for number, row in enumerate(found.rows)]
     titles = [f"seed {about.seed + first + number}" for number in range(len(rows[0]))]
     return draw_grid(rows, labels, titles, f"{Path(about.model).name}, {found.steps} steps")
@@ -94,7 +93,7 @@ def _page(found: Tuned, about: About) -> Iterator[str]:
     yield from (f"![The best settings, row by row]({GRID})", "")
     if any(about.prompts):
         yield from ("Prompts of the columns, in turn:", "")
-        yield from (f"- {prompt}" for prompt in about.prompts[:_MOST_SHOWN])
+        yield from (f"- {prompt}" for prompt in _shown_prompts(found, about.prompts))
         yield ""
     yield from ("## The best settings", "", *_scores(found), "")
     yield (
@@ -123,6 +122,12 @@ def _page(found: Tuned, about: About) -> Iterator[str]:
         " the distance between pictures of different seeds."
     )
     yield from ("", "## How they were found", "", *_history(found, about))
+
+
+def _shown_prompts(found: Tuned, prompts: Sequence[str]) -> list[str]:
+    """The prompts of the grid's first columns; further columns repeat them."""
+    columns = min(MOST_SHOWN, found.seeds[1], len(prompts))
+    return [prompts[(found.plan.seeds + number) % len(prompts)] for number in range(columns)]
 
 
 def _summary(found: Tuned, about: About) -> Iterator[str]:

@@ -13,7 +13,7 @@ from ..batch.storage import Storage
 from ..evaluate import estimate, paired_difference
 from .gallery import Gallery
 from .halving import prefer_cheaper, search
-from .plan import BEST, Plan
+from .plan import BEST, MOST_SHOWN, Plan
 from .result import Row, Tuned
 from .scores import Score, halves_of
 from .settings import TuneSettings
@@ -22,7 +22,6 @@ from .space import Candidate, Space
 JOURNAL = "journal.json"
 
 _REPETITIONS = 200
-_MOST_SHOWN = 8
 
 Report = Callable[[int, int, str, str], object]
 """Called with the number of drawn pictures, the largest number of pictures, the next setting and
@@ -144,7 +143,7 @@ class Trial:
 
     def _sweep(self, candidates: Sequence[Candidate], first: int, end: int, until: float) -> int:
         """Draw all settings on the same seeds while there is time; return the end of the seeds."""
-        shown = range(self.plan.seeds, self.plan.seeds + _MOST_SHOWN)
+        shown = range(self.plan.seeds, self.plan.seeds + MOST_SHOWN)
         unit = self.gallery.unit
         known = self._journal.known(range(first + unit, end + 1, unit))
         for chunk in range(first, end if known is None else known, unit):
