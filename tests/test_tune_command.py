@@ -34,7 +34,14 @@ from self_attention_guidance.generate import (
 )
 from self_attention_guidance.guidance.text import guidance_text
 from self_attention_guidance.models.builtin import recommended_settings
-from self_attention_guidance.tune import Budget, Tuned, TuneJob, TuneSettings
+from self_attention_guidance.tune import (
+    About,
+    Budget,
+    Tuned,
+    TuneJob,
+    TuneSettings,
+    write_report,
+)
 from self_attention_guidance.tune.gallery import Chunk, Gallery
 from tiny import save_tiny_model
 from tiny_pixels import arrays_of, one_thread, tiny_pipeline
@@ -119,7 +126,7 @@ def test_a_guidance_that_is_known_is_found(model: Path, tmp_path: Path, referenc
     assert chosen.candidate.guidance.method == "pag"
     assert chosen.candidate.guidance.scale > 6  # the default is 3
     for difference in (chosen.against_unguided, chosen.against_own):
-        assert difference.high is not None and difference.high < 0
+        assert difference is not None and difference.high is not None and difference.high < 0
     assert chosen.score.value < 0.3 * found.rows[0].score.value
 
 
@@ -450,6 +457,31 @@ def test_a_setting_that_fails_is_left_out_and_named(
     found, _ = job_of(model, tmp_path / "work").run()
     assert set(found.failures.values()) == {"step 3: the sample is not finite"}
     assert all(row.candidate.guidance.method == "sag" for row in found.rows)
+
+
+def test_what_fails_on_the_other_seeds_is_compared_with_nothing(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = Gallery._pictures
+    job = job_of(model, tmp_path / "work")
+    own, first = job.space.as_it_is, 8
+
+    def broken(gallery: Gallery, candidate: Any, numbers: range) -> Any:
+        if candidate == own and numbers[0] >= first:
+            raise FloatingPointError("step 3: the sample is not finite")
+        return pictures(gallery, candidate, numbers)
+
+    monkeypatch.setattr(Gallery, "_pictures", broken)
+    found, gallery = job.run()
+    assert str(own) in found.failures and found.plan.seeds == first
+    assert all(row.against_own is None for row in found.rows)
+    assert found.rows[1].against_unguided.value != 0
+    about = About(
+        model="tiny", takes_prompts=False, scheduler=None, prompts=("",), seed=0, reference=None,
+        features="emoji", settings_file=tmp_path / "a.json",
+    )  # fmt: skip
+    page = write_report(tmp_path, found, gallery, about).read_text("utf-8")
+    assert "| - |" in page and f"`{own}` could not be drawn: step 3" in page
 
 
 def test_its_help_is_quick_and_its_encoders_are_those_of_evaluate() -> None:

@@ -250,7 +250,9 @@ def _interval(found: Estimate) -> str:
     return f"{found.value:.3g} [{found.low:.3g}, {found.high:.3g}]"
 
 
-def _difference(found: Estimate) -> str:
+def _difference(found: Estimate | None) -> str:
+    if found is None:
+        return "-"
     if found.low is None or found.high is None:
         return f"{found.value:+.3g}"
     text = f"{found.value:+.3g} [{found.low:+.3g}, {found.high:+.3g}]"

@@ -25,14 +25,15 @@ class Row:
         candidate: The setting.
         score: The score with its 95 % interval.
         against_unguided: How much larger the score is than without guidance, paired.
-        against_own: How much larger it is than with the model's earlier settings, paired.
+        against_own: How much larger it is than with the model's earlier settings, paired; `None` if
+            these could not be drawn.
         drawn: Results of its pictures.
     """
 
     candidate: Candidate
     score: Estimate
     against_unguided: Estimate
-    against_own: Estimate
+    against_own: Estimate | None
     drawn: Drawn
 
 
@@ -127,7 +128,7 @@ def as_json(found: Tuned) -> dict[str, Any]:
                 "guidance_scale": row.candidate.cfg,
                 "score": dataclasses.asdict(row.score),
                 "against_unguided": dataclasses.asdict(row.against_unguided),
-                "against_own": dataclasses.asdict(row.against_own),
+                "against_own": row.against_own and dataclasses.asdict(row.against_own),
                 "evaluations": row.drawn.evaluations,
                 "seconds": row.drawn.seconds,
             }

@@ -193,7 +193,7 @@ class Trial:
                 each,
                 estimate(of_each, self.score.least),
                 paired_difference(of_each, values[unguided]),
-                paired_difference(of_each, values.get(own, values[unguided])),
+                paired_difference(of_each, values[own]) if own in values else None,
                 self.gallery.of(each, first, end),
             )
             for each, of_each in values.items()
