@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import shlex
 import signal
@@ -436,6 +437,24 @@ def test_time_that_is_short_is_kept_for_the_report(
     found, _ = job_of(model, tmp_path / "work", budget=Budget(seconds=400)).run(report=slower)
     assert found.seconds <= 400
     assert_equal_counts(found)
+
+
+@pytest.mark.parametrize("has_reference", [True, False])
+def test_pictures_may_be_drawn_one_by_one(
+    tmp_path: Path,
+    model: Path,
+    reference: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    has_reference: bool,
+) -> None:
+    Clock(monkeypatch)
+    compared = reference if has_reference else None
+    # So little time that a score has as few pictures as it can.
+    short = Budget(seconds=10)
+    found, _ = job_of(model, tmp_path / "work", compared, batch_size=1, budget=short).run()
+    assert found.seeds == (2, 2)
+    assert all(math.isfinite(score) for _, score in found.ranking)
+    assert all(math.isfinite(row.score.value) for row in found.rows)
 
 
 def assert_equal_counts(found: Tuned) -> None:

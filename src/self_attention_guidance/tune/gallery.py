@@ -30,6 +30,8 @@ PARTS = "parts"
 _LARGEST_SHOWN = 256  # pixels
 # Chunks that count as the latest: the load of a machine changes from minute to minute.
 _LATEST = 8
+# A score compares pictures of different seeds.
+_FEWEST_SCORED = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +66,7 @@ class Gallery:
 
     Attributes:
         unit: Pictures of a chunk.
+        fewest: Pictures of the chunks that a score needs at least.
         failures: Why settings could not be drawn.
         damaged: Files of earlier runs that can't be read; their chunks are drawn again.
     """
@@ -95,6 +98,7 @@ class Gallery:
         self._loaded, self._encoder, self._storage = loaded, encoder, storage
         self._steps, self._seed, self._prompts = steps, seed, prompts
         self.unit = unit
+        self.fewest = -(-_FEWEST_SCORED // unit) * unit
         self.damaged: list[str] = []
         self._chunks: dict[str, Chunk] = {}
         for name in storage.names(PARTS):

@@ -211,9 +211,11 @@ class TuneJob:
         """Time for a picture of a usual setting, whose guidance adds about half a pass."""
         unguided = gallery.draw(self.space.unguided, 0)
         self._check_size(unguided.size.tolist())
+        for first in range(gallery.unit, gallery.fewest, gallery.unit):
+            gallery.draw(self.space.unguided, first)
         # Pictures that can't be scored are an error before more are drawn.
-        drawn = gallery.of(self.space.unguided, 0, gallery.unit)
-        self.score.values(drawn, drawn, halves_of(gallery.unit, 0, 0))
+        drawn = gallery.of(self.space.unguided, 0, gallery.fewest)
+        self.score.values(drawn, drawn, halves_of(gallery.fewest, 0, 0))
         seconds = [unguided.seconds]
         for candidate in self.anchors[1:]:
             chunk = gallery.draw(candidate, 0)

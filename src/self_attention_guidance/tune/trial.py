@@ -144,12 +144,12 @@ class Trial:
     def _sweep(self, candidates: Sequence[Candidate], first: int, end: int, until: float) -> int:
         """Draw all settings on the same seeds while there is time; return the end of the seeds."""
         shown = range(self.plan.seeds, self.plan.seeds + MOST_SHOWN)
-        unit = self.gallery.unit
-        known = self._journal.known(range(first + unit, end + 1, unit))
+        unit, least = self.gallery.unit, first + self.gallery.fewest
+        known = self._journal.known(range(least, end + 1, unit))
         for chunk in range(first, end if known is None else known, unit):
             missing = [c for c in self._sound(candidates) if not self.gallery.has(c, chunk)]
-            # The first chunk is always drawn.
-            is_open = known is None and chunk > first and missing
+            # What a score needs is always drawn.
+            is_open = known is None and chunk >= least and missing
             if is_open and not self._is_time_for(len(missing), until):
                 return self._journal.add(chunk)
             # Drawn ones, too, so that a setting fails at the same chunk as in an earlier run.
