@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from self_attention_guidance import PerturbedAttentionGuidance, SelfAttentionGuidance
-from self_attention_guidance.guidance import METHODS, guidance_of
+from self_attention_guidance.guidance import METHODS, Guidance, guidance_of
+from self_attention_guidance.guidance.seg import SmoothedEnergyGuidance
 from self_attention_guidance.guidance.text import guidance_text
 from self_attention_guidance.tune import (
     Budget,
@@ -200,6 +201,25 @@ def test_neighbours_are_near(space: Space) -> None:
         settings, own = near.guidance.to_dict(), parent.guidance.to_dict()
         changed = sum(settings[name] != own[name] for name in own) + (near.cfg != parent.cfg)
         assert 1 <= changed <= 2
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        SelfAttentionGuidance(2.0, start=0.1, stop=0.3),
+        SelfAttentionGuidance(2.0, start=0.05, stop=0.1),
+        SelfAttentionGuidance(2.0, start=0.7),
+        SelfAttentionGuidance(2.0, start=0.9, stop=0.95, blur_sigma=1e6),
+        SelfAttentionGuidance(9e8),
+        SmoothedEnergyGuidance(2.0, start=0.3, stop=0.35, blur_sigma=1e6),
+    ],
+)
+def test_any_settings_of_a_model_have_neighbours(own: Guidance) -> None:
+    space = space_of(tiny_unet(), 100, own)
+    listed = space.listed(40, seed=0)
+    near = space.neighbours([space.as_it_is], 10, 0, listed)
+    assert len(near) == 10
+    assert all(space.acts(each) for each in near)
 
 
 def test_windows_without_a_step_are_left_out() -> None:
