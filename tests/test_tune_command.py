@@ -382,6 +382,12 @@ def test_damaged_settings_are_named_and_cost_no_picture(
     assert run(*command) == 0
 
 
+def test_a_long_time_for_fast_pictures_can_be_resumed(model: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            job_of(model, tmp_path / "work", budget=Budget(seconds=1e6)).run(report=interrupt)
+
+
 class Clock:
     """A clock that only drawing moves: a second a picture."""
 

@@ -198,6 +198,7 @@ class TuneJob:
             left = (settings.budget.seconds or 0) - gallery.elapsed
             pictures = gallery.drawn + int(_RESERVE * max(left, 0) / each)
             pictures = max(pictures, fewest_pictures(unit, anchors, settings.count))
+            pictures = min(pictures, LARGEST_BUDGET)
         plan = make_plan(pictures, unit, anchors, wanted, settings.count)
         if stored is None:
             self.storage.write(PLAN, json.dumps({"pictures": pictures}).encode())
