@@ -6,6 +6,7 @@ import json
 import runpy
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -389,6 +390,10 @@ def test_the_table_is_shown_even_if_a_file_cannot_be_written(
         ({"mu": np.full(64, np.inf), "features": None}, "mu is float64 of shape (64,); it must be"),
         ({"mu": np.zeros((1, 64)), "features": None}, "it must be finite numbers of shape (any)"),
         ({"sigma": np.array({}), "features": None}, "cannot be read: Object arrays cannot be"),
+        ({"mu": b"abc", "features": None}, "mu is |S3 of shape (); it must be finite numbers"),
+        ({"features": b"abc"}, "features is |S3 of shape (); it must be finite numbers"),
+        ({"size": None}, "broken.npz': size is missing"),
+        ({"mu_s": np.zeros(5), "features": None}, "broken.npz': sigma_s is missing"),
     ],
 )
 def test_broken_statistics_are_one_line(
@@ -398,7 +403,14 @@ def test_broken_statistics_are_one_line(
     arrays = {"encoder": np.array("emoji"), "size": np.array([32, 32]), "features": rows}
     arrays |= {"mu": rows.mean(0), "sigma": np.cov(rows.T)} | changed
     given = {name: array for name, array in arrays.items() if array is not None}
-    np.savez(tmp_path / "broken.npz", **given)
+    np.savez(
+        tmp_path / "broken.npz",
+        **{name: array for name, array in given.items() if not isinstance(array, bytes)},
+    )
+    with zipfile.ZipFile(tmp_path / "broken.npz", "a") as archive:
+        for name, content in given.items():
+            if isinstance(content, bytes):
+                archive.writestr(name, content)
     save_npz(tmp_path / "samples.npz", draw(12, 0))
     error = error_of(capsys, "evaluate", tmp_path / "samples.npz", tmp_path / "broken.npz")
     assert message in error
@@ -549,6 +561,20 @@ def test_published_moments_are_taken_with_the_pictures(
     found = measure(samples, load_set(open_set(reference), encoder, 16), 0, 0)
     assert found["frechet_distance"].value > 9 * 800**2
     assert "precision" in found
+
+
+def test_damaged_published_moments_cost_no_encoding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = SimpleNamespace(FeatureExtractorInceptionV3=FakeInception)
+    monkeypatch.setitem(sys.modules, INCEPTION, fake)
+    moments = {"mu": np.full(9, 7.5), "sigma": np.eye(9)}
+    path = save_npz(tmp_path / "batch.npz", draw(12, 0), **moments)
+    path.write_bytes(path.read_bytes().replace(np.full(9, 7.5).tobytes(), bytes(72)))
+    encoded: list[int] = []
+    with pytest.raises(ValueError, match=r"batch\.npz' cannot be read: Bad CRC-32"):
+        load_set(open_set(path), load_encoder("inception"), 16, encoded.append)
+    assert not encoded
 
 
 def test_failed_downloads_are_one_line(
