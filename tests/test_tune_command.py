@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from command_line import error_of, help_without_torch, run
 from self_attention_guidance import PerturbedAttentionGuidance
@@ -507,6 +507,27 @@ def test_what_fails_on_the_other_seeds_is_compared_with_nothing(
     )  # fmt: skip
     page = write_report(tmp_path, found, gallery, about).read_text("utf-8")
     assert "| - |" in page and f"`{own}` could not be drawn: step 3" in page
+
+
+def test_no_guidance_is_left_if_all_others_fail(
+    tmp_path: Path, model: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = Gallery._pictures
+
+    def broken(gallery: Gallery, candidate: Any, numbers: range) -> Any:
+        drawn = pictures(gallery, candidate, numbers)
+        if candidate.is_unguided:  # so that it is not among the best
+            return [ImageOps.invert(picture) for picture in drawn]
+        if numbers[0] >= 4:
+            raise FloatingPointError("step 3: the sample is not finite")
+        return drawn
+
+    monkeypatch.setattr(Gallery, "_pictures", broken)
+    found, _ = job_of(model, tmp_path / "work", reference, batch_size=4, methods=("pag",)).run()
+    assert len(found.plan.rungs) == 2
+    assert [row.candidate.is_unguided for row in found.rows] == [True]
+    assert [each.is_unguided for each, _ in found.ranking] == [True]
+    assert found.failures and found.chosen == 0
 
 
 def test_its_help_is_quick_and_its_encoders_are_those_of_evaluate() -> None:

@@ -94,7 +94,6 @@ class Trial:
         self._journal, self._report, self._best = journal, report, ""
         self._tried: dict[Candidate, None] = {}
         self._reached = 0
-        self._last: Mapping[Candidate, float] = {}
 
     def run(self) -> Tuned:
         """Search, choose, and draw the best settings on the other half of the seeds.
@@ -104,7 +103,8 @@ class Trial:
         """
         first = self.plan.rungs[0].settings - self.plan.neighbours
         listed = self.space.listed(first, self._seed)
-        ranked = search(listed, self.plan, self.scores, self._neighbours)
+        # If all that were left failed at later pictures, no guidance is all that can be drawn.
+        ranked = search(listed, self.plan, self.scores, self._neighbours) or [self.space.unguided]
         return self._reported(ranked, self._choose(ranked))
 
     def scores(self, candidates: Sequence[Candidate], seeds: int) -> Mapping[Candidate, float]:
@@ -117,9 +117,7 @@ class Trial:
         self._tried |= dict.fromkeys(candidates)
         drawn = list(dict.fromkeys([self.space.unguided, *candidates]))
         self._reached = self._sweep(drawn, 0, seeds, self._end_of(len(candidates), seeds))
-        sound = self._sound(candidates)
-        found = {each: float(self._values(each, 0, self._reached, 0)[0]) for each in sound}
-        self._last = found
+        found = {each: self._score_of(each) for each in self._sound(candidates)}
         self._best = str(min(found, key=lambda each: found[each], default=""))
         return found
 
@@ -140,6 +138,9 @@ class Trial:
         halves = halves_of(end - first, repetitions, self._seed)
         unguided = self.gallery.of(self.space.unguided, first, end)
         return self.score.values(self.gallery.of(candidate, first, end), unguided, halves)
+
+    def _score_of(self, candidate: Candidate) -> float:
+        return float(self._values(candidate, 0, self._reached, 0)[0])
 
     def _sweep(self, candidates: Sequence[Candidate], first: int, end: int, until: float) -> int:
         """Draw all settings on the same seeds while there is time; return the end of the seeds."""
@@ -206,7 +207,7 @@ class Trial:
                 candidates.index(each) for each in (chosen, *ranked, unguided) if each in candidates
             ),
             own=own,
-            ranking=tuple((each, self._last[each]) for each in ranked),
+            ranking=tuple((each, self._score_of(each)) for each in ranked),
             seeds=(self._reached, end - first),
             tried=len(self._tried),
             failures={str(each): why for each, why in self.gallery.failures.items()},
