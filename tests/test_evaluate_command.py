@@ -306,6 +306,15 @@ def test_plots_tell_features_and_warnings(tmp_path: Path) -> None:
     assert heights[0] < heights[1] < heights[2]
 
 
+@pytest.mark.parametrize("name", ["run_$x^$", "$", "\udcff", "\\frac"])
+def test_plots_take_any_name(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    reference: Any = SimpleNamespace(path=Path(name), features=None)
+    sample = SampleReport(name, Path(name), 100, {"kid": Estimate(1.0, 0.5, 1.5)})
+    write_plot(tmp_path / "a.png", Report(reference, "emoji", 0, 0, [sample]))
+    assert (tmp_path / "a.png").is_file()
+
+
 def test_what_no_half_changes_has_no_interval(sets: Path, tmp_path: Path) -> None:
     path = sets / "reference.npz"
     (same,) = evaluate(path, path, *QUICK, out=tmp_path / "a.json")
