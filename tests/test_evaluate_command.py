@@ -39,6 +39,7 @@ from self_attention_guidance.evaluate import (
     write_statistics,
 )
 from self_attention_guidance.evaluate.encoder import ENCODER_FOLDER, KNOWN_FILE, farther_than_art
+from self_attention_guidance.evaluate.features import Emoji
 from tiny_pixels import arrays_of, one_thread
 
 INCEPTION = "torch_fidelity.feature_extractor_inceptionv3"
@@ -342,7 +343,6 @@ def test_wrong_inputs_are_one_line(
     save_npz(tmp_path / "few.npz", draw(9, 0))
     save_npz(tmp_path / "large.npz", draw(12, 0, size=64))
     np.savez(tmp_path / "mu.npz", mu=np.zeros(5), sigma=np.eye(5))
-    np.savez(tmp_path / "shapes.npz", mu=np.zeros(5), sigma=np.eye(4))
     for name, message in {
         "none": "does not exist: give a folder of pictures or an .npz file",
         "empty": "holds no pictures: none of .apng, .bmp, .gif, .jfif, .jpe, .jpeg, .jpg, .png",
@@ -356,7 +356,6 @@ def test_wrong_inputs_are_one_line(
         "few.npz": "holds 9 pictures: at least 10 are needed",
         "large.npz": "hold pictures of 64x64 and 32x32 pixels: they must be of one size",
         "mu.npz": "holds moments and no features: it can be the reference only",
-        "shapes.npz": "sigma is float64 of shape (4, 4); it must be finite numbers of shape (5, 5)",
     }.items():
         assert message in error_of(capsys, "evaluate", tmp_path / name, sets / "sharp.npz"), name
     message = error_of(capsys, "evaluate", sets / "sharp.npz", tmp_path / "mu.npz")
@@ -381,6 +380,30 @@ def test_the_table_is_shown_even_if_a_file_cannot_be_written(
         "--json", tmp_path / "b.json",
     )  # fmt: skip
     assert "needs samples" in printed
+
+
+def test_what_opening_shows_is_refused_before_encoding(
+    sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = save_npz(tmp_path / "large.npz", draw(12, 0, size=64))
+    np.savez(tmp_path / "mu.npz", mu=np.zeros(64), sigma=np.eye(64))
+    np.savez(tmp_path / "shapes.npz", mu=np.zeros(64), sigma=np.eye(4))
+    rows = {"features": np.ones((12, 64)), "size": np.array([64, 64])}
+    np.savez(tmp_path / "saved.npz", mu=np.zeros(64), sigma=np.eye(64), **rows)
+    rows |= {"size": np.array([32, 32]), "encoder": np.array("inception")}
+    np.savez(tmp_path / "other.npz", mu=np.zeros(64), sigma=np.eye(64), **rows)
+    monkeypatch.setattr(Emoji, "encode", None)
+    sharp, save = sets / "sharp.npz", ("--save-statistics", tmp_path / "new.npz")
+    for arguments, message in (
+        ((sharp, large, sharp), "must be of one size"),
+        ((sharp, tmp_path / "saved.npz", sharp), "must be of one size"),
+        ((sharp, tmp_path / "saved.npz"), "must be of one size"),
+        ((sharp, tmp_path / "mu.npz", sharp), "it can be the reference only"),
+        ((sharp, tmp_path / "mu.npz", *save), "mu.npz' holds statistics already, and no features"),
+        ((sharp, tmp_path / "shapes.npz"), "sigma is float64 of shape (4, 4); it must be finite"),
+        ((sharp, tmp_path / "other.npz"), "holds features of inception, not of emoji"),
+    ):
+        assert message in error_of(capsys, "evaluate", *arguments), message
 
 
 @pytest.mark.parametrize(

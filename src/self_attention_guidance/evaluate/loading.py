@@ -39,6 +39,11 @@ class SavedStatistics:
     path: Path
     arrays: dict[str, NDArray[Any]]
 
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Width and height of the pictures; `None` if only moments were saved."""
+        return _size(self) if "features" in self.arrays else None
+
 
 @dataclass(frozen=True)
 class LoadedSet:
@@ -55,6 +60,11 @@ class LoadedSet:
     moments: Moments
     spatial_moments: Moments | None
     features: FeatureSet | None
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Width and height of the pictures; `None` without features."""
+        return None if self.features is None else self.features.size
 
     @cached_property
     def pairs(self) -> PairReference | None:
@@ -162,13 +172,17 @@ def _from_saved(saved: SavedStatistics, encoder: str) -> LoadedSet:
 def _saved_features(saved: SavedStatistics, encoder: str) -> FeatureSet:
     features = _numbers(saved, "features", None, None)
     _check_count(saved.path, len(features))
-    width, height = _numbers(saved, "size", 2).int().tolist()
     parts = {
         name: _numbers(saved, name, len(features), None)
         for name in _OPTIONAL
         if name in saved.arrays
     }
-    return FeatureSet(encoder, (width, height), features, **parts)
+    return FeatureSet(encoder, _size(saved), features, **parts)
+
+
+def _size(saved: SavedStatistics) -> tuple[int, int]:
+    width, height = _numbers(saved, "size", 2).int().tolist()
+    return width, height
 
 
 def _moments(saved: SavedStatistics, mean: str, covariance: str) -> Moments:
@@ -195,6 +209,19 @@ def _numbers(saved: SavedStatistics, name: str, *shape: int | None) -> Tensor:
     return torch.from_numpy(array.astype(kind))
 
 
+def check_savable(found: PictureSource | SavedStatistics | LoadedSet) -> None:
+    """Refuse a set that `write_statistics` can't save.
+
+    Args:
+        found: The set, or what `open_set` returned for it.
+
+    Raises:
+        ValueError: It has no features.
+    """
+    if found.size is None:
+        raise ValueError(f"{str(found.path)!r} holds statistics already, and no features to save")
+
+
 def write_statistics(path: Path, loaded: LoadedSet) -> None:
     """Save a set, so that later runs need not encode it again.
 
@@ -205,9 +232,8 @@ def write_statistics(path: Path, loaded: LoadedSet) -> None:
     Raises:
         ValueError: It has no features.
     """
-    features = loaded.features
-    if features is None:
-        raise ValueError(f"{str(loaded.path)!r} holds statistics already, and no features to save")
+    check_savable(loaded)
+    features: Any = loaded.features
     arrays: dict[str, Any] = {
         "encoder": np.array(features.encoder),
         "size": np.array(features.size),
