@@ -325,6 +325,16 @@ def test_a_run_that_could_not_begin_does_not_block_its_correction(
     assert "holds a run with" in error_of(capsys, *command, tmp_path / "small.npz")
 
 
+def test_the_pipeline_keeps_its_guidance(model: Path, tmp_path: Path) -> None:
+    job = job_of(model, tmp_path / "work")
+    before = job.loaded.pipeline.guidance
+    with pytest.raises(KeyboardInterrupt):
+        job.run(report=lambda drawn, *_: interrupt() if drawn > 32 else None)
+    assert job.loaded.pipeline.guidance == before
+    job.run()
+    assert job.loaded.pipeline.guidance == before == job.space.own
+
+
 def test_folders_of_others_are_not_deleted(model: Path, tmp_path: Path) -> None:
     mine = tmp_path / "work" / "parts" / "mine.txt"
     mine.parent.mkdir(parents=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ class TuneJob:
     def run(
         self, note: Callable[[str], object] = lambda line: None, report: Report | None = None
     ) -> tuple[Tuned, Gallery]:
-        """Draw the missing pictures, and choose.
+        """Draw the missing pictures, and choose; the pipeline keeps its guidance.
 
         Args:
             note: Called with lines about the plan before drawing begins.
@@ -110,7 +111,7 @@ class TuneJob:
                 the folder.
             FloatingPointError: Without guidance, a picture is NaN or infinite.
         """
-        with self.storage.locked():
+        with self.storage.locked(), _kept_guidance(self.loaded.pipeline):
             if self.storage.read(JOB) != self._seen:
                 raise ValueError(
                     f"work={self.storage.url!r}: another run has begun here since this one was"
@@ -231,6 +232,15 @@ class TuneJob:
         if real is not None and [*real.size] != [*size]:
             sizes = "{}x{} pixels, the model draws {}x{}".format(*real.size, *size)
             raise ValueError(f"reference: it holds pictures of {sizes}")
+
+
+@contextmanager
+def _kept_guidance(pipeline: Any) -> Generator[None]:
+    before = pipeline.guidance
+    try:
+        yield
+    finally:
+        pipeline.guidance = before
 
 
 def _job(content: bytes) -> dict[str, Any]:
