@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, UNet2DModel
 from PIL import Image, ImageOps
 
 from command_line import error_of, help_without_torch, run
-from self_attention_guidance import PerturbedAttentionGuidance
+from self_attention_guidance import ADMPipeline, BlurGuidance, PerturbedAttentionGuidance
 from self_attention_guidance.batch.storage import Storage
 from self_attention_guidance.cli.tune import Features
 from self_attention_guidance.evaluate import ENCODERS, load_set, open_set
@@ -369,6 +370,26 @@ def test_a_reference_of_another_size_is_refused(
     arguments = [*FEW, "--budget", PICTURES, "--steps", 1, "--reference", tmp_path / "small.npz"]
     message = error_of(capsys, "tune", model, *arguments)
     assert "--reference: it holds pictures of 8x8 pixels, the model draws 16x16" in message
+
+
+def test_a_budget_is_for_the_methods_that_suit_the_model(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    sizes = {"sample_size": 16, "layers_per_block": 1, "block_out_channels": (8, 16)}
+    plain = UNet2DModel(**sizes, **blocks, norm_num_groups=4, add_attention=False)
+    pipe = ADMPipeline(plain, DDIMScheduler())
+    pipe.guidance = BlurGuidance(1.0)
+    pipe.save_pretrained(tmp_path / "plain")
+    settings = {"guidance": {"method": "blur", "scale": 1.0}}
+    (tmp_path / "plain" / "sag_settings.json").write_text(json.dumps(settings))
+    command = ["--quiet", "--steps", STEPS, "--budget", 100]
+    assert run("tune", tmp_path / "plain", *command, "--overwrite") == 0
+    # Before the reference is read.
+    monkeypatch.setattr("self_attention_guidance.evaluate.open_set", None)
+    capsys.readouterr()
+    message = error_of(capsys, "tune", model, *command, "--reference", model)
+    assert "--budget=100 pictures are too few to try 7 settings: at least" in message
 
 
 def test_settings_of_others_are_not_replaced(

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..guidance import METHODS
 from ..guidance.text import check_methods
 from ..models.builtin import SETTINGS_FILE, builtin_names
 from .loading import check_drawing
@@ -120,10 +119,11 @@ class TuneCommand(DrawingOptions):
         started = time.monotonic()
         settings, out, work = _check_before_loading(self)
 
-        from ..tune import TuneJob, settings_content, write_report, write_settings
+        from ..tune import TuneJob, check_budget, settings_content, write_report, write_settings
 
         hide_loading_bars()
         loaded = _load(self)
+        check_budget(loaded, settings)
         encoder, reference = _load_reference(self)
         job = TuneJob(
             loaded, work, settings, encoder, reference, overwrite=self.overwrite, started=started
@@ -185,8 +185,9 @@ def _check_before_loading(options: TuneCommand) -> "tuple[TuneSettings, Path, Pa
         batch_size=options.batch_size,
     )
     if settings.budget.pictures is not None:
-        # No guidance and each method's defaults are tried in any case.
-        anchors = len(methods or METHODS) + 1
+        # No guidance and each method's defaults are tried in any case. Which methods suit the model
+        # is not known yet.
+        anchors = max(len(methods), 1) + 1
         make_plan(settings.budget.pictures, options.batch_size, anchors, anchors, options.count)
     if options.reference is not None and not options.reference.exists():
         raise ValueError(

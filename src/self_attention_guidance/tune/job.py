@@ -234,6 +234,24 @@ class TuneJob:
             raise ValueError(f"reference: it holds pictures of {sizes}")
 
 
+def check_budget(loaded: Loaded[Any], settings: TuneSettings) -> None:
+    """Refuse a number of pictures that is too small for a model, before a reference is encoded.
+
+    Args:
+        loaded: The model.
+        settings: Settings of the run.
+
+    Raises:
+        ValueError: It is too small, or no method suits the model.
+    """
+    pipeline: Any = loaded.pipeline
+    network: Any = denoiser_of(pipeline)
+    methods = space_of(network, 1, pipeline.guidance, settings.methods).layers
+    if settings.budget.pictures is not None:
+        least = len(methods) + 1
+        make_plan(settings.budget.pictures, settings.batch_size, least, least, settings.count)
+
+
 @contextmanager
 def _kept_guidance(pipeline: Any) -> Generator[None]:
     before = pipeline.guidance
