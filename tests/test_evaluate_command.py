@@ -34,6 +34,7 @@ from self_attention_guidance.evaluate import (
     paired_difference,
     random_halves,
     repeated_values,
+    short_names,
     work,
     write_plot,
     write_statistics,
@@ -305,6 +306,14 @@ def test_plots_tell_features_and_warnings(tmp_path: Path) -> None:
             last_line = np.asarray(image.convert("L"))[-15:]
         assert (last_line < 128).any()
     assert heights[0] < heights[1] < heights[2]
+
+
+def test_folders_that_are_here_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "art" / "new").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "art" / "new")
+    assert short_names([Path("."), Path("..")]) == ["new", "art"]
+    assert short_names([Path("."), Path("x.npz")]) == ["new", "x"]
+    assert short_names([Path("."), Path("../new.npz")]) == [".", "../new.npz"]
 
 
 @pytest.mark.parametrize("name", ["run_$x^$", "$", "\udcff", "\\frac"])

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -538,6 +539,12 @@ def test_what_fails_on_the_other_seeds_is_compared_with_nothing(
     )  # fmt: skip
     page = write_report(tmp_path, found, gallery, about).read_text("utf-8")
     assert "| - |" in page and f"`{own}` could not be drawn: step 3" in page
+    found = replace(found, ranking=((own, 0.5), *found.ranking))
+    about = replace(about, model=".", reference="\udcff", settings_file=Path("\udcff.json"))
+    monkeypatch.chdir(model)
+    page = write_report(tmp_path, found, gallery, about).read_text("utf-8")
+    assert f"`{own}` had the lowest score, but it could not be drawn on the other seeds" in page
+    assert page.startswith("# Settings for tiny\n") and "`\\udcff.json`" in page
 
 
 def test_no_guidance_is_left_if_all_others_fail(

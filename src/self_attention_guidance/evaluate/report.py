@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,7 +59,8 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     Args:
         paths: Folders and files.
     """
-    stems = [path.name.removesuffix(".npz") for path in paths]
+    # "." and ".." have no name of their own.
+    stems = [Path(os.path.abspath(path)).name.removesuffix(".npz") for path in paths]
     return stems if len(set(stems)) == len(stems) else [str(path) for path in paths]
 
 

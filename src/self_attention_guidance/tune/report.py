@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -68,7 +69,8 @@ def write_report(folder: str | Path, found: Tuned, gallery: Gallery, about: Abou
     with whole_file(folder / GRID) as file:
         _grid(found, gallery, about).save(file, format="PNG")
     with whole_file(folder / PAGE) as file:
-        file.write(("\n".join(_page(found, about)) + "\n").encode())
+        # Names of files may be no UTF-8.
+        file.write(("\n".join(_page(found, about)) + "\n").encode("utf-8", "backslashreplace"))
     return folder / PAGE
 
 
@@ -79,7 +81,13 @@ def _grid(found: Tuned, gallery: Gallery, about: About) -> Image.Image:
     rows = [gallery.shown(row.candidate, first, end)[:MOST_SHOWN] for row in found.rows]
     labels = [f"{number}: {_short(row.candidate)}" for number, row in enumerate(found.rows)]
     titles = [f"seed {about.seed + first + number}" for number in range(len(rows[0]))]
-    return draw_grid(rows, labels, titles, f"{Path(about.model).name}, {found.steps} steps")
+    return draw_grid(rows, labels, titles, f"{_name(about)}, {found.steps} steps")
+
+
+def _name(about: About) -> str:
+    """The model's name; "." and ".." have none, but their folders do."""
+    name = Path(os.path.abspath(about.model)).name
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _short(candidate: Candidate) -> str:
@@ -89,7 +97,7 @@ def _short(candidate: Candidate) -> str:
 
 
 def _page(found: Tuned, about: About) -> Iterator[str]:
-    yield from (f"# Settings for {Path(about.model).name}", "", *_summary(found, about), "")
+    yield from (f"# Settings for {_name(about)}", "", *_summary(found, about), "")
     yield from (f"![The best settings, row by row]({GRID})", "")
     if any(about.prompts):
         yield from ("Prompts of the columns, in turn:", "")
@@ -139,7 +147,9 @@ def _summary(found: Tuned, about: About) -> Iterator[str]:
     )
     if not about.by_user:
         best, why = found.ranking[0][0], "no other setting had a lower score"
-        if best != row.candidate:
+        if str(best) in found.failures:
+            why = f"`{best}` had the lowest score, but it could not be drawn on the other seeds"
+        elif best != row.candidate:
             why = (
                 f"the score of `{best}` was lower by less than one standard error, and it costs"
                 " more: among settings that noise cannot tell apart, the cheaper one is chosen"
