@@ -402,6 +402,22 @@ def test_settings_of_others_are_not_replaced(
     assert not (model / "sag_tune").exists()
 
 
+def test_a_run_replaces_only_what_it_wrote(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["tune", model, *FEW, "--steps", STEPS, "--budget", PICTURES]
+    tune(model)
+    own, other = model / "sag_settings.json", tmp_path / "b.json"
+    content = own.read_text("utf-8")
+    for path in (own, other):
+        path.write_text(content.replace('"num_inference_steps": 2', '"num_inference_steps": 30'))
+        asked = [*command, "--out", path, "--work", model / "sag_tune"]
+        capsys.readouterr()
+        assert f"{path.name}' exists: choose another place, or" in error_of(capsys, *asked)
+        assert run(*asked, "--overwrite") == 0
+        assert path.read_text("utf-8") == content
+
+
 def test_damaged_settings_are_named_and_cost_no_picture(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from ..tune.trial import Report
 
 _WORK = "sag_tune"
+# A copy of the settings that a run wrote, by which it knows them again.
+_WRITTEN = "written_settings.json"
 
 
 class Features(str, Enum):
@@ -135,6 +137,7 @@ class TuneCommand(DrawingOptions):
         page = write_report(work, found, gallery, _about(self, out, settings))
         # Written last: once it exists, the run is done.
         write_settings(out, content)
+        write_settings(work / _WRITTEN, content)
         print_line(out)
         print_line(page)
         row = found.rows[found.chosen]
@@ -204,9 +207,15 @@ def _check_before_loading(options: TuneCommand) -> "tuple[TuneSettings, Path, Pa
             )
     check_folder(out.parent)
     # If the same command ran before, the file is its own and may be replaced.
-    check_free([out], options.overwrite or (work / RESULT_FILE).is_file())
+    check_free([out], options.overwrite or _is_own(out, work / _WRITTEN))
     check_folder(work, "work")
     return settings, out, work
+
+
+def _is_own(out: Path, written: Path) -> bool:
+    """Whether a file holds what this run wrote, and nobody has changed it since."""
+    both = out, written
+    return all(map(Path.is_file, both)) and out.read_bytes() == written.read_bytes()
 
 
 def _load(options: TuneCommand) -> Any:
