@@ -174,8 +174,8 @@ def test_text_models_are_tuned_in_cfg_too(
     # The commands of the report draw its rows, whatever the model recommends now.
     result = json.loads((model / "sag_tune" / "result.json").read_text("utf-8"))
     number = [row["setting"] for row in result["rows"]].index("pag:scale=3, CFG 7.5")
-    line = next(each for each in page.splitlines() if each.endswith(f"# {number}"))
-    words = shlex.split(line, comments=True)
+    lines = page.splitlines()
+    words = shlex.split(lines[lines.index(f"# {number}") + 1])
     assert run(*words[1:], "--out", tmp_path / "b.png") == 0
     record = read_record(tmp_path / "b.png")
     assert record["guidance"] == PerturbedAttentionGuidance(3.0).to_dict()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,7 +206,9 @@ def _commands(found: Tuned, about: About) -> Iterator[str]:
         words += [] if about.takes_prompts else ["--num-samples", "64"]
         words += _typed(row.candidate, [chosen, found.own])
         words += [] if about.scheduler is None else ["--scheduler", about.scheduler]
-        yield f"{shlex.join(words)}  # {number}"
+        # cmd.exe knows neither single quotes nor comments behind a command.
+        yield f"# {number}"
+        yield subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def _typed(candidate: Candidate, others: Sequence[Candidate]) -> list[str]:
