@@ -529,6 +529,8 @@ def test_a_setting_that_fails_is_left_out_and_named(
     monkeypatch.setattr(Gallery, "_pictures", broken)
     found, _ = job_of(model, tmp_path / "work").run()
     assert set(found.failures.values()) == {"step 3: the sample is not finite"}
+    chunks = [np.load(path) for path in (tmp_path / "work" / "parts").iterdir()]
+    assert found.pictures == sum(len(chunk["features"]) for chunk in chunks) < 8 * len(chunks)
     assert all(row.candidate.guidance.method == "sag" for row in found.rows)
 
 
