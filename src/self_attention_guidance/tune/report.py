@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..evaluate import Estimate
+from ..evaluate.report import format_estimate
 from ..generate.files import whole_file
 from ..generate.grid import draw_grid
 from ..guidance.text import guidance_text
@@ -258,15 +259,11 @@ def _history(found: Tuned, about: About) -> Iterator[str]:
 
 
 def _interval(found: Estimate) -> str:
-    if found.low is None or found.high is None:
-        return f"{found.value:.3g}"
-    return f"{found.value:.3g} [{found.low:.3g}, {found.high:.3g}]"
+    return format_estimate(found, ".3g")
 
 
 def _difference(found: Estimate | None) -> str:
-    if found is None:
-        return "-"
-    if found.low is None or found.high is None:
-        return f"{found.value:+.3g}"
-    text = f"{found.value:+.3g} [{found.low:+.3g}, {found.high:+.3g}]"
+    text = format_estimate(found, "+.3g")
+    if found is None or found.low is None or found.high is None:
+        return text
     return text if found.low <= 0 <= found.high else f"**{text}**"
