@@ -480,6 +480,19 @@ def test_a_time_budget_holds_across_runs(
     assert "settings in" in lines[0] and lines[1].startswith("about ")
 
 
+def test_the_pace_of_a_resumed_run_does_not_depend_on_names(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Clock(monkeypatch)
+    job_of(model, tmp_path / "work").run()
+    paths = sorted((tmp_path / "work" / "parts").iterdir())
+    for place, path in enumerate(paths):
+        slow = place >= len(paths) - 8
+        np.savez(path, **{**arrays_of(path), "elapsed": np.array(800.0 if slow else 0.0)})
+    _, gallery = job_of(model, tmp_path / "work").run()
+    assert gallery.pace == pytest.approx(8 * 800 / (8 * len(paths)))
+
+
 def test_time_that_is_short_is_kept_for_the_report(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
