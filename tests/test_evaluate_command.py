@@ -6,6 +6,7 @@ import json
 import runpy
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,10 +31,16 @@ from self_attention_guidance.evaluate import (
     load_set,
     measure,
     open_set,
+    paired_difference,
+    random_halves,
+    repeated_values,
+    short_names,
     work,
     write_plot,
+    write_statistics,
 )
 from self_attention_guidance.evaluate.encoder import ENCODER_FOLDER, KNOWN_FILE, farther_than_art
+from self_attention_guidance.evaluate.features import Emoji
 from tiny_pixels import arrays_of, one_thread
 
 INCEPTION = "torch_fidelity.feature_extractor_inceptionv3"
@@ -132,6 +139,28 @@ def test_seeds_move_the_intervals_only(sets: Path, tmp_path: Path) -> None:
         assert first[key]["value"] == other[key]["value"]
         assert low(first[key]) <= first[key]["value"] <= high(first[key])
     assert first["kid"]["low"] != other["kid"]["low"]
+
+
+def test_parts_of_a_loaded_set_are_of_its_own_order(sets: Path, tmp_path: Path) -> None:
+    encoder = load_encoder("emoji")
+    reference = load_set(open_set(sets / "reference.npz"), encoder, 16)
+    halves = random_halves(SAMPLES, 3, 0)
+    pictures = draw(SAMPLES, 1)
+    for name in ("sharp.npz", "pictures"):
+        found = repeated_values(load_set(open_set(sets / name), encoder, 16), reference, halves)
+        for number, half in enumerate(halves):
+            part = save_npz(tmp_path / "part.npz", pictures[half.numpy()])
+            expected = measure(load_set(open_set(part), encoder, 16), reference, 0, 0)
+            for key in ("kid", "inception_score"):
+                value = float(found[key][number])
+                assert value == pytest.approx(expected[key].value, rel=1e-6), (name, key)
+    with pytest.raises(ValueError, match="values of 4 and 1 parts can't be paired"):
+        paired_difference(found["kid"], found["kid"][:1])
+    # Statistics are saved in the order of their features, so they can't be paired.
+    write_statistics(tmp_path / "saved.npz", reference)
+    saved = load_set(open_set(tmp_path / "saved.npz"), encoder, 16)
+    with pytest.raises(ValueError, match=r"saved\.npz': the order of its features is not known"):
+        repeated_values(saved, reference, random_halves(REFERENCE, 3, 0))
 
 
 def test_progress_ends_at_the_whole(sets: Path) -> None:
@@ -279,6 +308,23 @@ def test_plots_tell_features_and_warnings(tmp_path: Path) -> None:
     assert heights[0] < heights[1] < heights[2]
 
 
+def test_folders_that_are_here_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "art" / "new").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "art" / "new")
+    assert short_names([Path("."), Path("..")]) == ["new", "art"]
+    assert short_names([Path("."), Path("x.npz")]) == ["new", "x"]
+    assert short_names([Path("."), Path("../new.npz")]) == [".", "../new.npz"]
+
+
+@pytest.mark.parametrize("name", ["run_$x^$", "$", "\udcff", "\\frac"])
+def test_plots_take_any_name(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    reference: Any = SimpleNamespace(path=Path(name), features=None)
+    sample = SampleReport(name, Path(name), 100, {"kid": Estimate(1.0, 0.5, 1.5)})
+    write_plot(tmp_path / "a.png", Report(reference, "emoji", 0, 0, [sample]))
+    assert (tmp_path / "a.png").is_file()
+
+
 def test_what_no_half_changes_has_no_interval(sets: Path, tmp_path: Path) -> None:
     path = sets / "reference.npz"
     (same,) = evaluate(path, path, *QUICK, out=tmp_path / "a.json")
@@ -306,7 +352,6 @@ def test_wrong_inputs_are_one_line(
     save_npz(tmp_path / "few.npz", draw(9, 0))
     save_npz(tmp_path / "large.npz", draw(12, 0, size=64))
     np.savez(tmp_path / "mu.npz", mu=np.zeros(5), sigma=np.eye(5))
-    np.savez(tmp_path / "shapes.npz", mu=np.zeros(5), sigma=np.eye(4))
     for name, message in {
         "none": "does not exist: give a folder of pictures or an .npz file",
         "empty": "holds no pictures: none of .apng, .bmp, .gif, .jfif, .jpe, .jpeg, .jpg, .png",
@@ -320,7 +365,6 @@ def test_wrong_inputs_are_one_line(
         "few.npz": "holds 9 pictures: at least 10 are needed",
         "large.npz": "hold pictures of 64x64 and 32x32 pixels: they must be of one size",
         "mu.npz": "holds moments and no features: it can be the reference only",
-        "shapes.npz": "sigma is float64 of shape (4, 4); it must be finite numbers of shape (5, 5)",
     }.items():
         assert message in error_of(capsys, "evaluate", tmp_path / name, sets / "sharp.npz"), name
     message = error_of(capsys, "evaluate", sets / "sharp.npz", tmp_path / "mu.npz")
@@ -347,6 +391,30 @@ def test_the_table_is_shown_even_if_a_file_cannot_be_written(
     assert "needs samples" in printed
 
 
+def test_what_opening_shows_is_refused_before_encoding(
+    sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = save_npz(tmp_path / "large.npz", draw(12, 0, size=64))
+    np.savez(tmp_path / "mu.npz", mu=np.zeros(64), sigma=np.eye(64))
+    np.savez(tmp_path / "shapes.npz", mu=np.zeros(64), sigma=np.eye(4))
+    rows = {"features": np.ones((12, 64)), "size": np.array([64, 64])}
+    np.savez(tmp_path / "saved.npz", mu=np.zeros(64), sigma=np.eye(64), **rows)
+    rows |= {"size": np.array([32, 32]), "encoder": np.array("inception")}
+    np.savez(tmp_path / "other.npz", mu=np.zeros(64), sigma=np.eye(64), **rows)
+    monkeypatch.setattr(Emoji, "encode", None)
+    sharp, save = sets / "sharp.npz", ("--save-statistics", tmp_path / "new.npz")
+    for arguments, message in (
+        ((sharp, large, sharp), "must be of one size"),
+        ((sharp, tmp_path / "saved.npz", sharp), "must be of one size"),
+        ((sharp, tmp_path / "saved.npz"), "must be of one size"),
+        ((sharp, tmp_path / "mu.npz", sharp), "it can be the reference only"),
+        ((sharp, tmp_path / "mu.npz", *save), "mu.npz' holds statistics already, and no features"),
+        ((sharp, tmp_path / "shapes.npz"), "sigma is float64 of shape (4, 4); it must be finite"),
+        ((sharp, tmp_path / "other.npz"), "holds features of inception, not of emoji"),
+    ):
+        assert message in error_of(capsys, "evaluate", *arguments), message
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -363,6 +431,10 @@ def test_the_table_is_shown_even_if_a_file_cannot_be_written(
         ({"mu": np.full(64, np.inf), "features": None}, "mu is float64 of shape (64,); it must be"),
         ({"mu": np.zeros((1, 64)), "features": None}, "it must be finite numbers of shape (any)"),
         ({"sigma": np.array({}), "features": None}, "cannot be read: Object arrays cannot be"),
+        ({"mu": b"abc", "features": None}, "mu is |S3 of shape (); it must be finite numbers"),
+        ({"features": b"abc"}, "features is |S3 of shape (); it must be finite numbers"),
+        ({"size": None}, "broken.npz': size is missing"),
+        ({"mu_s": np.zeros(5), "features": None}, "broken.npz': sigma_s is missing"),
     ],
 )
 def test_broken_statistics_are_one_line(
@@ -372,7 +444,14 @@ def test_broken_statistics_are_one_line(
     arrays = {"encoder": np.array("emoji"), "size": np.array([32, 32]), "features": rows}
     arrays |= {"mu": rows.mean(0), "sigma": np.cov(rows.T)} | changed
     given = {name: array for name, array in arrays.items() if array is not None}
-    np.savez(tmp_path / "broken.npz", **given)
+    np.savez(
+        tmp_path / "broken.npz",
+        **{name: array for name, array in given.items() if not isinstance(array, bytes)},
+    )
+    with zipfile.ZipFile(tmp_path / "broken.npz", "a") as archive:
+        for name, content in given.items():
+            if isinstance(content, bytes):
+                archive.writestr(name, content)
     save_npz(tmp_path / "samples.npz", draw(12, 0))
     error = error_of(capsys, "evaluate", tmp_path / "samples.npz", tmp_path / "broken.npz")
     assert message in error
@@ -523,6 +602,20 @@ def test_published_moments_are_taken_with_the_pictures(
     found = measure(samples, load_set(open_set(reference), encoder, 16), 0, 0)
     assert found["frechet_distance"].value > 9 * 800**2
     assert "precision" in found
+
+
+def test_damaged_published_moments_cost_no_encoding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = SimpleNamespace(FeatureExtractorInceptionV3=FakeInception)
+    monkeypatch.setitem(sys.modules, INCEPTION, fake)
+    moments = {"mu": np.full(9, 7.5), "sigma": np.eye(9)}
+    path = save_npz(tmp_path / "batch.npz", draw(12, 0), **moments)
+    path.write_bytes(path.read_bytes().replace(np.full(9, 7.5).tobytes(), bytes(72)))
+    encoded: list[int] = []
+    with pytest.raises(ValueError, match=r"batch\.npz' cannot be read: Bad CRC-32"):
+        load_set(open_set(path), load_encoder("inception"), 16, encoded.append)
+    assert not encoded
 
 
 def test_failed_downloads_are_one_line(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import shlex
 import signal
@@ -11,16 +12,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from diffusers import DDIMScheduler, UNet2DModel
+from PIL import Image, ImageOps
 
 from command_line import error_of, help_without_torch, run
-from self_attention_guidance import PerturbedAttentionGuidance
+from self_attention_guidance import ADMPipeline, BlurGuidance, PerturbedAttentionGuidance
 from self_attention_guidance.batch.storage import Storage
 from self_attention_guidance.cli.tune import Features
 from self_attention_guidance.evaluate import ENCODERS, load_set, open_set
@@ -34,7 +37,14 @@ from self_attention_guidance.generate import (
 )
 from self_attention_guidance.guidance.text import guidance_text
 from self_attention_guidance.models.builtin import recommended_settings
-from self_attention_guidance.tune import Budget, Tuned, TuneJob, TuneSettings
+from self_attention_guidance.tune import (
+    About,
+    Budget,
+    Tuned,
+    TuneJob,
+    TuneSettings,
+    write_report,
+)
 from self_attention_guidance.tune.gallery import Chunk, Gallery
 from tiny import save_tiny_model
 from tiny_pixels import arrays_of, one_thread, tiny_pipeline
@@ -119,7 +129,7 @@ def test_a_guidance_that_is_known_is_found(model: Path, tmp_path: Path, referenc
     assert chosen.candidate.guidance.method == "pag"
     assert chosen.candidate.guidance.scale > 6  # the default is 3
     for difference in (chosen.against_unguided, chosen.against_own):
-        assert difference.high is not None and difference.high < 0
+        assert difference is not None and difference.high is not None and difference.high < 0
     assert chosen.score.value < 0.3 * found.rows[0].score.value
 
 
@@ -142,7 +152,7 @@ def test_text_models_are_tuned_in_cfg_too(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = save_tiny_model(tmp_path / "tiny")
-    (tmp_path / "prompts.txt").write_text(f"red heart{' red' * 90}\nblue fox\n")
+    (tmp_path / "prompts.txt").write_text(f"red heart{' red' * 90}\nblue fox\ngreen tree\n")
     arguments = ["--methods", "pag", "--steps", "1", "--budget", "104"]
     command = ["tune", model, *arguments, "--prompts", tmp_path / "prompts.txt"]
     assert run(*command) == 0
@@ -152,7 +162,10 @@ def test_text_models_are_tuned_in_cfg_too(
     chosen = recommended_settings(model)
     assert chosen.guidance_scale is not None
     page = (model / "sag_tune" / "report.md").read_text("utf-8")
-    assert "no figure can say" in page and "- blue fox" in page
+    assert "no figure can say" in page
+    # The columns begin at seed 8: 8 % 3 = 2.
+    listed = [line[2:].split()[:2] for line in page.split("in turn:")[1].split("##")[0].split("\n")]
+    assert listed[2:5] == [["green", "tree"], ["red", "heart"], ["blue", "fox"]]
     # Without --guidance, the folder's own settings draw.
     assert run("generate", "red heart", "--model", model, "--out", tmp_path / "a.png") == 0
     record = read_record(tmp_path / "a.png")
@@ -161,8 +174,8 @@ def test_text_models_are_tuned_in_cfg_too(
     # The commands of the report draw its rows, whatever the model recommends now.
     result = json.loads((model / "sag_tune" / "result.json").read_text("utf-8"))
     number = [row["setting"] for row in result["rows"]].index("pag:scale=3, CFG 7.5")
-    line = next(each for each in page.splitlines() if each.endswith(f"# {number}"))
-    words = shlex.split(line, comments=True)
+    lines = page.splitlines()
+    words = shlex.split(lines[lines.index(f"# {number}") + 1])
     assert run(*words[1:], "--out", tmp_path / "b.png") == 0
     record = read_record(tmp_path / "b.png")
     assert record["guidance"] == PerturbedAttentionGuidance(3.0).to_dict()
@@ -314,6 +327,16 @@ def test_a_run_that_could_not_begin_does_not_block_its_correction(
     assert "holds a run with" in error_of(capsys, *command, tmp_path / "small.npz")
 
 
+def test_the_pipeline_keeps_its_guidance(model: Path, tmp_path: Path) -> None:
+    job = job_of(model, tmp_path / "work")
+    before = job.loaded.pipeline.guidance
+    with pytest.raises(KeyboardInterrupt):
+        job.run(report=lambda drawn, *_: interrupt() if drawn > 32 else None)
+    assert job.loaded.pipeline.guidance == before
+    job.run()
+    assert job.loaded.pipeline.guidance == before == job.space.own
+
+
 def test_folders_of_others_are_not_deleted(model: Path, tmp_path: Path) -> None:
     mine = tmp_path / "work" / "parts" / "mine.txt"
     mine.parent.mkdir(parents=True)
@@ -350,6 +373,26 @@ def test_a_reference_of_another_size_is_refused(
     assert "--reference: it holds pictures of 8x8 pixels, the model draws 16x16" in message
 
 
+def test_a_budget_is_for_the_methods_that_suit_the_model(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    sizes = {"sample_size": 16, "layers_per_block": 1, "block_out_channels": (8, 16)}
+    plain = UNet2DModel(**sizes, **blocks, norm_num_groups=4, add_attention=False)
+    pipe = ADMPipeline(plain, DDIMScheduler())
+    pipe.guidance = BlurGuidance(1.0)
+    pipe.save_pretrained(tmp_path / "plain")
+    settings = {"guidance": {"method": "blur", "scale": 1.0}}
+    (tmp_path / "plain" / "sag_settings.json").write_text(json.dumps(settings))
+    command = ["--quiet", "--steps", STEPS, "--budget", 100]
+    assert run("tune", tmp_path / "plain", *command, "--overwrite") == 0
+    # Before the reference is read.
+    monkeypatch.setattr("self_attention_guidance.evaluate.open_set", None)
+    capsys.readouterr()
+    message = error_of(capsys, "tune", model, *command, "--reference", model)
+    assert "--budget=100 pictures are too few to try 7 settings: at least" in message
+
+
 def test_settings_of_others_are_not_replaced(
     model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -357,6 +400,22 @@ def test_settings_of_others_are_not_replaced(
     message = error_of(capsys, "tune", model, *FEW, "--budget", PICTURES)
     assert "sag_settings.json' exists" in message
     assert not (model / "sag_tune").exists()
+
+
+def test_a_run_replaces_only_what_it_wrote(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["tune", model, *FEW, "--steps", STEPS, "--budget", PICTURES]
+    tune(model)
+    own, other = model / "sag_settings.json", tmp_path / "b.json"
+    content = own.read_text("utf-8")
+    for path in (own, other):
+        path.write_text(content.replace('"num_inference_steps": 2', '"num_inference_steps": 30'))
+        asked = [*command, "--out", path, "--work", model / "sag_tune"]
+        capsys.readouterr()
+        assert f"{path.name}' exists: choose another place, or" in error_of(capsys, *asked)
+        assert run(*asked, "--overwrite") == 0
+        assert path.read_text("utf-8") == content
 
 
 def test_damaged_settings_are_named_and_cost_no_picture(
@@ -369,6 +428,12 @@ def test_damaged_settings_are_named_and_cost_no_picture(
     assert message.startswith(f"error: --out='{out}' is damaged (")
     out.unlink()
     assert run(*command) == 0
+
+
+def test_a_long_time_for_fast_pictures_can_be_resumed(model: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            job_of(model, tmp_path / "work", budget=Budget(seconds=1e6)).run(report=interrupt)
 
 
 class Clock:
@@ -415,6 +480,19 @@ def test_a_time_budget_holds_across_runs(
     assert "settings in" in lines[0] and lines[1].startswith("about ")
 
 
+def test_the_pace_of_a_resumed_run_does_not_depend_on_names(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Clock(monkeypatch)
+    job_of(model, tmp_path / "work").run()
+    paths = sorted((tmp_path / "work" / "parts").iterdir())
+    for place, path in enumerate(paths):
+        slow = place >= len(paths) - 8
+        np.savez(path, **{**arrays_of(path), "elapsed": np.array(800.0 if slow else 0.0)})
+    _, gallery = job_of(model, tmp_path / "work").run()
+    assert gallery.pace == pytest.approx(8 * 800 / (8 * len(paths)))
+
+
 def test_time_that_is_short_is_kept_for_the_report(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -426,6 +504,24 @@ def test_time_that_is_short_is_kept_for_the_report(
     found, _ = job_of(model, tmp_path / "work", budget=Budget(seconds=400)).run(report=slower)
     assert found.seconds <= 400
     assert_equal_counts(found)
+
+
+@pytest.mark.parametrize("has_reference", [True, False])
+def test_pictures_may_be_drawn_one_by_one(
+    tmp_path: Path,
+    model: Path,
+    reference: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    has_reference: bool,
+) -> None:
+    Clock(monkeypatch)
+    compared = reference if has_reference else None
+    # So little time that a score has as few pictures as it can.
+    short = Budget(seconds=10)
+    found, _ = job_of(model, tmp_path / "work", compared, batch_size=1, budget=short).run()
+    assert found.seeds == (2, 2)
+    assert all(math.isfinite(score) for _, score in found.ranking)
+    assert all(math.isfinite(row.score.value) for row in found.rows)
 
 
 def assert_equal_counts(found: Tuned) -> None:
@@ -446,7 +542,61 @@ def test_a_setting_that_fails_is_left_out_and_named(
     monkeypatch.setattr(Gallery, "_pictures", broken)
     found, _ = job_of(model, tmp_path / "work").run()
     assert set(found.failures.values()) == {"step 3: the sample is not finite"}
+    chunks = [np.load(path) for path in (tmp_path / "work" / "parts").iterdir()]
+    assert found.pictures == sum(len(chunk["features"]) for chunk in chunks) < 8 * len(chunks)
     assert all(row.candidate.guidance.method == "sag" for row in found.rows)
+
+
+def test_what_fails_on_the_other_seeds_is_compared_with_nothing(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = Gallery._pictures
+    job = job_of(model, tmp_path / "work")
+    own, first = job.space.as_it_is, 8
+
+    def broken(gallery: Gallery, candidate: Any, numbers: range) -> Any:
+        if candidate == own and numbers[0] >= first:
+            raise FloatingPointError("step 3: the sample is not finite")
+        return pictures(gallery, candidate, numbers)
+
+    monkeypatch.setattr(Gallery, "_pictures", broken)
+    found, gallery = job.run()
+    assert str(own) in found.failures and found.plan.seeds == first
+    assert all(row.against_own is None for row in found.rows)
+    assert found.rows[1].against_unguided.value != 0
+    about = About(
+        model="tiny", takes_prompts=False, scheduler=None, prompts=("",), seed=0, reference=None,
+        features="emoji", settings_file=tmp_path / "a.json",
+    )  # fmt: skip
+    page = write_report(tmp_path, found, gallery, about).read_text("utf-8")
+    assert "| - |" in page and f"`{own}` could not be drawn: step 3" in page
+    found = replace(found, ranking=((own, 0.5), *found.ranking))
+    about = replace(about, model=".", reference="\udcff", settings_file=Path("\udcff.json"))
+    monkeypatch.chdir(model)
+    page = write_report(tmp_path, found, gallery, about).read_text("utf-8")
+    assert f"`{own}` had the lowest score, but it could not be drawn on the other seeds" in page
+    assert page.startswith("# Settings for tiny\n") and "`\\udcff.json`" in page
+
+
+def test_no_guidance_is_left_if_all_others_fail(
+    tmp_path: Path, model: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = Gallery._pictures
+
+    def broken(gallery: Gallery, candidate: Any, numbers: range) -> Any:
+        drawn = pictures(gallery, candidate, numbers)
+        if candidate.is_unguided:  # so that it is not among the best
+            return [ImageOps.invert(picture) for picture in drawn]
+        if numbers[0] >= 4:
+            raise FloatingPointError("step 3: the sample is not finite")
+        return drawn
+
+    monkeypatch.setattr(Gallery, "_pictures", broken)
+    found, _ = job_of(model, tmp_path / "work", reference, batch_size=4, methods=("pag",)).run()
+    assert len(found.plan.rungs) == 2
+    assert [row.candidate.is_unguided for row in found.rows] == [True]
+    assert [each.is_unguided for each, _ in found.ranking] == [True]
+    assert found.failures and found.chosen == 0
 
 
 def test_its_help_is_quick_and_its_encoders_are_those_of_evaluate() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from self_attention_guidance import PerturbedAttentionGuidance, SelfAttentionGuidance
-from self_attention_guidance.guidance import METHODS, guidance_of
+from self_attention_guidance.guidance import METHODS, Guidance, guidance_of
+from self_attention_guidance.guidance.seg import SmoothedEnergyGuidance
 from self_attention_guidance.guidance.text import guidance_text
 from self_attention_guidance.tune import (
     Budget,
@@ -23,6 +26,7 @@ from self_attention_guidance.tune import (
     parse_budget,
     prefer_cheaper,
     search,
+    settings_content,
     space_of,
 )
 from tiny_pixels import tiny_unet
@@ -202,6 +206,25 @@ def test_neighbours_are_near(space: Space) -> None:
         assert 1 <= changed <= 2
 
 
+@pytest.mark.parametrize(
+    "own",
+    [
+        SelfAttentionGuidance(2.0, start=0.1, stop=0.3),
+        SelfAttentionGuidance(2.0, start=0.05, stop=0.1),
+        SelfAttentionGuidance(2.0, start=0.7),
+        SelfAttentionGuidance(2.0, start=0.9, stop=0.95, blur_sigma=1e6),
+        SelfAttentionGuidance(9e8),
+        SmoothedEnergyGuidance(2.0, start=0.3, stop=0.35, blur_sigma=1e6),
+    ],
+)
+def test_any_settings_of_a_model_have_neighbours(own: Guidance) -> None:
+    space = space_of(tiny_unet(), 100, own)
+    listed = space.listed(40, seed=0)
+    near = space.neighbours([space.as_it_is], 10, 0, listed)
+    assert len(near) == 10
+    assert all(space.acts(each) for each in near)
+
+
 def test_windows_without_a_step_are_left_out() -> None:
     space = space_of(tiny_unet(), 1, OWN)
     assert all(space.acts(each) for each in space.listed(30, seed=0))
@@ -226,6 +249,32 @@ def test_a_transformer_has_layers_from_first_to_last() -> None:
 
 def test_a_model_of_one_cfg_scale_keeps_it() -> None:
     assert space_of(tiny_unet(), 20, OWN, cfg=1.0).cfg == (1.0,)
+
+
+@pytest.mark.parametrize(
+    ("earlier", "kept"),
+    [
+        ({"guidance": {"method": "pag"}}, {"prompts": ["a"], "sag_scales": [0, 2]}),
+        ({"guidance": {"method": "sag"}}, {"prompts": ["a"]}),
+        ({"guidance": {"scale": 2.0}}, {"prompts": ["a"]}),
+        ({}, {"prompts": ["a"]}),
+    ],
+)
+def test_scales_of_another_method_are_not_kept(
+    tmp_path: Path, earlier: dict[str, Any], kept: dict[str, Any]
+) -> None:
+    path = tmp_path / "sag_settings.json"
+    path.write_text(json.dumps({**earlier, "compare": {"prompts": ["a"], "sag_scales": [0, 2]}}))
+    found = settings_content(Candidate(PerturbedAttentionGuidance(2.0)), 20, path)
+    assert found["compare"] == kept
+
+
+@pytest.mark.parametrize("text", ["[", "7", '{"compare": 7}', '{"guidance": []}', "[" * 100_000])
+def test_damaged_earlier_settings_are_one_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "sag_settings.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"^out=.* is damaged \("):
+        settings_content(Candidate(PerturbedAttentionGuidance(2.0)), 20, path)
 
 
 def test_texts_tell_what_a_model_would_fill_in() -> None:

@@ -93,7 +93,7 @@ AT_ONCE = {
     "tune emoji --out a.txt": "--out='a.txt' must end in .json",
     "tune emoji --out taken.json": "--out: 'taken.json' exists: choose another place",
     "tune emoji --budget 3d": "--budget='3d' must be a time like 90s, 30m or 2h",
-    "tune emoji --budget 20": "--budget=20 pictures are too few to try 7 settings: at least",
+    "tune emoji --budget 20": "--budget=20 pictures are too few to try 2 settings: at least",
     "tune emoji --methods sag,pagg": "--methods='sag,pagg': 'pagg' is no guidance; did you mean",
     "tune emoji --methods sag,sag": "--methods='sag,sag': sag was given twice",
     "tune emoji --count 20": "--count=20 must be a multiple of twice the batch size (16)",

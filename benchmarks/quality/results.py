@@ -64,7 +64,7 @@ def measured(task: Task, setting: Setting, samples: Drawn) -> Result:
     count = len(samples.features)
     halves = random_halves(count, REPETITIONS, seed=0)
     sets = [
-        LoadedSet(Path(task.name), moments_of(rows), None, FeatureSet("emoji", (64, 64), rows))
+        LoadedSet(Path(task.name), moments_of(rows), None, _in_order(rows))
         for rows in (samples.features, reference(task.name, is_search=False))
     ]
     found = repeated_values(*sets, halves)
@@ -75,6 +75,10 @@ def measured(task: Task, setting: Setting, samples: Drawn) -> Result:
     weights = halves.double() / halves.double().sum(1, keepdim=True)
     values |= {key: weights @ column for key, column in columns.items()}
     return Result(task.description(), setting, count, values)
+
+
+def _in_order(rows: Tensor) -> FeatureSet:
+    return FeatureSet("emoji", (64, 64), rows, order=torch.arange(len(rows)))
 
 
 def write(name: str, result: Result) -> None:

@@ -84,7 +84,7 @@ def evaluate_command(
 
     if plot is not None:
         evaluate.check_plotting()
-    *samples, reference = _load(paths, features, batch_size)
+    *samples, reference = _load(paths, features, batch_size, save_statistics is not None)
     if save_statistics is not None:
         evaluate.write_statistics(save_statistics, reference)
         print_line(save_statistics)
@@ -108,13 +108,23 @@ def _check_values(features: str, bootstrap: int, seed: int, batch_size: int) -> 
     check_count("--batch-size", batch_size)
 
 
-def _load(paths: Sequence[Path], features: str, batch_size: int) -> list[LoadedSet]:
-    from ..evaluate import load_encoder, load_set, open_set
+def _load(
+    paths: Sequence[Path], features: str, batch_size: int, is_saving: bool
+) -> list[LoadedSet]:
+    from ..evaluate import check_savable, check_sizes, load_encoder, load_set, open_set
 
-    opened = [open_set(path) for path in paths]
+    opened = {path: open_set(path) for path in paths}
+    *samples, reference = paths
+    for path in samples:
+        check_sizes(opened[path], opened[reference])
+    if is_saving:
+        check_savable(opened[reference])
     encoder = load_encoder(features)
-    with progress(sum(map(_pictures, opened)), "encoding") as advance:
-        return [load_set(source, encoder, batch_size, advance) for source in opened]
+    # Saved statistics first: what is wrong with them must not be seen after hours of encoding.
+    ordered = sorted(opened.values(), key=_pictures)
+    with progress(sum(map(_pictures, ordered)), "encoding") as advance:
+        loaded = {one.path: load_set(one, encoder, batch_size, advance) for one in ordered}
+    return [loaded[path] for path in paths]
 
 
 def _pictures(opened: PictureSource | SavedStatistics) -> int:
@@ -126,15 +136,15 @@ def _pictures(opened: PictureSource | SavedStatistics) -> int:
 def _measure(
     samples: Sequence[LoadedSet], reference: LoadedSet, bootstrap: int, seed: int
 ) -> list[SampleReport]:
-    from ..evaluate import SampleReport, measure, short_names, work
+    from ..evaluate import SampleReport, check_fit, measure, short_names, work
 
     names = short_names([sample.path for sample in samples])
+    counts = [len(check_fit(sample, reference).features) for sample in samples]
     total = sum(work(sample, reference) for sample in samples)
     reports: list[SampleReport] = []
     with progress(total, "measuring") as advance:
-        for name, sample in zip(names, samples, strict=True):
+        for name, sample, count in zip(names, samples, counts, strict=True):
             metrics = measure(sample, reference, bootstrap, seed, advance)
-            count = len(sample.features.features) if sample.features else 0
             reports.append(SampleReport(name, sample.path, count, metrics))
     return reports
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..guidance import METHODS
 from ..guidance.text import check_methods
 from ..models.builtin import SETTINGS_FILE, builtin_names
 from .loading import check_drawing
@@ -27,6 +26,8 @@ if TYPE_CHECKING:
     from ..tune.trial import Report
 
 _WORK = "sag_tune"
+# A copy of the settings that a run wrote, by which it knows them again.
+_WRITTEN = "written_settings.json"
 
 
 class Features(str, Enum):
@@ -120,10 +121,11 @@ class TuneCommand(DrawingOptions):
         started = time.monotonic()
         settings, out, work = _check_before_loading(self)
 
-        from ..tune import TuneJob, settings_content, write_report, write_settings
+        from ..tune import TuneJob, check_budget, settings_content, write_report, write_settings
 
         hide_loading_bars()
         loaded = _load(self)
+        check_budget(loaded, settings)
         encoder, reference = _load_reference(self)
         job = TuneJob(
             loaded, work, settings, encoder, reference, overwrite=self.overwrite, started=started
@@ -135,6 +137,7 @@ class TuneCommand(DrawingOptions):
         page = write_report(work, found, gallery, _about(self, out, settings))
         # Written last: once it exists, the run is done.
         write_settings(out, content)
+        write_settings(work / _WRITTEN, content)
         print_line(out)
         print_line(page)
         row = found.rows[found.chosen]
@@ -185,8 +188,9 @@ def _check_before_loading(options: TuneCommand) -> "tuple[TuneSettings, Path, Pa
         batch_size=options.batch_size,
     )
     if settings.budget.pictures is not None:
-        # No guidance and each method's defaults are tried in any case.
-        anchors = len(methods or METHODS) + 1
+        # No guidance and each method's defaults are tried in any case. Which methods suit the model
+        # is not known yet.
+        anchors = max(len(methods), 1) + 1
         make_plan(settings.budget.pictures, options.batch_size, anchors, anchors, options.count)
     if options.reference is not None and not options.reference.exists():
         raise ValueError(
@@ -203,9 +207,15 @@ def _check_before_loading(options: TuneCommand) -> "tuple[TuneSettings, Path, Pa
             )
     check_folder(out.parent)
     # If the same command ran before, the file is its own and may be replaced.
-    check_free([out], options.overwrite or (work / RESULT_FILE).is_file())
+    check_free([out], options.overwrite or _is_own(out, work / _WRITTEN))
     check_folder(work, "work")
     return settings, out, work
+
+
+def _is_own(out: Path, written: Path) -> bool:
+    """Whether a file holds what this run wrote, and nobody has changed it since."""
+    both = out, written
+    return all(map(Path.is_file, both)) and out.read_bytes() == written.read_bytes()
 
 
 def _load(options: TuneCommand) -> Any:

@@ -15,8 +15,15 @@ Example:
 
 from .advice import FEWEST_FOR_SHARES, advice
 from .features import ENCODERS, FeatureSet, check_encoder, extract, load_encoder
-from .loading import LoadedSet, SavedStatistics, load_set, open_set, write_statistics
-from .measuring import METRICS, measure, repeated_values, work
+from .loading import (
+    LoadedSet,
+    SavedStatistics,
+    check_savable,
+    load_set,
+    open_set,
+    write_statistics,
+)
+from .measuring import METRICS, check_fit, check_sizes, measure, repeated_values, work
 from .plot import check_plotting, write_plot
 from .report import Report, SampleReport, as_json, format_table, short_names
 from .resampling import Estimate, estimate, paired_difference, random_halves
@@ -26,6 +33,9 @@ __all__ = [
     "load_encoder",
     "open_set",
     "load_set",
+    "check_sizes",
+    "check_savable",
+    "check_fit",
     "measure",
     "work",
     "repeated_values",

@@ -30,6 +30,8 @@ class FeatureSet:
         features: (pictures, features) float32.
         spatial: (pictures, spatial features) float32, or `None`.
         probabilities: (pictures, classes) float32, or `None`.
+        order: (pictures,) int64, the place of each row in the source: that of its seed, or of its
+            file's name. `None` means it is not known, as for saved statistics.
     """
 
     encoder: str
@@ -37,6 +39,7 @@ class FeatureSet:
     features: Tensor
     spatial: Tensor | None = None
     probabilities: Tensor | None = None
+    order: Tensor | None = None
 
 
 class Encoder(Protocol):
@@ -144,6 +147,7 @@ def extract(
         features[order],
         _gathered([part.spatial for part in parts], order),
         _gathered([part.logits for part in parts], order),
+        order,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -39,6 +39,11 @@ class SavedStatistics:
     path: Path
     arrays: dict[str, NDArray[Any]]
 
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Width and height of the pictures; `None` if only moments were saved."""
+        return _size(self) if "features" in self.arrays else None
+
 
 @dataclass(frozen=True)
 class LoadedSet:
@@ -55,6 +60,11 @@ class LoadedSet:
     moments: Moments
     spatial_moments: Moments | None
     features: FeatureSet | None
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Width and height of the pictures; `None` without features."""
+        return None if self.features is None else self.features.size
 
     @cached_property
     def pairs(self) -> PairReference | None:
@@ -99,10 +109,12 @@ def _check_count(path: Path, count: int) -> None:
         )
 
 
-def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+def _read_arrays(path: Path, names: Sequence[str] = ()) -> dict[str, NDArray[Any]]:
+    """The arrays of these names that the file holds; without names, all of them."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            return dict(file)
+            # What is no array comes as bytes, and is refused where numbers are needed.
+            return {name: np.asarray(file[name]) for name in file if name in (names or file)}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
         raise ValueError(f"{str(path)!r} cannot be read: {error}") from error
 
@@ -126,10 +138,10 @@ def load_set(
     """
     if isinstance(opened, SavedStatistics):
         return _from_saved(opened, encoder.name)
+    # Before pictures are encoded, which takes long.
+    published = _published_moments(opened.path) if encoder.name == "inception" else None
     loaded = _from_features(opened.path, extract(opened, encoder, batch_size, advance))
-    if encoder.name != "inception" or opened.path.is_dir():
-        return loaded
-    return _with_published_moments(loaded)
+    return loaded if published is None else replace(published, features=loaded.features)
 
 
 def _from_features(path: Path, features: FeatureSet) -> LoadedSet:
@@ -137,15 +149,12 @@ def _from_features(path: Path, features: FeatureSet) -> LoadedSet:
     return LoadedSet(path, moments_of(features.features), spatial, features)
 
 
-def _with_published_moments(loaded: LoadedSet) -> LoadedSet:
-    """Use the moments of ADM's reference files: they are of the whole training set."""
-    if not {"mu", "sigma"} <= npz_keys(loaded.path):
-        return loaded
-    names = ("mu", "sigma", "mu_s", "sigma_s")
-    with np.load(loaded.path, allow_pickle=False) as file:
-        saved = SavedStatistics(loaded.path, {name: file[name] for name in names if name in file})
-    moments = _from_saved(saved, "inception")
-    return replace(moments, features=loaded.features)
+def _published_moments(path: Path) -> LoadedSet | None:
+    """The moments in ADM's reference files, which are of the whole training set; else `None`."""
+    if path.is_dir() or not {"mu", "sigma"} <= npz_keys(path):
+        return None
+    arrays = _read_arrays(path, ("mu", "sigma", "mu_s", "sigma_s"))
+    return _from_saved(SavedStatistics(path, arrays), "inception")
 
 
 def _from_saved(saved: SavedStatistics, encoder: str) -> LoadedSet:
@@ -163,13 +172,17 @@ def _from_saved(saved: SavedStatistics, encoder: str) -> LoadedSet:
 def _saved_features(saved: SavedStatistics, encoder: str) -> FeatureSet:
     features = _numbers(saved, "features", None, None)
     _check_count(saved.path, len(features))
-    width, height = _numbers(saved, "size", 2).int().tolist()
     parts = {
         name: _numbers(saved, name, len(features), None)
         for name in _OPTIONAL
         if name in saved.arrays
     }
-    return FeatureSet(encoder, (width, height), features, **parts)
+    return FeatureSet(encoder, _size(saved), features, **parts)
+
+
+def _size(saved: SavedStatistics) -> tuple[int, int]:
+    width, height = _numbers(saved, "size", 2).int().tolist()
+    return width, height
 
 
 def _moments(saved: SavedStatistics, mean: str, covariance: str) -> Moments:
@@ -180,7 +193,9 @@ def _moments(saved: SavedStatistics, mean: str, covariance: str) -> Moments:
 
 def _numbers(saved: SavedStatistics, name: str, *shape: int | None) -> Tensor:
     """An array as float32 or float64, checked to have a shape; `None` is any length."""
-    array = saved.arrays.get(name, np.zeros(()))
+    array = saved.arrays.get(name)
+    if array is None:
+        raise ValueError(f"{str(saved.path)!r}: {name} is missing")
     fits = len(shape) == array.ndim and all(
         wanted in (None, length) for wanted, length in zip(shape, array.shape, strict=True)
     )
@@ -194,6 +209,19 @@ def _numbers(saved: SavedStatistics, name: str, *shape: int | None) -> Tensor:
     return torch.from_numpy(array.astype(kind))
 
 
+def check_savable(found: PictureSource | SavedStatistics | LoadedSet) -> None:
+    """Refuse a set that `write_statistics` can't save.
+
+    Args:
+        found: The set, or what `open_set` returned for it.
+
+    Raises:
+        ValueError: It has no features.
+    """
+    if found.size is None:
+        raise ValueError(f"{str(found.path)!r} holds statistics already, and no features to save")
+
+
 def write_statistics(path: Path, loaded: LoadedSet) -> None:
     """Save a set, so that later runs need not encode it again.
 
@@ -204,9 +232,8 @@ def write_statistics(path: Path, loaded: LoadedSet) -> None:
     Raises:
         ValueError: It has no features.
     """
-    features = loaded.features
-    if features is None:
-        raise ValueError(f"{str(loaded.path)!r} holds statistics already, and no features to save")
+    check_savable(loaded)
+    features: Any = loaded.features
     arrays: dict[str, Any] = {
         "encoder": np.array(features.encoder),
         "size": np.array(features.size),

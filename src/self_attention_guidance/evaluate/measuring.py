@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from .advice import FEWEST_FOR_SHARES
 from .features import FeatureSet
-from .loading import LoadedSet
+from .loading import LoadedSet, SavedStatistics
 from .pairs import pair_work
 from .resampling import Estimate, estimate, random_halves
+from .sources import PictureSource
 from .statistics import frechet_distances, inception_scores
 
 Advance = Callable[[int], object]
@@ -71,9 +73,10 @@ def measure(
     Raises:
         ValueError: The sets do not fit each other.
     """
-    drawn = _check_fit(samples, reference)
+    drawn = check_fit(samples, reference)
+    # Of the sorted rows: intervals do not depend on the order of the pictures.
     halves = random_halves(len(drawn.features), repetitions, seed)
-    values = repeated_values(samples, reference, halves, advance)
+    values = _values(samples, reference, halves, advance)
     real = reference.features
     few = real is not None and min(len(drawn.features), len(real.features)) < FEWEST_FOR_SHARES
     left_out = {"precision", "recall"} if few else set[str]()
@@ -94,22 +97,36 @@ def repeated_values(
 ) -> dict[str, Tensor]:
     """All figures that the two sets allow, for each of the given parts of the samples.
 
-    If two sets of samples have the same seeds and are measured on the same parts, their values can
-    be subtracted: see `paired_difference`.
+    If two sets of samples hold the same seeds in the same order and are measured on the same parts,
+    their values can be subtracted: see `paired_difference`.
 
     Args:
-        samples: A set with features.
+        samples: A set with features whose order is known.
         reference: The reference; without features, it allows only Fréchet distances.
-        halves: (repetitions, samples) bool, as `random_halves` returns them.
+        halves: (repetitions, samples) bool, as `random_halves` returns them, in the order of the
+            samples' source.
         advance: As in `measure`.
 
     Returns:
         (repetitions,) float64 by `Metric.key`.
 
     Raises:
-        ValueError: The sets do not fit each other.
+        ValueError: The sets do not fit each other, or the order of the samples is not known.
     """
-    drawn = _check_fit(samples, reference)
+    drawn = check_fit(samples, reference)
+    if drawn.order is None:
+        raise ValueError(
+            f"{str(samples.path)!r}: the order of its features is not known, so other sets can't be"
+            " paired with it: load the pictures"
+        )
+    return _values(samples, reference, halves[:, drawn.order], advance)
+
+
+def _values(
+    samples: LoadedSet, reference: LoadedSet, halves: Tensor, advance: Advance
+) -> dict[str, Tensor]:
+    """As `repeated_values`, but for parts of the rows."""
+    drawn = check_fit(samples, reference)
     values = {
         "frechet_distance": frechet_distances(
             drawn.features, samples.moments, reference.moments, halves
@@ -141,19 +158,46 @@ def work(samples: LoadedSet, reference: LoadedSet) -> int:
     return distances + pair_work(len(samples.features.features), len(reference.features.features))
 
 
-def _check_fit(samples: LoadedSet, reference: LoadedSet) -> FeatureSet:
-    """Refuse sets that cannot be compared; return the samples' features."""
-    drawn, real = samples.features, reference.features
-    if drawn is None:
+def check_sizes(
+    samples: PictureSource | SavedStatistics | LoadedSet,
+    reference: PictureSource | SavedStatistics | LoadedSet,
+) -> None:
+    """Refuse sets that cannot be compared, as far as is known before pictures are encoded.
+
+    Args:
+        samples: The samples, or what `open_set` returned for them.
+        reference: The reference, likewise.
+
+    Raises:
+        ValueError: The samples have no features, or pictures of another size.
+    """
+    if samples.size is None:
         raise ValueError(
             f"{str(samples.path)!r} holds moments and no features: it can be the reference only"
         )
-    if real is not None and real.size != drawn.size:
-        sizes = "{}x{} and {}x{}".format(*drawn.size, *real.size)
+    if reference.size not in (None, samples.size):
+        sizes = "{}x{} and {}x{}".format(*samples.size, *reference.size)
         raise ValueError(
             f"{str(samples.path)!r} and {str(reference.path)!r} hold pictures of {sizes} pixels:"
             " they must be of one size"
         )
+
+
+def check_fit(samples: LoadedSet, reference: LoadedSet) -> FeatureSet:
+    """Refuse sets that cannot be compared.
+
+    Args:
+        samples: The samples.
+        reference: The reference.
+
+    Returns:
+        The features of the samples.
+
+    Raises:
+        ValueError: As `check_sizes`, or the sets hold other numbers of features.
+    """
+    check_sizes(samples, reference)
+    drawn: Any = samples.features
     for own, other in (
         (samples.moments, reference.moments),
         (samples.spatial_moments, reference.spatial_moments),

@@ -15,6 +15,8 @@ _PANEL_INCHES = 2.6
 _ROW_INCHES = 0.32
 _LINE_INCHES = 0.13
 _COLUMNS = 3
+# A name with two dollar signs is no mathematics.
+_PLAIN: dict[str, Any] = {"parse_math": False}
 # Width of the notes below the panels.
 _LETTERS_PER_INCH = 18
 
@@ -57,7 +59,8 @@ def write_plot(path: Path, report: Report) -> None:
         _draw_panel(axes, metric, report.samples)
     for axes in list(grid.flat)[len(known) :]:
         axes.set_visible(False)
-    figure.supxlabel("\n".join(lines), x=0.01, horizontalalignment="left", fontsize=7)
+    notes = _printable("\n".join(lines))
+    figure.supxlabel(notes, x=0.01, horizontalalignment="left", fontsize=7, **_PLAIN)
     with whole_file(path) as file:
         figure.savefig(file, format="png", dpi=150)
 
@@ -66,10 +69,16 @@ def _draw_panel(axes: Any, metric: Metric, samples: Any) -> None:
     for row, sample in enumerate(samples):
         _draw_estimate(axes, metric, row, sample)
     axes.set_title(f"{metric.title} ({metric.better} is better)", fontsize=8)
-    axes.set_yticks(range(len(samples)), [sample.name for sample in samples], fontsize=8)
+    names = [_printable(sample.name) for sample in samples]
+    axes.set_yticks(range(len(samples)), names, fontsize=8, **_PLAIN)
     axes.set_ylim(len(samples) - 0.5, -0.5)
     axes.tick_params(axis="x", labelsize=7)
     axes.grid(axis="x", alpha=0.3)
+
+
+def _printable(text: str) -> str:
+    """Names of files may be no UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _draw_estimate(axes: Any, metric: Metric, row: int, sample: SampleReport) -> None:

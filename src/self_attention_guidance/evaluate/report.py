@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,21 +59,23 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     Args:
         paths: Folders and files.
     """
-    stems = [path.name.removesuffix(".npz") for path in paths]
+    # "." and ".." have no name of their own.
+    stems = [Path(os.path.abspath(path)).name.removesuffix(".npz") for path in paths]
     return stems if len(set(stems)) == len(stems) else [str(path) for path in paths]
 
 
-def format_estimate(found: Estimate | None) -> str:
+def format_estimate(found: Estimate | None, form: str = ".4g") -> str:
     """An estimate like "12.3 [11.9, 12.8]".
 
     Args:
         found: The estimate; `None` gives "-".
+        form: The form of each number.
     """
     if found is None:
         return "-"
     if found.low is None or found.high is None:
-        return f"{found.value:.4g}"
-    return f"{found.value:.4g} [{found.low:.4g}, {found.high:.4g}]"
+        return f"{found.value:{form}}"
+    return f"{found.value:{form}} [{found.low:{form}}, {found.high:{form}}]"
 
 
 def format_table(report: Report) -> str:

@@ -79,5 +79,10 @@ def paired_difference(values: Tensor, others: Tensor) -> Estimate:
     Args:
         values: (repetitions + 1,), the first on the whole set, the others on its halves.
         others: Values of the other set on the same halves; sample i has the same seed in both.
+
+    Raises:
+        ValueError: They are not of as many parts.
     """
+    if values.shape != others.shape:
+        raise ValueError(f"values of {len(values)} and {len(others)} parts can't be paired")
     return estimate(values - others, least=-float("inf"))

@@ -21,7 +21,7 @@ from ..lazy import exported
 
 if TYPE_CHECKING:
     from .halving import prefer_cheaper, search
-    from .job import TuneJob
+    from .job import TuneJob, check_budget
     from .plan import Budget, Plan, fewest_pictures, make_plan, parse_budget
     from .report import About, write_report
     from .result import Row, Tuned, settings_content, write_settings
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TuneJob",
+    "check_budget",
     "TuneSettings",
     "Budget",
     "parse_budget",
@@ -54,7 +55,7 @@ __getattr__, __dir__ = exported(
     __name__,
     {
         ".halving": ("prefer_cheaper", "search"),
-        ".job": ("TuneJob",),
+        ".job": ("TuneJob", "check_budget"),
         ".plan": ("Budget", "Plan", "fewest_pictures", "make_plan", "parse_budget"),
         ".report": ("About", "write_report"),
         ".result": ("Row", "Tuned", "settings_content", "write_settings"),

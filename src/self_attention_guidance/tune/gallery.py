@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -30,6 +31,8 @@ PARTS = "parts"
 _LARGEST_SHOWN = 256  # pixels
 # Chunks that count as the latest: the load of a machine changes from minute to minute.
 _LATEST = 8
+# A score compares pictures of different seeds.
+_FEWEST_SCORED = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +67,7 @@ class Gallery:
 
     Attributes:
         unit: Pictures of a chunk.
+        fewest: Pictures of the chunks that a score needs at least.
         failures: Why settings could not be drawn.
         damaged: Files of earlier runs that can't be read; their chunks are drawn again.
     """
@@ -95,6 +99,7 @@ class Gallery:
         self._loaded, self._encoder, self._storage = loaded, encoder, storage
         self._steps, self._seed, self._prompts = steps, seed, prompts
         self.unit = unit
+        self.fewest = -(-_FEWEST_SCORED // unit) * unit
         self.damaged: list[str] = []
         self._chunks: dict[str, Chunk] = {}
         for name in storage.names(PARTS):
@@ -106,6 +111,7 @@ class Gallery:
                 self.damaged.append(name)
             else:
                 self._chunks[name] = chunk
+        self._latest: deque[float] = deque(maxlen=_LATEST)
         self._kept = sum(chunk.elapsed for chunk in self._chunks.values())
         self.failures: dict[Candidate, str] = {}
         self._last = time.monotonic() if started is None else started
@@ -117,15 +123,14 @@ class Gallery:
 
     @property
     def pace(self) -> float:
-        """Seconds per picture: the mean of all, or of the latest ones if these were slower."""
-        latest = list(self._chunks.values())[-_LATEST:]
-        of_latest = sum(chunk.elapsed for chunk in latest) / (len(latest) * self.unit)
-        return max(self.elapsed / self.drawn, of_latest)
+        """Seconds per picture: the mean of all, or of this run's latest if these were slower."""
+        of_latest = sum(self._latest) / max(len(self._latest), 1)
+        return max(self.elapsed / len(self._chunks), of_latest) / self.unit
 
     @property
     def drawn(self) -> int:
-        """Number of drawn pictures."""
-        return self.unit * len(self._chunks)
+        """Number of drawn pictures, without those of settings that failed."""
+        return self.unit * sum(not chunk.failure for chunk in self._chunks.values())
 
     def has(self, candidate: Candidate, first: int) -> bool:
         """Whether a chunk was drawn.
@@ -150,6 +155,7 @@ class Gallery:
             now = time.monotonic()
             chunk = replace(chunk, elapsed=now - self._last)
             self._kept, self._last = self._kept + chunk.elapsed, now
+            self._latest.append(chunk.elapsed)
             self._storage.write(name, _content(chunk))
             self._chunks[name] = chunk
         chunk = self._chunks[name]

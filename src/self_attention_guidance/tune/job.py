@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ class TuneJob:
     def run(
         self, note: Callable[[str], object] = lambda line: None, report: Report | None = None
     ) -> tuple[Tuned, Gallery]:
-        """Draw the missing pictures, and choose.
+        """Draw the missing pictures, and choose; the pipeline keeps its guidance.
 
         Args:
             note: Called with lines about the plan before drawing begins.
@@ -110,7 +111,7 @@ class TuneJob:
                 the folder.
             FloatingPointError: Without guidance, a picture is NaN or infinite.
         """
-        with self.storage.locked():
+        with self.storage.locked(), _kept_guidance(self.loaded.pipeline):
             if self.storage.read(JOB) != self._seen:
                 raise ValueError(
                     f"work={self.storage.url!r}: another run has begun here since this one was"
@@ -198,6 +199,7 @@ class TuneJob:
             left = (settings.budget.seconds or 0) - gallery.elapsed
             pictures = gallery.drawn + int(_RESERVE * max(left, 0) / each)
             pictures = max(pictures, fewest_pictures(unit, anchors, settings.count))
+            pictures = min(pictures, LARGEST_BUDGET)
         plan = make_plan(pictures, unit, anchors, wanted, settings.count)
         if stored is None:
             self.storage.write(PLAN, json.dumps({"pictures": pictures}).encode())
@@ -211,9 +213,11 @@ class TuneJob:
         """Time for a picture of a usual setting, whose guidance adds about half a pass."""
         unguided = gallery.draw(self.space.unguided, 0)
         self._check_size(unguided.size.tolist())
+        for first in range(gallery.unit, gallery.fewest, gallery.unit):
+            gallery.draw(self.space.unguided, first)
         # Pictures that can't be scored are an error before more are drawn.
-        drawn = gallery.of(self.space.unguided, 0, gallery.unit)
-        self.score.values(drawn, drawn, halves_of(gallery.unit, 0, 0))
+        drawn = gallery.of(self.space.unguided, 0, gallery.fewest)
+        self.score.values(drawn, drawn, halves_of(gallery.fewest, 0, 0))
         seconds = [unguided.seconds]
         for candidate in self.anchors[1:]:
             chunk = gallery.draw(candidate, 0)
@@ -228,6 +232,33 @@ class TuneJob:
         if real is not None and [*real.size] != [*size]:
             sizes = "{}x{} pixels, the model draws {}x{}".format(*real.size, *size)
             raise ValueError(f"reference: it holds pictures of {sizes}")
+
+
+def check_budget(loaded: Loaded[Any], settings: TuneSettings) -> None:
+    """Refuse a number of pictures that is too small for a model, before a reference is encoded.
+
+    Args:
+        loaded: The model.
+        settings: Settings of the run.
+
+    Raises:
+        ValueError: It is too small, or no method suits the model.
+    """
+    pipeline: Any = loaded.pipeline
+    network: Any = denoiser_of(pipeline)
+    methods = space_of(network, 1, pipeline.guidance, settings.methods).layers
+    if settings.budget.pictures is not None:
+        least = len(methods) + 1
+        make_plan(settings.budget.pictures, settings.batch_size, least, least, settings.count)
+
+
+@contextmanager
+def _kept_guidance(pipeline: Any) -> Generator[None]:
+    before = pipeline.guidance
+    try:
+        yield
+    finally:
+        pipeline.guidance = before
 
 
 def _job(content: bytes) -> dict[str, Any]:

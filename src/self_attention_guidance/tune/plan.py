@@ -15,6 +15,9 @@ from ..checks import check_count
 BEST = 5
 """Number of settings in a report, besides no guidance and the model's own."""
 
+MOST_SHOWN = 8
+"""Largest number of pictures of each setting in the grid of a report."""
+
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 _BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*([smh]?)", re.IGNORECASE)
 # Distances of fewer pictures say hardly anything, and intervals come from halves of them.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,17 +12,17 @@ from pathlib import Path
 from PIL import Image
 
 from ..evaluate import Estimate
+from ..evaluate.report import format_estimate
 from ..generate.files import whole_file
 from ..generate.grid import draw_grid
 from ..guidance.text import guidance_text
 from .gallery import Gallery
+from .plan import MOST_SHOWN
 from .result import Tuned
 from .scores import FIGURES, moved_by
 from .space import Candidate
 
 PAGE, GRID = "report.md", "report.png"
-
-_MOST_SHOWN = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,18 +71,25 @@ def write_report(folder: str | Path, found: Tuned, gallery: Gallery, about: Abou
     with whole_file(folder / GRID) as file:
         _grid(found, gallery, about).save(file, format="PNG")
     with whole_file(folder / PAGE) as file:
-        file.write(("\n".join(_page(found, about)) + "\n").encode())
+        # Names of files may be no UTF-8.
+        file.write(("\n".join(_page(found, about)) + "\n").encode("utf-8", "backslashreplace"))
     return folder / PAGE
 
 
 def _grid(found: Tuned, gallery: Gallery, about: About) -> Image.Image:
     first = found.plan.seeds
-    chunks = -(-min(_MOST_SHOWN, found.seeds[1]) // gallery.unit)
+    chunks = -(-min(MOST_SHOWN, found.seeds[1]) // gallery.unit)
     end = first + chunks * gallery.unit
-    rows = [gallery.shown(row.candidate, first, end)[:_MOST_SHOWN] for row in found.rows]
+    rows = [gallery.shown(row.candidate, first, end)[:MOST_SHOWN] for row in found.rows]
     labels = [f"{number}: {_short(row.candidate)}" for number, row in enumerate(found.rows)]
     titles = [f"seed {about.seed + first + number}" for number in range(len(rows[0]))]
-    return draw_grid(rows, labels, titles, f"{Path(about.model).name}, {found.steps} steps")
+    return draw_grid(rows, labels, titles, f"{_name(about)}, {found.steps} steps")
+
+
+def _name(about: About) -> str:
+    """The model's name; "." and ".." have none, but their folders do."""
+    name = Path(os.path.abspath(about.model)).name
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _short(candidate: Candidate) -> str:
@@ -90,11 +99,11 @@ def _short(candidate: Candidate) -> str:
 
 
 def _page(found: Tuned, about: About) -> Iterator[str]:
-    yield from (f"# Settings for {Path(about.model).name}", "", *_summary(found, about), "")
+    yield from (f"# Settings for {_name(about)}", "", *_summary(found, about), "")
     yield from (f"![The best settings, row by row]({GRID})", "")
     if any(about.prompts):
         yield from ("Prompts of the columns, in turn:", "")
-        yield from (f"- {prompt}" for prompt in about.prompts[:_MOST_SHOWN])
+        yield from (f"- {prompt}" for prompt in _shown_prompts(found, about.prompts))
         yield ""
     yield from ("## The best settings", "", *_scores(found), "")
     yield (
@@ -125,6 +134,12 @@ def _page(found: Tuned, about: About) -> Iterator[str]:
     yield from ("", "## How they were found", "", *_history(found, about))
 
 
+def _shown_prompts(found: Tuned, prompts: Sequence[str]) -> list[str]:
+    """The prompts of the grid's first columns; further columns repeat them."""
+    columns = min(MOST_SHOWN, found.seeds[1], len(prompts))
+    return [prompts[(found.plan.seeds + number) % len(prompts)] for number in range(columns)]
+
+
 def _summary(found: Tuned, about: About) -> Iterator[str]:
     row = found.rows[found.chosen]
     who = "You chose" if about.by_user else "This run chose"
@@ -134,7 +149,9 @@ def _summary(found: Tuned, about: About) -> Iterator[str]:
     )
     if not about.by_user:
         best, why = found.ranking[0][0], "no other setting had a lower score"
-        if best != row.candidate:
+        if str(best) in found.failures:
+            why = f"`{best}` had the lowest score, but it could not be drawn on the other seeds"
+        elif best != row.candidate:
             why = (
                 f"the score of `{best}` was lower by less than one standard error, and it costs"
                 " more: among settings that noise cannot tell apart, the cheaper one is chosen"
@@ -190,7 +207,9 @@ def _commands(found: Tuned, about: About) -> Iterator[str]:
         words += [] if about.takes_prompts else ["--num-samples", "64"]
         words += _typed(row.candidate, [chosen, found.own])
         words += [] if about.scheduler is None else ["--scheduler", about.scheduler]
-        yield f"{shlex.join(words)}  # {number}"
+        # cmd.exe knows neither single quotes nor comments behind a command.
+        yield f"# {number}"
+        yield subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def _typed(candidate: Candidate, others: Sequence[Candidate]) -> list[str]:
@@ -240,13 +259,11 @@ def _history(found: Tuned, about: About) -> Iterator[str]:
 
 
 def _interval(found: Estimate) -> str:
-    if found.low is None or found.high is None:
-        return f"{found.value:.3g}"
-    return f"{found.value:.3g} [{found.low:.3g}, {found.high:.3g}]"
+    return format_estimate(found, ".3g")
 
 
-def _difference(found: Estimate) -> str:
-    if found.low is None or found.high is None:
-        return f"{found.value:+.3g}"
-    text = f"{found.value:+.3g} [{found.low:+.3g}, {found.high:+.3g}]"
+def _difference(found: Estimate | None) -> str:
+    text = format_estimate(found, "+.3g")
+    if found is None or found.low is None or found.high is None:
+        return text
     return text if found.low <= 0 <= found.high else f"**{text}**"

@@ -25,14 +25,15 @@ class Row:
         candidate: The setting.
         score: The score with its 95 % interval.
         against_unguided: How much larger the score is than without guidance, paired.
-        against_own: How much larger it is than with the model's earlier settings, paired.
+        against_own: How much larger it is than with the model's earlier settings, paired; `None` if
+            these could not be drawn.
         drawn: Results of its pictures.
     """
 
     candidate: Candidate
     score: Estimate
     against_unguided: Estimate
-    against_own: Estimate
+    against_own: Estimate | None
     drawn: Drawn
 
 
@@ -76,7 +77,8 @@ def settings_content(candidate: Candidate, steps: int, there: Path) -> dict[str,
     Args:
         candidate: The setting.
         steps: Sampling steps that it was tried with.
-        there: An earlier file, whose section "compare" is kept; it need not exist.
+        there: An earlier file, whose section "compare" is kept, without its scales if they are of
+            another method; it need not exist.
 
     Raises:
         ValueError: That file is damaged.
@@ -90,9 +92,14 @@ def settings_content(candidate: Candidate, steps: int, there: Path) -> dict[str,
     content: dict[str, Any] = {"guidance": kept, "generation": generation}
     try:
         earlier = json_object(there.read_bytes()) if there.is_file() else {}
-    except ValueError as error:
+        kinds = {name: dict for name in ("guidance", "compare") if name in earlier}
+        json_object(earlier, **kinds)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"out={str(there)!r} is damaged ({error}): delete it") from error
-    return content | ({"compare": earlier["compare"]} if "compare" in earlier else {})
+    compared = dict(earlier.get("compare", {}))
+    if earlier.get("guidance", {}).get("method", "sag") != settings["method"]:
+        compared.pop("sag_scales", None)
+    return content | ({"compare": compared} if compared else {})
 
 
 def write_settings(path: Path, content: Mapping[str, Any]) -> None:
@@ -127,7 +134,7 @@ def as_json(found: Tuned) -> dict[str, Any]:
                 "guidance_scale": row.candidate.cfg,
                 "score": dataclasses.asdict(row.score),
                 "against_unguided": dataclasses.asdict(row.against_unguided),
-                "against_own": dataclasses.asdict(row.against_own),
+                "against_own": row.against_own and dataclasses.asdict(row.against_own),
                 "evaluations": row.drawn.evaluations,
                 "seconds": row.drawn.seconds,
             }

@@ -26,6 +26,7 @@ _STARTS = (0.0, 0.1, 0.2, 0.3)
 _STOPS = (1.0, 0.8, 0.65)
 _EVERY = (1, 2, 4)
 _BLURS = (1.0, 2.0, 3.0, 5.0)
+_MOST_TAPS = 4095  # that a blur may have
 _SMOOTHINGS = (math.inf, 1.0, 3.0)
 _CFG_FACTORS = (1.0, 0.5, 0.75, 1.5)
 _MOST_LAYERS = 5
@@ -134,7 +135,10 @@ class Space:
         found: list[Candidate] = []
         for number in range(20 * count):  # some were tried, or guide no step
             dice = random.Random(f"{seed} {number}")
-            near = self._near(parents[number % len(parents)], dice)
+            try:
+                near = self._near(parents[number % len(parents)], dice)
+            except ValueError:  # the parent's other values do not allow it, like an early stop
+                continue
             if self._effect(near) not in tried and self.acts(near):
                 found.append(near)
                 tried.add(self._effect(near))
@@ -212,7 +216,8 @@ class Space:
             return {}
         sigma = _pick(self.blurs, part)
         # Three times as many taps as sigma lose little, and the default has nine.
-        return {"blur_sigma": sigma, "blur_kernel_size": max(9, math.ceil(3 * sigma) // 2 * 2 + 1)}
+        taps = min(max(9, math.ceil(3 * sigma) // 2 * 2 + 1), _MOST_TAPS)
+        return {"blur_sigma": sigma, "blur_kernel_size": taps}
 
 
 def space_of(

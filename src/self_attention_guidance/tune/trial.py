@@ -13,7 +13,7 @@ from ..batch.storage import Storage
 from ..evaluate import estimate, paired_difference
 from .gallery import Gallery
 from .halving import prefer_cheaper, search
-from .plan import BEST, Plan
+from .plan import BEST, MOST_SHOWN, Plan
 from .result import Row, Tuned
 from .scores import Score, halves_of
 from .settings import TuneSettings
@@ -22,7 +22,6 @@ from .space import Candidate, Space
 JOURNAL = "journal.json"
 
 _REPETITIONS = 200
-_MOST_SHOWN = 8
 
 Report = Callable[[int, int, str, str], object]
 """Called with the number of drawn pictures, the largest number of pictures, the next setting and
@@ -95,7 +94,6 @@ class Trial:
         self._journal, self._report, self._best = journal, report, ""
         self._tried: dict[Candidate, None] = {}
         self._reached = 0
-        self._last: Mapping[Candidate, float] = {}
 
     def run(self) -> Tuned:
         """Search, choose, and draw the best settings on the other half of the seeds.
@@ -105,7 +103,8 @@ class Trial:
         """
         first = self.plan.rungs[0].settings - self.plan.neighbours
         listed = self.space.listed(first, self._seed)
-        ranked = search(listed, self.plan, self.scores, self._neighbours)
+        # If all that were left failed at later pictures, no guidance is all that can be drawn.
+        ranked = search(listed, self.plan, self.scores, self._neighbours) or [self.space.unguided]
         return self._reported(ranked, self._choose(ranked))
 
     def scores(self, candidates: Sequence[Candidate], seeds: int) -> Mapping[Candidate, float]:
@@ -118,9 +117,7 @@ class Trial:
         self._tried |= dict.fromkeys(candidates)
         drawn = list(dict.fromkeys([self.space.unguided, *candidates]))
         self._reached = self._sweep(drawn, 0, seeds, self._end_of(len(candidates), seeds))
-        sound = self._sound(candidates)
-        found = {each: float(self._values(each, 0, self._reached, 0)[0]) for each in sound}
-        self._last = found
+        found = {each: self._score_of(each) for each in self._sound(candidates)}
         self._best = str(min(found, key=lambda each: found[each], default=""))
         return found
 
@@ -142,15 +139,18 @@ class Trial:
         unguided = self.gallery.of(self.space.unguided, first, end)
         return self.score.values(self.gallery.of(candidate, first, end), unguided, halves)
 
+    def _score_of(self, candidate: Candidate) -> float:
+        return float(self._values(candidate, 0, self._reached, 0)[0])
+
     def _sweep(self, candidates: Sequence[Candidate], first: int, end: int, until: float) -> int:
         """Draw all settings on the same seeds while there is time; return the end of the seeds."""
-        shown = range(self.plan.seeds, self.plan.seeds + _MOST_SHOWN)
-        unit = self.gallery.unit
-        known = self._journal.known(range(first + unit, end + 1, unit))
+        shown = range(self.plan.seeds, self.plan.seeds + MOST_SHOWN)
+        unit, least = self.gallery.unit, first + self.gallery.fewest
+        known = self._journal.known(range(least, end + 1, unit))
         for chunk in range(first, end if known is None else known, unit):
             missing = [c for c in self._sound(candidates) if not self.gallery.has(c, chunk)]
-            # The first chunk is always drawn.
-            is_open = known is None and chunk > first and missing
+            # What a score needs is always drawn.
+            is_open = known is None and chunk >= least and missing
             if is_open and not self._is_time_for(len(missing), until):
                 return self._journal.add(chunk)
             # Drawn ones, too, so that a setting fails at the same chunk as in an earlier run.
@@ -194,7 +194,7 @@ class Trial:
                 each,
                 estimate(of_each, self.score.least),
                 paired_difference(of_each, values[unguided]),
-                paired_difference(of_each, values.get(own, values[unguided])),
+                paired_difference(of_each, values[own]) if own in values else None,
                 self.gallery.of(each, first, end),
             )
             for each, of_each in values.items()
@@ -207,7 +207,7 @@ class Trial:
                 candidates.index(each) for each in (chosen, *ranked, unguided) if each in candidates
             ),
             own=own,
-            ranking=tuple((each, self._last[each]) for each in ranked),
+            ranking=tuple((each, self._score_of(each)) for each in ranked),
             seeds=(self._reached, end - first),
             tried=len(self._tried),
             failures={str(each): why for each, why in self.gallery.failures.items()},
