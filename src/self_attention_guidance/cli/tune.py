@@ -3,6 +3,7 @@
 # Not `from __future__ import annotations`: typer reads the types of the options.
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -154,7 +155,7 @@ def _out(options: TuneCommand) -> Path:
         if options.out.suffix != ".json":
             raise ValueError(f"out={str(options.out)!r} must end in .json")
         return options.out
-    folder = Path(options.model).expanduser()
+    folder = Path(os.path.expanduser(options.model))
     if options.model in builtin_names() or not folder.is_dir():
         raise ValueError(f"--out must be given: {options.model!r} is no folder of yours")
     return folder / SETTINGS_FILE

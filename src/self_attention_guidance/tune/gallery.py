@@ -17,6 +17,7 @@ from PIL import Image
 
 from ..batch.labels import choose_labels
 from ..batch.storage import Storage
+from ..checks import GuidanceError
 from ..denoiser.families import denoiser_of
 from ..evaluate.features import Encoder
 from ..generate.counting import counted_rows
@@ -196,9 +197,8 @@ class Gallery:
         try:
             with counted_rows(denoiser_of(self._loaded.pipeline)) as rows:
                 pictures = self._pictures(candidate, numbers)
-        except (FloatingPointError, ValueError, RuntimeError) as error:
-            is_its_own = not isinstance(error, RuntimeError) or "had no effect" in str(error)
-            if candidate.is_unguided or not is_its_own:
+        except (FloatingPointError, ValueError, GuidanceError) as error:
+            if candidate.is_unguided:
                 raise
             return Chunk(seconds=time.monotonic() - started, failure=" ".join(str(error).split()))
         pixels = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])
