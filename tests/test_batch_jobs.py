@@ -207,6 +207,20 @@ def test_shards_are_tar_files_as_webdataset_reads_them(tmp_path: Path) -> None:
     assert sorted(members) == [f"{n:09d}-000.png" for n in range(6)]
 
 
+@pytest.mark.parametrize("corrected", [[0, 1], [0, 1, 2], [2, 3], [1], [0, 3]])
+def test_rows_that_were_corrected_replace_no_shard(tmp_path: Path, corrected: list[int]) -> None:
+    """They move the later rows to other numbers."""
+    out, rows = tmp_path / "out", [{"prompt": str(number)} for number in range(7)]
+    bad = [row | ({"width": 60} if n in corrected else {}) for n, row in enumerate(rows)]
+    job(listed(tmp_path / "a.jsonl", bad), out, shard_size=2).run()
+    source = listed(tmp_path / "a.jsonl", rows)
+    assert job(source, out, shard_size=2).run().drawn == len(corrected)
+    for row in rows_of(out):
+        with tarfile.open(out / row["file"]) as archive:
+            assert row["member"] in archive.getnames()
+    assert counts(job(source, out, shard_size=2).run()) == (7, 7, 0, 0)
+
+
 def test_a_shard_is_written_as_it_is_drawn(tmp_path: Path) -> None:
     """It may hold more pictures than memory has room for."""
     artist = StandIn(watches=True)

@@ -163,7 +163,7 @@ class UnitWorker:
         return rows
 
     def _write_shard(self, shard: str, drawn: Iterable[_Drawn]) -> list[Row]:
-        name = f"{IMAGES}/{shard}.tar"
+        name = shard_file(shard)
         rows: list[Row] = []
         with self.storage.writing(name) as file, tarfile.open(fileobj=file, mode="w|") as archive:
             for task, drawing, row in drawn:
@@ -184,6 +184,15 @@ def picture_file(task: Task) -> str:
         task: The task.
     """
     return f"{IMAGES}/{task.row // _ROWS_IN_FOLDER:06d}/{task.name}.png"
+
+
+def shard_file(shard: str) -> str:
+    """Name of the tar file of a shard.
+
+    Args:
+        shard: The shard's name.
+    """
+    return f"{IMAGES}/{shard}.tar"
 
 
 def row_of_task(task: Task) -> Row:

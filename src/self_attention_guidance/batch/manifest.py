@@ -72,14 +72,13 @@ class Manifest:
         self.storage = storage
         self._parts = 0
 
-    def gone(self) -> set[tuple[int, int]]:
-        """Rows and images of the pictures whose files were deleted, or are empty."""
+    def files(self) -> dict[tuple[int, int], str | None]:
+        """The file of each picture, by its row and image; `None` if it failed."""
         files: dict[tuple[int, int], str | None] = {}
         for batch in self._batches(["row", "image", "file"]):
             row, image, file = (column.to_pylist() for column in batch.columns)
             files.update(zip(zip(row, image, strict=True), file, strict=True))
-        gone = self.storage.gone(file for file in files.values() if file)
-        return {picture for picture, file in files.items() if file in gone}
+        return files
 
     def finished(self) -> Finished:
         """The pictures it holds; if one has several rows, the newest counts."""
