@@ -15,10 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
+from caching_store import register_caching_store
 from self_attention_guidance.batch import Manifest, PromptList, Storage
 from self_attention_guidance.batch import storage as storage_module
 from self_attention_guidance.batch.tasks import bad_row, tasks_of, unconditional_tasks
 from stand_in import DEFAULTS
+
+register_caching_store()
 
 ROWS = [
     {"prompt": "red heart", "seed": 3, "width": 64, "guidance_scale": 2.5},
@@ -236,12 +239,12 @@ def test_digests_tell_tasks_apart_but_not_their_places() -> None:
     assert len(digests | {one.digest}) == len(others) + 1
 
 
-@pytest.fixture(params=["local", "memory"])
+@pytest.fixture(params=["local", "memory", "caching"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     if request.param == "local":
         return Storage(str(tmp_path / "out"))
     fsspec.filesystem("memory").store.clear()
-    return Storage("memory://out")
+    return Storage(f"{request.param}://out")
 
 
 def test_a_file_appears_whole_or_not_at_all(storage: Storage) -> None:
@@ -314,6 +317,17 @@ def test_the_manifest_holds_each_picture_once_and_its_newest_row(storage: Storag
             storage.write(name, content or b"")
     found = manifest.finished()
     assert found == {(number, 0): (number + 100, False) for number in range(4)}
+
+
+def test_parts_that_a_listing_does_not_show_yet_are_joined(storage: Storage) -> None:
+    manifest = Manifest(storage)
+    manifest.add([row(0)])
+    other = Manifest(Storage(storage.url))
+    assert len(other.finished()) == 1
+    other.add([row(1)])
+    other.add([row(2)])
+    other.join()
+    assert [r["row"] for r in Manifest(storage).rows()] == [0, 1, 2]
 
 
 def test_a_new_run_adds_parts_and_replaces_none(storage: Storage) -> None:

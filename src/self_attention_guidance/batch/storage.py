@@ -115,7 +115,7 @@ class Storage:
             name: Name of the file.
         """
         try:
-            return cast("bytes", self._files.cat_file(self._path(name)))
+            return cast("bytes", self._fresh().cat_file(self._path(name)))
         except FileNotFoundError:
             return None
 
@@ -153,7 +153,7 @@ class Storage:
         Args:
             name: Name of the file.
         """
-        return bool(self._files.isfile(self._path(name)))
+        return bool(self._fresh().isfile(self._path(name)))
 
     def open(self, name: str) -> Any:
         """A file to read.
@@ -161,7 +161,7 @@ class Storage:
         Args:
             name: Name of the file.
         """
-        return self._files.open(self._path(name), "rb")
+        return self._fresh().open(self._path(name), "rb")
 
     def names(self, folder: str) -> list[str]:
         """Names of the files directly in a folder, sorted; each begins with the folder's name.
@@ -185,7 +185,7 @@ class Storage:
 
     def _sizes(self, folder: str) -> dict[str, int]:
         try:
-            found = cast("list[dict[str, Any]]", self._files.ls(self._path(folder), detail=True))
+            found = cast("list[dict[str, Any]]", self._fresh().ls(self._path(folder), detail=True))
         except FileNotFoundError:
             return {}
         return {f"{folder}/{each['name'].rsplit('/', 1)[-1]}": each["size"] for each in found}
@@ -198,7 +198,7 @@ class Storage:
         """
         for name in names:
             with suppress(FileNotFoundError):
-                self._files.rm(self._path(name), recursive=True)
+                self._fresh().rm(self._path(name), recursive=True)
 
     @contextmanager
     def locked(self) -> Generator[None]:
@@ -220,6 +220,11 @@ class Storage:
             return cast("tuple[Any, str]", fsspec.core.url_to_fs(self.url, **options))
         except (ValueError, ImportError) as error:
             raise ValueError(f"{self.argument}={self.url!r} cannot be used: {error}") from error
+
+    def _fresh(self) -> Any:
+        """The file system as it is now: other connections and other processes write to it."""
+        self._files.invalidate_cache()
+        return self._files
 
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"
