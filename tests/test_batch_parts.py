@@ -319,6 +319,31 @@ def test_the_manifest_holds_each_picture_once_and_its_newest_row(storage: Storag
     assert found == {(number, 0): (number + 100, False) for number in range(4)}
 
 
+@pytest.mark.parametrize("deletions", range(4))
+def test_a_kill_while_parts_are_deleted_brings_no_older_row_back(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch, deletions: int
+) -> None:
+    manifest = Manifest(storage)
+    for error in ("first", "second", None):
+        manifest.add([row(0, error)])
+    left, delete = [deletions], type(storage._files).rm
+
+    def rm(self: Any, path: str, **options: Any) -> None:
+        """Of a folder's files, the newest may be the first that is deleted."""
+        is_folder = path.endswith("manifest.parts")
+        if not left[0] or is_folder:
+            if is_folder and storage.names("manifest.parts"):
+                delete(self, f"{path}/00000003.parquet")
+            raise KeyboardInterrupt
+        left[0] -= 1
+        delete(self, path, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(type(storage._files), "rm", rm)
+        manifest.join()
+    assert Manifest(storage).finished() == {(0, 0): (100, False)}
+
+
 def test_parts_that_a_listing_does_not_show_yet_are_joined(storage: Storage) -> None:
     manifest = Manifest(storage)
     manifest.add([row(0)])
