@@ -6,7 +6,9 @@ import csv
 import gzip
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import fsspec
@@ -272,22 +274,83 @@ def test_a_folder_is_for_one_run_at_a_time(storage: Storage) -> None:
         pass
 
 
-def test_a_long_picture_keeps_its_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Storage:
+    """A folder in an object store, where locks last less than half a second."""
     monkeypatch.setattr(storage_module, "_LOCK_SECONDS", 0.4)
     fsspec.filesystem("memory").store.clear()
-    with Storage("memory://out").locked():
+    return Storage("memory://out")
+
+
+def test_a_long_picture_keeps_its_lock(store: Storage) -> None:
+    with store.locked():
         time.sleep(1)
         with pytest.raises(ValueError, match="in use by another run"):
-            Storage("memory://out").locked().__enter__()
+            Storage(store.url).locked().__enter__()
 
 
-def test_a_run_that_is_dead_holds_no_lock() -> None:
+def test_a_network_that_fails_for_a_while_costs_no_lock(
+    store: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ConnectionError
+
+    with store.locked():
+        with monkeypatch.context() as patch:
+            patch.setattr(type(store._files), "_open", fail)
+            time.sleep(0.25)
+        time.sleep(0.5)
+        with pytest.raises(ValueError, match="in use by another run"):
+            Storage(store.url).locked().__enter__()
+
+
+def test_a_run_that_lost_its_lock_writes_nothing_and_leaves_the_other_s(store: Storage) -> None:
+    with store.locked():
+        store.write("a", b"mine")
+        store.write(".lock", b'{"time": 0, "owner": "another"}')
+        time.sleep(0.3)
+        with pytest.raises(OSError, match="another run took the folder over"):
+            store.write("a", b"too late")
+    assert (store.read("a"), json.loads(store.read(".lock") or b"")["owner"]) == (
+        b"mine",
+        "another",
+    )
+
+
+def test_of_runs_that_begin_together_one_has_the_lock(
+    store: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if the second run had looked just before the first one wrote its lock."""
+    with store.locked(), monkeypatch.context() as patch:
+        patch.setattr(Storage, "read", lambda *_: None)
+        with pytest.raises(ValueError, match="in use by another run"):
+            Storage(store.url).locked().__enter__()
+
+
+@pytest.mark.parametrize("error", [-3600, 3600])
+def test_a_run_whose_clock_is_wrong_keeps_its_lock(store: Storage, error: float) -> None:
+    ended = Event()
+
+    def renew() -> None:
+        while not ended.wait(0.05):
+            lock = {"time": time.time() + error, "owner": "another"}
+            Storage(store.url).write(".lock", json.dumps(lock).encode())
+
+    with ThreadPoolExecutor(1) as other:
+        other.submit(renew)
+        time.sleep(0.1)
+        try:
+            with pytest.raises(ValueError, match="in use by another run"):
+                store.locked().__enter__()
+        finally:
+            ended.set()
+
+
+def test_a_run_that_is_dead_holds_no_lock(store: Storage) -> None:
     """In an object store; here the system frees the lock."""
-    fsspec.filesystem("memory").store.clear()
-    storage = Storage("memory://out")
-    for lock in (b'{"time": 0}', b'{"ti', b"[]", b""):
-        storage.write(".lock", lock)
-        with storage.locked():
+    for lock in (b'{"time": 0}', b'{"time": 1e11}', b'{"ti', b"[]", b""):
+        store.write(".lock", lock)
+        with store.locked():
             pass
 
 
