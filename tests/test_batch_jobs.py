@@ -73,6 +73,29 @@ def test_a_bad_row_costs_only_itself(tmp_path: Path) -> None:
         assert errors[4] is None
 
 
+HALF = "\ud83d"
+
+
+@pytest.mark.parametrize("name", ["id", "prompt", "negative_prompt", "image", "mask", "seed"])
+def test_half_a_surrogate_pair_costs_only_its_row(tmp_path: Path, name: str) -> None:
+    source = listed(tmp_path / "a.jsonl", ["a", {"prompt": "b", name: HALF}, "c"])
+    for drawn in (2, 0):
+        assert counts(job(source, tmp_path / "out").run()) == (3, 2, 1, drawn)
+    (error,) = filter(None, (row["error"] for row in rows_of(tmp_path / "out")))
+    assert error.startswith(name)
+
+
+def test_a_start_picture_whose_name_is_no_text_is_recorded(tmp_path: Path) -> None:
+    start = tmp_path / "a\udcff.png"
+    Image.new("RGB", (8, 8)).save(start)
+    settings = GenerationSettings(num_inference_steps=5, image=str(start))
+    source = listed(tmp_path / "a.jsonl", ["a", "b"])
+    for drawn in (2, 0):
+        again = BatchJob(source, str(tmp_path / "out"), StandIn(), Defaults(settings=settings))
+        assert counts(again.run()) == (2, 2, 0, drawn)
+    assert rows_of(tmp_path / "out")[0]["start_image"] == str(tmp_path / "a?.png")
+
+
 def test_a_seed_that_a_float_can_not_hold_is_an_error(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "seed": seed} for seed in (float(2**60 + 1), float(2**40), 2**60 + 1)]
     job(listed(tmp_path / "a.jsonl", rows), tmp_path / "out").run()

@@ -15,6 +15,7 @@ import pyarrow.parquet as parquet
 from numpy.typing import NDArray
 
 from .storage import Storage
+from .tasks import clean
 
 MANIFEST = "manifest.parquet"
 PARTS = "manifest.parts"
@@ -102,7 +103,10 @@ class Manifest:
         if names:
             self._parts = int(names[-1].rsplit("/", 1)[-1].split(".")[0])
         self._parts += 1
-        table = pa.Table.from_pylist(rows, SCHEMA)
+        try:
+            table = pa.Table.from_pylist(rows, SCHEMA)
+        except UnicodeEncodeError:  # names of files, and errors about them, may be no UTF-8
+            table = pa.Table.from_pylist([_writable(row) for row in rows], SCHEMA)
         with self.storage.writing(f"{PARTS}/{self._parts:08d}.parquet") as file:
             parquet.write_table(table, file)
 
@@ -159,6 +163,10 @@ class Manifest:
         except _DAMAGE as error:
             remedy = "delete it, and what it records is drawn again"
             raise self.storage.damaged(name, error, remedy) from error
+
+
+def _writable(row: dict[str, Any]) -> dict[str, Any]:
+    return {n: clean(value) if isinstance(value, str) else value for n, value in row.items()}
 
 
 def _keys(batch: Any) -> NDArray[np.uint64]:

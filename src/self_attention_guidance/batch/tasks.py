@@ -164,7 +164,7 @@ def tasks_of(row: int, values: Mapping[str, Any] | ValueError, defaults: Default
     count = _whole("num_images", filled.get("num_images", defaults.num_images))
     if count > _MOST_IMAGES:
         raise ValueError(f"num_images={count} must be at most {_MOST_IMAGES}")
-    name = _name(row, filled.get("id"))
+    name = check_text("id", _name(row, filled.get("id")))
     seeds = enumerate(seeds_of(seed, count))
     return [Task(row, image, name, prompt, number, settings) for image, number in seeds]
 
@@ -182,9 +182,9 @@ def bad_row(row: int, values: Mapping[str, Any] | ValueError, error: ValueError)
     prompt = cells.get("prompt")
     return BadRow(
         row,
-        _clean(_name(row, cells.get("id"))),
-        _clean(str(prompt))[:1000] if prompt is not None else "",
-        _clean(line)[:1000],
+        clean(_name(row, cells.get("id"))),
+        clean(str(prompt))[:1000] if prompt is not None else "",
+        clean(line)[:1000],
     )
 
 
@@ -236,8 +236,12 @@ def _check_limit(column: str, value: int, defaults: Defaults) -> None:
         raise ValueError(f"{column}={value!r:.60} must be at most {most} (--{option})")
 
 
-def _clean(text: str) -> str:
-    """Text that UTF-8 can hold."""
+def clean(text: str) -> str:
+    """Text that UTF-8 can hold.
+
+    Args:
+        text: The text; what is not a character in it becomes "?".
+    """
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
