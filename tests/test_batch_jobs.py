@@ -181,6 +181,65 @@ def test_pictures_of_other_rows_or_models_are_not_mixed(tmp_path: Path) -> None:
     assert {r["model"] for r in rows_of(tmp_path / "out")} == {"other"}
 
 
+class Unloadable(StandIn):
+    def __call__(self) -> StandIn:
+        raise ValueError("it cannot be loaded")
+
+
+@pytest.mark.parametrize(
+    ("rows", "artist"),
+    [
+        ('{"prompt": "a"}\n{"prom', StandIn()),
+        ("", StandIn()),
+        ('{"prompt": "a"}\n{"prompt": "b", "seed": -1}\n', Unloadable()),
+    ],
+)
+def test_an_earlier_run_is_kept_until_another_can_begin(
+    tmp_path: Path, rows: str, artist: StandIn
+) -> None:
+    out = tmp_path / "out"
+    job(2, out).run()
+    before = {path: path.read_bytes() for path in out.rglob("*.*") if path.is_file()}
+    source = listed(tmp_path / "a.jsonl", [])
+    Path(source.path).write_text(rows)
+    with pytest.raises(ValueError, match=r"in the middle|at least one row|cannot be loaded"):
+        job(source, out, artist, overwrite=True).run()
+    assert {path: path.read_bytes() for path in out.rglob("*.*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("prompts", [["b"], [{"prompt": "b", "seed": -1}]])
+@pytest.mark.parametrize("deletions", range(4))
+def test_a_kill_while_an_earlier_run_is_deleted_leaves_none_of_it_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deletions: int, prompts: list[Any]
+) -> None:
+    out = tmp_path / "out"
+    job(listed(tmp_path / "a.jsonl", ["a"] * 3), out).run()
+    Manifest(Storage(str(out))).add(rows_of(out))
+    left, delete = [deletions], Storage.remove
+
+    def remove(self: Storage, *names: str) -> None:
+        for name in names:
+            if not left[0] and name != ".unfinished":
+                raise KeyboardInterrupt
+            left[0] -= name != ".unfinished"
+            delete(self, name)
+
+    source = listed(tmp_path / "a.jsonl", prompts)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Storage, "remove", remove)
+        job(source, out, overwrite=True).run()
+    job(source, out, overwrite=True).run()
+    assert len(rows_of(out)) == 1
+    assert len(list(out.rglob("*.png"))) == (prompts == ["b"])
+
+
+def test_what_began_with_overwrite_goes_on_without(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "images").touch()  # so that no picture can be written
+    with pytest.raises(OSError, match="the same command without overwrite=True resumes"):
+        job(2, tmp_path / "out", overwrite=True).run()
+
+
 def test_batches_always_have_their_size(tmp_path: Path) -> None:
     artist = StandIn()
     rows = [{"prompt": "a", "seed": n, "steps": 5 + n % 2} for n in range(5)]

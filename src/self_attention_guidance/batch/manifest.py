@@ -19,7 +19,6 @@ from .tasks import clean
 
 MANIFEST = "manifest.parquet"
 PARTS = "manifest.parts"
-FIRST_PART = f"{PARTS}/00000001.parquet"
 
 SCHEMA = pa.schema(
     [

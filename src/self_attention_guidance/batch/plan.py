@@ -58,7 +58,12 @@ class Plan:
     """
 
     def __init__(
-        self, source: Source, defaults: Defaults, manifest: Manifest, retry_failed: bool
+        self,
+        source: Source,
+        defaults: Defaults,
+        manifest: Manifest,
+        retry_failed: bool,
+        begins_anew: bool = False,
     ) -> None:
         """Compare a list with a manifest.
 
@@ -67,6 +72,7 @@ class Plan:
             defaults: Values for the empty cells of rows.
             manifest: What earlier runs did.
             retry_failed: Whether failed pictures count as missing.
+            begins_anew: Whether what earlier runs did does not count.
 
         Raises:
             ValueError: The list cannot be read or is empty, or an existing picture was drawn with
@@ -77,12 +83,13 @@ class Plan:
         self.missing: list[tuple[int, Task]] = []
         self.bad: list[BadRow] = []
         self.tasks = self.total = self.done = self.failed = 0
-        files = manifest.files()
+        files = {} if begins_anew else manifest.files()
         lost = manifest.storage.gone(file for file in files.values() if file)
         gone = {picture for picture, file in files.items() if file in lost}
         self.shards = {file for file in files.values() if file and file.endswith(".tar")} - lost
         del files  # it may be large
-        finished = {key: found for key, found in manifest.finished().items() if key not in gone}
+        known = {} if begins_anew else manifest.finished()
+        finished = {key: found for key, found in known.items() if key not in gone}
         for item in items_of(source, defaults):
             self._add(item, finished)
         self.gone = sum((task.row, task.image) in gone for _, task in self.missing)

@@ -98,6 +98,7 @@ def distribute(
     make_worker: Callable[[], Worker[Unit, Result]],
     crew: Crew | None = None,
     after_death: AfterDeath[Unit] | None = None,
+    on_ready: Callable[[], object] = lambda: None,
 ) -> Generator[tuple[Unit, Result | Lost]]:
     """Distribute units of work, and yield each unit with its result when it is finished.
 
@@ -112,14 +113,15 @@ def distribute(
         after_death: Called with a unit whose worker died, and the number of workers that died with
             it. Returns what to do instead: the unit itself to try it again, its parts to find
             the cause, or nothing to give it up. `None` tries each unit three times.
+        on_ready: Called once, when the first worker is made, before it gets a unit.
 
     Raises:
         Exception: What `make_worker` or a worker raised.
     """
     crew = crew or Crew()
     if crew.is_here:
-        return _here(units, make_worker, crew)
-    return _OnRay(units, make_worker, crew, after_death or _again).run()
+        return _here(units, make_worker, crew, on_ready)
+    return _OnRay(units, make_worker, crew, after_death or _again, on_ready).run()
 
 
 def _again(unit: Unit, deaths: int) -> Sequence[Unit]:
@@ -127,7 +129,10 @@ def _again(unit: Unit, deaths: int) -> Sequence[Unit]:
 
 
 def _here(
-    units: Iterable[Unit], make_worker: Callable[[], Worker[Unit, Result]], crew: Crew
+    units: Iterable[Unit],
+    make_worker: Callable[[], Worker[Unit, Result]],
+    crew: Crew,
+    on_ready: Callable[[], object],
 ) -> Generator[tuple[Unit, Result | Lost]]:
     import torch
 
@@ -137,7 +142,9 @@ def _here(
         worker = None
         for unit in units:
             # Loading a model takes long, and there may be nothing to do.
-            worker = worker or make_worker()
+            if worker is None:
+                worker = make_worker()
+                on_ready()
             yield unit, worker(unit)
     finally:
         torch.set_num_threads(threads)
@@ -190,11 +197,13 @@ class _OnRay(Generic[Unit, Result]):
         make_worker: Callable[[], Worker[Unit, Result]],
         crew: Crew,
         after_death: AfterDeath[Unit],
+        on_ready: Callable[[], object],
     ) -> None:
         self.units = iter(units)
         self.make_worker = make_worker
         self.crew = crew
         self.after_death = after_death
+        self.on_ready: Callable[[], object] | None = on_ready
         self.waiting: deque[_Piece[Unit]] = deque()
         self.idle: list[Any] = []
         # Running calls: an actor with its piece, or with `None` while it makes its worker.
@@ -264,6 +273,9 @@ class _OnRay(Generic[Unit, Result]):
                 yield from self._died(piece, error)
             return
         self._succeeded()
+        if self.on_ready is not None:
+            self.on_ready()
+            self.on_ready = None
         self.idle.append(actor)
         if piece is not None:
             yield piece.unit, result
