@@ -212,6 +212,7 @@ def _model_and_defaults(options: BatchCommand) -> tuple[Model, Defaults]:
         scheduler=options.scheduler,
         fast=options.fast,
         guidance=options.guidance_arguments(),
+        max_size=options.max_size,
     )
     return model, options.defaults(model.settings(**options.generation_arguments()))
 
