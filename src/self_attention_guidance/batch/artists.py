@@ -245,4 +245,5 @@ class PixelArtist:
 def _identity(record: Record, pipeline: Any) -> dict[str, Any]:
     """Everything that pictures depend on besides their tasks, which may choose another scale."""
     kept = {name: value for name, value in record.items() if name != "settings"}
-    return kept | {"guidance": pipeline.guidance.to_dict(), "device": pipeline.device.type}
+    device = pipeline._execution_device.type  # weights may be elsewhere while it does not draw
+    return kept | {"guidance": pipeline.guidance.to_dict(), "device": device}
