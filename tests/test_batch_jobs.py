@@ -368,14 +368,21 @@ def test_a_full_disk_ends_the_job_with_a_line_and_no_half_file(tmp_path: Path) -
     assert counts(job(5, out).run()) == (5, 5, 0, 3)
 
 
-def test_a_broken_device_ends_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("broken", ["draw", "__call__"])
+def test_a_broken_device_ends_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
     """It would fail for every row that follows."""
 
-    def draw(self: StandIn, tasks: object) -> Any:
-        raise RuntimeError("CUDA error: device-side assert triggered")
+    def fail(*_: object) -> Any:
+        raise RuntimeError("CUDA error: device-side assert triggered\nCompile with DSA")
 
-    monkeypatch.setattr(StandIn, "draw", draw)
-    with pytest.raises(RuntimeError, match="CUDA error"):
+    monkeypatch.setattr(StandIn, broken, fail)
+    message = (
+        "the device no longer responds: RuntimeError: CUDA error: device-side assert triggered"
+        " Compile with DSA; 0 of 2 pictures are done, and the same command resumes"
+    )
+    with pytest.raises(ChildProcessError, match=f"^{message}$"):
         job(2, tmp_path / "out").run()
     assert rows_of(tmp_path / "out") == []
 

@@ -126,6 +126,7 @@ class BatchJob:
             ValueError: The list cannot be read, the model cannot be loaded, another run uses the
                 folder, or it holds pictures of another job.
             OSError: Something cannot be written; finished pictures stay, and the next run resumes.
+            ChildProcessError: Workers die, or their device no longer responds; likewise.
         """
         with self.storage.locked():
             plan = Plan(
@@ -142,8 +143,11 @@ class BatchJob:
             except OSError as error:
                 reason = error.strerror or " ".join(str(error).split())
                 without = " without overwrite=True" if self.overwrite and run.has_begun else ""
-                raise OSError(
-                    f"out={self.storage.url!r}: {reason}; {run.summary.done} of {plan.total}"
+                # What workers die of has nothing to do with the folder.
+                is_of_workers = isinstance(error, ChildProcessError)
+                place = "" if is_of_workers else f"out={self.storage.url!r}: "
+                raise (ChildProcessError if is_of_workers else OSError)(
+                    f"{place}{reason}; {run.summary.done} of {plan.total}"
                     f" pictures are done, and the same command{without} resumes"
                 ) from error
             return run.summary

@@ -158,7 +158,8 @@ class SampleJob:
             ValueError: An argument is outside its range or does not fit the model, or another run
                 draws into the same file.
             FloatingPointError: A prediction is NaN or infinite.
-            RuntimeError: Three workers died while they had the same batch.
+            ChildProcessError: Three workers died while they had the same batch, or the device no
+                longer responds.
         """
         check_count("batch_size", batch_size)
         crew = crew or Crew()
@@ -208,7 +209,7 @@ class SampleJob:
         for unit, result in distribute(batches, worker, crew):
             if isinstance(result, Lost):
                 first, last = unit.tasks[0].row, unit.tasks[-1].row
-                raise RuntimeError(f"samples {first} to {last}: {result.reason}")
+                raise ChildProcessError(f"samples {first} to {last}: {result.reason}")
             if on_progress is not None and not crew.is_here:
                 on_progress(len(unit.tasks))
 

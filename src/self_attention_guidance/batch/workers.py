@@ -117,6 +117,7 @@ def distribute(
 
     Raises:
         Exception: What `make_worker` or a worker raised.
+        ChildProcessError: Workers die before they can start, or Ray itself fails.
     """
     crew = crew or Crew()
     if crew.is_here:
@@ -212,6 +213,15 @@ class _OnRay(Generic[Unit, Result]):
 
     def run(self) -> Generator[tuple[Unit, Result | Lost]]:
         """Yield what `distribute` yields."""
+        from ray.exceptions import RayError
+
+        try:
+            yield from self._run()
+        except RayError as error:
+            cause = " ".join(str(error).split())[:200]
+            raise ChildProcessError(f"Ray failed: {cause}") from error
+
+    def _run(self) -> Generator[tuple[Unit, Result | Lost]]:
         import ray
 
         with _running_ray(self.crew):
@@ -289,7 +299,7 @@ class _OnRay(Generic[Unit, Result]):
             self.failed_preparations += 1
             if self.failed_preparations > TRIES * self.crew.workers:
                 cause = " ".join(str(error).split())[:200]
-                raise RuntimeError(
+                raise ChildProcessError(
                     f"workers die before they can start: is there enough memory? ({cause})"
                 )
             return
