@@ -120,7 +120,8 @@ class BatchJob:
         Args:
             crew: The workers; `None` is this process.
             on_progress: Called once the amount of work is known, and after each unit.
-            note: Called with lines about the list and the folder before drawing begins.
+            note: Called with lines about the list and the folder before drawing begins, and about
+                workers that wait.
 
         Raises:
             ValueError: The list cannot be read, the model cannot be loaded, another run uses the
@@ -136,7 +137,7 @@ class BatchJob:
                 note(f"columns that are not used: {', '.join(plan.unused)}"[:200])
             if plan.gone:
                 note(f"{plan.gone} of {plan.total} pictures are gone or empty, and are drawn again")
-            run = _Run(self, plan, crew or Crew(), on_progress)
+            run = _Run(self, plan, crew or Crew(), on_progress, note)
             try:
                 run.draw()
                 self.manifest.join()
@@ -164,11 +165,19 @@ class BatchJob:
 class _Run:
     """One run of a job, in its locked folder."""
 
-    def __init__(self, job: BatchJob, plan: Plan, crew: Crew, on_progress: Progress | None) -> None:
+    def __init__(
+        self,
+        job: BatchJob,
+        plan: Plan,
+        crew: Crew,
+        on_progress: Progress | None,
+        note: Callable[[str], object],
+    ) -> None:
         self.job = job
         self.plan = plan
         self.crew = crew
         self.on_progress = on_progress
+        self.note = note
         self.asked: str | None = None
         self.has_begun = not job.overwrite
         self.has_worked = False
@@ -189,7 +198,9 @@ class _Run:
         make_worker = functools.partial(
             UnitWorker, job.make_artist, job.storage, job.together, self.identity
         )
-        results = distribute(units, make_worker, self.crew, after_death, self._begin)
+        results = distribute(
+            units, make_worker, self.crew, after_death, on_ready=self._begin, note=self.note
+        )
         try:
             for unit, result in results:
                 self._add(self._rows(unit, result))
