@@ -15,7 +15,15 @@ import fsspec
 import pytest
 from PIL import Image
 
-from self_attention_guidance.batch import BatchJob, Defaults, Manifest, PromptList, Storage, Summary
+from self_attention_guidance.batch import (
+    BatchJob,
+    Defaults,
+    Manifest,
+    PromptList,
+    Storage,
+    Summary,
+    Task,
+)
 from self_attention_guidance.generate import GenerationSettings
 from stand_in import DEFAULTS, StandIn, picture
 
@@ -140,6 +148,39 @@ def test_a_start_picture_that_was_replaced_is_noticed(tmp_path: Path) -> None:
         ValueError, match=r"row 1 .* drawn with another content of its image or mask"
     ):
         job(source, tmp_path / "out").run()
+
+
+def test_a_start_picture_that_vanishes_costs_only_its_row(tmp_path: Path) -> None:
+    start = tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(start)
+
+    class Vanishing(StandIn):
+        def draw(self, tasks: Sequence[Task]) -> Any:
+            start.unlink(missing_ok=True)
+            if tasks[0].prompt == "b":
+                raise ValueError(f"image={str(start)!r} does not exist")
+            return super().draw(tasks)
+
+    source = listed(tmp_path / "a.jsonl", ["a", {"prompt": "b", "image": str(start)}, "c"])
+    assert counts(job(source, tmp_path / "out", Vanishing()).run()) == (3, 2, 1, 2)
+    assert [r["error"] is None for r in rows_of(tmp_path / "out")] == [True, False, True]
+
+
+def test_a_list_opens_its_default_start_picture_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, opened, image_open = tmp_path / "a.png", [0], Image.open
+    Image.new("RGB", (8, 8)).save(start)
+
+    def count(*arguments: Any, **options: Any) -> Any:
+        opened[0] += 1
+        return image_open(*arguments, **options)
+
+    monkeypatch.setattr(Image, "open", count)
+    settings = GenerationSettings(num_inference_steps=5, image=str(start))
+    source = listed(tmp_path / "a.jsonl", ["a"] * 5)
+    BatchJob(source, str(tmp_path / "out"), StandIn(), Defaults(settings=settings)).run()
+    assert opened == [1]
 
 
 def test_pictures_of_other_rows_or_models_are_not_mixed(tmp_path: Path) -> None:

@@ -18,9 +18,10 @@ import pyarrow.parquet as parquet
 import pytest
 
 from caching_store import register_caching_store
-from self_attention_guidance.batch import Manifest, PromptList, Storage
+from self_attention_guidance.batch import Manifest, PromptList, Storage, Task
 from self_attention_guidance.batch import storage as storage_module
 from self_attention_guidance.batch.tasks import bad_row, tasks_of, unconditional_tasks
+from self_attention_guidance.generate import GenerationSettings
 from stand_in import DEFAULTS
 
 register_caching_store()
@@ -239,6 +240,14 @@ def test_digests_tell_tasks_apart_but_not_their_places() -> None:
         tasks_of(0, {"prompt": "cat", "seed": 1} | other, DEFAULTS)[0].digest for other in others
     }
     assert len(digests | {one.digest}) == len(others) + 1
+
+
+def test_a_number_has_one_digest_however_it_is_written() -> None:
+    digests = set[int]()
+    for scale in (3, 3.0):
+        settings = GenerationSettings(guidance_scale=scale, sag_scale=scale)
+        digests |= {Task(0, 0, "0", "", 0, settings).digest}
+    assert len(digests) == 1
 
 
 @pytest.fixture(params=["local", "memory", "caching"])
