@@ -155,7 +155,10 @@ def _die() -> Any:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_workers_that_die_before_they_can_start_end_the_work(cluster: Cluster) -> None:
+def test_workers_that_die_before_they_can_start_end_the_work(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "_PATIENCE_SECONDS", 1.0)
     with pytest.raises(ChildProcessError, match="workers die before they can start"):
         list(distribute(range(4), _die, Crew(workers=1, address="auto")))
 

@@ -19,7 +19,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
 from command_line import run
-from self_attention_guidance.batch import SampleJob, Storage
+from self_attention_guidance.batch import SampleJob, Storage, artists
 from self_attention_guidance.generate import SampleSettings
 from tiny_pixels import (
     FEW,
@@ -174,6 +174,17 @@ def test_a_run_that_another_one_overtook_looks_again(tmp_path: Path) -> None:
         late.run(1)
     assert out.read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "a.png"]
+
+
+def test_a_broken_device_ends_the_run_with_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    monkeypatch.setattr(artists, "draw_samples", fail)
+    with pytest.raises(ChildProcessError, match="no longer responds: RuntimeError: CUDA error"):
+        finish(tiny_pipeline(), tmp_path / "a.npz")
 
 
 def test_no_folder_is_left_where_an_open_lock_can_not_be_deleted(

@@ -151,8 +151,8 @@ def fingerprint(module: nn.Module) -> str:
     digest.update(json.dumps(known, sort_keys=True, default=_plain).encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        tensor = _offloaded(module, name) if tensor.is_meta else tensor
-        flat = tensor.detach().cpu().contiguous().flatten()
+        weights: Any = _offloaded(module, name) if tensor.is_meta else tensor
+        flat = weights.detach().cpu().contiguous().flatten()
         digest.update(flat.view(torch.uint8).numpy())
     return f"{type(module).__name__} {digest.hexdigest()[:16]}"
 
