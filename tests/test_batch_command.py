@@ -13,6 +13,7 @@ from command_line import error_of, help_without_torch, in_a_process, interrupted
 from self_attention_guidance.batch import Model
 from self_attention_guidance.generate import generate, load_pipeline, read_parameters
 from test_batch_jobs import listed, rows_of
+from tiny_models import MODELS
 from tiny_pixels import arrays_of, save_tiny_pixels
 
 UNUSED = {"negative_prompt": "x", "guidance_scale": 7.5, "width": 64, "image": "a.png", "mask": "a"}
@@ -86,6 +87,19 @@ def test_failed_rows_change_the_exit_status(
     for drawn in ("1 of 2 pictures are done, 1 failed", "1 of them by earlier runs, 1 failed"):
         assert run("batch", source.path, *options) == 3
         assert drawn in capsys.readouterr().out
+
+
+def test_what_generate_refuses_is_an_error_of_its_row(tmp_path: Path) -> None:
+    MODELS["flux"]().save_pretrained(tmp_path / "model")
+    cells = {"prompt": "cat", "width": 32, "height": 32}
+    rows = [cells, cells | {"negative_prompt": "dog"}, cells | {"height": None}]
+    source = listed(tmp_path / "a.jsonl", rows)
+    options = ("--model", tmp_path / "model", "--steps", 1, "--max-size", 32)
+    assert run("batch", source.path, *options, "--out", tmp_path / "out") == 3
+    good, negative, own = (str(row["error"]) for row in rows_of(tmp_path / "out"))
+    assert good == "None"
+    assert negative.startswith("negative_prompt='dog' has no effect on this model")
+    assert own.startswith("size: the model's own size is 1024, and a side must have at most 32")
 
 
 @pytest.mark.parametrize(

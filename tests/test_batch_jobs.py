@@ -15,7 +15,15 @@ import fsspec
 import pytest
 from PIL import Image
 
-from self_attention_guidance.batch import BatchJob, Defaults, Manifest, PromptList, Storage, Summary
+from self_attention_guidance.batch import (
+    BatchJob,
+    Defaults,
+    Manifest,
+    PromptList,
+    Storage,
+    Summary,
+    Task,
+)
 from self_attention_guidance.generate import GenerationSettings
 from stand_in import DEFAULTS, StandIn, picture
 
@@ -73,6 +81,29 @@ def test_a_bad_row_costs_only_itself(tmp_path: Path) -> None:
         assert errors[4] is None
 
 
+HALF = "\ud83d"
+
+
+@pytest.mark.parametrize("name", ["id", "prompt", "negative_prompt", "image", "mask", "seed"])
+def test_half_a_surrogate_pair_costs_only_its_row(tmp_path: Path, name: str) -> None:
+    source = listed(tmp_path / "a.jsonl", ["a", {"prompt": "b", name: HALF}, "c"])
+    for drawn in (2, 0):
+        assert counts(job(source, tmp_path / "out").run()) == (3, 2, 1, drawn)
+    (error,) = filter(None, (row["error"] for row in rows_of(tmp_path / "out")))
+    assert error.startswith(name)
+
+
+def test_a_start_picture_whose_name_is_no_text_is_recorded(tmp_path: Path) -> None:
+    start = tmp_path / "a\udcff.png"
+    Image.new("RGB", (8, 8)).save(start)
+    settings = GenerationSettings(num_inference_steps=5, image=str(start))
+    source = listed(tmp_path / "a.jsonl", ["a", "b"])
+    for drawn in (2, 0):
+        again = BatchJob(source, str(tmp_path / "out"), StandIn(), Defaults(settings=settings))
+        assert counts(again.run()) == (2, 2, 0, drawn)
+    assert rows_of(tmp_path / "out")[0]["start_image"] == str(tmp_path / "a?.png")
+
+
 def test_a_seed_that_a_float_can_not_hold_is_an_error(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "seed": seed} for seed in (float(2**60 + 1), float(2**40), 2**60 + 1)]
     job(listed(tmp_path / "a.jsonl", rows), tmp_path / "out").run()
@@ -119,6 +150,39 @@ def test_a_start_picture_that_was_replaced_is_noticed(tmp_path: Path) -> None:
         job(source, tmp_path / "out").run()
 
 
+def test_a_start_picture_that_vanishes_costs_only_its_row(tmp_path: Path) -> None:
+    start = tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(start)
+
+    class Vanishing(StandIn):
+        def draw(self, tasks: Sequence[Task]) -> Any:
+            start.unlink(missing_ok=True)
+            if tasks[0].prompt == "b":
+                raise ValueError(f"image={str(start)!r} does not exist")
+            return super().draw(tasks)
+
+    source = listed(tmp_path / "a.jsonl", ["a", {"prompt": "b", "image": str(start)}, "c"])
+    assert counts(job(source, tmp_path / "out", Vanishing()).run()) == (3, 2, 1, 2)
+    assert [r["error"] is None for r in rows_of(tmp_path / "out")] == [True, False, True]
+
+
+def test_a_list_opens_its_default_start_picture_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, opened, image_open = tmp_path / "a.png", [0], Image.open
+    Image.new("RGB", (8, 8)).save(start)
+
+    def count(*arguments: Any, **options: Any) -> Any:
+        opened[0] += 1
+        return image_open(*arguments, **options)
+
+    monkeypatch.setattr(Image, "open", count)
+    settings = GenerationSettings(num_inference_steps=5, image=str(start))
+    source = listed(tmp_path / "a.jsonl", ["a"] * 5)
+    BatchJob(source, str(tmp_path / "out"), StandIn(), Defaults(settings=settings)).run()
+    assert opened == [1]
+
+
 def test_pictures_of_other_rows_or_models_are_not_mixed(tmp_path: Path) -> None:
     job(listed(tmp_path / "a.jsonl", ["a", "b"]), tmp_path / "out").run()
     before = rows_of(tmp_path / "out")
@@ -156,6 +220,65 @@ def test_pictures_of_other_rows_or_models_are_not_mixed(tmp_path: Path) -> None:
     anew = job(longer, tmp_path / "out", StandIn(name="other"), overwrite=True)
     assert counts(anew.run()) == (3, 3, 0, 3)
     assert {r["model"] for r in rows_of(tmp_path / "out")} == {"other"}
+
+
+class Unloadable(StandIn):
+    def __call__(self) -> StandIn:
+        raise ValueError("it cannot be loaded")
+
+
+@pytest.mark.parametrize(
+    ("rows", "artist"),
+    [
+        ('{"prompt": "a"}\n{"prom', StandIn()),
+        ("", StandIn()),
+        ('{"prompt": "a"}\n{"prompt": "b", "seed": -1}\n', Unloadable()),
+    ],
+)
+def test_an_earlier_run_is_kept_until_another_can_begin(
+    tmp_path: Path, rows: str, artist: StandIn
+) -> None:
+    out = tmp_path / "out"
+    job(2, out).run()
+    before = {path: path.read_bytes() for path in out.rglob("*.*") if path.is_file()}
+    source = listed(tmp_path / "a.jsonl", [])
+    Path(source.path).write_text(rows)
+    with pytest.raises(ValueError, match=r"in the middle|at least one row|cannot be loaded"):
+        job(source, out, artist, overwrite=True).run()
+    assert {path: path.read_bytes() for path in out.rglob("*.*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("prompts", [["b"], [{"prompt": "b", "seed": -1}]])
+@pytest.mark.parametrize("deletions", range(4))
+def test_a_kill_while_an_earlier_run_is_deleted_leaves_none_of_it_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deletions: int, prompts: list[Any]
+) -> None:
+    out = tmp_path / "out"
+    job(listed(tmp_path / "a.jsonl", ["a"] * 3), out).run()
+    Manifest(Storage(str(out))).add(rows_of(out))
+    left, delete = [deletions], Storage.remove
+
+    def remove(self: Storage, *names: str) -> None:
+        for name in names:
+            if not left[0] and name != ".unfinished":
+                raise KeyboardInterrupt
+            left[0] -= name != ".unfinished"
+            delete(self, name)
+
+    source = listed(tmp_path / "a.jsonl", prompts)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Storage, "remove", remove)
+        job(source, out, overwrite=True).run()
+    job(source, out, overwrite=True).run()
+    assert len(rows_of(out)) == 1
+    assert len(list(out.rglob("*.png"))) == (prompts == ["b"])
+
+
+def test_what_began_with_overwrite_goes_on_without(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "images").touch()  # so that no picture can be written
+    with pytest.raises(OSError, match="the same command without overwrite=True resumes"):
+        job(2, tmp_path / "out", overwrite=True).run()
 
 
 def test_batches_always_have_their_size(tmp_path: Path) -> None:
@@ -205,6 +328,20 @@ def test_shards_are_tar_files_as_webdataset_reads_them(tmp_path: Path) -> None:
         with tarfile.open(path) as archive:
             members += [name for name in archive.getnames() if name.endswith(".png")]
     assert sorted(members) == [f"{n:09d}-000.png" for n in range(6)]
+
+
+@pytest.mark.parametrize("corrected", [[0, 1], [0, 1, 2], [2, 3], [1], [0, 3]])
+def test_rows_that_were_corrected_replace_no_shard(tmp_path: Path, corrected: list[int]) -> None:
+    """They move the later rows to other numbers."""
+    out, rows = tmp_path / "out", [{"prompt": str(number)} for number in range(7)]
+    bad = [row | ({"width": 60} if n in corrected else {}) for n, row in enumerate(rows)]
+    job(listed(tmp_path / "a.jsonl", bad), out, shard_size=2).run()
+    source = listed(tmp_path / "a.jsonl", rows)
+    assert job(source, out, shard_size=2).run().drawn == len(corrected)
+    for row in rows_of(out):
+        with tarfile.open(out / row["file"]) as archive:
+            assert row["member"] in archive.getnames()
+    assert counts(job(source, out, shard_size=2).run()) == (7, 7, 0, 0)
 
 
 def test_a_shard_is_written_as_it_is_drawn(tmp_path: Path) -> None:
@@ -272,14 +409,21 @@ def test_a_full_disk_ends_the_job_with_a_line_and_no_half_file(tmp_path: Path) -
     assert counts(job(5, out).run()) == (5, 5, 0, 3)
 
 
-def test_a_broken_device_ends_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("broken", ["draw", "__call__"])
+def test_a_broken_device_ends_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
     """It would fail for every row that follows."""
 
-    def draw(self: StandIn, tasks: object) -> Any:
-        raise RuntimeError("CUDA error: device-side assert triggered")
+    def fail(*_: object) -> Any:
+        raise RuntimeError("CUDA error: device-side assert triggered\nCompile with DSA")
 
-    monkeypatch.setattr(StandIn, "draw", draw)
-    with pytest.raises(RuntimeError, match="CUDA error"):
+    monkeypatch.setattr(StandIn, broken, fail)
+    message = (
+        "the device no longer responds: RuntimeError: CUDA error: device-side assert triggered"
+        " Compile with DSA; 0 of 2 pictures are done, and the same command resumes"
+    )
+    with pytest.raises(ChildProcessError, match=f"^{message}$"):
         job(2, tmp_path / "out").run()
     assert rows_of(tmp_path / "out") == []
 

@@ -6,7 +6,9 @@ import csv
 import gzip
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import fsspec
@@ -15,10 +17,14 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
-from self_attention_guidance.batch import Manifest, PromptList, Storage
+from caching_store import register_caching_store
+from self_attention_guidance.batch import Manifest, PromptList, Storage, Task
 from self_attention_guidance.batch import storage as storage_module
 from self_attention_guidance.batch.tasks import bad_row, tasks_of, unconditional_tasks
+from self_attention_guidance.generate import GenerationSettings
 from stand_in import DEFAULTS
+
+register_caching_store()
 
 ROWS = [
     {"prompt": "red heart", "seed": 3, "width": 64, "guidance_scale": 2.5},
@@ -236,12 +242,20 @@ def test_digests_tell_tasks_apart_but_not_their_places() -> None:
     assert len(digests | {one.digest}) == len(others) + 1
 
 
-@pytest.fixture(params=["local", "memory"])
+def test_a_number_has_one_digest_however_it_is_written() -> None:
+    digests = set[int]()
+    for scale in (3, 3.0):
+        settings = GenerationSettings(guidance_scale=scale, sag_scale=scale)
+        digests |= {Task(0, 0, "0", "", 0, settings).digest}
+    assert len(digests) == 1
+
+
+@pytest.fixture(params=["local", "memory", "caching"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     if request.param == "local":
         return Storage(str(tmp_path / "out"))
     fsspec.filesystem("memory").store.clear()
-    return Storage("memory://out")
+    return Storage(f"{request.param}://out")
 
 
 def test_a_file_appears_whole_or_not_at_all(storage: Storage) -> None:
@@ -269,22 +283,83 @@ def test_a_folder_is_for_one_run_at_a_time(storage: Storage) -> None:
         pass
 
 
-def test_a_long_picture_keeps_its_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Storage:
+    """A folder in an object store, where locks last less than half a second."""
     monkeypatch.setattr(storage_module, "_LOCK_SECONDS", 0.4)
     fsspec.filesystem("memory").store.clear()
-    with Storage("memory://out").locked():
+    return Storage("memory://out")
+
+
+def test_a_long_picture_keeps_its_lock(store: Storage) -> None:
+    with store.locked():
         time.sleep(1)
         with pytest.raises(ValueError, match="in use by another run"):
-            Storage("memory://out").locked().__enter__()
+            Storage(store.url).locked().__enter__()
 
 
-def test_a_run_that_is_dead_holds_no_lock() -> None:
+def test_a_network_that_fails_for_a_while_costs_no_lock(
+    store: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ConnectionError
+
+    with store.locked():
+        with monkeypatch.context() as patch:
+            patch.setattr(type(store._files), "_open", fail)
+            time.sleep(0.25)
+        time.sleep(0.5)
+        with pytest.raises(ValueError, match="in use by another run"):
+            Storage(store.url).locked().__enter__()
+
+
+def test_a_run_that_lost_its_lock_writes_nothing_and_leaves_the_other_s(store: Storage) -> None:
+    with store.locked():
+        store.write("a", b"mine")
+        store.write(".lock", b'{"time": 0, "owner": "another"}')
+        time.sleep(0.3)
+        with pytest.raises(OSError, match="another run took the folder over"):
+            store.write("a", b"too late")
+    assert (store.read("a"), json.loads(store.read(".lock") or b"")["owner"]) == (
+        b"mine",
+        "another",
+    )
+
+
+def test_of_runs_that_begin_together_one_has_the_lock(
+    store: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if the second run had looked just before the first one wrote its lock."""
+    with store.locked(), monkeypatch.context() as patch:
+        patch.setattr(Storage, "read", lambda *_: None)
+        with pytest.raises(ValueError, match="in use by another run"):
+            Storage(store.url).locked().__enter__()
+
+
+@pytest.mark.parametrize("error", [-3600, 3600])
+def test_a_run_whose_clock_is_wrong_keeps_its_lock(store: Storage, error: float) -> None:
+    ended = Event()
+
+    def renew() -> None:
+        while not ended.wait(0.05):
+            lock = {"time": time.time() + error, "owner": "another"}
+            Storage(store.url).write(".lock", json.dumps(lock).encode())
+
+    with ThreadPoolExecutor(1) as other:
+        other.submit(renew)
+        time.sleep(0.1)
+        try:
+            with pytest.raises(ValueError, match="in use by another run"):
+                store.locked().__enter__()
+        finally:
+            ended.set()
+
+
+def test_a_run_that_is_dead_holds_no_lock(store: Storage) -> None:
     """In an object store; here the system frees the lock."""
-    fsspec.filesystem("memory").store.clear()
-    storage = Storage("memory://out")
-    for lock in (b'{"time": 0}', b'{"ti', b"[]", b""):
-        storage.write(".lock", lock)
-        with storage.locked():
+    for lock in (b'{"time": 0}', b'{"time": 1e11}', b'{"ti', b"[]", b""):
+        store.write(".lock", lock)
+        with store.locked():
             pass
 
 
@@ -314,6 +389,42 @@ def test_the_manifest_holds_each_picture_once_and_its_newest_row(storage: Storag
             storage.write(name, content or b"")
     found = manifest.finished()
     assert found == {(number, 0): (number + 100, False) for number in range(4)}
+
+
+@pytest.mark.parametrize("deletions", range(4))
+def test_a_kill_while_parts_are_deleted_brings_no_older_row_back(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch, deletions: int
+) -> None:
+    manifest = Manifest(storage)
+    for error in ("first", "second", None):
+        manifest.add([row(0, error)])
+    left, delete = [deletions], type(storage._files).rm
+
+    def rm(self: Any, path: str, **options: Any) -> None:
+        """Of a folder's files, the newest may be the first that is deleted."""
+        is_folder = path.endswith("manifest.parts")
+        if not left[0] or is_folder:
+            if is_folder and storage.names("manifest.parts"):
+                delete(self, f"{path}/00000003.parquet")
+            raise KeyboardInterrupt
+        left[0] -= 1
+        delete(self, path, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(type(storage._files), "rm", rm)
+        manifest.join()
+    assert Manifest(storage).finished() == {(0, 0): (100, False)}
+
+
+def test_parts_that_a_listing_does_not_show_yet_are_joined(storage: Storage) -> None:
+    manifest = Manifest(storage)
+    manifest.add([row(0)])
+    other = Manifest(Storage(storage.url))
+    assert len(other.finished()) == 1
+    other.add([row(1)])
+    other.add([row(2)])
+    other.join()
+    assert [r["row"] for r in Manifest(storage).rows()] == [0, 1, 2]
 
 
 def test_a_new_run_adds_parts_and_replaces_none(storage: Storage) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from self_attention_guidance import builtin_model
-from self_attention_guidance.batch import BatchJob, Defaults, Model, SampleJob
+from self_attention_guidance.batch import BatchJob, Defaults, Model, SampleJob, workers
 from self_attention_guidance.batch.workers import Crew, distribute
 from self_attention_guidance.generate import SampleSettings
 from stand_in import StandIn
@@ -137,13 +138,68 @@ def test_units_are_asked_for_when_someone_can_take_them(cluster: Cluster) -> Non
     def make_worker() -> Any:
         return lambda unit: unit * 2
 
-    results = distribute(units(), make_worker, Crew(workers=2))
+    ready: list[int] = []
+    results = distribute(
+        units(), make_worker, Crew(workers=2), on_ready=lambda: ready.append(asked)
+    )
     for _ in range(10):
         unit, result = next(results)
         assert result == unit * 2
         assert asked < 20
     results.close()
+    assert ready == [1]
     time.sleep(0.1)
+
+
+def _die() -> Any:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_workers_that_die_before_they_can_start_end_the_work(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "_PATIENCE_SECONDS", 1.0)
+    with pytest.raises(ChildProcessError, match="workers die before they can start"):
+        list(distribute(range(4), _die, Crew(workers=1, address="auto")))
+
+
+@pytest.mark.parametrize(
+    ("asked", "room"),
+    [({"threads": 2}, "0 of 2 workers with 2 CPUs and 0 GPUs"), ({"gpus": 1.0}, "0 of 2 workers")],
+)
+def test_workers_that_no_node_has_room_for_are_named(
+    cluster: Cluster, asked: dict[str, Any], room: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "_PATIENCE_SECONDS", 1.0)
+    lines: list[str] = []
+
+    def note(line: str) -> None:
+        lines.append(line)
+        if line.startswith("no worker is ready after 1 s"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(distribute(range(4), _die, Crew(workers=2, **asked), note=note))
+    assert lines[0].startswith(f"the cluster has room for {room}")
+
+
+@pytest.mark.parametrize(
+    ("node", "threads", "gpus", "room"),
+    [
+        ({"CPU": 4.0}, 1, 0.0, 4),
+        ({"CPU": 4.0}, 3, 0.0, 1),
+        ({"CPU": 4.0}, 5, 0.0, 0),
+        ({"CPU": 4.0}, 1, 0.5, 0),
+        ({"CPU": 9.0, "GPU": 2.0}, 1, 1.0, 2),
+        ({"CPU": 9.0, "GPU": 2.0}, 1, 2.0, 1),
+        ({"CPU": 9.0, "GPU": 2.0}, 1, 0.5, 4),
+        ({"CPU": 9.0, "GPU": 2.0}, 1, 0.6, 2),
+        ({"CPU": 99.0, "GPU": 1.0}, 1, 1 / 93, 93),
+        ({}, 1, 0.0, 0),
+    ],
+)
+def test_the_room_of_a_node(node: dict[str, float], threads: int, gpus: float, room: int) -> None:
+    assert workers._room(node, threads, gpus) == room
 
 
 def test_a_cluster_that_is_not_there_is_one_line_at_once(tmp_path: Path) -> None:
@@ -157,3 +213,14 @@ def test_a_cluster_that_is_not_there_is_one_line_at_once(tmp_path: Path) -> None
     done = subprocess.run([sys.executable, "-c", code, *asked], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: --address=")
+
+
+def test_more_gpus_than_this_machine_has_are_refused(tmp_path: Path) -> None:
+    code = "import sys; from self_attention_guidance.cli import main; sys.exit(main(sys.argv[1:]))"
+    asked = ["batch", "--num-samples", "1", "--workers", "2", "--gpus", "64", "--out"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *asked, str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    line = "error: --gpus=64 for each of 2 workers: this machine has GPUs for 0 of them"
+    assert done.stderr.strip().splitlines()[-1] == line

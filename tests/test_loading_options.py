@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import StableDiffusionPipeline
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
 
 from command_line import error_of, run
+from self_attention_guidance.batch import artists
 from self_attention_guidance.generate import load_pipeline, read_record
 from test_any_model import pixels
 from test_batch_jobs import rows_of
@@ -110,6 +113,29 @@ def test_offloading_needs_a_gpu(
     asked = ("generate", "a", "--model", model, "--device", "cpu", "--out", tmp_path)
     assert "--offload='model' needs a GPU" in error_of(capsys, *asked, "--offload", "model")
     assert "must be model or sequential" in error_of(capsys, *asked, "--offload", "all")
+
+
+@pytest.mark.parametrize("preloaded", [[], ["Attention"]])
+def test_a_list_is_drawn_while_weights_are_offloaded(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, preloaded: list[str]
+) -> None:
+    """On a GPU, `--offload sequential` does so. Weights and pictures are those of other runs."""
+
+    def load(*arguments: Any, **options: Any) -> Any:
+        loaded = load_pipeline(*arguments, **options)
+        for part in loaded.pipeline.components.values():
+            if isinstance(part, nn.Module):
+                cpu_offload(part, torch.device("cpu"), preload_module_classes=preloaded)
+        return loaded
+
+    asked = ["batch", "--num-samples", 2, "--model", model, "--steps", 4, "--device", "cpu"]
+    assert run(*asked, "--out", tmp_path / "plain") == 0
+    monkeypatch.setattr(artists, "load_pipeline", load)
+    assert run(*asked, "--out", tmp_path / "offloaded") == 0
+    plain, offloaded = (rows_of(tmp_path / out) for out in ("plain", "offloaded"))
+    assert [row["sha256"] for row in plain] == [row["sha256"] for row in offloaded]
+    jobs = [(tmp_path / out / "job.json").read_text() for out in ("plain", "offloaded")]
+    assert jobs[0] == jobs[1]
 
 
 def test_a_compiled_network_is_guided(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
 from command_line import run
-from self_attention_guidance.batch import SampleJob, Storage
+from self_attention_guidance.batch import SampleJob, Storage, artists
 from self_attention_guidance.generate import SampleSettings
 from tiny_pixels import (
     FEW,
@@ -158,6 +159,57 @@ def test_other_settings_begin_anew_when_asked(tmp_path: Path) -> None:
     plain = finish(tiny_pipeline(), tmp_path / "b.npz", seed=1, batch_size=3)
     assert out.read_bytes() == plain.path.read_bytes()
     assert not (tmp_path / "a.npz.parts").exists()
+
+
+def test_a_run_that_another_one_overtook_looks_again(tmp_path: Path) -> None:
+    out = tmp_path / "a.npz"
+    late, same = (SampleJob(tiny_pipeline(), out, 5, FEW, seed=seed) for seed in (1, 0))
+    interrupt(tiny_pipeline(), out, 4)
+    with pytest.raises(ValueError, match="an unfinished run with seed=0, not 1"):
+        late.run(1)
+    assert len(list((tmp_path / "a.npz.parts").rglob("*.png"))) == 4
+    assert same.run(1).drawn == 1
+    before = out.read_bytes()
+    with pytest.raises(FileExistsError, match=r"a\.npz' exists"):
+        late.run(1)
+    assert out.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "a.png"]
+
+
+def test_a_broken_device_ends_the_run_with_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    monkeypatch.setattr(artists, "draw_samples", fail)
+    with pytest.raises(ChildProcessError, match="no longer responds: RuntimeError: CUDA error"):
+        finish(tiny_pipeline(), tmp_path / "a.npz")
+
+
+def test_no_folder_is_left_where_an_open_lock_can_not_be_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Windows."""
+    unlink, open_locks = Path.unlink, set[str]()
+    locked = Storage.locked
+
+    @contextmanager
+    def watched(self: Storage) -> Iterator[None]:
+        with locked(self):
+            open_locks.add(".lock")
+            yield
+        open_locks.clear()
+
+    def unlink_closed(path: Path, **how: Any) -> None:
+        if path.name in open_locks:
+            raise PermissionError(13, "used by another process", str(path))
+        unlink(path, **how)
+
+    monkeypatch.setattr(Storage, "locked", watched)
+    monkeypatch.setattr(Path, "unlink", unlink_closed)
+    finish(tiny_pipeline(), tmp_path / "a.npz")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "a.png"]
 
 
 def test_damaged_settings_are_refused(tmp_path: Path) -> None:

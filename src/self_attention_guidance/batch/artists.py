@@ -6,7 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, cast
 
-from ..generate.arguments import check_size, with_defaults
+from ..generate.arguments import (
+    check_own_size,
+    check_size,
+    refuse_without_effect,
+    with_defaults,
+)
 from ..generate.drawing import GeneratedImage, Progress, PromptArtist
 from ..generate.finding import find_prompt_or_pixel_model, is_pixel_model
 from ..generate.loaded import settings_of
@@ -60,6 +65,7 @@ class Model:
         loras: As in `load_pipeline`.
         offload: As in `load_pipeline`.
         is_compiled: As in `load_pipeline`.
+        max_size: Largest side of pictures in the model's own size, in pixels; `None` is no limit.
 
     Raises:
         ValueError: There is no such model, or a setting is unknown or outside its range.
@@ -74,6 +80,7 @@ class Model:
     loras: tuple[tuple[str, float], ...] = ()
     offload: str | None = None
     is_compiled: bool = False
+    max_size: int | None = None
 
     def __post_init__(self) -> None:
         """Check what can be checked without loading the model."""
@@ -130,14 +137,18 @@ class Model:
             is_compiled=self.is_compiled,
         )
         loaded.use(**use)
-        return _PromptTasks(loaded, {"is_compiled": True} if self.is_compiled else {})
+        more = {"is_compiled": True} if self.is_compiled else {}
+        return _PromptTasks(loaded, more, self.max_size)
 
 
 class _PromptTasks:
     """An `Artist` of pipelines that take prompts."""
 
-    def __init__(self, loaded: LoadedPipeline, more: Mapping[str, Any]) -> None:
+    def __init__(
+        self, loaded: LoadedPipeline, more: Mapping[str, Any], max_size: int | None
+    ) -> None:
         self.pipeline: Any = loaded.pipeline
+        self.max_size = max_size
         self.name = loaded.name
         networks = fingerprints(self.pipeline)
         record = describe(self.pipeline, GenerationSettings(), networks=networks)
@@ -146,6 +157,9 @@ class _PromptTasks:
     def draw(self, tasks: Sequence[Task]) -> list[GeneratedImage]:
         settings = cast("GenerationSettings", tasks[0].settings)
         check_size(self.pipeline, settings.width, settings.height)
+        if self.max_size is not None:
+            check_own_size(self.pipeline, settings, self.max_size)
+        refuse_without_effect(self.pipeline, settings)
         artist = PromptArtist(self.pipeline, settings, self.name)
         return list(artist.draw([task.prompt for task in tasks], [task.seed for task in tasks]))
 
@@ -231,4 +245,5 @@ class PixelArtist:
 def _identity(record: Record, pipeline: Any) -> dict[str, Any]:
     """Everything that pictures depend on besides their tasks, which may choose another scale."""
     kept = {name: value for name, value in record.items() if name != "settings"}
-    return kept | {"guidance": pipeline.guidance.to_dict(), "device": pipeline.device.type}
+    device = pipeline._execution_device.type  # weights may be elsewhere while it does not draw
+    return kept | {"guidance": pipeline.guidance.to_dict(), "device": device}

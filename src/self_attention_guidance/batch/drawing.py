@@ -83,8 +83,13 @@ class UnitWorker:
 
         Raises:
             ValueError: The model is not the expected one.
+            ChildProcessError: The device does not respond.
         """
-        self.artist = make_artist()
+        try:
+            self.artist = make_artist()
+        except RuntimeError as error:
+            _refuse_broken_device(error)
+            raise
         self.storage = storage
         self.together = together
         self.stops_at_errors = stops_at_errors
@@ -99,7 +104,7 @@ class UnitWorker:
 
         Raises:
             OSError: A file cannot be written.
-            RuntimeError: The device no longer responds.
+            ChildProcessError: The device no longer responds.
         """
         # Pictures are written as they are drawn: a shard may hold more than fit in memory.
         drawn = (found for group in _groups(unit.tasks) for found in self._draw_group(group))
@@ -120,9 +125,9 @@ class UnitWorker:
                 if _is_out_of_memory(error) and self.together > 1:
                     self.together //= 2
                     continue
+                _refuse_broken_device(error)
                 if self.stops_at_errors:
                     raise
-                _refuse_broken_device(error)
                 yield from self._draw_alone(batch, error)
             else:
                 seconds = (time.monotonic() - started) / len(batch)
@@ -163,7 +168,7 @@ class UnitWorker:
         return rows
 
     def _write_shard(self, shard: str, drawn: Iterable[_Drawn]) -> list[Row]:
-        name = f"{IMAGES}/{shard}.tar"
+        name = shard_file(shard)
         rows: list[Row] = []
         with self.storage.writing(name) as file, tarfile.open(fileobj=file, mode="w|") as archive:
             for task, drawing, row in drawn:
@@ -184,6 +189,15 @@ def picture_file(task: Task) -> str:
         task: The task.
     """
     return f"{IMAGES}/{task.row // _ROWS_IN_FOLDER:06d}/{task.name}.png"
+
+
+def shard_file(shard: str) -> str:
+    """Name of the tar file of a shard.
+
+    Args:
+        shard: The shard's name.
+    """
+    return f"{IMAGES}/{shard}.tar"
 
 
 def row_of_task(task: Task) -> Row:
@@ -295,7 +309,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 def _refuse_broken_device(error: Exception) -> None:
     """Raise an error after which every picture of this process would fail."""
     if isinstance(error, RuntimeError) and "CUDA error" in str(error):
-        raise error
+        raise ChildProcessError(f"the device no longer responds: {_line(error)[:300]}") from error
 
 
 def _line(error: Exception) -> str:

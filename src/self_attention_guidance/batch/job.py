@@ -23,7 +23,7 @@ from .drawing import (
     row_of_bad_row,
     row_of_task,
 )
-from .manifest import FIRST_PART, MANIFEST, PARTS, Manifest
+from .manifest import MANIFEST, PARTS, Manifest
 from .plan import Plan, Source, after_death
 from .storage import Storage, json_object
 from .tasks import Defaults
@@ -90,7 +90,8 @@ class BatchJob:
             together: Pictures in one pass of the network, at least 1. The last bits of pictures
                 depend on it; with 1, each is as if drawn alone.
             shard_size: Pictures in a tar file, at least 1; `None` gives each its own file.
-            overwrite: Whether to delete what an earlier run left in `out`.
+            overwrite: Whether to delete what an earlier run left in `out`, once the list is read
+                and the model is loaded.
             retry_failed: Whether to try again what failed in an earlier run.
 
         Raises:
@@ -119,46 +120,68 @@ class BatchJob:
         Args:
             crew: The workers; `None` is this process.
             on_progress: Called once the amount of work is known, and after each unit.
-            note: Called with lines about the list and the folder before drawing begins.
+            note: Called with lines about the list and the folder before drawing begins, and about
+                workers that wait.
 
         Raises:
             ValueError: The list cannot be read, the model cannot be loaded, another run uses the
                 folder, or it holds pictures of another job.
             OSError: Something cannot be written; finished pictures stay, and the next run resumes.
+            ChildProcessError: Workers die, or their device no longer responds; likewise.
         """
         with self.storage.locked():
-            # A folder of that name that is not of an earlier run is the user's own.
-            if self.overwrite and any(map(self.storage.exists, (JOB, MANIFEST, FIRST_PART))):
-                self.storage.remove(JOB, MANIFEST, PARTS, IMAGES)
-            plan = Plan(self.source, self.defaults, self.manifest, self.retry_failed)
+            plan = Plan(
+                self.source, self.defaults, self.manifest, self.retry_failed, self.overwrite
+            )
             if plan.unused:
                 note(f"columns that are not used: {', '.join(plan.unused)}"[:200])
             if plan.gone:
                 note(f"{plan.gone} of {plan.total} pictures are gone or empty, and are drawn again")
-            run = _Run(self, plan, crew or Crew(), on_progress)
+            run = _Run(self, plan, crew or Crew(), on_progress, note)
             try:
                 run.draw()
                 self.manifest.join()
             except OSError as error:
                 reason = error.strerror or " ".join(str(error).split())
-                raise OSError(
-                    f"out={self.storage.url!r}: {reason}; {run.summary.done} of {plan.total}"
-                    " pictures are done, and the same command resumes"
+                without = " without overwrite=True" if self.overwrite and run.has_begun else ""
+                # What workers die of has nothing to do with the folder.
+                is_of_workers = isinstance(error, ChildProcessError)
+                place = "" if is_of_workers else f"out={self.storage.url!r}: "
+                raise (ChildProcessError if is_of_workers else OSError)(
+                    f"{place}{reason}; {run.summary.done} of {plan.total}"
+                    f" pictures are done, and the same command{without} resumes"
                 ) from error
             return run.summary
+
+    def remove_earlier(self) -> None:
+        """Delete what an earlier run left in the folder."""
+        parts = self.storage.names(PARTS)
+        # A folder of that name that is not of an earlier run is the user's own.
+        if any(map(self.storage.exists, (JOB, MANIFEST, *parts[:1]))):
+            # What shows that there was an earlier run is deleted last.
+            self.storage.remove(IMAGES, PARTS, MANIFEST, JOB)
 
 
 class _Run:
     """One run of a job, in its locked folder."""
 
-    def __init__(self, job: BatchJob, plan: Plan, crew: Crew, on_progress: Progress | None) -> None:
+    def __init__(
+        self,
+        job: BatchJob,
+        plan: Plan,
+        crew: Crew,
+        on_progress: Progress | None,
+        note: Callable[[str], object],
+    ) -> None:
         self.job = job
         self.plan = plan
         self.crew = crew
         self.on_progress = on_progress
+        self.note = note
         self.asked: str | None = None
+        self.has_begun = not job.overwrite
         self.has_worked = False
-        self.identity = self._identity()
+        self.identity = None if job.overwrite else self._identity()
         self.summary = Summary(total=plan.total, done=plan.done, failed=plan.failed)
         self.started = self.written = time.monotonic()
         self.rows: list[Row] = []
@@ -175,7 +198,9 @@ class _Run:
         make_worker = functools.partial(
             UnitWorker, job.make_artist, job.storage, job.together, self.identity
         )
-        results = distribute(units, make_worker, self.crew, after_death)
+        results = distribute(
+            units, make_worker, self.crew, after_death, on_ready=self._begin, note=self.note
+        )
         try:
             for unit, result in results:
                 self._add(self._rows(unit, result))
@@ -184,9 +209,16 @@ class _Run:
             # Pictures whose rows cannot be written now will be drawn again.
             with suppress(OSError):
                 self._write()
+        self._begin()
         self._write()
         if not self.has_worked and self.identity is not None and self.asked != self._asked_now():
             self._check_finished(self.identity)
+
+    def _begin(self) -> None:
+        """Delete an earlier run that is to be replaced, now that nothing else can be wrong."""
+        if not self.has_begun:
+            self.job.remove_earlier()
+        self.has_begun = True
 
     def _check_finished(self, expected: dict[str, Any]) -> None:
         """Refuse a finished folder of another model or guidance.
@@ -237,6 +269,8 @@ class _Run:
         self._report()
 
     def _write(self) -> None:
+        if not self.has_begun:
+            return
         self.job.manifest.add(self.rows)
         self.rows = []
         self.written = time.monotonic()

@@ -15,10 +15,10 @@ import pyarrow.parquet as parquet
 from numpy.typing import NDArray
 
 from .storage import Storage
+from .tasks import clean
 
 MANIFEST = "manifest.parquet"
 PARTS = "manifest.parts"
-FIRST_PART = f"{PARTS}/00000001.parquet"
 
 SCHEMA = pa.schema(
     [
@@ -72,14 +72,13 @@ class Manifest:
         self.storage = storage
         self._parts = 0
 
-    def gone(self) -> set[tuple[int, int]]:
-        """Rows and images of the pictures whose files were deleted, or are empty."""
+    def files(self) -> dict[tuple[int, int], str | None]:
+        """The file of each picture, by its row and image; `None` if it failed."""
         files: dict[tuple[int, int], str | None] = {}
         for batch in self._batches(["row", "image", "file"]):
             row, image, file = (column.to_pylist() for column in batch.columns)
             files.update(zip(zip(row, image, strict=True), file, strict=True))
-        gone = self.storage.gone(file for file in files.values() if file)
-        return {picture for picture, file in files.items() if file in gone}
+        return files
 
     def finished(self) -> Finished:
         """The pictures it holds; if one has several rows, the newest counts."""
@@ -103,13 +102,17 @@ class Manifest:
         if names:
             self._parts = int(names[-1].rsplit("/", 1)[-1].split(".")[0])
         self._parts += 1
-        table = pa.Table.from_pylist(rows, SCHEMA)
+        try:
+            table = pa.Table.from_pylist(rows, SCHEMA)
+        except UnicodeEncodeError:  # names of files, and errors about them, may be no UTF-8
+            table = pa.Table.from_pylist([_writable(row) for row in rows], SCHEMA)
         with self.storage.writing(f"{PARTS}/{self._parts:08d}.parquet") as file:
             parquet.write_table(table, file)
 
     def join(self) -> None:
         """Join the file and its parts into one file with the newest row of each picture."""
-        if not self.storage.names(PARTS):
+        parts = self.storage.names(PARTS)
+        if not parts:
             return
         keys = np.concatenate([_keys(batch) for batch in self._batches(["row", "image"])])
         newest = np.zeros(len(keys), np.bool_)
@@ -120,7 +123,9 @@ class Manifest:
                 end = first + batch.num_rows
                 writer.write_batch(batch.filter(pa.array(newest[first:end])))
                 first = end
-        self.storage.remove(PARTS)
+        # Later files count as newer: an older row of a picture must not outlive its newer ones.
+        # Where pictures have one row, the order is free, and object stores are faster.
+        self.storage.remove(*([] if newest.all() else parts), PARTS)
         self._parts = 0
 
     def rows(self) -> Iterator[dict[str, Any]]:
@@ -157,6 +162,10 @@ class Manifest:
         except _DAMAGE as error:
             remedy = "delete it, and what it records is drawn again"
             raise self.storage.damaged(name, error, remedy) from error
+
+
+def _writable(row: dict[str, Any]) -> dict[str, Any]:
+    return {n: clean(value) if isinstance(value, str) else value for n, value in row.items()}
 
 
 def _keys(batch: Any) -> NDArray[np.uint64]:

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 
 from ..generate.record import difference
-from .drawing import Unit, row_of_task
+from .drawing import Unit, row_of_task, shard_file
 from .lists import PromptList
 from .manifest import Finished, Manifest
 from .tasks import COLUMNS, BadRow, Defaults, Task, bad_row, tasks_of, unconditional_tasks
@@ -52,12 +52,18 @@ class Plan:
         total: Pictures that the list asks for; a row that cannot be read counts as one.
         done: How many of them are drawn.
         failed: How many of them failed and are not tried again.
+        shards: Files of shards that hold finished pictures, so none may be replaced.
         gone: How many were drawn, but their files were deleted or are empty; they are missing.
         unused: Columns of the list that are not used.
     """
 
     def __init__(
-        self, source: Source, defaults: Defaults, manifest: Manifest, retry_failed: bool
+        self,
+        source: Source,
+        defaults: Defaults,
+        manifest: Manifest,
+        retry_failed: bool,
+        begins_anew: bool = False,
     ) -> None:
         """Compare a list with a manifest.
 
@@ -66,6 +72,7 @@ class Plan:
             defaults: Values for the empty cells of rows.
             manifest: What earlier runs did.
             retry_failed: Whether failed pictures count as missing.
+            begins_anew: Whether what earlier runs did does not count.
 
         Raises:
             ValueError: The list cannot be read or is empty, or an existing picture was drawn with
@@ -76,8 +83,13 @@ class Plan:
         self.missing: list[tuple[int, Task]] = []
         self.bad: list[BadRow] = []
         self.tasks = self.total = self.done = self.failed = 0
-        gone = manifest.gone()
-        finished = {key: found for key, found in manifest.finished().items() if key not in gone}
+        files = {} if begins_anew else manifest.files()
+        lost = manifest.storage.gone(file for file in files.values() if file)
+        gone = {picture for picture, file in files.items() if file in lost}
+        self.shards = {file for file in files.values() if file and file.endswith(".tar")} - lost
+        del files  # it may be large
+        known = {} if begins_anew else manifest.finished()
+        finished = {key: found for key, found in known.items() if key not in gone}
         for item in items_of(source, defaults):
             self._add(item, finished)
         self.gone = sum((task.row, task.image) in gone for _, task in self.missing)
@@ -119,7 +131,9 @@ class Plan:
         for number, numbered in itertools.groupby(self.missing, lambda each: each[0] // size):
             tasks = tuple(task for _, task in numbered)
             whole = min(size, self.tasks - number * size)
-            yield Unit(tasks, _shard_name(number, tasks, len(tasks) == whole))
+            # Rows that were corrected move the later ones to other numbers.
+            is_free = shard_file(f"{number:06d}") not in self.shards
+            yield Unit(tasks, _shard_name(number, tasks, is_free and len(tasks) == whole))
 
     def _difference(self, item: Item) -> str:
         """How an existing picture was drawn, where that differs from what the list now asks for."""
@@ -150,9 +164,9 @@ def after_death(unit: Unit, deaths: int) -> list[Unit]:
     return [] if is_last_try else [unit]
 
 
-def _shard_name(number: int, tasks: tuple[Task, ...], is_whole: bool) -> str:
-    """The name of a shard; a part that is drawn later must not replace the first one."""
-    return f"{number:06d}" if is_whole else f"{number:06d}-{_digest(tasks)}"
+def _shard_name(number: int, tasks: tuple[Task, ...], is_plain: bool) -> str:
+    """The name of a shard; one that is drawn later must not replace another."""
+    return f"{number:06d}" if is_plain else f"{number:06d}-{_digest(tasks)}"
 
 
 def _digest(tasks: Iterable[Task]) -> str:

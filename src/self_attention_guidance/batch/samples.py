@@ -121,18 +121,24 @@ class SampleJob:
             Task(number, 0, str(number), "", of, shared, label)
             for number, (of, label) in enumerate(zip(seeds, labels, strict=True))
         ]
+        self.overwrite = overwrite
         self.storage = Storage(str(parts_folder(self.out)))
+        self._had_folder = parts_folder(self.out).is_dir()  # the lock makes it, too
+        self._look()
+
+    def _look(self) -> None:
+        """Find what is missing, and refuse to mix or to replace what is there."""
         other = self._difference()
-        if other is not None and not overwrite:
+        if other is not None and not self.overwrite:
             raise ValueError(
                 f"out: {self.storage.url!r} holds an unfinished run with {other}: go on with its"
                 " settings, choose another place, or start again with overwrite=True"
             )
         self.is_written = self._is_written()
         missing = () if self.is_written else self.tasks if other else self._missing()
-        self.drawn = num_samples - len(missing)
+        self.drawn = len(self.tasks) - len(missing)
         if missing:
-            check_free([self.out], overwrite)
+            check_free([self.out], self.overwrite)
 
     def run(
         self,
@@ -156,24 +162,33 @@ class SampleJob:
 
         Raises:
             ValueError: An argument is outside its range or does not fit the model, or another run
-                draws into the same file.
+                draws into the same file, or left pictures with other settings meanwhile.
+            FileExistsError: Another run has written the file meanwhile.
             FloatingPointError: A prediction is NaN or infinite.
-            RuntimeError: Three workers died while they had the same batch.
+            ChildProcessError: Three workers died while they had the same batch, or the device no
+                longer responds.
         """
         check_count("batch_size", batch_size)
         crew = crew or Crew()
         if not crew.is_here and load is None:
             raise ValueError("load must be given for more than one worker")
         started, seconds, count = time.monotonic(), 0.0, len(self.tasks)
-        with self.storage.locked():
-            try:
-                if not self.is_written:
-                    self._draw(batch_size, crew, self._artist(crew, load, on_progress), on_progress)
-                    seconds = time.monotonic() - started
-                    self._write_files()
-                self.storage.remove(JOB, IMAGES)
-            finally:
-                self._remove_if_empty()
+        is_left = False
+        try:
+            with self.storage.locked():
+                try:
+                    self._look()  # again: another run may have come first
+                    if not self.is_written:
+                        artist = self._artist(crew, load, on_progress)
+                        self._draw(batch_size, crew, artist, on_progress)
+                        seconds = time.monotonic() - started
+                        self._write_files()
+                    self.storage.remove(JOB, IMAGES)
+                finally:
+                    is_left = self._is_empty() and not self._remove_folder()
+        finally:
+            if is_left:
+                self._remove_folder()
         drawn, self.drawn = count - self.drawn, count
         return FinishedSamples(
             path=self.out, grid=grid_path(self.out), count=count, drawn=drawn, seconds=seconds
@@ -208,7 +223,7 @@ class SampleJob:
         for unit, result in distribute(batches, worker, crew):
             if isinstance(result, Lost):
                 first, last = unit.tasks[0].row, unit.tasks[-1].row
-                raise RuntimeError(f"samples {first} to {last}: {result.reason}")
+                raise ChildProcessError(f"samples {first} to {last}: {result.reason}")
             if on_progress is not None and not crew.is_here:
                 on_progress(len(unit.tasks))
 
@@ -231,7 +246,7 @@ class SampleJob:
 
     def _is_written(self) -> bool:
         """Whether a run was killed after the files were written, before its parts were deleted."""
-        if not (self.out.exists() and parts_folder(self.out).is_dir()):
+        if not (self.out.exists() and self._had_folder):
             return False
         with suppress(ValueError):
             stored = read_record(self.out)
@@ -270,14 +285,22 @@ class SampleJob:
                 raise self.storage.damaged(name, error, remedy) from error
             yield pixels.reshape(1, *pixels.shape[:2], -1)
 
-    def _remove_if_empty(self) -> None:
-        """Remove the folder, unless it holds pictures or other programs' files."""
+    def _is_empty(self) -> bool:
+        """Whether the folder holds no pictures; what they would need is then removed."""
         if any(map(self.storage.names, self.storage.names(IMAGES))):
-            return
+            return False
         self.storage.remove(JOB, IMAGES, UNFINISHED)
+        return True
+
+    def _remove_folder(self) -> bool:
+        """Remove the folder, unless it holds other programs' files; whether its lock is removed."""
+        try:
+            (parts_folder(self.out) / LOCK).unlink(missing_ok=True)
+        except OSError:  # Windows deletes no file that is open
+            return False
         with suppress(OSError):
-            (parts_folder(self.out) / LOCK).unlink()
             parts_folder(self.out).rmdir()
+        return True
 
 
 def _loaded_artist(

@@ -6,6 +6,7 @@ import json
 import os
 import threading
 import time
+import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Generator, Iterable
@@ -50,6 +51,7 @@ class Storage:
             ValueError: fsspec does not know this kind of URL.
         """
         self.url, self.argument = url, argument
+        self._is_taken = False  # whether another run has the lock that this one had
         self._files, self._root = self._open()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -97,12 +99,15 @@ class Storage:
             name: Name of the file, with "/" between folders.
 
         Raises:
-            OSError: It cannot be written, for example because the disk is full.
+            OSError: It cannot be written, for example because the disk is full, or another run
+                holds the lock now.
         """
         if self.is_local:  # fsspec's own transactions use another file system
             with whole_file(self._path(name), folder=self._path(UNFINISHED)) as file:
                 yield file
             return
+        if self._is_taken:
+            raise OSError("another run took the folder over, as this one could not renew its lock")
         # A separate connection: the lock, written meanwhile, must not be in the transaction.
         files, _ = self._open(skip_instance_cache=True)
         with files.transaction, files.open(self._path(name), "wb") as file:
@@ -115,7 +120,7 @@ class Storage:
             name: Name of the file.
         """
         try:
-            return cast("bytes", self._files.cat_file(self._path(name)))
+            return cast("bytes", self._fresh().cat_file(self._path(name)))
         except FileNotFoundError:
             return None
 
@@ -153,7 +158,7 @@ class Storage:
         Args:
             name: Name of the file.
         """
-        return bool(self._files.isfile(self._path(name)))
+        return bool(self._fresh().isfile(self._path(name)))
 
     def open(self, name: str) -> Any:
         """A file to read.
@@ -161,7 +166,7 @@ class Storage:
         Args:
             name: Name of the file.
         """
-        return self._files.open(self._path(name), "rb")
+        return self._fresh().open(self._path(name), "rb")
 
     def names(self, folder: str) -> list[str]:
         """Names of the files directly in a folder, sorted; each begins with the folder's name.
@@ -185,7 +190,7 @@ class Storage:
 
     def _sizes(self, folder: str) -> dict[str, int]:
         try:
-            found = cast("list[dict[str, Any]]", self._files.ls(self._path(folder), detail=True))
+            found = cast("list[dict[str, Any]]", self._fresh().ls(self._path(folder), detail=True))
         except FileNotFoundError:
             return {}
         return {f"{folder}/{each['name'].rsplit('/', 1)[-1]}": each["size"] for each in found}
@@ -198,7 +203,7 @@ class Storage:
         """
         for name in names:
             with suppress(FileNotFoundError):
-                self._files.rm(self._path(name), recursive=True)
+                self._fresh().rm(self._path(name), recursive=True)
 
     @contextmanager
     def locked(self) -> Generator[None]:
@@ -221,6 +226,11 @@ class Storage:
         except (ValueError, ImportError) as error:
             raise ValueError(f"{self.argument}={self.url!r} cannot be used: {error}") from error
 
+    def _fresh(self) -> Any:
+        """The file system as it is now: other connections and other processes write to it."""
+        self._files.invalidate_cache()
+        return self._files
+
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"
 
@@ -233,16 +243,19 @@ class Storage:
 
     @contextmanager
     def _lease(self) -> Generator[None]:
-        if time.time() - _time_of(self.read(LOCK)) < _LOCK_SECONDS:
-            raise self._in_use()
+        owner = uuid.uuid4().hex
+        self._take_lock(owner)
         ended = threading.Event()
 
         def keep() -> None:
             # In a thread, because a single picture may take longer than a lock lasts.
             while not ended.wait(_LOCK_SECONDS / 4):
-                self._write_lock()
+                with suppress(Exception):  # the network may fail; a lock lasts for several tries
+                    self._is_taken = _owner_of(self.read(LOCK)) != owner
+                    if self._is_taken:
+                        return
+                    self.write(LOCK, _lock_of(owner))
 
-        self._write_lock()
         keeper = threading.Thread(target=keep, daemon=True)
         keeper.start()
         try:
@@ -250,10 +263,36 @@ class Storage:
         finally:
             ended.set()
             keeper.join()
-            self.remove(LOCK)
+            with suppress(Exception):  # it ends by itself, too
+                if _owner_of(self.read(LOCK)) == owner:
+                    self.remove(LOCK)
+            self._is_taken = False
 
-    def _write_lock(self) -> None:
-        self.write(LOCK, json.dumps({"time": time.time()}).encode())
+    def _take_lock(self, owner: str) -> None:
+        lock = self.read(LOCK)
+        if abs(time.time() - _time_of(lock)) < _LOCK_SECONDS:
+            raise self._in_use()
+        if lock is None and self._create(LOCK, _lock_of(owner)):
+            return
+        if lock is not None:
+            # Another machine's clock may be wrong. A lock that a run holds is renewed meanwhile.
+            time.sleep(_LOCK_SECONDS / 3)
+            if self.read(LOCK) != lock:
+                raise self._in_use()
+        self.write(LOCK, _lock_of(owner))
+        time.sleep(_LOCK_SECONDS / 60)  # of several runs that write, the last one has the lock
+        if _owner_of(self.read(LOCK)) != owner:
+            raise self._in_use()
+
+    def _create(self, name: str, content: bytes) -> bool:
+        """Write a file unless there is one; whether this store can do so in one step."""
+        try:
+            self._files.pipe_file(self._path(name), content, mode="create")
+        except FileExistsError:
+            raise self._in_use() from None
+        except Exception:  # each store has its own error for what it does not know
+            return False
+        return True
 
     def _in_use(self) -> ValueError:
         return ValueError(
@@ -278,6 +317,17 @@ def json_object(content: object, **kinds: type | UnionType) -> dict[str, Any]:
         if name not in found or not isinstance(found[name], kind):
             raise ValueError(f"{name} is missing, or of another type")
     return cast("dict[str, Any]", found)
+
+
+def _lock_of(owner: str) -> bytes:
+    return json.dumps({"time": time.time(), "owner": owner}).encode()
+
+
+def _owner_of(lock: bytes | None) -> str | None:
+    """The run that wrote a lock; `None` if it is damaged."""
+    with suppress(ValueError):
+        return str(json_object(lock or b"{}", owner=str)["owner"])
+    return None
 
 
 def _time_of(lock: bytes | None) -> float:

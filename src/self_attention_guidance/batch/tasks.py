@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..checks import check_count, check_finite, check_text, seeds_of
@@ -28,6 +28,8 @@ COLUMNS = (
     "strength",
 )
 _MOST_IMAGES = 100_000
+# Settings that are whole numbers; all other numbers may have fractions.
+_WHOLE = ("num_inference_steps", "width", "height")
 # What a model without prompts has no use for.
 _OF_PROMPTS = (
     *("prompt", "negative_prompt", "width", "height", "guidance_scale", "image", "mask"),
@@ -60,6 +62,10 @@ class Task:
         seed: Its seed.
         settings: All other settings, without classes.
         label: Its class; `None` leaves it to the model.
+        digest: 64 bits that identify its picture; its place in the list and its id do not count.
+
+    Raises:
+        ValueError: A start picture can't be read.
     """
 
     row: int
@@ -69,19 +75,25 @@ class Task:
     seed: int
     settings: GenerationSettings | SampleSettings
     label: int | None = None
+    digest: int = field(init=False)
 
-    @property
-    def name(self) -> str:
-        """The name of its file, without ending; names sort in the order of the list."""
-        return f"{self.row:09d}-{self.image:03d}"
-
-    @property
-    def digest(self) -> int:
-        """64 bits that identify its picture; its place in the list and its id do not count."""
+    def __post_init__(self) -> None:
+        """Compute the digest: later, a start picture may be gone."""
         settings = self.settings
         is_prompted = isinstance(settings, GenerationSettings)
         pictures = digests(settings).values() if is_prompted else ()
-        return _digest((self.prompt, self.seed, *astuple(settings), *pictures))
+        # A model's 3 and the 3.0 of an option are one setting.
+        values = (
+            float(value) if type(value) is int and name not in _WHOLE else value
+            for name, value in vars(settings).items()
+        )
+        digest = _digest((self.prompt, self.seed, *values, *pictures))
+        object.__setattr__(self, "digest", digest)
+
+    @property
+    def name(self) -> str:
+        """The name of its file, without ending; names sort in the order of rows."""
+        return f"{self.row:09d}-{self.image:03d}"
 
 
 @dataclass(frozen=True)
@@ -164,7 +176,7 @@ def tasks_of(row: int, values: Mapping[str, Any] | ValueError, defaults: Default
     count = _whole("num_images", filled.get("num_images", defaults.num_images))
     if count > _MOST_IMAGES:
         raise ValueError(f"num_images={count} must be at most {_MOST_IMAGES}")
-    name = _name(row, filled.get("id"))
+    name = check_text("id", _name(row, filled.get("id")))
     seeds = enumerate(seeds_of(seed, count))
     return [Task(row, image, name, prompt, number, settings) for image, number in seeds]
 
@@ -182,9 +194,9 @@ def bad_row(row: int, values: Mapping[str, Any] | ValueError, error: ValueError)
     prompt = cells.get("prompt")
     return BadRow(
         row,
-        _clean(_name(row, cells.get("id"))),
-        _clean(str(prompt))[:1000] if prompt is not None else "",
-        _clean(line)[:1000],
+        clean(_name(row, cells.get("id"))),
+        clean(str(prompt))[:1000] if prompt is not None else "",
+        clean(line)[:1000],
     )
 
 
@@ -217,7 +229,9 @@ def _settings(filled: Mapping[str, Any], defaults: Defaults) -> GenerationSettin
     for column in ("guidance_scale", "sag_scale", "strength"):
         if column in filled:
             changes[column] = _number(column, filled[column])
-    settings = replace(defaults.settings, **changes) if changes else defaults.settings
+    if not changes:  # the defaults have been checked
+        return defaults.settings
+    settings = replace(defaults.settings, **changes)
     _check_limits(settings, defaults)
     return settings
 
@@ -236,8 +250,12 @@ def _check_limit(column: str, value: int, defaults: Defaults) -> None:
         raise ValueError(f"{column}={value!r:.60} must be at most {most} (--{option})")
 
 
-def _clean(text: str) -> str:
-    """Text that UTF-8 can hold."""
+def clean(text: str) -> str:
+    """Text that UTF-8 can hold.
+
+    Args:
+        text: The text; what is not a character in it becomes "?".
+    """
     return text.encode("utf-8", "replace").decode("utf-8")
 
 

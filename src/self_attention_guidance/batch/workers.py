@@ -14,12 +14,13 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import logging
+import math
 import os
 import pickle
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
@@ -98,6 +99,8 @@ def distribute(
     make_worker: Callable[[], Worker[Unit, Result]],
     crew: Crew | None = None,
     after_death: AfterDeath[Unit] | None = None,
+    on_ready: Callable[[], object] = lambda: None,
+    note: Callable[[str], object] = lambda line: None,
 ) -> Generator[tuple[Unit, Result | Lost]]:
     """Distribute units of work, and yield each unit with its result when it is finished.
 
@@ -112,14 +115,18 @@ def distribute(
         after_death: Called with a unit whose worker died, and the number of workers that died with
             it. Returns what to do instead: the unit itself to try it again, its parts to find
             the cause, or nothing to give it up. `None` tries each unit three times.
+        on_ready: Called once, when the first worker is made, before it gets a unit.
+        note: Called with a line if workers wait for CPUs or GPUs of a cluster.
 
     Raises:
+        ValueError: This machine has too few GPUs.
         Exception: What `make_worker` or a worker raised.
+        ChildProcessError: Workers die before they can start, or Ray itself fails.
     """
     crew = crew or Crew()
     if crew.is_here:
-        return _here(units, make_worker, crew)
-    return _OnRay(units, make_worker, crew, after_death or _again).run()
+        return _here(units, make_worker, crew, on_ready)
+    return _OnRay(units, make_worker, crew, after_death or _again, on_ready, note).run()
 
 
 def _again(unit: Unit, deaths: int) -> Sequence[Unit]:
@@ -127,7 +134,10 @@ def _again(unit: Unit, deaths: int) -> Sequence[Unit]:
 
 
 def _here(
-    units: Iterable[Unit], make_worker: Callable[[], Worker[Unit, Result]], crew: Crew
+    units: Iterable[Unit],
+    make_worker: Callable[[], Worker[Unit, Result]],
+    crew: Crew,
+    on_ready: Callable[[], object],
 ) -> Generator[tuple[Unit, Result | Lost]]:
     import torch
 
@@ -137,7 +147,9 @@ def _here(
         worker = None
         for unit in units:
             # Loading a model takes long, and there may be nothing to do.
-            worker = worker or make_worker()
+            if worker is None:
+                worker = make_worker()
+                on_ready()
             yield unit, worker(unit)
     finally:
         torch.set_num_threads(threads)
@@ -190,11 +202,16 @@ class _OnRay(Generic[Unit, Result]):
         make_worker: Callable[[], Worker[Unit, Result]],
         crew: Crew,
         after_death: AfterDeath[Unit],
+        on_ready: Callable[[], object],
+        note: Callable[[str], object],
     ) -> None:
         self.units = iter(units)
         self.make_worker = make_worker
         self.crew = crew
         self.after_death = after_death
+        self.on_ready: Callable[[], object] | None = on_ready
+        self.note = note
+        self.patience: float | None = _PATIENCE_SECONDS
         self.waiting: deque[_Piece[Unit]] = deque()
         self.idle: list[Any] = []
         # Running calls: an actor with its piece, or with `None` while it makes its worker.
@@ -203,34 +220,70 @@ class _OnRay(Generic[Unit, Result]):
 
     def run(self) -> Generator[tuple[Unit, Result | Lost]]:
         """Yield what `distribute` yields."""
+        from ray.exceptions import RayError
+
+        try:
+            yield from self._run()
+        except RayError as error:
+            cause = " ".join(str(error).split())[:200]
+            raise ChildProcessError(f"Ray failed: {cause}") from error
+
+    def _run(self) -> Generator[tuple[Unit, Result | Lost]]:
         import ray
 
-        with _running_ray(self.crew):
-            actors = self._actors()
+        with _running_ray(self.crew) as is_own:
+            actors = self._actors(is_own)
             try:
                 for actor in actors:
                     self._prepare(actor)
                 while self._assign() or any(piece for _, piece in self.running.values()):
-                    (done,), _ = ray.wait(list(self.running), num_returns=1)
-                    yield from self._finished(done)
+                    found, _ = ray.wait(list(self.running), num_returns=1, timeout=self.patience)
+                    if not found:
+                        self.note(
+                            f"no worker is ready after {self.patience:.0f} s: they load the model,"
+                            " or wait for CPUs or GPUs that others use"
+                        )
+                    self.patience = None
+                    for done in found:
+                        yield from self._finished(done)
             finally:
                 for actor in actors:
                     ray.kill(actor)
 
-    def _actors(self) -> list[Any]:
+    def _actors(self, is_own: bool) -> list[Any]:
         import ray
         from ray import cloudpickle
 
         gpus = self.crew.gpus
         if gpus is None:
-            available = float(ray.cluster_resources().get("GPU", 0))
-            gpus = min(1.0, available / self.crew.workers)
+            # A worker's share must be on one GPU.
+            available = int(ray.cluster_resources().get("GPU", 0))
+            gpus = 1 / math.ceil(self.crew.workers / available) if available else 0.0
         threads = self.crew.threads or 1
+        self._check_room(threads, gpus, is_own)
         kind: Any = ray.remote(
             num_cpus=threads, num_gpus=gpus, max_restarts=-1, max_task_retries=0
         )(_Station)
         make_worker = cloudpickle.dumps(self.make_worker)
         return [kind.remote(make_worker, threads) for _ in range(self.crew.workers)]
+
+    def _check_room(self, threads: int, gpus: float, is_own: bool) -> None:
+        """Say which workers would wait for ever, or until a cluster has more nodes."""
+        import ray
+
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        room = sum(_room(node, threads, gpus) for node in nodes)
+        if room >= self.crew.workers:
+            return
+        if is_own:  # there are CPUs for all
+            raise ValueError(
+                f"gpus={gpus:g} for each of {self.crew.workers} workers: this machine has GPUs for"
+                f" {room} of them"
+            )
+        self.note(
+            f"the cluster has room for {room} of {self.crew.workers} workers with {threads} CPUs"
+            f" and {gpus:g} GPUs each: the others wait for more nodes"
+        )
 
     def _prepare(self, actor: Any) -> None:
         self.running[actor.prepare.remote()] = (actor, None)
@@ -264,6 +317,9 @@ class _OnRay(Generic[Unit, Result]):
                 yield from self._died(piece, error)
             return
         self._succeeded()
+        if self.on_ready is not None:
+            self.on_ready()
+            self.on_ready = None
         self.idle.append(actor)
         if piece is not None:
             yield piece.unit, result
@@ -277,7 +333,7 @@ class _OnRay(Generic[Unit, Result]):
             self.failed_preparations += 1
             if self.failed_preparations > TRIES * self.crew.workers:
                 cause = " ".join(str(error).split())[:200]
-                raise RuntimeError(
+                raise ChildProcessError(
                     f"workers die before they can start: is there enough memory? ({cause})"
                 )
             return
@@ -290,13 +346,24 @@ class _OnRay(Generic[Unit, Result]):
             yield piece.unit, Lost(reason)
 
 
+def _room(node: Mapping[str, float], threads: int, gpus: float) -> int:
+    """Number of workers that a node has room for."""
+    cpus = int(node.get("CPU", 0) // threads)
+    if not gpus:
+        return cpus
+    number = node.get("GPU", 0)
+    # A GPU is not shared in part with another one.
+    of_gpus = int(number // gpus) if gpus >= 1 else int(number) * int(1 / gpus + 1e-9)
+    return min(cpus, of_gpus)
+
+
 @contextmanager
-def _running_ray(crew: Crew) -> Generator[None]:
-    """Run Ray while it is needed, unless it runs already."""
+def _running_ray(crew: Crew) -> Generator[bool]:
+    """Run Ray while it is needed, unless it runs already; yield whether it is for this job only."""
     import ray
 
     if ray.is_initialized():
-        yield
+        yield False
         return
     check_reachable(crew.address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -310,7 +377,7 @@ def _running_ray(crew: Crew) -> Generator[None]:
         cause = " ".join(str(error).split())[:200]
         raise ValueError(f"address={crew.address!r} cannot be used: {cause}") from error
     try:
-        yield
+        yield crew.address is None
     finally:
         ray.shutdown()
 

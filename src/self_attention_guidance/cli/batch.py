@@ -126,7 +126,8 @@ class BatchCommand(OneScaleOptions):
             try:
                 summary = job.run(crew, report, lambda line: note(line, self.quiet))
             except KeyboardInterrupt:
-                typer.echo(f"{_report(latest())}; the same command resumes", err=True)
+                without = " without --overwrite" if self.overwrite and latest().drawn else ""
+                typer.echo(f"{_report(latest())}; the same command{without} resumes", err=True)
                 raise
         print_line(json.dumps(asdict(summary)) if self.as_json else _report(summary))
         if summary.failed:
@@ -211,6 +212,7 @@ def _model_and_defaults(options: BatchCommand) -> tuple[Model, Defaults]:
         scheduler=options.scheduler,
         fast=options.fast,
         guidance=options.guidance_arguments(),
+        max_size=options.max_size,
     )
     return model, options.defaults(model.settings(**options.generation_arguments()))
 

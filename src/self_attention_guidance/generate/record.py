@@ -140,7 +140,7 @@ def fingerprint(module: nn.Module) -> str:
     """Identify a network by its class, configuration and weights.
 
     Args:
-        module: A network on any device.
+        module: A network on any device; its weights may be offloaded.
 
     Returns:
         The class and a hash, for example "UNet2DModel 0a1b2c3d4e5f6071".
@@ -151,9 +151,25 @@ def fingerprint(module: nn.Module) -> str:
     digest.update(json.dumps(known, sort_keys=True, default=_plain).encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().flatten()
+        weights: Any = _offloaded(module, name) if tensor.is_meta else tensor
+        flat = weights.detach().cpu().contiguous().flatten()
         digest.update(flat.view(torch.uint8).numpy())
     return f"{type(module).__name__} {digest.hexdigest()[:16]}"
+
+
+def _offloaded(module: nn.Module, name: str) -> torch.Tensor:
+    """A weight that accelerate puts into its layer only while that computes."""
+    layer, _, rest = name.rpartition(".")
+    while True:
+        hook = getattr(module.get_submodule(layer), "_hf_hook", None)
+        for each in getattr(hook, "hooks", [hook]):
+            weights = getattr(each, "weights_map", None)
+            if weights is not None and rest in weights:
+                return weights[rest]
+        if not layer:
+            raise ValueError(f"the weights {name} of {type(module).__name__} are not there")
+        layer, _, last = layer.rpartition(".")  # one hook may move the weights of several layers
+        rest = f"{last}.{rest}"
 
 
 def _guidance(guidance: Guidance | GuidanceSum, scale: float | None) -> dict[str, Any]:
