@@ -69,7 +69,7 @@ def test_held_terms_are_rescaled_by_their_own_branch(name: str) -> None:
     with PerturbedAttentionGuidance(6.0, every=2, rescale=1.0).attach(pipe) as handle:
 
         def compare(_: Any, args: Any, kwargs: Any, output: Any) -> None:
-            if not handle._run.is_weak:
+            if not handle._each.of(pipe.transformer).run.is_weak:
                 ratios.append(float(output[0].std() / plain(*args, **kwargs)[0].std()))
 
         pipe.transformer.register_forward_hook(compare, with_kwargs=True)

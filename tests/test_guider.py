@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -237,6 +239,23 @@ def test_scale_zero_is_bit_equal_to_no_guidance(pipe: Any) -> None:
     plain = draw_modular(modular_xl(pipe, ClassifierFreeGuidance(5.0)))
     guider = SelfAttentionGuider(5.0, sag_scale=0.0)
     assert torch.equal(draw_modular(modular_xl(pipe, guider)), plain)
+
+
+def test_copies_of_a_guider_may_have_a_thread_each(pipe: Any) -> None:
+    guider, both_inside = GuidanceGuider(METHODS["several"], 5.0), threading.Barrier(2)
+    expected = draw_modular(modular_xl(pipe, guider))  # from now on the guider has a run
+
+    def wait(*_: object) -> None:
+        both_inside.wait(10)
+
+    copied = modular_xl(copy.deepcopy(pipe), copy.deepcopy(guider))
+    with ThreadPoolExecutor(2) as pool:
+        both = modular_xl(pipe, guider), copied
+        hooks = [each.unet.mid_block.register_forward_pre_hook(wait) for each in both]
+        found = [pool.submit(draw_modular, each) for each in both]
+        assert all(torch.equal(each.result(), expected) for each in found)
+        for hook in hooks:
+            hook.remove()
 
 
 @pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, DDIMScheduler])

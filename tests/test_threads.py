@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -174,3 +175,22 @@ def test_unsynchronised_threads_are_never_mixed(shared: Any) -> None:
         results = list(pool.map(work, range(3)))
     assert all(all(right) for right in results)
     assert any(results)
+
+
+def test_deep_copies_of_a_guided_pipeline_may_have_a_thread_each(shared: Any) -> None:
+    """Both are held inside each pass, where one could read the other's attention."""
+    pipe = pipeline_on(shared)
+    alone = draw(pipe, 3.0)
+    both_inside = threading.Barrier(2)
+
+    def wait(*_: object) -> None:
+        both_inside.wait(10)
+
+    with pipe.guidance.attach(pipe), ThreadPoolExecutor(2) as pool, ExitStack() as undo:
+        pipes = [pipe, copy.deepcopy(pipe)]
+        for each in pipes:
+            block = each.unet.mid_block
+            undo.enter_context(block.register_forward_pre_hook(wait))
+        found = [pool.submit(draw, each, 0.0) for each in pipes]
+        assert all(torch.equal(each.result(), alone) for each in found)
+    assert torch.equal(draw(pipes[1], 3.0), alone)

@@ -44,10 +44,6 @@ class Run:
         self._inside: threading.Thread | None = None
         self.end()
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle as a new run: another process has its own threads and runs."""
-        return Run, (False,)
-
     def end(self) -> None:
         """End the run, and drop all of its tensors."""
         self._schedules: list[Schedule] = []
