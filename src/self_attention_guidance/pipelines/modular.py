@@ -10,6 +10,7 @@ from diffusers.guiders import ClassifierFreeGuidance
 from torch import Tensor, nn
 
 from ..denoiser.caller import find_caller
+from ..denoiser.families import family_of
 from ..guidance import Branch, Guidance, GuidanceHandle, SelfAttentionGuidance, attach
 
 
@@ -26,6 +27,7 @@ class _Guider(ClassifierFreeGuidance):
         self.scheduler: Any = None
         self._present: dict[Branch, GuidanceHandle] = {}
         self._earlier: GuidanceHandle | None = None
+        self._is_negated = False
 
     @property
     def guidance_handle(self) -> GuidanceHandle | None:
@@ -67,6 +69,7 @@ class _Guider(ClassifierFreeGuidance):
         scheduler = self._scheduler_that_runs()
         handle = attach(denoiser, *self.guidances, scheduler=scheduler, batch_layout="single")
         handle.remove_after_call(self._earlier, numbers)
+        self._is_negated = family_of(denoiser).is_negated
         self._present[branch] = self._earlier = handle
 
     def cleanup_models(self, denoiser: nn.Module) -> None:
@@ -88,7 +91,8 @@ class _Guider(ClassifierFreeGuidance):
         """Add the terms of all guidances to both predictions, and apply classifier-free guidance.
 
         Args:
-            pred_cond: The conditional prediction, of any shape.
+            pred_cond: The conditional prediction, as the scheduler takes it: pipelines negate that
+                of Z-Image. It may lack the tokens of pictures behind the one that is denoised.
             pred_uncond: The unconditional prediction, same shape; `None` without classifier-free
                 guidance.
 
@@ -109,8 +113,8 @@ class _Guider(ClassifierFreeGuidance):
             self.guidance_handles = tuple(guided[branch] for branch in sorted(guided))
         # The prediction of a guided branch already contains its terms.
         if pred_uncond is not None:
-            pred_uncond = _with_term(pred_uncond, guided.get("cond"))
-            pred_cond = _with_term(pred_cond, guided.get("uncond"))
+            pred_uncond = self._with_term(pred_uncond, guided.get("cond"))
+            pred_cond = self._with_term(pred_cond, guided.get("uncond"))
         return super().forward(pred_cond, pred_uncond)
 
     def _branches(self) -> dict[int, Branch]:
@@ -136,16 +140,17 @@ class _Guider(ClassifierFreeGuidance):
             )
         return scheduler
 
+    def _with_term(self, prediction: Tensor, handle: GuidanceHandle | None) -> Tensor:
+        """Add the term that a handle added to the other prediction."""
+        if handle is None or handle.term is None:
+            return prediction
+        # The tokens of other pictures come last, and the pipeline may have cut them off.
+        term = handle.term[:, : prediction.shape[1]]
+        return (prediction + (-term if self._is_negated else term)).to(prediction.dtype)
+
     def _release(self) -> None:
         for handle in self._present.values():
             handle.remove()
-
-
-def _with_term(prediction: Tensor, handle: GuidanceHandle | None) -> Tensor:
-    """Add the term that a handle added to the other prediction."""
-    if handle is None or handle.term is None:
-        return prediction
-    return (prediction + handle.term).to(prediction.dtype)
 
 
 class GuidanceGuider(_Guider):
