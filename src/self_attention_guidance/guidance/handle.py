@@ -269,6 +269,8 @@ class GuidanceHandle:
         self._has_begun = True
         one.stop_reading()
         call, caller = call_of(module, args, kwargs), find_caller(self._pipeline())
+        if caller is not None:
+            caller.refuse_not_drawing()
         run.at(call, caller, self._scheduler)
         if run.is_new:
             refuse_caches(module)
