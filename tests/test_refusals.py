@@ -24,6 +24,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.hooks import apply_first_block_cache, apply_layerwise_casting
+from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor
 
 import tiny_pixels
@@ -290,6 +291,21 @@ def test_after_a_thread_was_stopped_in_a_pass_another_one_goes_on(pipe: Any, err
         hook.remove()
         assert torch.equal(draw(pipe), expected)  # while that thread lives on
         assert torch.equal(pool.submit(draw, pipe).result(), expected)
+
+
+def test_a_processor_that_was_set_after_ctrl_c_stays(pipe: Any) -> None:
+    class Mine(AttnProcessor2_0):
+        pass
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with SelfAttentionGuidance(1.0).attach(pipe):
+        with pipe.unet.conv_out.register_forward_pre_hook(stop), pytest.raises(KeyboardInterrupt):
+            draw(pipe)
+        pipe.unet.set_attn_processor(Mine())
+        draw(pipe)
+    assert {type(each) for each in pipe.unet.attn_processors.values()} == {Mine}
 
 
 class Passing(UNet2DConditionModel):
