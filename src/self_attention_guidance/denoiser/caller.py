@@ -90,6 +90,14 @@ class Caller:
         return bool(getattr(self.pipeline, _CFG)) if _CFG in code.co_names else None
 
     @property
+    def turns(self) -> object:
+        """What is the same in a pipeline's whole call, if its scheduler gets other tables in it.
+
+        The views of a panorama take turns at each step, each with a copy of the scheduler's tables.
+        """
+        return self.frame.f_locals.get("views_scheduler_status") if self.is_known else None
+
+    @property
     def schedulers(self) -> list[Any]:
         """The pipeline's schedulers, its `scheduler` first."""
         own = getattr(self.pipeline, "scheduler", None)

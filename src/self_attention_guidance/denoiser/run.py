@@ -48,6 +48,7 @@ class Run:
         """End the run, and drop all of its tensors."""
         self._schedules: list[Schedule] = []
         self._left_at: set[int] = set()
+        self._turns: object = None
         self._begin(Schedule(None))
 
     def _begin(self, schedule: Schedule) -> None:
@@ -99,6 +100,10 @@ class Run:
         """Find the step of a call, of the given scheduler or else of one of the caller's."""
         self._has_waited = False
         schedule = self._schedule_at(call, caller) if given is None else self._schedule_of(given)
+        turns = None if caller is None else caller.turns
+        if turns is not None and turns is self._turns:
+            self.schedule = schedule
+        self._turns = turns
         is_other = schedule is not self.schedule
         if is_other:
             check_scheduler(schedule.scheduler)
