@@ -149,6 +149,51 @@ def test_pictures_with_timesteps_of_their_own_cost_one_wait(kind: str) -> None:
     assert max(waits) <= 1
 
 
+@pytest.mark.parametrize("is_view", [True, False])
+def test_what_a_step_leaves_unread_the_next_one_reads(is_view: bool) -> None:
+    """Also if each step waits, because its timestep is no view of the scheduler's."""
+    unet, scheduler = tiny_unet(), tiny_scheduler()
+    scheduler.set_timesteps(6)
+    with torch.no_grad():
+        unet.conv_out.weight[0] = torch.nan
+    scheduler.timesteps = scheduler.timesteps.as_subclass(OnDevice)
+    x, texts = torch.randn(1, 4, 8, 8), torch.randn(1, 7, 32)
+    guidance = BlurGuidance(1.0).attach(unet, scheduler=scheduler, batch_layout="single")
+    with guidance, torch.no_grad(), pytest.raises(FloatingPointError, match=r"step 0 \(time"):
+        for t in scheduler.timesteps[:2]:
+            t = t if is_view else torch.stack([t])
+            unet(x.as_subclass(OnDevice), t, texts.as_subclass(OnDevice))
+
+
+def test_timesteps_and_what_was_left_unread_cost_one_wait() -> None:
+    unet, scheduler = tiny_unet(), tiny_scheduler()
+    scheduler.set_timesteps(6)
+    scheduler.timesteps = scheduler.timesteps.as_subclass(OnDevice)
+    x, texts = torch.randn(1, 4, 8, 8), torch.randn(1, 7, 32)
+    guidance = BlurGuidance(1.0).attach(unet, scheduler=scheduler, batch_layout="single")
+    waits: list[int] = []
+    with guidance as handle, torch.no_grad():
+        for t in scheduler.timesteps:
+            with counted() as waited:
+                unet(x.as_subclass(OnDevice), torch.stack([t]), texts.as_subclass(OnDevice))
+                waits.append(waited())
+            assert len(handle._each.of(unet).run._checks) <= 4  # of one step
+    assert waits[1:-1] == [1] * 4
+
+
+def test_checks_of_a_stopped_run_are_not_raised_by_the_next_one() -> None:
+    unet, scheduler = tiny_unet(), tiny_scheduler()
+    scheduler.set_timesteps(6)
+    scheduler.timesteps = scheduler.timesteps.as_subclass(OnDevice)
+    bad, texts = torch.full((1, 4, 8, 8), torch.nan), torch.randn(1, 7, 32).as_subclass(OnDevice)
+    good = torch.randn(1, 4, 8, 8)
+    guidance = BlurGuidance(1.0).attach(unet, scheduler=scheduler, batch_layout="single")
+    with guidance, torch.no_grad():
+        unet(bad.as_subclass(OnDevice), torch.stack([scheduler.timesteps[1]]), texts)
+        for t in scheduler.timesteps:
+            unet(good.as_subclass(OnDevice), torch.stack([t]), texts)
+
+
 def test_not_finite_is_reported_although_the_first_step_does_not_wait_for_it() -> None:
     unet, scheduler = tiny_unet(), tiny_scheduler()
     scheduler.set_timesteps(3)

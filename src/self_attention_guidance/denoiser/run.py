@@ -42,6 +42,7 @@ class Run:
         self._interrupted: dict[threading.Thread, int] = {}
         self._entering = threading.Lock()
         self._inside: threading.Thread | None = None
+        self._timesteps: list[float] | None = None
         self.end()
 
     def end(self) -> None:
@@ -60,6 +61,8 @@ class Run:
         self._layouts: dict[int, Layout] = {}
         self._copies: list[tuple[Tensor, Tensor]] = []
         self._checks: list[tuple[Tensor, Callable[[], Exception]]] = []
+        self._failed: list[Callable[[], Exception]] = []
+        self._are_put_off = False
 
     # Threads
 
@@ -98,7 +101,7 @@ class Run:
 
     def at(self, call: Call, caller: Caller | None, given: Scheduler | None) -> None:
         """Find the step of a call, of the given scheduler or else of one of the caller's."""
-        self._has_waited = False
+        self._has_waited, self._timesteps = False, None
         schedule = self._schedule_at(call, caller) if given is None else self._schedule_of(given)
         turns = None if caller is None else caller.turns
         if turns is not None and turns is self._turns:
@@ -144,10 +147,10 @@ class Run:
             )
         if len(schedulers) == 1:
             return self._schedule_of(schedulers[0])
-        self._note_wait(call.timestep)
+        timestep = self._timesteps_of(call)[0]
         for scheduler in schedulers:
             schedule = self._schedule_of(scheduler)
-            if schedule.is_set and schedule.is_at(call.timesteps[0]):
+            if schedule.is_set and schedule.is_at(timestep):
                 return schedule
         raise _not_at(schedulers[0], call, call.timestep)
 
@@ -171,8 +174,7 @@ class Run:
             # PNDM evaluates one timestep twice, and does not say if this is the first time.
             return schedule.equal_to(place)[0], True
         if step is None:
-            self._note_wait(call.timestep)
-            step = schedule.step_at(call.timesteps[0])
+            step = schedule.step_at(self._timesteps_of(call)[0])
         if not 0 <= step < len(schedule):
             raise _not_at(schedule.scheduler, call, call.timestep)
         return step, step == place
@@ -219,12 +221,24 @@ class Run:
     def prediction(self, call: Call) -> Prediction:
         timesteps = self.schedule.tables["timesteps"][self.step : self.step + 1]
         if not self.schedule.has_sigmas and not call.has_one_timestep:
-            self._note_wait(call.timestep)
-            timesteps = call.timesteps if len(call.timesteps) > 1 else timesteps
+            given = self._timesteps_of(call)
+            timesteps = given if len(given) > 1 else timesteps
         prediction = self.schedule.prediction(self.step, timesteps, call.sample)
         return prediction.negated() if call.family.is_negated else prediction
 
     # Values on the device
+
+    def _timesteps_of(self, call: Call) -> list[float]:
+        """Return the timesteps of the present call; a wait for them also reads earlier checks."""
+        if self._timesteps is None:
+            checks = self._checks if is_elsewhere(call.timestep) else []
+            self._note_wait(call.timestep)
+            self._timesteps, failed = call.timesteps([each for each, _ in checks])
+            # Only `read_checks` raises them: if a new run begins, they are not its own.
+            self._failed += [error for has, (_, error) in zip(failed, checks, strict=True) if has]
+            if checks:
+                self._checks, self._are_put_off = [], False
+        return self._timesteps
 
     def on_cpu(self, tensor: Tensor) -> Tensor:
         """Copy a tensor to the CPU, once in each run."""
@@ -244,7 +258,11 @@ class Run:
 
         A step that has already waited for the device leaves its checks to the next step, if any.
         """
-        if not self._checks or (self._has_waited and self.step < len(self.schedule) - 1):
+        if self._failed:
+            raise self._failed.pop(0)()
+        may_wait = not self._has_waited or self._are_put_off
+        self._are_put_off = bool(self._checks) and not may_wait
+        if not self._checks or not (may_wait or self.step == len(self.schedule) - 1):
             return
         checks, self._checks = self._checks, []
         failed = torch.stack([each for each, _ in checks]).cpu().tolist()
