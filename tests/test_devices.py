@@ -63,6 +63,8 @@ class OnDevice(Tensor):
             cls.waits += 1
             result = super().__torch_function__(func, types, args, kwargs)
             return result.as_subclass(Tensor) if isinstance(result, Tensor) else result
+        if func is torch.stack and not all(isinstance(each, cls) for each in args[0]):
+            raise RuntimeError("all tensors must be on one device")
         asked = (*args, *kwargs.values())
         if func is torch.Tensor.double or any(each is torch.float64 for each in asked):
             raise TypeError("this device has no float64")
@@ -110,6 +112,20 @@ def test_a_guided_step_waits_for_the_device_once(name: str, layout: Any) -> None
     _, waits = draw_on_device(guidances, name, **attaching)
     assert max(waits[1:]) <= 1
     assert waits[0] <= (1 if attaching else 2)  # who does not tell the layout, pays for a look
+
+
+@pytest.mark.parametrize("form", [int, float, torch.clone])
+def test_the_timestep_may_stay_on_the_cpu(form: Callable[[Tensor], Any]) -> None:
+    unet, scheduler = tiny_unet(), tiny_scheduler()
+    scheduler.set_timesteps(3)
+    x, texts = torch.randn(1, 4, 8, 8), torch.randn(1, 7, 32)
+    guidance = BlurGuidance(1.0).attach(unet, scheduler=scheduler, batch_layout="single")
+    with guidance as handle, torch.no_grad():
+        for t in scheduler.timesteps:
+            with counted() as waited:
+                unet(x.as_subclass(OnDevice), form(t), texts.as_subclass(OnDevice))
+                assert waited() == 1
+    assert handle.steps == 3
 
 
 def test_every_step_is_looked_at_by_the_end() -> None:

@@ -265,9 +265,11 @@ class Run:
         if not self._checks or not (may_wait or self.step == len(self.schedule) - 1):
             return
         checks, self._checks = self._checks, []
-        failed = torch.stack([each for each, _ in checks]).cpu().tolist()
-        for has_failed, (_, error) in zip(failed, checks, strict=True):
-            if has_failed:
+        remote = [each for each, _ in checks if is_elsewhere(each)]
+        found = iter(torch.stack(remote).cpu().tolist() if remote else ())
+        for each, error in checks:
+            # A timestep may be on the CPU, and so is its check.
+            if next(found) if is_elsewhere(each) else bool(each):
                 raise error()
 
     def _note_wait(self, value: Any) -> None:
