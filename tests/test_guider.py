@@ -258,6 +258,13 @@ def test_classifier_free_guidance_may_end_before_the_others(pipe: Any) -> None:
     assert (drawn[2] - both).abs().max() < 1e-4 * both.abs().max()
 
 
+@pytest.mark.parametrize("of", [lambda each: each, lambda each: each.to_dict()])
+def test_a_sum_is_its_parts(of: Any) -> None:
+    first, second = SelfAttentionGuidance(0.5), PerturbedAttentionGuidance(1.0)
+    assert GuidanceGuider(of(first + second)).guidances == (first, second)
+    assert GuidanceGuider([of(first), of(second + first)]).guidances == (first, second, first)
+
+
 @pytest.mark.parametrize("guidances", [(), None, 3.0, ["pag"]])
 def test_a_guider_without_guidance_is_refused(guidances: Any) -> None:
     with pytest.raises(ValueError, match=r"^guidances=.* must be a guidance or several"):

@@ -11,7 +11,17 @@ from torch import Tensor, nn
 
 from ..denoiser.caller import find_caller
 from ..denoiser.families import family_of
-from ..guidance import Branch, Guidance, GuidanceHandle, SelfAttentionGuidance, attach
+from ..guidance import (
+    Branch,
+    Guidance,
+    GuidanceHandle,
+    GuidanceSum,
+    SelfAttentionGuidance,
+    attach,
+    guidance_of,
+)
+
+_Given = Guidance | GuidanceSum | Mapping[str, Any]
 
 
 class _Guider(ClassifierFreeGuidance):
@@ -173,7 +183,7 @@ class GuidanceGuider(_Guider):
             the guidances read and added.
 
     Args:
-        guidances: One guidance or several, or their `to_dict()`.
+        guidances: One guidance or several, also as a sum, or their `to_dict()`.
         guidance_scale: Weight of classifier-free guidance; 1 is off.
         guidance_rescale: How far the standard deviation of the prediction is pulled back to that of
             the conditional prediction, 0 to 1 (arXiv 2305.08891, Sec. 3.4).
@@ -191,7 +201,7 @@ class GuidanceGuider(_Guider):
     @register_to_config
     def __init__(
         self,
-        guidances: Guidance | Mapping[str, Any] | Sequence[Guidance | Mapping[str, Any]],
+        guidances: _Given | Sequence[_Given],
         guidance_scale: float = 7.5,
         guidance_rescale: float = 0.0,
         use_original_formulation: bool = False,
@@ -210,14 +220,12 @@ class GuidanceGuider(_Guider):
 
 def _guidances(given: Any) -> tuple[Guidance, ...]:
     several = cast("Sequence[Any]", given if isinstance(given, list | tuple) else (given,))
-    made = [
-        Guidance.from_dict(dict(each)) if isinstance(each, Mapping) else each for each in several
-    ]
-    if not made or not all(isinstance(each, Guidance) for each in made):
+    found = [guidance_of(dict(each)) if isinstance(each, Mapping) else each for each in several]
+    if not found or not all(isinstance(each, Guidance | GuidanceSum) for each in found):
         raise ValueError(
             f"guidances={given!r:.60} must be a guidance or several: SelfAttentionGuidance(0.75)"
         )
-    return tuple(made)
+    return tuple(part for each in found for part in each.parts)
 
 
 class SelfAttentionGuider(_Guider):
