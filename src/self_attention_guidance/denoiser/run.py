@@ -6,6 +6,7 @@ import functools
 import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ class Run:
         self.is_new = self.is_weak = self._has_waited = self._skips = False
         self._is_fixed = is_for_this_thread
         self._owner = threading.current_thread() if is_for_this_thread else None
-        self._interrupted: dict[threading.Thread, int] = {}
+        self._interrupted: WeakKeyDictionary[threading.Thread, int] = WeakKeyDictionary()
         self._entering = threading.Lock()
         self._inside: threading.Thread | None = None
         self._timesteps: list[float] | None = None
@@ -288,7 +289,9 @@ class Run:
 
     def compare(self, call: Call, caller: Caller | None, layout: Layout, terms: int) -> None:
         """Check a call against its layout and the call before; its step needs `terms` terms."""
-        before, self._previous = self._previous, call
+        before = self._previous
+        needs_it = layout.has_two_calls or not layout.is_given
+        self._previous = call if needs_it else None
         if layout.has_two_calls:
             cfg = None if caller is None else caller.cfg
             is_same = before is not None and before.sample is call.sample

@@ -337,7 +337,7 @@ class GuidanceHandle:
         terms, steps = guided_call.terms(whole)
         for step in steps:
             self.x0 = step.x0.detach()
-            self.noted.update(step.noted)
+            self.noted |= {name: each.detach() for name, each in step.noted.items()}
             self.steps += 1
         if guided_call.layout.has_two_calls:
             guided, terms = guided_call.run.two_calls.finish(whole, terms)
