@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from self_attention_guidance import SelfAttentionGuidance, StableDiffusionSAGPipeline, builtin_model
+from tiny_transformers import TRANSFORMERS
+from tiny_transformers import draw as draw_transformer
 
 STEPS = 4
 REFUSED = "two threads call one guided denoiser"
@@ -194,3 +197,23 @@ def test_deep_copies_of_a_guided_pipeline_may_have_a_thread_each(shared: Any) ->
         found = [pool.submit(draw, each, 0.0) for each in pipes]
         assert all(torch.equal(each.result(), alone) for each in found)
     assert torch.equal(draw(pipes[1], 3.0), alone)
+
+
+@pytest.mark.parametrize("step", [1, STEPS - 1])
+def test_a_thread_between_the_two_calls_of_a_step_is_named_as_that(step: int) -> None:
+    """Also at the last step, where the first prediction would stay unguided."""
+    pipe = TRANSFORMERS["Flux"].make()
+    other = copy.copy(pipe)
+    other.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    calls = itertools.count()  # three a step, the second one is the weakened pass
+    main = threading.current_thread()
+
+    def interrupt(*_: object) -> None:
+        if threading.current_thread() is main and next(calls) == 3 * step:
+            drawn = pool.submit(draw_transformer, "Flux", other, (3,), 3.0, num_inference_steps=1)
+            assert drawn.exception() is None
+
+    with SelfAttentionGuidance(1.5).attach(pipe), ThreadPoolExecutor(1) as pool:
+        pipe.transformer.register_forward_hook(interrupt)
+        with pytest.raises(RuntimeError, match=REFUSED):
+            draw_transformer("Flux", pipe, (3,), 3.0, num_inference_steps=STEPS)

@@ -231,6 +231,7 @@ def test_a_model_of_one_cfg_scale_keeps_it() -> None:
 def test_texts_tell_what_a_model_would_fill_in() -> None:
     plain = SelfAttentionGuidance(2.0).to_dict()
     assert guidance_text(plain) == "sag:scale=2"
+    assert guidance_text({**plain, "scale": 0.1234567}) == "sag:scale=0.1234567"
     assert guidance_text(plain, {"start", "layer"}) == "sag:scale=2,start=0,layer=none"
 
 

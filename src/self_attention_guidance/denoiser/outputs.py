@@ -103,6 +103,11 @@ class TwoCalls:
         if not self._is_second:
             self._first_terms = {}
 
+    @property
+    def owes_guidance(self) -> bool:
+        """Whether the first prediction still lacks a term, which the second call computes."""
+        return self._owes_guidance
+
     def needs_term(self, layout: Layout, branch: str) -> bool:
         """Whether the present call computes the term of a guided branch."""
         if not layout.has_two_calls:

@@ -27,6 +27,13 @@ class _Held(NamedTuple):
     passes: int
 
 
+class _Interrupted(NamedTuple):
+    """The last step of a run that another thread interrupted, and if a part of it is unguided."""
+
+    step: int
+    is_owed: bool
+
+
 class Run:
     """A run of a sampler, from its first call of the denoiser to its last.
 
@@ -40,7 +47,7 @@ class Run:
         self.is_new = self.is_weak = self._has_waited = self._skips = False
         self._is_fixed = is_for_this_thread
         self._owner = threading.current_thread() if is_for_this_thread else None
-        self._interrupted: WeakKeyDictionary[threading.Thread, int] = WeakKeyDictionary()
+        self._interrupted: WeakKeyDictionary[threading.Thread, _Interrupted] = WeakKeyDictionary()
         self._entering = threading.Lock()
         self._inside: threading.Thread | None = None
         self._timesteps: list[float] | None = None
@@ -91,11 +98,13 @@ class Run:
         thread = threading.current_thread()
         if thread is not self._owner:
             # A new run has other timesteps, or starts at an earlier one of the same timesteps.
-            continued = min(self.step, self._interrupted.pop(thread, self.step))
-            if timesteps is self.schedule.timesteps and step > continued:
+            own = self._interrupted.pop(thread, _Interrupted(self.step, False))
+            is_same = timesteps is self.schedule.timesteps
+            if (is_same and step > min(self.step, own.step)) or (own.is_owed and step >= own.step):
                 raise GuidanceError(_TWO_THREADS)
-            if self._owner is not None and self.step < len(self.schedule) - 1:
-                self._interrupted[self._owner] = self.step
+            is_owed = self.two_calls.owes_guidance
+            if self._owner is not None and (is_owed or self.step < len(self.schedule) - 1):
+                self._interrupted[self._owner] = _Interrupted(self.step, is_owed)
         self._owner = thread
 
     # Steps
@@ -303,7 +312,7 @@ class Run:
         if layout.has_halves:
             layout.rows(len(call.sample), "cond")  # refuses an odd number of them
             reason = (
-                f"batch_layout={layout.kind!r}" if layout.is_given else "they were the same before"
+                f"they count as {layout.kind!r}" if layout.is_given else "they were the same before"
             )
             message = (
                 f"the two halves of the batch hold different samples ({reason}); {_WITHOUT_CFG}"
