@@ -71,10 +71,9 @@ def as_python(value: Any) -> Any:
 
     JSON, and so the metadata of pictures, holds no others.
     """
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
-        return int(value)
-    is_real = isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral)
-    return float(value) if is_real else value
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def check_count(name: str, value: object, least: int = 1, most: int | None = None) -> int:

@@ -285,10 +285,12 @@ def _used(scheduler: Any, output: Tensor, x_t: Tensor) -> Tensor:
 
 def _batch_size(given: int | None, labels: Labels | None, latents: Tensor | None) -> int:
     """Return the number of pictures; refuse arguments that do not agree on it."""
-    is_one = isinstance(as_python(labels), int) or getattr(labels, "ndim", 1) == 0
+    has_no_axis = getattr(labels, "ndim", 1) == 0
     lengths = {
         "batch_size": None if given is None else check_count("batch_size", as_python(given)),
-        "class_labels": None if labels is None or is_one else len(labels),
+        "class_labels": (
+            None if labels is None or isinstance(labels, int) or has_no_axis else len(labels)
+        ),
         "latents": None if latents is None else len(latents),
     }
     known = {name: length for name, length in lengths.items() if length is not None}
