@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -282,9 +283,19 @@ def test_other_schedulers_move_the_noise_by_the_gradient() -> None:
     assert difference(found, x) < 1e-4 * x.abs().max()
 
 
+def test_classifier_guidance_works_in_inference_mode() -> None:
+    pipe = pipeline(DDIMScheduler(), SelfAttentionGuidance(0), classifier=small_classifier())
+    expected = draw(pipe, class_labels=3, classifier_scale=300.0)
+    with torch.inference_mode():
+        found = draw(pipe, class_labels=3, classifier_scale=300.0)
+    assert torch.equal(found, expected)
+
+
 def test_labels_reach_the_network() -> None:
     unet = small_unet(num_class_embeds=5)
     pipe = pipeline(unet=unet)
+    for label in (torch.tensor(1), np.int64(1), np.array(1), [1]):
+        assert torch.equal(draw(pipe, class_labels=label), draw(pipe, class_labels=1))
     assert difference(draw(pipe, class_labels=1), draw(pipe, class_labels=2)) > 1e-4
     pair = draw(pipe, (0, 0), class_labels=[1, 2])
     assert difference(pair[:1], pair[1:]) > 1e-4

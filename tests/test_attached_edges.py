@@ -29,6 +29,7 @@ from self_attention_guidance import (
     TokenPerturbationGuidance,
     attach,
 )
+from self_attention_guidance.denoiser.outputs import TwoCalls
 from self_attention_guidance.guidance import guidance_of
 from self_attention_guidance.guidance.tpg import token_order
 from test_guidance import difference, draw
@@ -69,7 +70,7 @@ def test_held_terms_are_rescaled_by_their_own_branch(name: str) -> None:
     with PerturbedAttentionGuidance(6.0, every=2, rescale=1.0).attach(pipe) as handle:
 
         def compare(_: Any, args: Any, kwargs: Any, output: Any) -> None:
-            if not handle._run.is_weak:
+            if not handle._each.of(pipe.transformer).run.is_weak:
                 ratios.append(float(output[0].std() / plain(*args, **kwargs)[0].std()))
 
         pipe.transformer.register_forward_hook(compare, with_kwargs=True)
@@ -87,6 +88,23 @@ def residuals() -> list[Tensor]:
     generator = torch.Generator().manual_seed(3)
     shapes = (1, 32, 8, 8), (1, 64, 4, 4)
     return [torch.randn(*shape, generator=generator) for shape in shapes]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_cut_first_prediction_is_guided_or_refused_for_its_reason(mode: Any) -> None:
+    """Kontext, Qwen-Image-Edit and FLUX.2 Klein cut off the tokens of the other pictures."""
+    calls, prediction = TwoCalls(), torch.zeros(1, 4, 2)
+    with mode():
+        prediction = prediction.clone()
+        calls.begin(False, True, 1, False)
+        first = calls.finish(prediction, {})[0][:, :2]
+        calls.begin(True, True, 1, False)
+        if mode is torch.no_grad:
+            calls.finish(prediction, {0: torch.ones(1, 4, 2)})
+            assert torch.equal(first, torch.ones(1, 2, 2))
+        else:
+            with pytest.raises(RuntimeError, match=r"or cut under torch.inference_mode\(\)"):
+                calls.finish(prediction, {0: torch.ones(1, 4, 2)})
 
 
 @pytest.mark.filterwarnings("ignore:.*down_block_additional_residuals:FutureWarning")

@@ -201,6 +201,19 @@ def test_a_panorama_of_many_views_is_guided_or_refused(view_batch_size: int) -> 
             assert not torch.equal(draw(pipe, **arguments), plain)
 
 
+def test_the_views_of_a_panorama_are_one_run() -> None:
+    pipe = tiny_pipeline(StableDiffusionPanoramaPipeline)
+    arguments: dict[str, Any] = {"width": 576, "num_inference_steps": 4}
+    with SelfAttentionGuidance(2.0, every=4).attach(pipe):
+        with pytest.raises(RuntimeError, match=r"called 2 times a step.*use every=1"):
+            draw(pipe, **arguments)
+        draw(pipe, num_inference_steps=4)  # one view
+    for settings in ({"stop": 0.5}, {"noise_to": 1.0}):
+        with SelfAttentionGuidance(2.0, **settings).attach(pipe) as handle:
+            draw(pipe, **arguments)
+        assert handle.steps == 4
+
+
 def test_pictures_of_one_seed_with_two_prompts_are_those_drawn_alone() -> None:
     pipe = tiny_pipeline(StableDiffusionPipeline)
 

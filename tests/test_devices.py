@@ -63,6 +63,8 @@ class OnDevice(Tensor):
             cls.waits += 1
             result = super().__torch_function__(func, types, args, kwargs)
             return result.as_subclass(Tensor) if isinstance(result, Tensor) else result
+        if func is torch.stack and not all(isinstance(each, cls) for each in args[0]):
+            raise RuntimeError("all tensors must be on one device")
         asked = (*args, *kwargs.values())
         if func is torch.Tensor.double or any(each is torch.float64 for each in asked):
             raise TypeError("this device has no float64")
@@ -112,6 +114,20 @@ def test_a_guided_step_waits_for_the_device_once(name: str, layout: Any) -> None
     assert waits[0] <= (1 if attaching else 2)  # who does not tell the layout, pays for a look
 
 
+@pytest.mark.parametrize("form", [int, float, torch.clone])
+def test_the_timestep_may_stay_on_the_cpu(form: Callable[[Tensor], Any]) -> None:
+    unet, scheduler = tiny_unet(), tiny_scheduler()
+    scheduler.set_timesteps(3)
+    x, texts = torch.randn(1, 4, 8, 8), torch.randn(1, 7, 32)
+    guidance = BlurGuidance(1.0).attach(unet, scheduler=scheduler, batch_layout="single")
+    with guidance as handle, torch.no_grad():
+        for t in scheduler.timesteps:
+            with counted() as waited:
+                unet(x.as_subclass(OnDevice), form(t), texts.as_subclass(OnDevice))
+                assert waited() == 1
+    assert handle.steps == 3
+
+
 def test_every_step_is_looked_at_by_the_end() -> None:
     """What a step leaves unread for want of a wait, the next one reads."""
     _, waits = draw_on_device((SelfAttentionGuidance(1.0),), "DDIMScheduler", batch_layout="single")
@@ -147,6 +163,51 @@ def test_pictures_with_timesteps_of_their_own_cost_one_wait(kind: str) -> None:
                 unet(x.as_subclass(OnDevice), timesteps, texts.as_subclass(OnDevice))
                 waits.append(waited())
     assert max(waits) <= 1
+
+
+@pytest.mark.parametrize("is_view", [True, False])
+def test_what_a_step_leaves_unread_the_next_one_reads(is_view: bool) -> None:
+    """Also if each step waits, because its timestep is no view of the scheduler's."""
+    unet, scheduler = tiny_unet(), tiny_scheduler()
+    scheduler.set_timesteps(6)
+    with torch.no_grad():
+        unet.conv_out.weight[0] = torch.nan
+    scheduler.timesteps = scheduler.timesteps.as_subclass(OnDevice)
+    x, texts = torch.randn(1, 4, 8, 8), torch.randn(1, 7, 32)
+    guidance = BlurGuidance(1.0).attach(unet, scheduler=scheduler, batch_layout="single")
+    with guidance, torch.no_grad(), pytest.raises(FloatingPointError, match=r"step 0 \(time"):
+        for t in scheduler.timesteps[:2]:
+            t = t if is_view else torch.stack([t])
+            unet(x.as_subclass(OnDevice), t, texts.as_subclass(OnDevice))
+
+
+def test_timesteps_and_what_was_left_unread_cost_one_wait() -> None:
+    unet, scheduler = tiny_unet(), tiny_scheduler()
+    scheduler.set_timesteps(6)
+    scheduler.timesteps = scheduler.timesteps.as_subclass(OnDevice)
+    x, texts = torch.randn(1, 4, 8, 8), torch.randn(1, 7, 32)
+    guidance = BlurGuidance(1.0).attach(unet, scheduler=scheduler, batch_layout="single")
+    waits: list[int] = []
+    with guidance as handle, torch.no_grad():
+        for t in scheduler.timesteps:
+            with counted() as waited:
+                unet(x.as_subclass(OnDevice), torch.stack([t]), texts.as_subclass(OnDevice))
+                waits.append(waited())
+            assert len(handle._each.of(unet).run._checks) <= 4  # of one step
+    assert waits[1:-1] == [1] * 4
+
+
+def test_checks_of_a_stopped_run_are_not_raised_by_the_next_one() -> None:
+    unet, scheduler = tiny_unet(), tiny_scheduler()
+    scheduler.set_timesteps(6)
+    scheduler.timesteps = scheduler.timesteps.as_subclass(OnDevice)
+    bad, texts = torch.full((1, 4, 8, 8), torch.nan), torch.randn(1, 7, 32).as_subclass(OnDevice)
+    good = torch.randn(1, 4, 8, 8)
+    guidance = BlurGuidance(1.0).attach(unet, scheduler=scheduler, batch_layout="single")
+    with guidance, torch.no_grad():
+        unet(bad.as_subclass(OnDevice), torch.stack([scheduler.timesteps[1]]), texts)
+        for t in scheduler.timesteps:
+            unet(good.as_subclass(OnDevice), torch.stack([t]), texts)
 
 
 def test_not_finite_is_reported_although_the_first_step_does_not_wait_for_it() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate.hooks import CpuOffload, add_hook_to_module, remove_hook_from_module
@@ -261,6 +263,17 @@ def test_guidance_survives_offloading_that_rehooks_after_every_picture(
             remove_hook_from_module(pipe.unet, recurse=True)
         assert torch.equal(draw(pipe), expected)
     assert handle.steps == 12
+
+
+def test_numbers_of_numpy_are_numbers(sag: StableDiffusionSAGPipeline) -> None:
+    """They are written as Python's: JSON holds no others."""
+    found = SelfAttentionGuidance(np.float32(0.5), every=np.int64(2), blur_sigma=np.float64(2.0))
+    assert found.to_dict() == SelfAttentionGuidance(0.5, every=2, blur_sigma=2.0).to_dict()
+    assert json.loads(json.dumps(found.to_dict())) == found.to_dict()
+    for wrong in (np.bool_(True), np.float32("nan"), np.array([1.0])):
+        with pytest.raises(ValueError, match="scale="):
+            SelfAttentionGuidance(wrong)
+    draw(sag, num_inference_steps=np.int64(2), sag_scale=np.float32(0.5))
 
 
 def test_settings_and_guided_unet_can_be_pickled() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,15 @@ from self_attention_guidance import (
 from test_stable_diffusion_xl import draw as draw_xl
 from test_stable_diffusion_xl import pipe as pipe
 from tiny import tiny_scheduler
-from tiny_transformers import SIZE, draw, pooled_embeddings, stable_diffusion_3
+from tiny_transformers import (
+    SIZE,
+    TRANSFORMERS,
+    draw,
+    listed_embeddings,
+    plain_embeddings,
+    pooled_embeddings,
+    stable_diffusion_3,
+)
 
 needs_3 = pytest.mark.skipif(
     not hasattr(modular_pipelines, "StableDiffusion3ModularPipeline"),
@@ -176,6 +186,64 @@ def test_stable_diffusion_3_with_any_guidances(guidance_scale: float, method: st
     assert (guided - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
+def draw_z(pipe: Any, guider: Any) -> Tensor:
+    blocks = modular_pipelines.z_image.modular_blocks_z_image
+    made = blocks.ZImageCoreDenoiseStep().init_pipeline()
+    made.update_components(transformer=pipe.transformer, scheduler=pipe.scheduler, guider=guider)
+    embeddings = listed_embeddings([3, 4], "") | listed_embeddings([53, 54], "negative_")
+    return made(
+        **embeddings,
+        num_inference_steps=3,
+        generator=[torch.Generator().manual_seed(seed) for seed in (3, 4)],
+        output="latents",
+        **SIZE,
+    )
+
+
+@pytest.mark.skipif(not hasattr(modular_pipelines, "z_image"), reason="no modular Z-Image")
+@pytest.mark.parametrize("branch", ["uncond", "cond"])
+def test_z_image_whose_pipeline_negates_the_prediction_equals_attach(branch: Any) -> None:
+    pipe, guidance = TRANSFORMERS["Z-Image"].make(), SelfAttentionGuidance(1.5, branch=branch)
+    plain = draw("Z-Image", pipe, (3, 4), 3.0)
+    with guidance.attach(pipe):
+        expected = draw("Z-Image", pipe, (3, 4), 3.0)
+    guided = draw_z(pipe, GuidanceGuider(guidance, 3.0))
+    assert (expected - plain).abs().max() > 1e-2
+    assert (guided - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("branch", ["uncond", "cond"])
+def test_the_tokens_of_a_reference_picture_may_be_cut_off(branch: Any) -> None:
+    """The modular FLUX.2 Klein does so before it calls the guider."""
+    pipe = TRANSFORMERS["FLUX.2"].make()
+    pipe.scheduler.set_timesteps(3, mu=0.5)
+    picture = torch.cartesian_prod(*map(torch.arange, (1, 4, 6, 1)))[None]
+    ids = torch.cat([picture, picture + torch.tensor([10, 0, 0, 0])], dim=1)
+    call = {
+        "hidden_states": torch.randn(1, 48, 16, generator=torch.Generator().manual_seed(0)),
+        "timestep": pipe.scheduler.timesteps[:1] / 1000,
+        "guidance": torch.ones(1),
+        "img_ids": ids,
+        "txt_ids": torch.zeros(1, 6, 4),
+    }
+
+    def prediction(tokens: int) -> Tensor:
+        guider = GuidanceGuider(PerturbedAttentionGuidance(1.5, branch=branch), 5.0)
+        guider.scheduler = pipe.scheduler
+        guider.set_state(0, 3, pipe.scheduler.timesteps[0])
+        prompts = (plain_embeddings([seed], "")["prompt_embeds"] for seed in (3, 53))
+        states = guider.prepare_inputs({"text": tuple(prompts)})
+        for state in states:
+            guider.prepare_models(pipe.transformer)
+            output = pipe.transformer(**call, encoder_hidden_states=state.text).sample
+            state.noise_pred = output[:, :tokens]
+            guider.cleanup_models(pipe.transformer)
+        return guider(states).pred
+
+    with torch.no_grad():
+        assert torch.equal(prediction(24), prediction(48)[:, :24])
+
+
 def test_classifier_free_guidance_may_end_before_the_others(pipe: Any) -> None:
     """The steps without it have one call, in which all guidances act."""
     drawn: list[Tensor] = []
@@ -188,6 +256,13 @@ def test_classifier_free_guidance_may_end_before_the_others(pipe: Any) -> None:
     assert (drawn[0] - alone).abs().max() < 1e-4 * alone.abs().max()
     assert (drawn[1] - both).abs().max() > 1e-2
     assert (drawn[2] - both).abs().max() < 1e-4 * both.abs().max()
+
+
+@pytest.mark.parametrize("of", [lambda each: each, lambda each: each.to_dict()])
+def test_a_sum_is_its_parts(of: Any) -> None:
+    first, second = SelfAttentionGuidance(0.5), PerturbedAttentionGuidance(1.0)
+    assert GuidanceGuider(of(first + second)).guidances == (first, second)
+    assert GuidanceGuider([of(first), of(second + first)]).guidances == (first, second, first)
 
 
 @pytest.mark.parametrize("guidances", [(), None, 3.0, ["pag"]])
@@ -237,6 +312,23 @@ def test_scale_zero_is_bit_equal_to_no_guidance(pipe: Any) -> None:
     plain = draw_modular(modular_xl(pipe, ClassifierFreeGuidance(5.0)))
     guider = SelfAttentionGuider(5.0, sag_scale=0.0)
     assert torch.equal(draw_modular(modular_xl(pipe, guider)), plain)
+
+
+def test_copies_of_a_guider_may_have_a_thread_each(pipe: Any) -> None:
+    guider, both_inside = GuidanceGuider(METHODS["several"], 5.0), threading.Barrier(2)
+    expected = draw_modular(modular_xl(pipe, guider))  # from now on the guider has a run
+
+    def wait(*_: object) -> None:
+        both_inside.wait(10)
+
+    copied = modular_xl(copy.deepcopy(pipe), copy.deepcopy(guider))
+    with ThreadPoolExecutor(2) as pool:
+        both = modular_xl(pipe, guider), copied
+        hooks = [each.unet.mid_block.register_forward_pre_hook(wait) for each in both]
+        found = [pool.submit(draw_modular, each) for each in both]
+        assert all(torch.equal(each.result(), expected) for each in found)
+        for hook in hooks:
+            hook.remove()
 
 
 @pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, DDIMScheduler])

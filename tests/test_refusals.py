@@ -24,6 +24,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.hooks import apply_first_block_cache, apply_layerwise_casting
+from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor
 
 import tiny_pixels
@@ -252,6 +253,7 @@ def test_what_a_handle_shows_carries_no_autograd_graph() -> None:
         out = unet(x, scheduler.timesteps[0], torch.randn(1, 7, 32)).sample
     assert handle.x0 is not None and handle.term is not None
     assert not handle.x0.requires_grad and not handle.term.requires_grad
+    assert not any(each.requires_grad for each in handle.noted.values())
     assert out.requires_grad  # guidance itself can be differentiated
 
 
@@ -262,6 +264,19 @@ def test_a_guided_denoiser_can_be_pickled_after_a_run(name: str) -> None:
         draw_transformer(name, pipe, (3,), 3.0)
         restored = pickle.loads(pickle.dumps(pipe.transformer))
     assert len(restored._forward_hooks) == 1
+
+
+def test_a_call_is_not_kept_after_it(pipe: Any) -> None:
+    found: list[Any] = []
+
+    def note(_: Any, args: Any, kwargs: Any) -> None:
+        found.append(weakref.ref(kwargs["encoder_hidden_states"]))
+
+    with SelfAttentionGuidance(1.0).attach(pipe):
+        with pipe.unet.register_forward_pre_hook(note, with_kwargs=True):
+            draw(pipe)
+        gc.collect()
+        assert {each() for each in found} == {None}
 
 
 def test_a_pickled_network_is_guided_as_it_was() -> None:
@@ -290,6 +305,21 @@ def test_after_a_thread_was_stopped_in_a_pass_another_one_goes_on(pipe: Any, err
         hook.remove()
         assert torch.equal(draw(pipe), expected)  # while that thread lives on
         assert torch.equal(pool.submit(draw, pipe).result(), expected)
+
+
+def test_a_processor_that_was_set_after_ctrl_c_stays(pipe: Any) -> None:
+    class Mine(AttnProcessor2_0):
+        pass
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with SelfAttentionGuidance(1.0).attach(pipe):
+        with pipe.unet.conv_out.register_forward_pre_hook(stop), pytest.raises(KeyboardInterrupt):
+            draw(pipe)
+        pipe.unet.set_attn_processor(Mine())
+        draw(pipe)
+    assert {type(each) for each in pipe.unet.attn_processors.values()} == {Mine}
 
 
 class Passing(UNet2DConditionModel):

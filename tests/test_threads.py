@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -13,6 +15,8 @@ import torch
 from torch import Tensor
 
 from self_attention_guidance import SelfAttentionGuidance, StableDiffusionSAGPipeline, builtin_model
+from tiny_transformers import TRANSFORMERS
+from tiny_transformers import draw as draw_transformer
 
 STEPS = 4
 REFUSED = "two threads call one guided denoiser"
@@ -174,3 +178,42 @@ def test_unsynchronised_threads_are_never_mixed(shared: Any) -> None:
         results = list(pool.map(work, range(3)))
     assert all(all(right) for right in results)
     assert any(results)
+
+
+def test_deep_copies_of_a_guided_pipeline_may_have_a_thread_each(shared: Any) -> None:
+    """Both are held inside each pass, where one could read the other's attention."""
+    pipe = pipeline_on(shared)
+    alone = draw(pipe, 3.0)
+    both_inside = threading.Barrier(2)
+
+    def wait(*_: object) -> None:
+        both_inside.wait(10)
+
+    with pipe.guidance.attach(pipe), ThreadPoolExecutor(2) as pool, ExitStack() as undo:
+        pipes = [pipe, copy.deepcopy(pipe)]
+        for each in pipes:
+            block = each.unet.mid_block
+            undo.enter_context(block.register_forward_pre_hook(wait))
+        found = [pool.submit(draw, each, 0.0) for each in pipes]
+        assert all(torch.equal(each.result(), alone) for each in found)
+    assert torch.equal(draw(pipes[1], 3.0), alone)
+
+
+@pytest.mark.parametrize("step", [1, STEPS - 1])
+def test_a_thread_between_the_two_calls_of_a_step_is_named_as_that(step: int) -> None:
+    """Also at the last step, where the first prediction would stay unguided."""
+    pipe = TRANSFORMERS["Flux"].make()
+    other = copy.copy(pipe)
+    other.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    calls = itertools.count()  # three a step, the second one is the weakened pass
+    main = threading.current_thread()
+
+    def interrupt(*_: object) -> None:
+        if threading.current_thread() is main and next(calls) == 3 * step:
+            drawn = pool.submit(draw_transformer, "Flux", other, (3,), 3.0, num_inference_steps=1)
+            assert drawn.exception() is None
+
+    with SelfAttentionGuidance(1.5).attach(pipe), ThreadPoolExecutor(1) as pool:
+        pipe.transformer.register_forward_hook(interrupt)
+        with pytest.raises(RuntimeError, match=REFUSED):
+            draw_transformer("Flux", pipe, (3,), 3.0, num_inference_steps=STEPS)

@@ -280,6 +280,7 @@ def test_damaged_earlier_settings_are_one_line(tmp_path: Path, text: str) -> Non
 def test_texts_tell_what_a_model_would_fill_in() -> None:
     plain = SelfAttentionGuidance(2.0).to_dict()
     assert guidance_text(plain) == "sag:scale=2"
+    assert guidance_text({**plain, "scale": 0.1234567}) == "sag:scale=0.1234567"
     assert guidance_text(plain, {"start", "layer"}) == "sag:scale=2,start=0,layer=none"
 
 

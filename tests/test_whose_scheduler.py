@@ -194,11 +194,20 @@ def test_an_inverse_scheduler_is_refused_by_name() -> None:
         GUIDANCE.attach(unet, scheduler=scheduler)
 
 
-def test_inversion_by_a_pipeline_is_refused_and_drawing_is_not() -> None:
+@pytest.mark.parametrize("method", ["invert", "generate_mask"])
+def test_what_diffedit_does_before_it_draws_is_refused(method: str) -> None:
+    """Also if the other scheduler is at the same timesteps."""
     parts = {"inverse_scheduler": tiny_scheduler(DDIMInverseScheduler)}
     pipe = tiny_pipeline(StableDiffusionDiffEditPipeline, **parts)
-    with GUIDANCE.attach(pipe), pytest.raises(ValueError, match="DDIMInverseScheduler is not supp"):
-        pipe.invert("red", image=PICTURE, num_inference_steps=3)
+    pipe.scheduler.set_timesteps(4)
+    arguments: dict[str, Any] = {"image": PICTURE, "num_inference_steps": 4}
+    if method == "generate_mask":
+        arguments |= {"source_prompt": "red", "target_prompt": "green", "num_maps_per_mask": 2}
+    else:
+        arguments["prompt"] = "red"
+    message = rf"StableDiffusionDiffEditPipeline\.{method} is not supported, only the call"
+    with GUIDANCE.attach(pipe), pytest.raises(ValueError, match=message):
+        getattr(pipe, method)(**arguments)
 
 
 def test_a_denoiser_that_replaces_the_guided_one_is_not_silently_unguided() -> None:

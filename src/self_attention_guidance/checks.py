@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 # Squares of the values that settings are multiplied with must fit into float32.
 _LARGEST = 1e9
@@ -63,6 +64,16 @@ def check_prompts(prompts: str | Sequence[str]) -> list[str]:
     for prompt in prompts:
         check_text("prompts", prompt)
     return prompts
+
+
+def as_python(value: Any) -> Any:
+    """Return Python's own number for one of another kind, such as NumPy's; else the value itself.
+
+    JSON, and so the metadata of pictures, holds no others.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def check_count(name: str, value: object, least: int = 1, most: int | None = None) -> int:

@@ -163,7 +163,8 @@ def standing_in(
 ) -> Generator[StandIn]:
     """Run `attend` instead of a layer's kernels inside the `with` statement, or record operands.
 
-    The layer's processor is replaced only there, so it may be changed at any other time.
+    The layer's processor is replaced only there. After Ctrl-C in the network's own pass, the
+    statement ends with the next call; a processor that was set meanwhile stays.
     """
     attention: Any = self_attention(denoiser, layer)
     processor = attention.processor
@@ -172,7 +173,8 @@ def standing_in(
     try:
         yield stand_in
     finally:
-        attention.set_processor(processor)
+        if attention.processor is stand_in:
+            attention.set_processor(processor)
 
 
 def why_unseen(denoiser: nn.Module, layer: str) -> str:

@@ -6,7 +6,7 @@ import functools
 import inspect
 import itertools
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -38,13 +38,18 @@ class Call:
         """Whether the timestep is one number, or an expanded view of one."""
         return not isinstance(self.timestep, Tensor) or not any(self.timestep.stride())
 
-    @functools.cached_property
-    def timesteps(self) -> list[float]:
-        """The scheduler's timesteps: one, or one for each picture; waits for the device."""
+    def timesteps(self, flags: Sequence[Tensor] = ()) -> tuple[list[float], list[bool]]:
+        """Read the scheduler's timesteps, one, or one for each picture; waits for the device.
+
+        The same wait reads other tensors of one bool each.
+        """
         values = torch.as_tensor(self.timestep).flatten()
-        numbers = (values[:1] if self.has_one_timestep else values).cpu().tolist()
+        values = values[:1] if self.has_one_timestep else values
+        flags = [flag.reshape(1).to(values) for flag in flags]
+        numbers = torch.cat([values, *flags]).cpu().tolist()
+        numbers, found = numbers[: len(values)], numbers[len(values) :]
         numbers = numbers[:1] if len(set(numbers)) == 1 else numbers
-        return [self.counted(number) for number in numbers]
+        return [self.counted(number) for number in numbers], [bool(each) for each in found]
 
     @functools.cached_property
     def conditions(self) -> list[Tensor]:

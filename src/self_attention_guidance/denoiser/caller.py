@@ -45,6 +45,10 @@ _KNOWN = re.compile(
     re.VERBOSE,
 )
 
+# Methods of DiffEdit that don't draw: x_t is at another noise level than the timestep says, or has
+# four conditions a picture.
+_NOT_DRAWING = ("invert", "generate_mask")
+
 
 @dataclass(frozen=True)
 class Caller:
@@ -58,6 +62,15 @@ class Caller:
         """Whether the call is in code of diffusers or of this package, not in a user's own."""
         package = str(self.frame.f_globals.get("__name__")).partition(".")[0]
         return package in ("diffusers", __name__.partition(".")[0])
+
+    def refuse_not_drawing(self) -> None:
+        """Refuse methods of the pipeline whose calls can't be guided."""
+        method = self.frame.f_code.co_name
+        if self.is_known and method in _NOT_DRAWING:
+            raise ValueError(
+                f"{type(self.pipeline).__name__}.{method} is not supported, only the call that "
+                f"draws is: run {method} without guidance, and attach it afterwards"
+            )
 
     @functools.cached_property
     def cfg(self) -> bool | None:
@@ -75,6 +88,14 @@ class Caller:
             if name in (*code.co_varnames, *code.co_cellvars):
                 return variables.get(name)
         return bool(getattr(self.pipeline, _CFG)) if _CFG in code.co_names else None
+
+    @property
+    def turns(self) -> object:
+        """What is the same in a pipeline's whole call, if its scheduler gets other tables in it.
+
+        The views of a panorama take turns at each step, each with a copy of the scheduler's tables.
+        """
+        return self.frame.f_locals.get("views_scheduler_status") if self.is_known else None
 
     @property
     def schedulers(self) -> list[Any]:

@@ -103,6 +103,11 @@ class TwoCalls:
         if not self._is_second:
             self._first_terms = {}
 
+    @property
+    def owes_guidance(self) -> bool:
+        """Whether the first prediction still lacks a term, which the second call computes."""
+        return self._owes_guidance
+
     def needs_term(self, layout: Layout, branch: str) -> bool:
         """Whether the present call computes the term of a guided branch."""
         if not layout.has_two_calls:
@@ -124,7 +129,10 @@ class TwoCalls:
         if terms:
             first = self._first()
             if first is None:
-                raise GuidanceError(f"the first call's prediction was copied, {_USE_FIRST}")
+                # In this mode, views do not keep what they are of alive.
+                cut = ", or cut under torch.inference_mode() instead of torch.no_grad()"
+                was = f"copied{cut if prediction.is_inference() else ''}"
+                raise GuidanceError(f"the first call's prediction was {was}, {_USE_FIRST}")
             first.copy_(added(self._first_plain, whole))
         self._owes_guidance = False
         return added(prediction, whole), whole

@@ -6,6 +6,7 @@ import functools
 import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,13 @@ class _Held(NamedTuple):
     passes: int
 
 
+class _Interrupted(NamedTuple):
+    """The last step of a run that another thread interrupted, and if a part of it is unguided."""
+
+    step: int
+    is_owed: bool
+
+
 class Run:
     """A run of a sampler, from its first call of the denoiser to its last.
 
@@ -39,19 +47,17 @@ class Run:
         self.is_new = self.is_weak = self._has_waited = self._skips = False
         self._is_fixed = is_for_this_thread
         self._owner = threading.current_thread() if is_for_this_thread else None
-        self._interrupted: dict[threading.Thread, int] = {}
+        self._interrupted: WeakKeyDictionary[threading.Thread, _Interrupted] = WeakKeyDictionary()
         self._entering = threading.Lock()
         self._inside: threading.Thread | None = None
+        self._timesteps: list[float] | None = None
         self.end()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle as a new run: another process has its own threads and runs."""
-        return Run, (False,)
 
     def end(self) -> None:
         """End the run, and drop all of its tensors."""
         self._schedules: list[Schedule] = []
         self._left_at: set[int] = set()
+        self._turns: object = None
         self._begin(Schedule(None))
 
     def _begin(self, schedule: Schedule) -> None:
@@ -63,6 +69,8 @@ class Run:
         self._layouts: dict[int, Layout] = {}
         self._copies: list[tuple[Tensor, Tensor]] = []
         self._checks: list[tuple[Tensor, Callable[[], Exception]]] = []
+        self._failed: list[Callable[[], Exception]] = []
+        self._are_put_off = False
 
     # Threads
 
@@ -90,19 +98,25 @@ class Run:
         thread = threading.current_thread()
         if thread is not self._owner:
             # A new run has other timesteps, or starts at an earlier one of the same timesteps.
-            continued = min(self.step, self._interrupted.pop(thread, self.step))
-            if timesteps is self.schedule.timesteps and step > continued:
+            own = self._interrupted.pop(thread, _Interrupted(self.step, False))
+            is_same = timesteps is self.schedule.timesteps
+            if (is_same and step > min(self.step, own.step)) or (own.is_owed and step >= own.step):
                 raise GuidanceError(_TWO_THREADS)
-            if self._owner is not None and self.step < len(self.schedule) - 1:
-                self._interrupted[self._owner] = self.step
+            is_owed = self.two_calls.owes_guidance
+            if self._owner is not None and (is_owed or self.step < len(self.schedule) - 1):
+                self._interrupted[self._owner] = _Interrupted(self.step, is_owed)
         self._owner = thread
 
     # Steps
 
     def at(self, call: Call, caller: Caller | None, given: Scheduler | None) -> None:
         """Find the step of a call, of the given scheduler or else of one of the caller's."""
-        self._has_waited = False
+        self._has_waited, self._timesteps = False, None
         schedule = self._schedule_at(call, caller) if given is None else self._schedule_of(given)
+        turns = None if caller is None else caller.turns
+        if turns is not None and turns is self._turns:
+            self.schedule = schedule
+        self._turns = turns
         is_other = schedule is not self.schedule
         if is_other:
             check_scheduler(schedule.scheduler)
@@ -143,10 +157,10 @@ class Run:
             )
         if len(schedulers) == 1:
             return self._schedule_of(schedulers[0])
-        self._note_wait(call.timestep)
+        timestep = self._timesteps_of(call)[0]
         for scheduler in schedulers:
             schedule = self._schedule_of(scheduler)
-            if schedule.is_set and schedule.is_at(call.timesteps[0]):
+            if schedule.is_set and schedule.is_at(timestep):
                 return schedule
         raise _not_at(schedulers[0], call, call.timestep)
 
@@ -170,8 +184,7 @@ class Run:
             # PNDM evaluates one timestep twice, and does not say if this is the first time.
             return schedule.equal_to(place)[0], True
         if step is None:
-            self._note_wait(call.timestep)
-            step = schedule.step_at(call.timesteps[0])
+            step = schedule.step_at(self._timesteps_of(call)[0])
         if not 0 <= step < len(schedule):
             raise _not_at(schedule.scheduler, call, call.timestep)
         return step, step == place
@@ -218,12 +231,24 @@ class Run:
     def prediction(self, call: Call) -> Prediction:
         timesteps = self.schedule.tables["timesteps"][self.step : self.step + 1]
         if not self.schedule.has_sigmas and not call.has_one_timestep:
-            self._note_wait(call.timestep)
-            timesteps = call.timesteps if len(call.timesteps) > 1 else timesteps
+            given = self._timesteps_of(call)
+            timesteps = given if len(given) > 1 else timesteps
         prediction = self.schedule.prediction(self.step, timesteps, call.sample)
         return prediction.negated() if call.family.is_negated else prediction
 
     # Values on the device
+
+    def _timesteps_of(self, call: Call) -> list[float]:
+        """Return the timesteps of the present call; a wait for them also reads earlier checks."""
+        if self._timesteps is None:
+            checks = self._checks if is_elsewhere(call.timestep) else []
+            self._note_wait(call.timestep)
+            self._timesteps, failed = call.timesteps([each for each, _ in checks])
+            # Only `read_checks` raises them: if a new run begins, they are not its own.
+            self._failed += [error for has, (_, error) in zip(failed, checks, strict=True) if has]
+            if checks:
+                self._checks, self._are_put_off = [], False
+        return self._timesteps
 
     def on_cpu(self, tensor: Tensor) -> Tensor:
         """Copy a tensor to the CPU, once in each run."""
@@ -243,12 +268,18 @@ class Run:
 
         A step that has already waited for the device leaves its checks to the next step, if any.
         """
-        if not self._checks or (self._has_waited and self.step < len(self.schedule) - 1):
+        if self._failed:
+            raise self._failed.pop(0)()
+        may_wait = not self._has_waited or self._are_put_off
+        self._are_put_off = bool(self._checks) and not may_wait
+        if not self._checks or not (may_wait or self.step == len(self.schedule) - 1):
             return
         checks, self._checks = self._checks, []
-        failed = torch.stack([each for each, _ in checks]).cpu().tolist()
-        for has_failed, (_, error) in zip(failed, checks, strict=True):
-            if has_failed:
+        remote = [each for each, _ in checks if is_elsewhere(each)]
+        found = iter(torch.stack(remote).cpu().tolist() if remote else ())
+        for each, error in checks:
+            # A timestep may be on the CPU, and so is its check.
+            if next(found) if is_elsewhere(each) else bool(each):
                 raise error()
 
     def _note_wait(self, value: Any) -> None:
@@ -267,7 +298,9 @@ class Run:
 
     def compare(self, call: Call, caller: Caller | None, layout: Layout, terms: int) -> None:
         """Check a call against its layout and the call before; its step needs `terms` terms."""
-        before, self._previous = self._previous, call
+        before = self._previous
+        needs_it = layout.has_two_calls or not layout.is_given
+        self._previous = call if needs_it else None
         if layout.has_two_calls:
             cfg = None if caller is None else caller.cfg
             is_same = before is not None and before.sample is call.sample
@@ -279,7 +312,7 @@ class Run:
         if layout.has_halves:
             layout.rows(len(call.sample), "cond")  # refuses an odd number of them
             reason = (
-                f"batch_layout={layout.kind!r}" if layout.is_given else "they were the same before"
+                f"they count as {layout.kind!r}" if layout.is_given else "they were the same before"
             )
             message = (
                 f"the two halves of the batch hold different samples ({reason}); {_WITHOUT_CFG}"

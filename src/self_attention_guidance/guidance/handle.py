@@ -95,11 +95,36 @@ def _scheduler_of(pipeline: Any, given: Scheduler | None) -> Scheduler:
     return pipeline.scheduler
 
 
+class _OneDenoiser:
+    """The run of a denoiser, and what guidance reads in its present call."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.reading = ExitStack()
+        self.guided_call: GuidedCall | None = None
+
+    def stop_reading(self) -> GuidedCall | None:
+        guided_call, self.guided_call = self.guided_call, None
+        self.reading.close()
+        return guided_call
+
+
+class _EachDenoiser(weakref.WeakKeyDictionary[nn.Module, _OneDenoiser]):
+    """The guided denoiser and its copies: each has its own run, so each may have its own thread."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle without any run: another process has its own threads and runs."""
+        return _EachDenoiser, ()
+
+    def of(self, denoiser: nn.Module) -> _OneDenoiser:
+        return self.get(denoiser) or self.setdefault(denoiser, _OneDenoiser(Run()))
+
+
 class GuidanceHandle:
     """The guidance on a denoiser: keeps values of the last guided step, and removes the guidance.
 
-    `attach` makes it. Copies of the denoiser use the same handle. A denoiser serves one thread at a
-    time, and refuses others.
+    `attach` makes it. Copies of the denoiser use the same handle, but each has a run of its own.
+    Each serves one thread at a time, and refuses others.
 
     Attributes:
         guidances: The settings.
@@ -139,9 +164,7 @@ class GuidanceHandle:
         self._pipeline: Any = NoneType if pipeline is None else weakref.ref(pipeline)
         self._scheduler = scheduler
         self._layout: BatchLayout | None = batch_layout
-        self._run = run
-        self._reading = ExitStack()
-        self._guided_call: GuidedCall | None = None
+        self._each = _EachDenoiser({denoiser: _OneDenoiser(run)})
         self._is_for_one_call = self._has_begun = False
         self._hooks = self._hooked(denoiser)
 
@@ -165,12 +188,15 @@ class GuidanceHandle:
 
     def remove(self) -> None:
         """Restore the denoiser, bit for bit; idempotent. The handle keeps its values."""
+        if self._is_for_one_call and not self.attached:
+            return  # the denoiser may be in the call of the next handle
         self.attached = False
         for hook in self._hooks:
             hook.remove()
-        self._stop_reading()
-        if not self._is_for_one_call:  # otherwise the next handle continues the run
-            self._run.end()
+        for one in [*self._each.values()]:
+            one.stop_reading()
+            if not self._is_for_one_call:  # otherwise the next handle continues the run
+                one.run.end()
 
     def remove_after_call(
         self, earlier: GuidanceHandle | None = None, numbers: Sequence[int] | None = None
@@ -182,7 +208,9 @@ class GuidanceHandle:
             numbers: Numbers of the guidances that act in this call; `None` is all.
         """
         self._is_for_one_call = True
-        self._run = self._run if earlier is None else earlier._run
+        if earlier is not None:
+            same = {each: earlier._each.get(each, own) for each, own in self._each.items()}
+            self._each.update(same)
         self._numbers = self._numbers if numbers is None else tuple(numbers)
 
     def __enter__(self) -> GuidanceHandle:
@@ -206,8 +234,7 @@ class GuidanceHandle:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to this process, so that a guided denoiser can be pickled."""
-        local = {"_pipeline": NoneType, "_guided_call": None, "_reading": ExitStack()}
-        return self.__dict__ | local
+        return self.__dict__ | {"_pipeline": NoneType}
 
     # The hooks
 
@@ -231,7 +258,8 @@ class GuidanceHandle:
 
     @run_uncompiled
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        run = self._run
+        one = self._each.of(module)
+        run = one.run
         if not self.attached or (run.is_weak and run.is_inside()):
             return
         run.enter(module)
@@ -239,8 +267,10 @@ class GuidanceHandle:
             self.remove()
             return
         self._has_begun = True
-        self._stop_reading()
+        one.stop_reading()
         call, caller = call_of(module, args, kwargs), find_caller(self._pipeline())
+        if caller is not None:
+            caller.refuse_not_drawing()
         run.at(call, caller, self._scheduler)
         if run.is_new:
             refuse_caches(module)
@@ -253,15 +283,20 @@ class GuidanceHandle:
                 run.refuse_skipped_steps(guidance)
         acting = [n for n in self._numbers if _acts(self.guidances[n], run, run.step)]
         if acting:
-            self._guided_call = self._begin(module, call, caller, acting)
+            one.guided_call = self._begin(one, module, call, caller, acting)
         else:
             run.read_checks()
 
     def _begin(
-        self, denoiser: nn.Module, call: Call, caller: Caller | None, numbers: list[int]
+        self,
+        one: _OneDenoiser,
+        denoiser: nn.Module,
+        call: Call,
+        caller: Caller | None,
+        numbers: list[int],
     ) -> GuidedCall:
         """Find a call's layout and what each guidance needs from it, and start reading that."""
-        run = self._run
+        run = one.run
         layout = layout_of(call, caller, self._layout) or run.layout(denoiser, call, caller)
         run.compare(call, caller, layout, len(numbers))
         acting: dict[int, tuple[Guidance, Tensor | None, tuple[str, ...]]] = {}
@@ -274,20 +309,21 @@ class GuidanceHandle:
             held = run.held(number, guidance.every, shape, 2 if layout.has_two_calls else 1)
             acting[number] = guidance, held, self._layers[number] if held is None else ()
         layers = {layer for *_, layers in acting.values() for layer in layers}
-        read = {n: self._reading.enter_context(standing_in(denoiser, n)) for n in layers}
+        read = {n: one.reading.enter_context(standing_in(denoiser, n)) for n in layers}
         guided_call = GuidedCall(run, denoiser, call, layout, acting, read)
-        self._reading.enter_context(guided_call.noting_prefix())
+        one.reading.enter_context(guided_call.noting_prefix())
         return guided_call
 
     @run_uncompiled
     def _after(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        run = self._run
+        one = self._each.of(module)
+        run = one.run
         if run.is_weak or not run.is_inside():
             return None
         try:
-            guided_call = self._stop_reading()
+            guided_call = one.stop_reading()
             if guided_call is None or output is None:  # not guided; or the pass raised an error
                 return None
             return with_first(output, self._guided(guided_call, stacked(output[0])))
@@ -296,20 +332,15 @@ class GuidanceHandle:
             if self._is_for_one_call:
                 self.remove()
 
-    def _stop_reading(self) -> GuidedCall | None:
-        guided_call, self._guided_call = self._guided_call, None
-        self._reading.close()
-        return guided_call
-
     def _guided(self, guided_call: GuidedCall, whole: Tensor) -> Tensor:
         """Return the denoiser's output with the terms of all guidances."""
         terms, steps = guided_call.terms(whole)
         for step in steps:
             self.x0 = step.x0.detach()
-            self.noted.update(step.noted)
+            self.noted |= {name: each.detach() for name, each in step.noted.items()}
             self.steps += 1
         if guided_call.layout.has_two_calls:
-            guided, terms = self._run.two_calls.finish(whole, terms)
+            guided, terms = guided_call.run.two_calls.finish(whole, terms)
         else:
             guided = added(whole, terms)
         self.term = total(terms).detach() if terms else self.term

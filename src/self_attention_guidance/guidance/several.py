@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from ..checks import check_number
+from ..checks import as_python, check_number
 from .base import Guidance
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class GuidanceSum:
 
     def __post_init__(self) -> None:
         """Check both settings."""
+        object.__setattr__(self, "scale", as_python(self.scale))
         check_number("scale", self.scale, -math.inf, math.inf)
         if len(self.guidances) < 2:
             raise ValueError(f"guidances={self.guidances!r} must be at least two")

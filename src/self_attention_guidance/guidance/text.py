@@ -180,4 +180,7 @@ def guidance_text(settings: Mapping[str, Any], always: Collection[str] = ()) -> 
 def _text_of(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "+".join(map(str, value))  # pyright: ignore[reportUnknownArgumentType]
-    return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
+    if isinstance(value, float):
+        short = f"{value:g}"
+        return short if float(short) == value else repr(value)
+    return "none" if value is None else str(value)

@@ -19,7 +19,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from ..checks import check_count, check_finite
+from ..checks import as_python, check_count, check_finite
 from ..guidance import Guidance, GuidanceSum, SelfAttentionGuidance
 from .classifier_guidance import classifier_guided_step, log_probability_gradient
 from .guided import GuidedPipelineMixin, show_to_loaders
@@ -111,8 +111,8 @@ class ADMPipeline(GuidedPipelineMixin, DiffusionPipeline):
         Raises:
             ValueError: An argument is out of its range or does not fit the model.
         """
-        check_count("num_inference_steps", num_inference_steps)
-        if check_finite("eta", eta) < 0:
+        check_count("num_inference_steps", as_python(num_inference_steps))
+        if check_finite("eta", as_python(eta)) < 0:
             raise ValueError(f"eta={eta} must be at least 0")
         self.check_eta(eta)
         if output_type not in OUTPUT_TYPES:
@@ -174,7 +174,7 @@ class ADMPipeline(GuidedPipelineMixin, DiffusionPipeline):
     def _classifier_weight(self, scale: float | None, class_labels: Labels | None) -> float:
         if scale is None:
             scale = 0.0 if self.classifier is None or class_labels is None else 1.0
-        if check_finite("classifier_scale", scale) == 0:
+        if check_finite("classifier_scale", as_python(scale)) == 0:
             return 0.0
         if self.classifier is None:
             raise ValueError(f"classifier_scale={scale} must be 0: the pipeline has no classifier")
@@ -285,9 +285,12 @@ def _used(scheduler: Any, output: Tensor, x_t: Tensor) -> Tensor:
 
 def _batch_size(given: int | None, labels: Labels | None, latents: Tensor | None) -> int:
     """Return the number of pictures; refuse arguments that do not agree on it."""
+    has_no_axis = getattr(labels, "ndim", 1) == 0
     lengths = {
-        "batch_size": None if given is None else check_count("batch_size", given),
-        "class_labels": None if labels is None or isinstance(labels, int) else len(labels),
+        "batch_size": None if given is None else check_count("batch_size", as_python(given)),
+        "class_labels": (
+            None if labels is None or isinstance(labels, int) or has_no_axis else len(labels)
+        ),
         "latents": None if latents is None else len(latents),
     }
     known = {name: length for name, length in lengths.items() if length is not None}

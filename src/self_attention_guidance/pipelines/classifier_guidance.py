@@ -54,7 +54,6 @@ def classifier_guided_step(
     return scheduler.step(output, timestep, x_t, **step_arguments).prev_sample
 
 
-@torch.enable_grad()
 def log_probability_gradient(
     classifier: Any, x_t: Tensor, timesteps: Tensor, labels: Tensor
 ) -> Tensor:
@@ -69,10 +68,13 @@ def log_probability_gradient(
     Returns:
         The gradient, of the shape and type of `x_t`.
     """
-    x_t = x_t.detach().requires_grad_(True)
-    log_probabilities = classifier(x_t, timesteps).float().log_softmax(dim=-1)
-    chosen = log_probabilities.gather(1, labels[:, None])
-    return torch.autograd.grad(chosen.sum(), x_t)[0]
+    with torch.inference_mode(False), torch.enable_grad():
+        # Tensors made under `torch.inference_mode` have no gradients, but their copies do.
+        x_t, timesteps, labels = (each.detach().clone() for each in (x_t, timesteps, labels))
+        x_t.requires_grad_(True)
+        log_probabilities = classifier(x_t, timesteps).float().log_softmax(dim=-1)
+        chosen = log_probabilities.gather(1, labels[:, None])
+        return torch.autograd.grad(chosen.sum(), x_t)[0]
 
 
 def ancestral_variance(scheduler: DDPMScheduler, timestep: Tensor, output: Tensor) -> Tensor:

@@ -10,7 +10,18 @@ from diffusers.guiders import ClassifierFreeGuidance
 from torch import Tensor, nn
 
 from ..denoiser.caller import find_caller
-from ..guidance import Branch, Guidance, GuidanceHandle, SelfAttentionGuidance, attach
+from ..denoiser.families import family_of
+from ..guidance import (
+    Branch,
+    Guidance,
+    GuidanceHandle,
+    GuidanceSum,
+    SelfAttentionGuidance,
+    attach,
+    guidance_of,
+)
+
+_Given = Guidance | GuidanceSum | Mapping[str, Any]
 
 
 class _Guider(ClassifierFreeGuidance):
@@ -26,6 +37,7 @@ class _Guider(ClassifierFreeGuidance):
         self.scheduler: Any = None
         self._present: dict[Branch, GuidanceHandle] = {}
         self._earlier: GuidanceHandle | None = None
+        self._is_negated = False
 
     @property
     def guidance_handle(self) -> GuidanceHandle | None:
@@ -67,6 +79,7 @@ class _Guider(ClassifierFreeGuidance):
         scheduler = self._scheduler_that_runs()
         handle = attach(denoiser, *self.guidances, scheduler=scheduler, batch_layout="single")
         handle.remove_after_call(self._earlier, numbers)
+        self._is_negated = family_of(denoiser).is_negated
         self._present[branch] = self._earlier = handle
 
     def cleanup_models(self, denoiser: nn.Module) -> None:
@@ -88,7 +101,8 @@ class _Guider(ClassifierFreeGuidance):
         """Add the terms of all guidances to both predictions, and apply classifier-free guidance.
 
         Args:
-            pred_cond: The conditional prediction, of any shape.
+            pred_cond: The conditional prediction, as the scheduler takes it: pipelines negate that
+                of Z-Image. It may lack the tokens of pictures behind the one that is denoised.
             pred_uncond: The unconditional prediction, same shape; `None` without classifier-free
                 guidance.
 
@@ -109,8 +123,8 @@ class _Guider(ClassifierFreeGuidance):
             self.guidance_handles = tuple(guided[branch] for branch in sorted(guided))
         # The prediction of a guided branch already contains its terms.
         if pred_uncond is not None:
-            pred_uncond = _with_term(pred_uncond, guided.get("cond"))
-            pred_cond = _with_term(pred_cond, guided.get("uncond"))
+            pred_uncond = self._with_term(pred_uncond, guided.get("cond"))
+            pred_cond = self._with_term(pred_cond, guided.get("uncond"))
         return super().forward(pred_cond, pred_uncond)
 
     def _branches(self) -> dict[int, Branch]:
@@ -136,16 +150,17 @@ class _Guider(ClassifierFreeGuidance):
             )
         return scheduler
 
+    def _with_term(self, prediction: Tensor, handle: GuidanceHandle | None) -> Tensor:
+        """Add the term that a handle added to the other prediction."""
+        if handle is None or handle.term is None:
+            return prediction
+        # The tokens of other pictures come last, and the pipeline may have cut them off.
+        term = handle.term[:, : prediction.shape[1]]
+        return (prediction + (-term if self._is_negated else term)).to(prediction.dtype)
+
     def _release(self) -> None:
         for handle in self._present.values():
             handle.remove()
-
-
-def _with_term(prediction: Tensor, handle: GuidanceHandle | None) -> Tensor:
-    """Add the term that a handle added to the other prediction."""
-    if handle is None or handle.term is None:
-        return prediction
-    return (prediction + handle.term).to(prediction.dtype)
 
 
 class GuidanceGuider(_Guider):
@@ -168,7 +183,7 @@ class GuidanceGuider(_Guider):
             the guidances read and added.
 
     Args:
-        guidances: One guidance or several, or their `to_dict()`.
+        guidances: One guidance or several, also as a sum, or their `to_dict()`.
         guidance_scale: Weight of classifier-free guidance; 1 is off.
         guidance_rescale: How far the standard deviation of the prediction is pulled back to that of
             the conditional prediction, 0 to 1 (arXiv 2305.08891, Sec. 3.4).
@@ -186,7 +201,7 @@ class GuidanceGuider(_Guider):
     @register_to_config
     def __init__(
         self,
-        guidances: Guidance | Mapping[str, Any] | Sequence[Guidance | Mapping[str, Any]],
+        guidances: _Given | Sequence[_Given],
         guidance_scale: float = 7.5,
         guidance_rescale: float = 0.0,
         use_original_formulation: bool = False,
@@ -205,14 +220,12 @@ class GuidanceGuider(_Guider):
 
 def _guidances(given: Any) -> tuple[Guidance, ...]:
     several = cast("Sequence[Any]", given if isinstance(given, list | tuple) else (given,))
-    made = [
-        Guidance.from_dict(dict(each)) if isinstance(each, Mapping) else each for each in several
-    ]
-    if not made or not all(isinstance(each, Guidance) for each in made):
+    found = [guidance_of(dict(each)) if isinstance(each, Mapping) else each for each in several]
+    if not found or not all(isinstance(each, Guidance | GuidanceSum) for each in found):
         raise ValueError(
             f"guidances={given!r:.60} must be a guidance or several: SelfAttentionGuidance(0.75)"
         )
-    return tuple(made)
+    return tuple(part for each in found for part in each.parts)
 
 
 class SelfAttentionGuider(_Guider):

@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
-from ..checks import check_count
+from ..checks import as_python, check_count
 from .guided import GuidedPipelineMixin, share_tasks, with_arguments_of
 
 Callback = Callable[[int, Any, Tensor], None]
@@ -111,9 +111,10 @@ class StableDiffusionSAGPipeline(GuidedPipelineMixin, StableDiffusionPipeline):
         arguments = {name: value for name, value in locals().items() if name in _PASSED_ON}
         arguments |= kwargs
         if timesteps is None and sigmas is None:
-            check_count("num_inference_steps", num_inference_steps)
+            check_count("num_inference_steps", as_python(num_inference_steps))
         if callback is not None:
-            _add_callback(callback, check_count("callback_steps", callback_steps), arguments)
+            every = check_count("callback_steps", as_python(callback_steps))
+            _add_callback(callback, every, arguments)
         with self.guided(sag_scale):
             return super().__call__(**arguments)
 

@@ -131,8 +131,7 @@ def complete_config(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
         given["attention_ds"] = given.pop("attention_resolutions")  # factors, despite the name
     _check_names(given, {*form, *_SHARED_DEFAULTS})
     complete = {**_SHARED_DEFAULTS, **form, **given}
-    complete["image_size"] = complete.pop("image_size_used", complete.get("image_size"))
-    check_count("config: image_size", complete["image_size"])
+    check_count("config: image_size", complete.get("image_size"))
     if in_script_form:
         complete["model_channels"] = complete.pop("num_channels")
         complete["out_channels"] = 6 if complete["learn_sigma"] else 3
@@ -171,7 +170,7 @@ def architecture_of(complete: Mapping[str, Any]) -> UNetArchitecture:
 
 
 def _check_names(given: Mapping[str, Any], known: set[str]) -> None:
-    known = known | {"model_channels", "out_channels", "attention_ds", "image_size_used"}
+    known = known | {"model_channels", "out_channels", "attention_ds"}
     known |= {"image_size", "num_res_blocks"}
     unknown = sorted(name for name in given if name not in known)
     if unknown:
