@@ -247,12 +247,12 @@ def check_identity(found: Mapping[str, Any], expected: Mapping[str, Any] | None)
     Raises:
         ValueError: They differ.
     """
-    if expected is None or dict(expected) == dict(found):
-        return
-    raise ValueError(
-        f"out holds pictures with {difference(expected, found)}: go on with the same, choose"
-        " another place, or start again with --overwrite"
-    )
+    changed = None if expected is None else difference(expected, found)
+    if changed is not None:
+        raise ValueError(
+            f"out holds pictures with {changed}: go on with the same, choose another place, or"
+            " start again with --overwrite"
+        )
 
 
 def _groups(tasks: Sequence[Task]) -> list[list[Task]]:
