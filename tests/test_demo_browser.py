@@ -92,6 +92,17 @@ def field(page: Page, name: str) -> Any:
     return page.get_by_label(re.compile(rf"^\s*{name}\b")).first  # a tip follows the name
 
 
+def type_text(page: Page, control: Any, text: str) -> None:
+    """Type into a control that has just appeared; its first value may still come after it."""
+    expect(control).to_be_visible()
+    for _ in range(20):
+        control.fill(text)
+        page.wait_for_timeout(250)
+        if control.input_value() == text:
+            return
+    pytest.fail(f"{text} did not stay")
+
+
 def query(page: Page) -> dict[str, str]:
     found = parse_qs(urlparse(page.url).query, keep_blank_values=True)
     return {name: values[0] for name, values in found.items()}
@@ -207,8 +218,8 @@ def test_what_was_drawn_and_the_open_tab_are_in_the_address(page: Page) -> None:
     assert "draw" not in query(page)
     page.get_by_role("tab", name="Sweep").click()
     page.wait_for_url("**tab=sweep**")
-    field(page, "Values of the columns").fill("0, 1")
-    field(page, "Values of the rows").fill("4")
+    type_text(page, field(page, "Values of the columns"), "0, 1")
+    type_text(page, field(page, "Values of the rows"), "4")
     button(page, "Draw the grid").click()
     page.wait_for_url("**draw=sweep**")
     found = query(page)
@@ -262,7 +273,7 @@ def test_a_method_is_chosen_with_its_settings(page: Page, address: str) -> None:
     expect(layers).to_be_visible()
     expect(threshold).to_be_hidden()
     expect(page.get_by_label("number input for PAG scale (0 is off)")).to_have_value("3")
-    layers.fill("mid")
+    type_text(page, layers, "mid")
     page.screenshot(path=SHOTS / "method.png", full_page=True)
     draw(page)
     parameters = downloaded_parameters(page)

@@ -25,7 +25,8 @@ class Pictures:
         Args:
             most: Number of files to keep, at least 1.
         """
-        self._folder = tempfile.TemporaryDirectory(prefix="sag-demo-")
+        # A drawing that still runs at exit may add a file while the folder is deleted.
+        self._folder = tempfile.TemporaryDirectory(prefix="sag-demo-", ignore_cleanup_errors=True)
         self._files: deque[Path] = deque()
         self._most = most
         self._made = 0
