@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 # lengths differ, so that no two methods look the same.
 _MARKERS = "sDP^vX*<>hdp"
 _COLOURS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8", "C9", "gold", "navy", "gray", "teal")
-_APART = 0.7  # evaluations between methods of one budget
+# Methods of one budget stand beside each other, spread over so many evaluations.
+_SPREAD = 8.0
 
 
 def draw_frontier(title: str, budgets: Sequence[tuple[str, list[Row]]], path: Path) -> None:
@@ -28,6 +29,11 @@ def draw_frontier(title: str, budgets: Sequence[tuple[str, list[Row]]], path: Pa
         budgets: Names of budgets, and what was measured at each.
         path: A PNG file to write.
     """
+    beside = {
+        row.point: (number - (len(each) - 1) / 2) * _SPREAD / max(len(each), 8)
+        for _, each in budgets
+        for number, row in enumerate(r for r in each if r.point.method != "none")
+    }
     rows = [row for _, each in budgets for row in each]
     # Without pyplot there is no window and no global state.
     module: Any = import_module("matplotlib.figure")
@@ -39,12 +45,10 @@ def draw_frontier(title: str, budgets: Sequence[tuple[str, list[Row]]], path: Pa
         chosen = [row for row in rows if row.point.method == method]
         chosen.sort(key=lambda row: row.result.setting.evaluations)
         if method == "none":
-            _draw_points(axes, chosen, 0.0, "o-", "black")
+            _draw_points(axes, chosen, [0.0] * len(chosen), "o-", "black")
             continue
-        # Methods of one budget stand beside each other.
-        shift = (number - len(methods) / 2) * _APART
         looks = (each[(number - 1) % len(each)] for each in (_MARKERS, _COLOURS))
-        _draw_points(axes, chosen, shift, *looks)
+        _draw_points(axes, chosen, [beside[row.point] for row in chosen], *looks)
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("network evaluations for one sample", fontsize=9)
     axes.set_ylabel("Fréchet distance (lower is better)", fontsize=9)
@@ -55,12 +59,12 @@ def draw_frontier(title: str, budgets: Sequence[tuple[str, list[Row]]], path: Pa
     figure.savefig(path, dpi=110)
 
 
-def _draw_points(axes: Any, rows: list[Row], shift: float, style: str, colour: str) -> None:
+def _draw_points(axes: Any, rows: list[Row], shifts: list[float], style: str, colour: str) -> None:
     found = [row.result.estimate("frechet_distance") for row in rows]
     low = [one.value - (one.value if one.low is None else one.low) for one in found]
     high = [(one.value if one.high is None else one.high) - one.value for one in found]
     axes.errorbar(
-        [row.result.setting.evaluations + shift for row in rows],
+        [row.result.setting.evaluations + n for row, n in zip(rows, shifts, strict=True)],
         [one.value for one in found],
         yerr=[low, high],
         fmt=style,

@@ -22,7 +22,7 @@ from .compare import CompareCommand
 from .config import expand_home
 from .convert import convert_command
 from .demo import DemoCommand
-from .errors import as_typed, memory_advice
+from .errors import as_typed, machine_failure
 from .evaluate import evaluate_command
 from .generate import GenerateCommand
 from .info import info_command
@@ -145,10 +145,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _fail(f"a file ends too early: {error.__cause__}", 2)
         return _fail("interrupted", 130)
     except (MemoryError, RuntimeError) as error:
-        advice = memory_advice(error, command, given)
-        if advice is None:
+        failure = machine_failure(error, command, given)
+        if failure is None:
             raise
-        return _fail(advice, 2)
+        return _fail(failure, 2)
     except KeyboardInterrupt:
         status = 130
     if status == 130:

@@ -39,8 +39,8 @@ def as_typed(message: str, command: Any, arguments: Sequence[str]) -> str:
     return _SETTING.sub(replaced, message).replace("overwrite=True", "--overwrite")
 
 
-def memory_advice(error: BaseException, command: Any, arguments: Sequence[str]) -> str | None:
-    """Advice for running out of memory; `None` for other errors.
+def machine_failure(error: BaseException, command: Any, arguments: Sequence[str]) -> str | None:
+    """What to say if memory runs out or the device fails; `None` for other errors.
 
     Args:
         error: What was raised.
@@ -48,7 +48,8 @@ def memory_advice(error: BaseException, command: Any, arguments: Sequence[str]) 
         arguments: Arguments of the command line.
     """
     if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
-        return None
+        line = " ".join(str(error).split())[:200]
+        return f"the device does not respond: {line}" if "CUDA error" in line else None
     options = _options(command, arguments)
     ways = {
         "size": "smaller pictures (--size)",
