@@ -166,7 +166,7 @@ def test_fast_says_when_it_changes_nothing(
         assert nothing in capsys.readouterr().err
 
 
-def test_too_little_memory_is_one_sentence(
+def test_failures_of_the_machine_are_one_sentence(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -174,10 +174,12 @@ def test_too_little_memory_is_one_sentence(
 ) -> None:
     from self_attention_guidance.cli import generate
 
-    for error in (
-        MemoryError(),
-        RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB"),
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+    memory = "out of memory: try smaller pictures (--size) or fewer"
+    for error, expected in (
+        (MemoryError(), memory),
+        (RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB"), memory),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), memory),
+        (RuntimeError("CUDA error: unknown\nCompile with"), "the device does not respond: CUDA"),
     ):
 
         def fail(*_: object, error: BaseException = error) -> None:
@@ -185,7 +187,7 @@ def test_too_little_memory_is_one_sentence(
 
         monkeypatch.setattr(generate, "load_pipeline_of", fail)
         message = error_of(capsys, "generate", "a", "--model", model, "--out", tmp_path)
-        assert message.startswith("error: out of memory: try smaller pictures (--size) or fewer")
+        assert message.startswith(f"error: {expected}")
 
 
 def test_sizes_have_a_limit_that_can_be_raised(
