@@ -195,7 +195,7 @@ def test_a_panorama_of_many_views_is_guided_or_refused(view_batch_size: int) -> 
     plain = draw(pipe, **arguments)
     with GUIDANCE.attach(pipe):
         if view_batch_size == 2:
-            with pytest.raises(ValueError, match="halves of the batch hold different samples"):
+            with pytest.raises(ValueError, match=r"hold different samples.*view_batch_size=1"):
                 draw(pipe, **arguments)
         else:
             assert not torch.equal(draw(pipe, **arguments), plain)

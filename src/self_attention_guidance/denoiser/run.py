@@ -315,7 +315,8 @@ class Run:
                 f"they count as {layout.kind!r}" if layout.is_given else "they were the same before"
             )
             message = (
-                f"the two halves of the batch hold different samples ({reason}); {_WITHOUT_CFG}"
+                f"the two halves of the batch hold different samples ({reason}); {_WITHOUT_CFG}; "
+                "several views of a panorama need view_batch_size=1"
             )
             self.refuse(~halves_agree(call.denoised), ValueError, message)
         elif (

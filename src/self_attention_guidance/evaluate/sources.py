@@ -17,12 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from ..generate.as_seen import as_seen
+from ..generate.as_seen import FORMATS, as_seen
 
 PICTURES_KEY = "arr_0"
 
-# Other formats may run programs (EPS), or hold values whose white is not known.
-_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 # RuntimeError comes from encrypted archives and unknown compression.
 _UNREADABLE = (OSError, zipfile.BadZipFile, RuntimeError)
 _READ_HEADER = {
@@ -106,13 +104,13 @@ class FolderSource:
 
 def _suffixes() -> list[str]:
     known = Image.registered_extensions().items()
-    return sorted(suffix for suffix, name in known if name in _FORMATS)
+    return sorted(suffix for suffix, name in known if name in FORMATS)
 
 
 def _read_image(file: Path) -> NDArray[np.uint8]:
     try:
         # Not by name: Pillow would map the file, and then it reads rotated TIFFs wrongly.
-        with open(file, "rb") as content, Image.open(content, formats=_FORMATS) as image:
+        with open(file, "rb") as content, Image.open(content, formats=FORMATS) as image:
             return np.asarray(as_seen(image))
     except UnidentifiedImageError as error:
         why = "it is no picture, or of an unknown format" if file.stat().st_size else "it is empty"

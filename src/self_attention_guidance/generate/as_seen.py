@@ -7,7 +7,8 @@ from typing import Any
 from PIL import Image, ImageOps
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
-"""The formats of pictures that are read. Pillow runs programs for others, such as EPS."""
+"""Pictures are read in these formats. For others, such as EPS, Pillow may run programs, or it is
+not known which value is white."""
 
 # Tags of TIFF.
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339

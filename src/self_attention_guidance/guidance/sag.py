@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
     from .step import Step
 
-# Wider than any picture: a Gaussian has its weight within six sigma, and borders are mirrored. The
-# blur takes memory in proportion to it.
-_LARGEST_KERNEL = 4095
+LARGEST_KERNEL = 4095
+"""Most taps of a blur, wider than any picture: a Gaussian has its weight within six sigma, and
+borders are mirrored. The blur takes memory in proportion to it."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Blurring(Guidance):
         """Check every setting."""
         super().__post_init__()
         check_number("blur_sigma", self.blur_sigma, 0, math.inf)
-        size = check_count("blur_kernel_size", self.blur_kernel_size, most=_LARGEST_KERNEL)
+        size = check_count("blur_kernel_size", self.blur_kernel_size, most=LARGEST_KERNEL)
         if size % 2 == 0:
             raise ValueError(f"blur_kernel_size={size} must be odd")
 

@@ -15,7 +15,7 @@ from torch.quasirandom import SobolEngine
 
 from ..denoiser.layers import attention_names, beginnings, block_names
 from ..guidance import METHODS, Guidance, SelfAttentionGuidance
-from ..guidance.sag import Blurring
+from ..guidance.sag import LARGEST_KERNEL, Blurring
 from ..guidance.seg import SmoothedEnergyGuidance
 from ..guidance.text import guidance_text
 from ..guidance.weak_layers import WeakLayers
@@ -26,7 +26,6 @@ _STARTS = (0.0, 0.1, 0.2, 0.3)
 _STOPS = (1.0, 0.8, 0.65)
 _EVERY = (1, 2, 4)
 _BLURS = (1.0, 2.0, 3.0, 5.0)
-_MOST_TAPS = 4095  # that a blur may have
 _SMOOTHINGS = (math.inf, 1.0, 3.0)
 _CFG_FACTORS = (1.0, 0.5, 0.75, 1.5)
 _MOST_LAYERS = 5
@@ -216,7 +215,7 @@ class Space:
             return {}
         sigma = _pick(self.blurs, part)
         # Three times as many taps as sigma lose little, and the default has nine.
-        taps = min(max(9, math.ceil(3 * sigma) // 2 * 2 + 1), _MOST_TAPS)
+        taps = min(max(9, math.ceil(3 * sigma) // 2 * 2 + 1), LARGEST_KERNEL)
         return {"blur_sigma": sigma, "blur_kernel_size": taps}
 
 
