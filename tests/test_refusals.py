@@ -163,11 +163,11 @@ def test_a_wrapper_of_torch_s_kernel_is_read_and_weakened_through(
     kernel = F.scaled_dot_product_attention
     for guidance in GUIDANCES:
         with guidance.attach(pipe):
-            expected = draw(pipe)
+            expected = draw(pipe, (3, 4))
         with monkeypatch.context() as patched:
             patched.setattr(F, "scaled_dot_product_attention", lambda *a, **k: kernel(*a, **k))
             with guidance.attach(pipe):
-                assert torch.equal(draw(pipe), expected)
+                assert torch.equal(draw(pipe, (3, 4)), expected)
 
 
 @pytest.mark.parametrize("guidance", [GUIDANCES[0], GUIDANCES[2]], ids=lambda each: each.method)

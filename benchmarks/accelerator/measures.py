@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import self_attention_guidance
-from self_attention_guidance import SelfAttentionGuidance
+from self_attention_guidance import Guidance, PerturbedAttentionGuidance, SelfAttentionGuidance
 from shared import ratios, spread, time_rounds
 from subjects import Subject
 
@@ -40,13 +40,14 @@ def variants_of(subject: Subject, with_diffusers: bool) -> dict[str, Draw]:
         "none": subject.draw,
         "exact": lambda: _guided(subject, SelfAttentionGuidance()),
         "fast": lambda: _guided(subject, SelfAttentionGuidance.fast()),
+        "pag": lambda: _guided(subject, PerturbedAttentionGuidance()),
     }
     if with_diffusers:
         found["diffusers"] = lambda: _theirs(subject)
     return found
 
 
-def _guided(subject: Subject, guidance: SelfAttentionGuidance) -> Tensor:
+def _guided(subject: Subject, guidance: Guidance) -> Tensor:
     with guidance.attach(subject.pipeline):
         return subject.draw()
 

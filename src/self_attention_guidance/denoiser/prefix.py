@@ -78,7 +78,7 @@ def _is_plain(block: nn.Module) -> bool:
     )
 
 
-def _part(network: nn.Module, path: str) -> nn.Module:
+def part_of(network: nn.Module, path: str) -> nn.Module:
     """Return the block that holds the layer at a path, or its top module if that is no list."""
     first, _, rest = path.partition(".")
     part = network.get_submodule(first)
@@ -198,7 +198,7 @@ class Prefix:
                 hook = block.register_forward_hook(note, with_kwargs=True)
                 undo.callback(hook.remove)
             for layers in weak:
-                for part in {_part(self._network, path) for path in layers}:
+                for part in {part_of(self._network, path) for path in layers}:
                     hook = part.register_forward_pre_hook(functools.partial(begins, layers))
                     undo.callback(hook.remove)
             yield

@@ -56,9 +56,16 @@ Weaken = Callable[[PictureOperands, Callable[[], Tensor]], Tensor]
 
 @contextmanager
 def attending_by(
-    denoiser: nn.Module, layer: str, tokens: PictureTokens, weaken: Weaken
+    denoiser: nn.Module, layer: str, tokens: PictureTokens, weaken: Weaken, joined: int = 0
 ) -> Generator[StandIn]:
     """Run `weaken` instead of a layer's kernels inside the `with` statement.
+
+    Args:
+        denoiser: The network.
+        layer: Dotted path of the layer.
+        tokens: Where the picture's tokens are.
+        weaken: What runs instead.
+        joined: Number of the last rows, which alone are weakened; 0 is all rows.
 
     Raises:
         ValueError: During the pass, if the layer does not see the whole picture.
@@ -75,7 +82,11 @@ def attending_by(
             )
         return torch.cat([_weakened(weaken, operands.rows(rows), own) for rows, own in groups])
 
-    with standing_in(denoiser, layer, attend) as stand_in:
+    def attend_joined(operands: Operands, kernel: Callable[[], Tensor]) -> Tensor:
+        usual, own = kernel(), slice(-joined, None)
+        return torch.cat([usual[:-joined], attend(operands.rows(own), lambda: usual[own])])
+
+    with standing_in(denoiser, layer, attend_joined if joined else attend) as stand_in:
         yield stand_in
 
 
@@ -108,10 +119,15 @@ class BlockStandIn:
         was_called: Whether it ran.
     """
 
-    def __init__(self, block: nn.Module, change: Change | None, family: Family) -> None:
-        """Apply `change` to the tokens before `block` runs; `None` leaves the block out."""
+    def __init__(
+        self, block: nn.Module, change: Change | None, family: Family, joined: int = 0
+    ) -> None:
+        """Apply `change` to the tokens before `block` runs; `None` leaves the block out.
+
+        Only the last `joined` rows are changed; 0 is all rows.
+        """
         self.was_called = False
-        self._change, self._family = change, family
+        self._change, self._family, self._joined = change, family, joined
         self._forward: Any = type(block).forward
         # Code that moves weights between devices replaces the block's own `forward`.
         self._own: Any = vars(block).get("forward")
@@ -127,6 +143,8 @@ class BlockStandIn:
             return self._inner(block, given)
         self.was_called = True
         tokens = given[self._names[0]]
+        if self._joined:
+            return self._run_joined(block, given, tokens)
         if self._change is not None:
             return self._inner(block, {**given, self._names[0]: self._change(tokens)})
         if self._own is not None:  # it may fetch the weights of the next block
@@ -135,6 +153,13 @@ class BlockStandIn:
         if text is None:
             return tokens
         return (text, tokens) if self._family.returned == "text_first" else (tokens, text)
+
+    def _run_joined(self, block: nn.Module, given: dict[str, Any], tokens: Tensor) -> Tensor:
+        usual, own = tokens[: -self._joined], tokens[-self._joined :]
+        if self._change is None:
+            return torch.cat([self._inner(block, given)[: -self._joined], own])
+        changed = torch.cat([usual, self._change(own)])
+        return self._inner(block, {**given, self._names[0]: changed})
 
     def _inner(self, block: nn.Module, given: dict[str, Any]) -> Any:
         if self._own is not None:
@@ -160,14 +185,15 @@ def _stand_in_for(block: type[nn.Module]) -> type[nn.Module]:
 
 @contextmanager
 def changing_block(
-    denoiser: nn.Module, path: str, change: Change | None
+    denoiser: nn.Module, path: str, change: Change | None, joined: int = 0
 ) -> Generator[BlockStandIn]:
     """Change a block's tokens inside the `with` statement, or leave it out if `change` is `None`.
 
-    A block that is left out returns its input, including the text beside the picture.
+    A block that is left out returns its input, including the text beside the picture. Only the last
+    `joined` rows are changed; 0 is all rows.
     """
     block = uncompiled(denoiser).get_submodule(path)
-    stand_in = BlockStandIn(block, change, family_of(denoiser))
+    stand_in = BlockStandIn(block, change, family_of(denoiser), joined)
     with replacing_block(block, stand_in):
         yield stand_in
 

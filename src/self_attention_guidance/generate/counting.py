@@ -8,16 +8,19 @@ from typing import Any
 
 import torch
 
+from ..denoiser.joint import counting_joined
+
 
 @contextmanager
 def counted_rows(denoiser: Any) -> Generator[list[int]]:
     """Count the rows of a denoiser's calls inside the `with` statement.
 
     Args:
-        denoiser: A network of diffusers. Passes that begin at a later block count in full.
+        denoiser: A network of diffusers. Rows that begin at a later block count in full.
 
     Yields:
-        A list that grows by the rows of each call.
+        A list that grows by the rows of each call, and by those of the weakened network that join
+            it.
     """
     rows: list[int] = []
 
@@ -28,6 +31,7 @@ def counted_rows(denoiser: Any) -> Generator[list[int]]:
 
     hook = denoiser.register_forward_pre_hook(count, with_kwargs=True)
     try:
-        yield rows
+        with counting_joined(denoiser, rows):
+            yield rows
     finally:
         hook.remove()

@@ -71,6 +71,9 @@ class Guidance:
     """
 
     method: ClassVar[str]
+    needs_first_pass: ClassVar[bool] = True
+    """Whether `weaken` uses what the step knows from the first pass: `x0` and `attention`. If not,
+    and if `weakens` names the layers, both networks may run in one pass (see `Step.joined`)."""
 
     scale: float = 1.0
     _: KW_ONLY
@@ -86,6 +89,8 @@ class Guidance:
     def __init_subclass__(cls, *, method: str | None = None) -> None:
         """Register a method under its short name."""
         super().__init_subclass__()
+        if "weaken" in vars(cls) and "needs_first_pass" not in vars(cls):
+            cls.needs_first_pass = True  # whatever its parent's own `weaken` needs
         if method is not None:
             cls.method = method
             METHODS[method] = cls
@@ -166,7 +171,7 @@ class Guidance:
     def weakens(self, denoiser: nn.Module) -> tuple[str, ...] | None:
         """Dotted paths of all layers or blocks that the method changes; `None` if not known.
 
-        The weakened pass skips what runs before them. With `None`, it computes everything.
+        What runs before them is computed once. With `None`, the weakened pass computes everything.
         """
         return None
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+import math
+from collections.abc import Generator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from ..checks import GuidanceError
 from ..denoiser.attention import StandIn, received, why_unseen
 from ..denoiser.call import Call, Layout
 from ..denoiser.families import uncompiled
+from ..denoiser.joint import JointPass, joint_pass
 from ..denoiser.noise import Prediction
 from ..denoiser.outputs import precise, stacked, total
 from ..denoiser.picture import PicturePlace, place_of, tokens_at
@@ -48,6 +51,7 @@ class GuidedCall:
         acting: The guidances that act, by number. Each comes with the noise that it adds again;
             or, for a weakened pass, with `None` and the layers that it reads.
         read: The layers that are read, by their dotted paths.
+        weakening: Holds what weakens the last rows of a joint pass.
     """
 
     run: Run
@@ -56,15 +60,65 @@ class GuidedCall:
     layout: Layout
     acting: dict[int, tuple[Guidance, Tensor | None, tuple[str, ...]]]
     read: dict[str, StandIn]
+    weakening: ExitStack = field(default_factory=ExitStack)
+
+    @functools.cached_property
+    def _weak(self) -> dict[int, Guidance]:
+        """The guidances that weaken the network at this step, by number."""
+        return {
+            number: guidance for number, (guidance, held, _) in self.acting.items() if held is None
+        }
+
+    @functools.cached_property
+    def joint(self) -> JointPass | None:
+        """The first pass, if the rows of the only weakened network join it; else `None`."""
+        if len(self._weak) != 1:
+            return None
+        [(number, guidance)] = self._weak.items()
+        layers = None if guidance.needs_first_pass else guidance.weakens(self.denoiser)
+        if layers is None:
+            return None
+        return joint_pass(self.denoiser, self.call, self._rows(number), layers)
 
     @functools.cached_property
     def prefix(self) -> Prefix:
         """Outputs of the first pass that weakened passes reuse."""
         return Prefix(uncompiled(self.denoiser))
 
-    def noting_prefix(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def first_pass(self) -> Generator[None]:
+        """Prepare the first pass for the weakened rows: they join it, or reuse outputs of it."""
+        if self.joint is None:
+            with self._noting_prefix():
+                yield
+            return
+        [(number, guidance)] = self._weak.items()
+        place = PicturePlace(self.call.denoised.shape[1])
+        # The guidance does not use the clean sample, which is not known yet.
+        x0 = self.call.sample.new_full((), math.nan)
+        step = self._step(number, x0, place, self.joint.count)
+        self.weakening.enter_context(guidance.weaken(step))
+        try:
+            with self.joint.joining():
+                yield
+        finally:  # after an error in the pass, that error counts
+            with suppress(GuidanceError):
+                self.weakening.close()
+
+    def divided(self, output: Tensor) -> Tensor:
+        """Return the network's own rows of the output of the first pass.
+
+        Raises:
+            RuntimeError: The layers of a joint pass could not be weakened.
+        """
+        if self.joint is None:
+            return output
+        self.weakening.close()
+        return self.joint.divided(self.denoiser, output)
+
+    def _noting_prefix(self) -> AbstractContextManager[None]:
         """Record, in the first pass, the outputs of blocks that run before any weakened one."""
-        sets = [g.weakens(self.denoiser) for g, held, _ in self.acting.values() if held is None]
+        sets = [guidance.weakens(self.denoiser) for guidance in self._weak.values()]
         weak = {layers for layers in sets if layers is not None}
         # A U-Net adds the outputs of a T2I-Adapter to those of its blocks, in place.
         is_adapted = self.call.arguments.get("down_intrablock_additional_residuals") is not None
@@ -133,20 +187,21 @@ class GuidedCall:
         self, number: int, rows: slice, output: Tensor, place: PicturePlace, levels: Prediction
     ) -> tuple[Tensor, Step]:
         """Run a weakened pass, and return scale * (eps - eps') in units of the output."""
-        (guidance, _, layers), sample = self.acting[number], self.call.sample[rows]
+        guidance, sample = self.acting[number][0], self.call.sample[rows]
         x_t, u = precise(place.read(sample)), precise(place.read(output))
         x0 = levels.x0(x_t, u)
-        attention = {n: self._attention(n, rows, place) for n in layers}
-        limited, index = self.run.schedule.limited(x0), self.run.step
-        where = functools.partial(tokens_at, self.denoiser, call=self.call, place=place, rows=rows)
-        step = Step(self.denoiser, limited, attention, index, where)
-        with guidance.weaken(step) as x0_weak:
-            sample_weak = sample
-            if x0_weak is not None:
-                sample_weak = place.written(sample, levels.renoise(x_t, x0, x0_weak))
-            known = guidance.weakens(self.denoiser) if x0_weak is None else None
-            u_weak = precise(place.read(self._weak_output(rows, sample_weak, known or ())))
-        change = None if x0_weak is None else x0_weak - x0
+        step = self._step(number, self.run.schedule.limited(x0), place)
+        sample_weak, change = sample, None
+        if self.joint is not None:
+            output_weak = self.joint.weak_output
+        else:
+            with guidance.weaken(step) as x0_weak:
+                if x0_weak is not None:
+                    sample_weak = place.written(sample, levels.renoise(x_t, x0, x0_weak))
+                    change = x0_weak - x0
+                known = guidance.weakens(self.denoiser) if x0_weak is None else None
+                output_weak = self._weak_output(rows, sample_weak, known or ())
+        u_weak = precise(place.read(output_weak))
         term = guidance.scale * levels.term(u, u_weak, change)
         if change is None:
             is_nothing = (u - u_weak).abs().max() <= _rounding(output.dtype) * u.abs().max()
@@ -156,6 +211,13 @@ class GuidedCall:
         if guidance.every > 1:
             self.run.hold(number, levels.noise(term.detach()), sample.shape)
         return term, step
+
+    def _step(self, number: int, x0: Tensor, place: PicturePlace, joined: int = 0) -> Step:
+        """Return the step as a guidance sees it."""
+        rows = self._rows(number)
+        attention = {n: self._attention(n, rows, place) for n in self.acting[number][2]}
+        where = functools.partial(tokens_at, self.denoiser, call=self.call, place=place, rows=rows)
+        return Step(self.denoiser, x0, attention, self.run.step, where, joined)
 
     def _attention(self, layer: str, rows: slice, place: PicturePlace) -> Tensor:
         """Return the attention that each picture token received, (batch, rows, columns)."""

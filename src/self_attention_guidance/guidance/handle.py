@@ -22,6 +22,7 @@ from ..denoiser.attention import self_attention, standing_in
 from ..denoiser.call import Call, call_of, layout_of
 from ..denoiser.caller import Caller, find_caller, refuse_unknown
 from ..denoiser.families import FAMILIES, BatchLayout, denoiser_of, family_of, uncompiled
+from ..denoiser.joint import forget_modules
 from ..denoiser.noise import Scheduler, check_scheduler
 from ..denoiser.outputs import added, stacked, total, with_first
 from ..denoiser.run import Run
@@ -274,6 +275,7 @@ class GuidanceHandle:
         run.at(call, caller, self._scheduler)
         if run.is_new:
             refuse_caches(module)
+            forget_modules(module)
             for guidance in self.guidances:
                 _check_window(guidance, run)
         for guidance in self.guidances:
@@ -311,7 +313,7 @@ class GuidanceHandle:
         layers = {layer for *_, layers in acting.values() for layer in layers}
         read = {n: one.reading.enter_context(standing_in(denoiser, n)) for n in layers}
         guided_call = GuidedCall(run, denoiser, call, layout, acting, read)
-        one.reading.enter_context(guided_call.noting_prefix())
+        one.reading.enter_context(guided_call.first_pass())
         return guided_call
 
     @run_uncompiled
@@ -323,11 +325,14 @@ class GuidanceHandle:
         if run.is_weak or not run.is_inside():
             return None
         try:
-            guided_call = one.stop_reading()
+            guided_call = one.guided_call
             if guided_call is None or output is None:  # not guided; or the pass raised an error
                 return None
-            return with_first(output, self._guided(guided_call, stacked(output[0])))
+            whole = guided_call.divided(stacked(output[0]))
+            one.stop_reading()
+            return with_first(output, self._guided(guided_call, whole))
         finally:
+            one.stop_reading()
             run.leave()
             if self._is_for_one_call:
                 self.remove()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from .weak_layers import WeakLayers
 
@@ -35,6 +35,8 @@ class PerturbedAttentionGuidance(WeakLayers, method="pag"):
         ValueError: A setting is out of its range or not of its type; when attaching, a name matches
             no layer.
     """
+
+    needs_first_pass: ClassVar[bool] = False
 
     @contextmanager
     def weaken(self, step: Step) -> Generator[Tensor | None]:

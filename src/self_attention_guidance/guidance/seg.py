@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..checks import check_number
 from .weak_layers import WeakLayers
@@ -39,6 +39,8 @@ class SmoothedEnergyGuidance(WeakLayers, method="seg"):
         ValueError: A setting is out of its range or not of its type; when attaching, a name matches
             no layer.
     """
+
+    needs_first_pass: ClassVar[bool] = False
 
     _: KW_ONLY
     blur_sigma: float = math.inf

@@ -36,6 +36,7 @@ class SkipLayerGuidance(WeakLayers, method="slg"):
     """
 
     has_blocks: ClassVar[bool] = True
+    needs_first_pass: ClassVar[bool] = False
 
     @contextmanager
     def weaken(self, step: Step) -> Generator[Tensor | None]:

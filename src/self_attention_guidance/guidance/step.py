@@ -28,6 +28,8 @@ class Step:
             by their dotted paths: (pictures, rows, columns) float32, mean 1.
         index: The step's index among the scheduler's timesteps.
         tokens_at: Maps the dotted path of a layer or block to where the picture's tokens lie in it.
+        joined: Number of rows of the weakened network in a joint pass: the last ones of its batch,
+            which alone are weakened. 0 if the weakened network has a pass of its own.
         noted: Tensors that the guidance records for its handle, by name.
     """
 
@@ -36,6 +38,7 @@ class Step:
     attention: dict[str, Tensor]
     index: int
     tokens_at: Callable[[str], PictureTokens]
+    joined: int = 0
     noted: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     @contextmanager
@@ -50,7 +53,9 @@ class Step:
         refuse_recomputing(self.denoiser)
         with ExitStack() as stack:
             stand_ins = [
-                stack.enter_context(attending_by(self.denoiser, n, self.tokens_at(n), weaken))
+                stack.enter_context(
+                    attending_by(self.denoiser, n, self.tokens_at(n), weaken, self.joined)
+                )
                 for n in layers
             ]
             yield
@@ -100,7 +105,9 @@ class Step:
     def _changing(self, changes: Mapping[str, Change | None]) -> Generator[None]:
         with ExitStack() as stack:
             stand_ins = {
-                block: stack.enter_context(changing_block(self.denoiser, block, change))
+                block: stack.enter_context(
+                    changing_block(self.denoiser, block, change, self.joined)
+                )
                 for block, change in changes.items()
             }
             yield

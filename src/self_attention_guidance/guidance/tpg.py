@@ -38,6 +38,7 @@ class TokenPerturbationGuidance(WeakLayers, method="tpg"):
     """
 
     has_blocks: ClassVar[bool] = True
+    needs_first_pass: ClassVar[bool] = False
 
     _: KW_ONLY
     seed: int = 0

@@ -1,0 +1,158 @@
+"""One pass for the network and the weakened one: the weakened rows join the batch of the first.
+
+A weakened pass of one picture takes more time than one more row of the first pass would: each pass
+reads all weights, and a GPU has little to do for one row. So the rows of the weakened network join
+the first pass where its first weakened block begins. From there on, the batch has further rows, for
+which alone the layers are weakened. What comes before is computed once, as in `prefix`.
+
+Only for one picture: more rows in a batch gain little and need more memory. Only in diffusers'
+`UNet2DConditionModel`, whose forward does nothing to its states between its blocks except when it
+gets the residuals of a ControlNet or an adapter.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .attention import why_in_slices
+from .call import Call
+from .prefix import part_of
+from .safety import recomputes
+
+# Processors that keep the rows of a batch apart, on an axis of their own.
+_KNOWN_PROCESSORS = ("AttnProcessor2_0", "FusedAttnProcessor2_0")
+
+# Packages whose layers keep the rows of a batch apart.
+_KNOWN_PACKAGES = ("torch", "diffusers", "peft")
+
+_RESIDUALS = (
+    "mid_block_additional_residual",
+    "down_block_additional_residuals",
+    "down_intrablock_additional_residuals",
+)
+
+_known: WeakKeyDictionary[nn.Module, list[nn.Module] | None] = WeakKeyDictionary()
+_counts: WeakKeyDictionary[nn.Module, list[list[int]]] = WeakKeyDictionary()
+
+
+@contextmanager
+def counting_joined(network: nn.Module, rows: list[int]) -> Generator[None]:
+    """Append to `rows`, inside the `with` statement, the rows that join passes of a network."""
+    _counts.setdefault(network, []).append(rows)
+    try:
+        yield
+    finally:
+        _counts[network] = [each for each in _counts[network] if each is not rows]
+
+
+class JointPass:
+    """The first pass of a call, which the rows of the weakened network join.
+
+    Attributes:
+        count: Number of these rows.
+        weak_output: The output of the weakened network, once `divided` was called.
+    """
+
+    weak_output: Tensor
+
+    def __init__(self, parts: Sequence[nn.Module], batch: int, rows: slice) -> None:
+        """Let copies of `rows` of a batch join it where the first of `parts` begins."""
+        self.count = len(range(batch)[rows])
+        self._parts, self._batch, self._rows = parts, batch, rows
+        self._thread = threading.get_ident()
+
+    @contextmanager
+    def joining(self) -> Generator[None]:
+        """Let the rows join the pass inside the `with` statement."""
+        with ExitStack() as stack:
+            for part in self._parts:
+                hook = part.register_forward_pre_hook(self._before, with_kwargs=True)
+                stack.callback(hook.remove)
+            yield
+
+    def divided(self, network: nn.Module, output: Tensor) -> Tensor:
+        """Keep the weakened network's output, and return that of the network itself."""
+        for rows in _counts.get(network, ()):
+            rows.append(self.count)
+        self.weak_output = output[self._batch :]
+        return output[: self._batch]
+
+    def _before(self, _: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        if threading.get_ident() != self._thread:
+            return None
+        return tree_map(self._joined, args), tree_map(self._joined, kwargs)
+
+    def _joined(self, argument: Any) -> Any:
+        is_short = isinstance(argument, Tensor) and argument.shape[:1] == (self._batch,)
+        return torch.cat([argument, argument[self._rows]]) if is_short else argument
+
+
+def forget_modules(denoiser: nn.Module) -> None:
+    """Look at a network's modules anew; called when a run begins, since they may have changed."""
+    _known.pop(denoiser, None)
+
+
+def joint_pass(
+    denoiser: nn.Module, call: Call, rows: slice, weak: Sequence[str]
+) -> JointPass | None:
+    """Return the joint pass of a call, or `None` if the weakened network needs its own pass.
+
+    Args:
+        denoiser: The network.
+        call: The call, whose pass has not begun.
+        rows: The rows that a guidance compares.
+        weak: Dotted paths of the layers or blocks that it weakens.
+    """
+    batch, network = len(call.sample), cast("Any", denoiser)
+    if network not in _known:
+        _known[network] = _known_modules(network)
+    modules = _known[network]
+    if modules is None or len(range(batch)[rows]) != 1 or not _is_usual(call):
+        return None
+    # Guidance itself has one hook on the network.
+    has_hooks = len(network._forward_hooks) > 1 or "forward" in vars(network)
+    is_compiled = network._compiled_call_impl is not None or why_in_slices() is not None
+    if has_hooks or is_compiled or recomputes(network) or not all(map(_is_plain, modules)):
+        return None
+    middle = [] if network.mid_block is None else [network.mid_block]
+    parts = [*network.down_blocks, *middle, *network.up_blocks]
+    first = min(parts.index(part_of(network, path)) for path in weak)
+    return JointPass(parts[first:], batch, rows)
+
+
+def _known_modules(network: nn.Module) -> list[nn.Module] | None:
+    """Return the modules in a network; `None` if it or one of them may mix the rows of a batch."""
+    forward = type(network).forward
+    name = f"{forward.__module__.partition('.')[0]}.{forward.__qualname__}"
+    modules = [*network.modules()][1:]
+    packages = {type(module).__module__.partition(".")[0] for module in modules}
+    is_known = name == "diffusers.UNet2DConditionModel.forward"
+    return modules if is_known and packages.issubset(_KNOWN_PACKAGES) else None
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module has no hooks, its class's own `forward`, and a known processor if any."""
+    has_hooks = bool(module._forward_hooks or module._forward_pre_hooks)
+    is_own = "forward" not in vars(module) and module._compiled_call_impl is None
+    processor = vars(module).get("processor", module._modules.get("processor"))
+    is_known = processor is None or type(processor).__name__ in _KNOWN_PROCESSORS
+    return is_own and is_known and not has_hooks
+
+
+def _is_usual(call: Call) -> bool:
+    """Whether all that the blocks get has one row for each row of the batch, or none."""
+    given = call.arguments
+    is_text = isinstance(given.get("encoder_hidden_states"), Tensor)
+    has_prompts = "image_embeds" in (given.get("added_cond_kwargs") or {})  # then a tuple
+    leaves: list[Any] = tree_leaves(given.get("cross_attention_kwargs"))
+    has_others = any(isinstance(leaf, Tensor) for leaf in leaves)
+    has_residuals = any(given.get(name) is not None for name in _RESIDUALS)
+    return is_text and not (has_prompts or has_others or has_residuals)
