@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import threading
+import weakref
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.models.attention_processor import Attention, AttnProcessor
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.overrides import TorchFunctionMode
 
 from family import KINDS, METHODS, denoiser_of, difference, draw_prompts, traces
@@ -26,7 +31,7 @@ from test_stable_diffusion_parent import noise
 from test_stable_diffusion_pipeline import ip_adapter_weights
 from test_stable_diffusion_tasks import TASKS
 from test_stable_diffusion_tasks import draw as draw_task
-from tiny import TEXT_WIDTH, tiny_image_encoder, tiny_pipeline, tiny_unet
+from tiny import TEXT_WIDTH, tiny_image_encoder, tiny_pipeline, tiny_scheduler, tiny_unet
 
 U_NETS = ("Stable Diffusion", "Stable Diffusion XL", "Kolors")
 PAG = PerturbedAttentionGuidance()
@@ -37,6 +42,19 @@ def in_two_passes(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
     with monkeypatch.context() as patch:
         patch.setattr(guided_call, "joint_pass", lambda *_: None)
         yield
+
+
+class At(TorchFunctionMode):
+    """Calls a function when a convolution of the U-Net begins; a hook would change the passes."""
+
+    def __init__(self, pipe: Any, act: Callable[[], None], layer: str = "conv_out") -> None:
+        super().__init__()
+        self.act, self.weight = act, denoiser_of(pipe).get_submodule(layer).weight
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.conv2d and args[1] is self.weight:
+            self.act()
+        return func(*args, **(kwargs or {}))
 
 
 class Rows(TorchFunctionMode):
@@ -166,6 +184,35 @@ def with_other_processors(pipe: Any) -> None:
     pipe.unet.up_blocks[1].attentions[0].transformer_blocks[0].attn2.set_processor(AttnProcessor())
 
 
+class Shared(AttnProcessor2_0):
+    """A processor that looks at all rows."""
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        own = super().__call__(attn, hidden_states, *args, **kwargs)
+        return own + 0.1 * own.mean(dim=0, keepdim=True)
+
+
+Shared.__name__ = Shared.__qualname__ = "AttnProcessor2_0"
+
+
+def with_shared_processor(pipe: Any) -> None:
+    pipe.unet.up_blocks[1].attentions[0].transformer_blocks[0].attn1.set_processor(Shared())
+
+
+class Quantized(nn.Linear):
+    """A layer whose class is where torch has those that scale a batch by its largest value."""
+
+    __module__ = "torch.ao.nn.quantized.dynamic.modules.linear"
+
+
+def quantized(pipe: Any) -> None:
+    pipe.unet.up_blocks[0].resnets[0].time_emb_proj.__class__ = Quantized
+
+
+def with_later_hook(pipe: Any) -> None:
+    pipe.unet.register_forward_pre_hook(lambda *_: None)
+
+
 IMAGE_PROMPT = {"ip_adapter_image_embeds": [noise(9, 2, 1, TEXT_WIDTH)]}
 ALONE: dict[str, tuple[Callable[[Any], Any], dict[str, Any]]] = {
     "an image prompt": (with_ip_adapter, IMAGE_PROMPT),
@@ -176,6 +223,9 @@ ALONE: dict[str, tuple[Callable[[Any], Any], dict[str, Any]]] = {
     "a class of one's own": (with_own_class, {}),
     "a layer of one's own": (with_own_layer, {}),
     "another processor": (with_other_processors, {}),
+    "a processor named alike": (with_shared_processor, {}),
+    "a quantized layer": (quantized, {}),
+    "a hook before the network": (with_later_hook, {}),
     "two pictures": (lambda _: None, {"seeds": (3, 4)}),
 }
 
@@ -206,6 +256,81 @@ def test_layers_that_change_between_runs_are_seen() -> None:
         with Rows(pipe) as rows:
             draw_prompts(pipe, num_inference_steps=2)
         assert rows.found == [2, 2, 1]
+
+
+def test_a_hook_on_all_modules_needs_a_pass_of_its_own() -> None:
+    pipe = KINDS["Stable Diffusion"].make()
+    hook = register_module_forward_hook(lambda *_: None)
+    try:
+        with PAG.attach(pipe), Rows(pipe) as rows:
+            draw_prompts(pipe, num_inference_steps=1)
+    finally:
+        hook.remove()
+    assert rows.found == [2, 1]
+
+
+@pytest.mark.parametrize("name", ["attention_mask", "encoder_attention_mask"])
+def test_masks_of_each_head_need_a_pass_of_their_own(name: str) -> None:
+    unet = tiny_unet(levels=1, heads=2)
+    text = noise(4, 1, 3, unet.config.cross_attention_dim)
+    tokens = 80 if name == "attention_mask" else 3
+    scheduler = tiny_scheduler()
+    scheduler.set_timesteps(4)
+    given = {"scheduler": scheduler, "batch_layout": "single"}
+    for rows, expected in ((1, [2]), (2, [1, 1])):
+        mask = {name: torch.ones(rows, tokens, dtype=torch.bool)}
+        with PAG.attach(unet, **given), Rows(SimpleNamespace(components={"unet": unet})) as calls:
+            unet(noise(3, 1, 4, 8, 10), scheduler.timesteps[0], text, **mask)
+        assert calls.found == expected
+
+
+def test_nothing_is_kept_after_a_run() -> None:
+    pipe = KINDS["Stable Diffusion"].make()
+    with PAG.attach(pipe):
+        draw_prompts(pipe)
+    block = weakref.ref(pipe.unet.up_blocks[0])
+    pipe.unet.up_blocks = nn.ModuleList()
+    assert block() is None
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("step", [0, 2])
+def test_guidance_can_be_removed_in_the_middle_of_a_pass(method: str, step: int) -> None:
+    pipe = KINDS["Stable Diffusion"].make()
+    plain, untouched = draw_prompts(pipe), traces(pipe)
+    handle = METHODS[method](layers="down").attach(pipe)
+    passed = iter(range(3))
+
+    def remove() -> None:
+        if next(passed) == step:
+            remover = threading.Thread(target=handle.remove)
+            remover.start()
+            remover.join()
+            assert not handle.attached
+
+    with At(pipe, remove):
+        found = draw_prompts(pipe)
+    assert found.shape == plain.shape
+    assert torch.equal(found, plain) == (step == 0)
+    assert handle.steps == step
+    assert traces(pipe) == untouched
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_network_can_be_copied_after_an_interruption(method: str) -> None:
+    pipe = KINDS["Stable Diffusion"].make()
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with METHODS[method](layers="down").attach(pipe):
+        expected = draw_prompts(pipe)
+        with At(pipe, interrupt), pytest.raises(KeyboardInterrupt):
+            draw_prompts(pipe)
+        other = StableDiffusionPipeline(**{**pipe.components, "unet": copy.deepcopy(pipe.unet)})
+        other.set_progress_bar_config(disable=True)
+        assert torch.equal(draw_prompts(pipe), expected)
+        assert difference(draw_prompts(other), expected) < 1e-4
 
 
 def test_a_network_needs_no_mid_block(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,10 +372,60 @@ def test_a_method_that_needs_the_first_pass_waits_for_it() -> None:
             with super().weaken(step) as x0:
                 yield x0
 
+    class Mixin:
+        @contextmanager
+        def weaken(self, step: Any) -> Generator[Tensor | None]:
+            assert step.x0.isfinite().all()
+            with step.skipping(["mid_block.attentions.0.transformer_blocks.0"]):
+                yield None
+
+    class Mixed(Mixin, PerturbedAttentionGuidance):
+        pass
+
+    class Unchanged(PerturbedAttentionGuidance):
+        pass
+
     pipe = KINDS["Stable Diffusion"].make()
-    with Late().attach(pipe), Rows(pipe) as rows:
-        draw_prompts(pipe, num_inference_steps=1)
-    assert rows.found == [2, 1]
+    for method, expected in ((Late, [2, 1]), (Mixed, [2, 1]), (Unchanged, [3])):
+        with method().attach(pipe), Rows(pipe) as rows:
+            draw_prompts(pipe, num_inference_steps=1)
+        assert rows.found == expected
+
+
+def test_methods_of_ones_own() -> None:
+    class Own(PerturbedAttentionGuidance):
+        needs_first_pass = False
+        layers_weakened: Any = None
+
+        def weakens(self, denoiser: Any) -> Any:
+            return self.layers_weakened
+
+        @contextmanager
+        def weaken(self, step: Any) -> Generator[Tensor | None]:
+            step.noted["seen"] = torch.ones(1)
+            with super().weaken(step):
+                yield None
+
+    class Worse(Own):
+        needs_first_pass = False
+
+        @contextmanager
+        def weaken(self, step: Any) -> Generator[Tensor | None]:
+            yield step.x0
+
+    pipe = KINDS["Stable Diffusion"].make()
+    mid = "mid_block.attentions.0.transformer_blocks.0.attn1"
+    for layers, expected in ((mid,), [3]), ((mid, "conv_out"), [2, 1]), ((), [2, 1]):
+        Own.layers_weakened = layers
+        with Own().attach(pipe) as handle, Rows(pipe) as rows:
+            draw_prompts(pipe, num_inference_steps=1)
+        assert rows.found == expected
+        assert handle.noted["seen"] == 1
+    Own.layers_weakened = (mid,)
+    untouched = traces(pipe)
+    with Worse().attach(pipe), pytest.raises(RuntimeError, match="it needs the first pass"):
+        draw_prompts(pipe)
+    assert traces(pipe) == untouched
 
 
 @pytest.mark.parametrize("method", METHODS)

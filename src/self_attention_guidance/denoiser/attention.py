@@ -6,6 +6,7 @@ embeddings need no special code.
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import threading
@@ -97,6 +98,10 @@ class StandIn:
         self.was_called = False
         self._layer, self._processor, self._attend = layer, processor, attend
         self._thread = threading.get_ident()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Copy the processor: after Ctrl-C, a network may be copied in the middle of a pass."""
+        return copy.deepcopy(self._processor, memo)
 
     def _kernel(
         self, tokens: int | None, operands: Operands, kernel: Callable[[], Tensor]

@@ -12,6 +12,7 @@ gets the residuals of a ControlNet or an adapter.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,6 +20,8 @@ from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.modules.module as _everywhere
+from diffusers.models.attention_processor import AttnProcessor2_0, FusedAttnProcessor2_0
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -27,11 +30,8 @@ from .call import Call
 from .prefix import part_of
 from .safety import recomputes
 
-# Processors that keep the rows of a batch apart, on an axis of their own.
-_KNOWN_PROCESSORS = ("AttnProcessor2_0", "FusedAttnProcessor2_0")
-
-# Packages whose layers keep the rows of a batch apart.
-_KNOWN_PACKAGES = ("torch", "diffusers", "peft")
+# Where the classes of layers are that keep the rows of a batch apart.
+_KNOWN_LAYERS = ("torch.nn.", "diffusers.", "peft.")
 
 _RESIDUALS = (
     "mid_block_additional_residual",
@@ -39,7 +39,9 @@ _RESIDUALS = (
     "down_intrablock_additional_residuals",
 )
 
-_known: WeakKeyDictionary[nn.Module, list[nn.Module] | None] = WeakKeyDictionary()
+# One row for each row of the batch, or none; in any other shape, rows and heads might be mixed up.
+_ROWS = ("encoder_hidden_states", "attention_mask", "encoder_attention_mask")
+
 _counts: WeakKeyDictionary[nn.Module, list[list[int]]] = WeakKeyDictionary()
 
 
@@ -69,6 +71,10 @@ class JointPass:
         self._parts, self._batch, self._rows = parts, batch, rows
         self._thread = threading.get_ident()
 
+    def __deepcopy__(self, memo: object) -> JointPass:
+        """Return one that does nothing: after Ctrl-C, a copied network may still have its hooks."""
+        return JointPass((), -1, slice(0))
+
     @contextmanager
     def joining(self) -> Generator[None]:
         """Let the rows join the pass inside the `with` statement."""
@@ -95,11 +101,6 @@ class JointPass:
         return torch.cat([argument, argument[self._rows]]) if is_short else argument
 
 
-def forget_modules(denoiser: nn.Module) -> None:
-    """Look at a network's modules anew; called when a run begins, since they may have changed."""
-    _known.pop(denoiser, None)
-
-
 def joint_pass(
     denoiser: nn.Module, call: Call, rows: slice, weak: Sequence[str]
 ) -> JointPass | None:
@@ -112,47 +113,60 @@ def joint_pass(
         weak: Dotted paths of the layers or blocks that it weakens.
     """
     batch, network = len(call.sample), cast("Any", denoiser)
-    if network not in _known:
-        _known[network] = _known_modules(network)
-    modules = _known[network]
-    if modules is None or len(range(batch)[rows]) != 1 or not _is_usual(call):
-        return None
-    # Guidance itself has one hook on the network.
-    has_hooks = len(network._forward_hooks) > 1 or "forward" in vars(network)
-    is_compiled = network._compiled_call_impl is not None or why_in_slices() is not None
-    if has_hooks or is_compiled or recomputes(network) or not all(map(_is_plain, modules)):
+    if len(range(batch)[rows]) != 1 or not _is_alone(network) or not _is_usual(call):
         return None
     middle = [] if network.mid_block is None else [network.mid_block]
     parts = [*network.down_blocks, *middle, *network.up_blocks]
-    first = min(parts.index(part_of(network, path)) for path in weak)
-    return JointPass(parts[first:], batch, rows)
+    weakened = [part_of(network, path) for path in weak]
+    if not weakened or any(part not in parts for part in weakened):
+        return None
+    return JointPass(parts[min(map(parts.index, weakened)) :], batch, rows)
 
 
-def _known_modules(network: nn.Module) -> list[nn.Module] | None:
-    """Return the modules in a network; `None` if it or one of them may mix the rows of a batch."""
+def _is_alone(network: Any) -> bool:
+    """Whether nothing but diffusers' own code sees the rows between the network's blocks."""
     forward = type(network).forward
     name = f"{forward.__module__.partition('.')[0]}.{forward.__qualname__}"
-    modules = [*network.modules()][1:]
-    packages = {type(module).__module__.partition(".")[0] for module in modules}
-    is_known = name == "diffusers.UNet2DConditionModel.forward"
-    return modules if is_known and packages.issubset(_KNOWN_PACKAGES) else None
+    if name != "diffusers.UNet2DConditionModel.forward" or "forward" in vars(network):
+        return False
+    # Guidance itself has a hook on each side of the network, and may count its rows.
+    before = {_package(hook) for hook in network._forward_pre_hooks.values()}
+    has_hooks = len(network._forward_hooks) > 1 or before != {_package(_is_alone)}
+    has_hooks |= bool(_everywhere._global_forward_hooks or _everywhere._global_forward_pre_hooks)
+    if has_hooks or network._compiled_call_impl is not None or recomputes(network):
+        return False
+    modules = itertools.islice(network.modules(), 1, None)
+    return why_in_slices() is None and all(map(_keeps_rows_apart, modules))
 
 
-def _is_plain(module: nn.Module) -> bool:
+def _package(function: Any) -> str:
+    return str(getattr(function, "__module__", None)).partition(".")[0]
+
+
+def _keeps_rows_apart(module: nn.Module) -> bool:
     """Whether a module has no hooks, its class's own `forward`, and a known processor if any."""
     has_hooks = bool(module._forward_hooks or module._forward_pre_hooks)
     is_own = "forward" not in vars(module) and module._compiled_call_impl is None
     processor = vars(module).get("processor", module._modules.get("processor"))
-    is_known = processor is None or type(processor).__name__ in _KNOWN_PROCESSORS
-    return is_own and is_known and not has_hooks
+    is_known = f"{type(module).__module__}.".startswith(_KNOWN_LAYERS)
+    return is_own and is_known and not has_hooks and (processor is None or _is_usual_one(processor))
+
+
+def _is_usual_one(processor: Any) -> bool:
+    """Whether a processor is diffusers' own, with an axis of rows."""
+    cls = type(processor)
+    is_its_own = cls.__call__.__module__ == cls.__module__
+    return is_its_own and cls in (AttnProcessor2_0, FusedAttnProcessor2_0)
 
 
 def _is_usual(call: Call) -> bool:
     """Whether all that the blocks get has one row for each row of the batch, or none."""
     given = call.arguments
     is_text = isinstance(given.get("encoder_hidden_states"), Tensor)
+    found = [given[name] for name in _ROWS if given.get(name) is not None]
+    has_rows = is_text and all(len(each) == len(call.sample) for each in found)
     has_prompts = "image_embeds" in (given.get("added_cond_kwargs") or {})  # then a tuple
     leaves: list[Any] = tree_leaves(given.get("cross_attention_kwargs"))
     has_others = any(isinstance(leaf, Tensor) for leaf in leaves)
     has_residuals = any(given.get(name) is not None for name in _RESIDUALS)
-    return is_text and not (has_prompts or has_others or has_residuals)
+    return has_rows and not (has_prompts or has_others or has_residuals)

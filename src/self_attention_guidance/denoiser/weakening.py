@@ -180,7 +180,15 @@ def _stand_in_for(block: type[nn.Module]) -> type[nn.Module]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self._stand_in.run(self, args, kwargs)
 
-    return type(f"StandIn{block.__name__}", (block,), {"forward": forward})
+    def reduced(self: Any, protocol: Any) -> tuple[Any, ...]:
+        """Copy the block: after Ctrl-C, this may happen in the middle of a pass."""
+        made: Any = object.__reduce_ex__(self, protocol)
+        make, (_, *rest), state, *others = made
+        kept = {name: value for name, value in state.items() if name != "_stand_in"}
+        return make, (block, *rest), kept, *others
+
+    members = {"forward": forward, "__reduce_ex__": reduced}
+    return type(f"StandIn{block.__name__}", (block,), members)
 
 
 @contextmanager

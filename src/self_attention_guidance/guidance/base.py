@@ -89,8 +89,9 @@ class Guidance:
     def __init_subclass__(cls, *, method: str | None = None) -> None:
         """Register a method under its short name."""
         super().__init_subclass__()
-        if "weaken" in vars(cls) and "needs_first_pass" not in vars(cls):
-            cls.needs_first_pass = True  # whatever its parent's own `weaken` needs
+        said = next(base for base in cls.__mro__ if "needs_first_pass" in vars(base))
+        if cls.weaken is not said.weaken:  # what another `weaken` needs was not said
+            cls.needs_first_pass = True
         if method is not None:
             cls.method = method
             METHODS[method] = cls

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -92,18 +92,25 @@ class GuidedCall:
             with self._noting_prefix():
                 yield
             return
-        [(number, guidance)] = self._weak.items()
-        place = PicturePlace(self.call.denoised.shape[1])
-        # The guidance does not use the clean sample, which is not known yet.
-        x0 = self.call.sample.new_full((), math.nan)
-        step = self._step(number, x0, place, self.joint.count)
-        self.weakening.enter_context(guidance.weaken(step))
+        [guidance] = self._weak.values()
+        if self.weakening.enter_context(guidance.weaken(self._joined_step)) is not None:
+            self.weakening.close()
+            raise GuidanceError(f"{guidance} has a worse clean sample, so it needs the first pass")
         try:
             with self.joint.joining():
                 yield
         finally:  # after an error in the pass, that error counts
             with suppress(GuidanceError):
                 self.weakening.close()
+
+    @functools.cached_property
+    def _joined_step(self) -> Step:
+        """The step before its joint pass: the clean sample is not known yet."""
+        [number], joint = self._weak, self.joint
+        assert joint is not None
+        x0 = self.call.sample.new_full((), math.nan)
+        place = PicturePlace(self.call.denoised.shape[1])
+        return self._step(number, x0, place, joint.count)
 
     def divided(self, output: Tensor) -> Tensor:
         """Return the network's own rows of the output of the first pass.
@@ -190,11 +197,12 @@ class GuidedCall:
         guidance, sample = self.acting[number][0], self.call.sample[rows]
         x_t, u = precise(place.read(sample)), precise(place.read(output))
         x0 = levels.x0(x_t, u)
-        step = self._step(number, self.run.schedule.limited(x0), place)
-        sample_weak, change = sample, None
+        limited, sample_weak, change = self.run.schedule.limited(x0), sample, None
         if self.joint is not None:
+            step = replace(self._joined_step, x0=limited)
             output_weak = self.joint.weak_output
         else:
+            step = self._step(number, limited, place)
             with guidance.weaken(step) as x0_weak:
                 if x0_weak is not None:
                     sample_weak = place.written(sample, levels.renoise(x_t, x0, x0_weak))

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from ..checks import GuidanceError
 from ..denoiser.attention import self_attention, standing_in
 from ..denoiser.call import Call, call_of, layout_of
-from ..denoiser.caller import Caller, find_caller, refuse_unknown
+from ..denoiser.caller import Caller, find_caller, is_running, refuse_unknown
 from ..denoiser.families import FAMILIES, BatchLayout, denoiser_of, family_of, uncompiled
-from ..denoiser.joint import forget_modules
 from ..denoiser.noise import Scheduler, check_scheduler
 from ..denoiser.outputs import added, stacked, total, with_first
 from ..denoiser.run import Run
@@ -104,10 +103,15 @@ class _OneDenoiser:
         self.reading = ExitStack()
         self.guided_call: GuidedCall | None = None
 
-    def stop_reading(self) -> GuidedCall | None:
-        guided_call, self.guided_call = self.guided_call, None
+    def stop_reading(self) -> None:
+        self.guided_call = None
         self.reading.close()
-        return guided_call
+
+    def is_in_joint_pass(self, denoiser: nn.Module) -> bool:
+        """Whether rows of the weakened network are in a pass of the denoiser that is not over."""
+        call, thread = self.guided_call, self.run.inside
+        has_joined = call is not None and call.joint is not None
+        return has_joined and thread is not None and is_running(denoiser, thread)
 
 
 class _EachDenoiser(weakref.WeakKeyDictionary[nn.Module, _OneDenoiser]):
@@ -192,6 +196,12 @@ class GuidanceHandle:
         if self._is_for_one_call and not self.attached:
             return  # the denoiser may be in the call of the next handle
         self.attached = False
+        if any(one.is_in_joint_pass(denoiser) for denoiser, one in [*self._each.items()]):
+            return  # another thread does this, or a signal; the end of the pass detaches
+        self._detach()
+
+    def _detach(self) -> None:
+        self.attached = False
         for hook in self._hooks:
             hook.remove()
         for one in [*self._each.values()]:
@@ -275,7 +285,6 @@ class GuidanceHandle:
         run.at(call, caller, self._scheduler)
         if run.is_new:
             refuse_caches(module)
-            forget_modules(module)
             for guidance in self.guidances:
                 _check_window(guidance, run)
         for guidance in self.guidances:
@@ -330,12 +339,13 @@ class GuidanceHandle:
                 return None
             whole = guided_call.divided(stacked(output[0]))
             one.stop_reading()
-            return with_first(output, self._guided(guided_call, whole))
+            guided = self._guided(guided_call, whole) if self.attached else whole
+            return with_first(output, guided)
         finally:
             one.stop_reading()
             run.leave()
-            if self._is_for_one_call:
-                self.remove()
+            if self._is_for_one_call or not self.attached:
+                self._detach()
 
     def _guided(self, guided_call: GuidedCall, whole: Tensor) -> Tensor:
         """Return the denoiser's output with the terms of all guidances."""
