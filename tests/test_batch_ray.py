@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -17,6 +16,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from dying import die
 from self_attention_guidance import builtin_model
 from self_attention_guidance.batch import BatchJob, Defaults, Model, SampleJob, workers
 from self_attention_guidance.batch.workers import Crew, distribute
@@ -151,16 +151,12 @@ def test_units_are_asked_for_when_someone_can_take_them(cluster: Cluster) -> Non
     time.sleep(0.1)
 
 
-def _die() -> Any:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def test_workers_that_die_before_they_can_start_end_the_work(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(workers, "_PATIENCE_SECONDS", 1.0)
     with pytest.raises(ChildProcessError, match="workers die before they can start"):
-        list(distribute(range(4), _die, Crew(workers=1, address="auto")))
+        list(distribute(range(4), die, Crew(workers=1, address="auto")))
 
 
 @pytest.mark.parametrize(
@@ -179,7 +175,7 @@ def test_workers_that_no_node_has_room_for_are_named(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        list(distribute(range(4), _die, Crew(workers=2, **asked), note=note))
+        list(distribute(range(4), die, Crew(workers=2, **asked), note=note))
     assert lines[0].startswith(f"the cluster has room for {room}")
 
 
