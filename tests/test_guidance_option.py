@@ -289,7 +289,7 @@ def test_any_text_is_read_or_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize("command", ["generate", "compare", "sample", "batch"])
-def test_help_tells_of_it_without_torch(command: str) -> None:
+def test_help_describes_it_without_importing_torch(command: str) -> None:
     assert "--guidance METHOD[:NAME=VALUE,...]" in help_without_torch(command)
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from ..checks import check_number
 from .weak_layers import WeakLayers
@@ -48,13 +48,12 @@ class SmoothedEnergyGuidance(WeakLayers, method="seg"):
     def __post_init__(self) -> None:
         """Check every setting."""
         super().__post_init__()
-        sigma: Any = self.blur_sigma
-        if sigma in ("inf", math.inf):
+        if self.blur_sigma in ("inf", math.inf):
             object.__setattr__(self, "blur_sigma", math.inf)  # the dataclass is frozen
             return
-        check_number("blur_sigma", sigma, 0, math.inf)
-        if sigma == 0:
-            raise ValueError(f"blur_sigma={sigma!r} must be above 0: 0 smooths nothing")
+        check_number("blur_sigma", self.blur_sigma, 0, math.inf)
+        if self.blur_sigma == 0:
+            raise ValueError(f"blur_sigma={self.blur_sigma!r} must be above 0: 0 smooths nothing")
 
     @contextmanager
     def weaken(self, step: Step) -> Generator[Tensor | None]:
@@ -75,8 +74,7 @@ def attention_of_blurred(
     if sigma == math.inf:
         own[:] = own.mean(dim=-2, keepdim=True)
     else:
-        # The author's number of taps: three sigma to each side. A kernel longer than eight times
-        # the picture's side is flat over the picture, so it need not be longer.
+        # The author's taps, three sigma to each side; beyond eight times the picture they are flat.
         taps = max(3, min(math.ceil(6 * sigma), 8 * max(operands.grid)) // 2 * 2 + 1)
         grid = own.unflatten(-2, operands.grid).movedim(-1, -3)
         own[:] = gaussian_blur(grid, sigma, taps).movedim(-3, -1).flatten(-3, -2)
