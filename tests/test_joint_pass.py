@@ -176,6 +176,15 @@ def with_own_layer(pipe: Any) -> None:
     pipe.unet.up_blocks[0].resnets[0].time_emb_proj.__class__ = OwnLayer
 
 
+class Scaled(torch.Tensor):
+    """Weights that may scale a batch by its largest value."""
+
+
+def with_own_weights(pipe: Any) -> None:
+    layer = pipe.unet.up_blocks[0].resnets[0].time_emb_proj
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Scaled))
+
+
 def with_own_class(pipe: Any) -> None:
     pipe.unet.__class__ = Own
 
@@ -224,6 +233,7 @@ ALONE: dict[str, tuple[Callable[[Any], Any], dict[str, Any]]] = {
     "a layer of one's own": (with_own_layer, {}),
     "another processor": (with_other_processors, {}),
     "a processor named alike": (with_shared_processor, {}),
+    "weights of one's own": (with_own_weights, {}),
     "a quantized layer": (quantized, {}),
     "a hook before the network": (with_later_hook, {}),
     "two pictures": (lambda _: None, {"seeds": (3, 4)}),
@@ -303,9 +313,7 @@ def test_guidance_can_be_removed_in_the_middle_of_a_pass(method: str, step: int)
 
     def remove() -> None:
         if next(passed) == step:
-            remover = threading.Thread(target=handle.remove)
-            remover.start()
-            remover.join()
+            in_thread(handle.remove)
             assert not handle.attached
 
     with At(pipe, remove):
@@ -316,13 +324,81 @@ def test_guidance_can_be_removed_in_the_middle_of_a_pass(method: str, step: int)
     assert traces(pipe) == untouched
 
 
+def in_thread(act: Callable[[], object]) -> None:
+    thread = threading.Thread(target=act)
+    thread.start()
+    thread.join()
+
+
+def test_guidance_can_be_removed_while_a_pass_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = KINDS["Stable Diffusion"].make()
+    plain, untouched = draw_prompts(pipe), traces(pipe)
+    handle = PAG.attach(pipe)
+
+    def joined(*given: Any) -> Any:
+        found = joint.joint_pass(*given)
+        in_thread(handle.remove)
+        return found
+
+    monkeypatch.setattr(guided_call, "joint_pass", joined)
+    assert torch.equal(draw_prompts(pipe), plain)
+    assert traces(pipe) == untouched
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_copy_goes_on_when_another_one_ends(method: str) -> None:
+    pipe = KINDS["Stable Diffusion"].make()
+    plain = draw_prompts(pipe, num_inference_steps=1)
+    handle = METHODS[method](layers="down").attach(pipe)
+    other = StableDiffusionPipeline(**{**pipe.components, "unet": copy.deepcopy(pipe.unet)})
+    other.scheduler = copy.deepcopy(pipe.scheduler)
+    other.set_progress_bar_config(disable=True)
+    found: list[Tensor] = []
+
+    def draw_and_remove() -> None:
+        found.append(draw_prompts(pipe, num_inference_steps=1))
+        handle.remove()
+
+    with At(other, lambda: in_thread(draw_and_remove)):
+        found.append(draw_prompts(other, num_inference_steps=1))
+    guided, unguided = found
+    assert difference(guided, plain) > 1e-2
+    assert torch.equal(unguided, plain)
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("is_for_one_call", [False, True])
+@pytest.mark.parametrize("is_removed", [False, True])
+def test_the_next_call_after_an_interruption_is_whole(
+    method: str, is_for_one_call: bool, is_removed: bool
+) -> None:
+    pipe = KINDS["Stable Diffusion"].make()
+    plain, untouched = draw_prompts(pipe, (4, 5, 6), 1.0), traces(pipe)
+    handle = METHODS[method](layers="down").attach(pipe)
+    if is_for_one_call:
+        handle.remove_after_call()
+
+    def stop() -> None:
+        if is_removed:
+            handle.remove()
+        raise KeyboardInterrupt
+
+    with At(pipe, stop), pytest.raises(KeyboardInterrupt):
+        draw_prompts(pipe)
+    if not is_for_one_call:
+        handle.remove()
+        assert traces(pipe) == untouched
+    assert torch.equal(draw_prompts(pipe, (4, 5, 6), 1.0), plain)
+    assert traces(pipe) == untouched
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_network_can_be_copied_after_an_interruption(method: str) -> None:
     pipe = KINDS["Stable Diffusion"].make()
-
-    def interrupt() -> None:
-        raise KeyboardInterrupt
-
     with METHODS[method](layers="down").attach(pipe):
         expected = draw_prompts(pipe)
         with At(pipe, interrupt), pytest.raises(KeyboardInterrupt):
@@ -385,8 +461,14 @@ def test_a_method_that_needs_the_first_pass_waits_for_it() -> None:
     class Unchanged(PerturbedAttentionGuidance):
         pass
 
+    class Flag:
+        needs_first_pass = False
+
+    class Flagged(Flag, PerturbedAttentionGuidance):
+        pass
+
     pipe = KINDS["Stable Diffusion"].make()
-    for method, expected in ((Late, [2, 1]), (Mixed, [2, 1]), (Unchanged, [3])):
+    for method, expected in ((Late, [2, 1]), (Mixed, [2, 1]), (Unchanged, [3]), (Flagged, [3])):
         with method().attach(pipe), Rows(pipe) as rows:
             draw_prompts(pipe, num_inference_steps=1)
         assert rows.found == expected

@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Generator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -25,13 +25,18 @@ from diffusers.models.attention_processor import AttnProcessor2_0, FusedAttnProc
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..checks import GuidanceError
 from .attention import why_in_slices
 from .call import Call
+from .caller import is_running
+from .outputs import with_first
 from .prefix import part_of
 from .safety import recomputes
 
 # Where the classes of layers are that keep the rows of a batch apart.
 _KNOWN_LAYERS = ("torch.nn.", "diffusers.", "peft.")
+
+_KNOWN_WEIGHTS = {Tensor, nn.Parameter, type(None)}
 
 _RESIDUALS = (
     "mid_block_additional_residual",
@@ -58,47 +63,84 @@ def counting_joined(network: nn.Module, rows: list[int]) -> Generator[None]:
 class JointPass:
     """The first pass of a call, which the rows of the weakened network join.
 
+    It divides its output itself, so that guidance can be removed while it runs.
+
     Attributes:
-        count: Number of these rows.
-        weak_output: The output of the weakened network, once `divided` was called.
+        count: Number of the rows that join.
+        weak_output: The output of the weakened network, once the pass has ended.
+        error: The reason why the network could not be weakened, if so.
     """
 
     weak_output: Tensor
 
-    def __init__(self, parts: Sequence[nn.Module], batch: int, rows: slice) -> None:
+    def __init__(
+        self, network: nn.Module, parts: Sequence[nn.Module], batch: int, rows: slice
+    ) -> None:
         """Let copies of `rows` of a batch join it where the first of `parts` begins."""
-        self.count = len(range(batch)[rows])
-        self._parts, self._batch, self._rows = parts, batch, rows
-        self._thread = threading.get_ident()
+        self.count, self.error = len(range(batch)[rows]), None
+        self._network, self._parts, self._batch, self._rows = network, parts, batch, rows
+        self._thread: threading.Thread | None = threading.current_thread()
+        self._undo = ExitStack()
 
     def __deepcopy__(self, memo: object) -> JointPass:
         """Return one that does nothing: after Ctrl-C, a copied network may still have its hooks."""
-        return JointPass((), -1, slice(0))
+        copy = JointPass(nn.Identity(), (), -1, slice(0))
+        copy._thread = None
+        return copy
 
-    @contextmanager
-    def joining(self) -> Generator[None]:
-        """Let the rows join the pass inside the `with` statement."""
-        with ExitStack() as stack:
-            for part in self._parts:
-                hook = part.register_forward_pre_hook(self._before, with_kwargs=True)
-                stack.callback(hook.remove)
-            yield
+    def begin(self, weakening: AbstractContextManager[object]) -> object:
+        """Weaken the network for the rows that will join; return what `weakening` yields."""
+        found = self._undo.enter_context(weakening)
+        network = self._network
+        hooks = [
+            network.register_forward_pre_hook(self._before_next, prepend=True),
+            network.register_forward_hook(self._after, prepend=True),
+        ]
+        before: Any = self._before
+        hooks += [part.register_forward_pre_hook(before, with_kwargs=True) for part in self._parts]
+        for hook in hooks:
+            self._undo.callback(hook.remove)
+        return found
 
-    def divided(self, network: nn.Module, output: Tensor) -> Tensor:
-        """Keep the weakened network's output, and return that of the network itself."""
-        for rows in _counts.get(network, ()):
-            rows.append(self.count)
-        self.weak_output = output[self._batch :]
-        return output[: self._batch]
+    def end(self) -> None:
+        """Restore the network."""
+        try:
+            self._undo.close()
+        except GuidanceError as error:
+            self.error = error
+
+    def end_if_over(self) -> None:
+        """Restore the network, unless the pass goes on; after Ctrl-C, nothing else does."""
+        if self._thread is not None and not is_running(self._network, self._thread):
+            self.end()
+
+    @property
+    def _is_own(self) -> bool:
+        return threading.current_thread() is self._thread
+
+    def _before_next(self, *_: object) -> None:
+        if self._is_own:  # the next call of the network begins, so the pass was interrupted
+            self.end()
+        else:
+            self.end_if_over()
 
     def _before(self, _: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        if threading.get_ident() != self._thread:
+        if not self._is_own:
             return None
         return tree_map(self._joined, args), tree_map(self._joined, kwargs)
 
     def _joined(self, argument: Any) -> Any:
         is_short = isinstance(argument, Tensor) and argument.shape[:1] == (self._batch,)
         return torch.cat([argument, argument[self._rows]]) if is_short else argument
+
+    def _after(self, network: nn.Module, args: object, output: Any) -> Any:
+        if not self._is_own:
+            return None
+        self.end()
+        for rows in _counts.get(network, ()):
+            rows.append(self.count)
+        self.weak_output = output[0][self._batch :]
+        return with_first(output, output[0][: self._batch])
 
 
 def joint_pass(
@@ -120,7 +162,7 @@ def joint_pass(
     weakened = [part_of(network, path) for path in weak]
     if not weakened or any(part not in parts for part in weakened):
         return None
-    return JointPass(parts[min(map(parts.index, weakened)) :], batch, rows)
+    return JointPass(network, parts[min(map(parts.index, weakened)) :], batch, rows)
 
 
 def _is_alone(network: Any) -> bool:
@@ -148,6 +190,8 @@ def _keeps_rows_apart(module: nn.Module) -> bool:
     has_hooks = bool(module._forward_hooks or module._forward_pre_hooks)
     is_own = "forward" not in vars(module) and module._compiled_call_impl is None
     processor = vars(module).get("processor", module._modules.get("processor"))
+    # Other kinds of tensors may scale a batch by its largest value.
+    is_own &= {type(each) for each in module._parameters.values()} <= _KNOWN_WEIGHTS
     is_known = f"{type(module).__module__}.".startswith(_KNOWN_LAYERS)
     return is_own and is_known and not has_hooks and (processor is None or _is_usual_one(processor))
 

@@ -86,11 +86,6 @@ class Run:
                 raise GuidanceError(_TWO_THREADS)
             self._inside, self.is_weak = thread, False
 
-    @property
-    def inside(self) -> threading.Thread | None:
-        """The thread that is inside a call, or was interrupted in it."""
-        return self._inside
-
     def leave(self) -> None:
         self._inside = None
 

@@ -90,7 +90,9 @@ class Guidance:
         """Register a method under its short name."""
         super().__init_subclass__()
         said = next(base for base in cls.__mro__ if "needs_first_pass" in vars(base))
-        if cls.weaken is not said.weaken:  # what another `weaken` needs was not said
+        if cls.weaken is not getattr(
+            said, "weaken", cls.weaken
+        ):  # what another `weaken` needs was not said
             cls.needs_first_pass = True
         if method is not None:
             cls.method = method

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Generator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +50,6 @@ class GuidedCall:
         acting: The guidances that act, by number. Each comes with the noise that it adds again;
             or, for a weakened pass, with `None` and the layers that it reads.
         read: The layers that are read, by their dotted paths.
-        weakening: Holds what weakens the last rows of a joint pass.
     """
 
     run: Run
@@ -60,7 +58,6 @@ class GuidedCall:
     layout: Layout
     acting: dict[int, tuple[Guidance, Tensor | None, tuple[str, ...]]]
     read: dict[str, StandIn]
-    weakening: ExitStack = field(default_factory=ExitStack)
 
     @functools.cached_property
     def _weak(self) -> dict[int, Guidance]:
@@ -85,23 +82,15 @@ class GuidedCall:
         """Outputs of the first pass that weakened passes reuse."""
         return Prefix(uncompiled(self.denoiser))
 
-    @contextmanager
-    def first_pass(self) -> Generator[None]:
+    def first_pass(self) -> AbstractContextManager[None]:
         """Prepare the first pass for the weakened rows: they join it, or reuse outputs of it."""
         if self.joint is None:
-            with self._noting_prefix():
-                yield
-            return
+            return self._noting_prefix()
         [guidance] = self._weak.values()
-        if self.weakening.enter_context(guidance.weaken(self._joined_step)) is not None:
-            self.weakening.close()
+        if self.joint.begin(guidance.weaken(self._joined_step)) is not None:
+            self.joint.end()
             raise GuidanceError(f"{guidance} has a worse clean sample, so it needs the first pass")
-        try:
-            with self.joint.joining():
-                yield
-        finally:  # after an error in the pass, that error counts
-            with suppress(GuidanceError):
-                self.weakening.close()
+        return nullcontext()
 
     @functools.cached_property
     def _joined_step(self) -> Step:
@@ -111,17 +100,6 @@ class GuidedCall:
         x0 = self.call.sample.new_full((), math.nan)
         place = PicturePlace(self.call.denoised.shape[1])
         return self._step(number, x0, place, joint.count)
-
-    def divided(self, output: Tensor) -> Tensor:
-        """Return the network's own rows of the output of the first pass.
-
-        Raises:
-            RuntimeError: The layers of a joint pass could not be weakened.
-        """
-        if self.joint is None:
-            return output
-        self.weakening.close()
-        return self.joint.divided(self.denoiser, output)
 
     def _noting_prefix(self) -> AbstractContextManager[None]:
         """Record, in the first pass, the outputs of blocks that run before any weakened one."""
@@ -199,6 +177,8 @@ class GuidedCall:
         x0 = levels.x0(x_t, u)
         limited, sample_weak, change = self.run.schedule.limited(x0), sample, None
         if self.joint is not None:
+            if self.joint.error is not None:
+                raise self.joint.error
             step = replace(self._joined_step, x0=limited)
             output_weak = self.joint.weak_output
         else:

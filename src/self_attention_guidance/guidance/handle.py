@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from ..checks import GuidanceError
 from ..denoiser.attention import self_attention, standing_in
 from ..denoiser.call import Call, call_of, layout_of
-from ..denoiser.caller import Caller, find_caller, is_running, refuse_unknown
+from ..denoiser.caller import Caller, find_caller, refuse_unknown
 from ..denoiser.families import FAMILIES, BatchLayout, denoiser_of, family_of, uncompiled
+from ..denoiser.joint import JointPass
 from ..denoiser.noise import Scheduler, check_scheduler
 from ..denoiser.outputs import added, stacked, total, with_first
 from ..denoiser.run import Run
@@ -102,16 +103,14 @@ class _OneDenoiser:
         self.run = run
         self.reading = ExitStack()
         self.guided_call: GuidedCall | None = None
+        self.joint: JointPass | None = None
 
-    def stop_reading(self) -> None:
-        self.guided_call = None
+    def stop_reading(self) -> GuidedCall | None:
+        guided_call, self.guided_call = self.guided_call, None
         self.reading.close()
-
-    def is_in_joint_pass(self, denoiser: nn.Module) -> bool:
-        """Whether rows of the weakened network are in a pass of the denoiser that is not over."""
-        call, thread = self.guided_call, self.run.inside
-        has_joined = call is not None and call.joint is not None
-        return has_joined and thread is not None and is_running(denoiser, thread)
+        if self.joint is not None:
+            self.joint.end_if_over()
+        return guided_call
 
 
 class _EachDenoiser(weakref.WeakKeyDictionary[nn.Module, _OneDenoiser]):
@@ -195,12 +194,6 @@ class GuidanceHandle:
         """Restore the denoiser, bit for bit; idempotent. The handle keeps its values."""
         if self._is_for_one_call and not self.attached:
             return  # the denoiser may be in the call of the next handle
-        self.attached = False
-        if any(one.is_in_joint_pass(denoiser) for denoiser, one in [*self._each.items()]):
-            return  # another thread does this, or a signal; the end of the pass detaches
-        self._detach()
-
-    def _detach(self) -> None:
         self.attached = False
         for hook in self._hooks:
             hook.remove()
@@ -322,6 +315,7 @@ class GuidanceHandle:
         layers = {layer for *_, layers in acting.values() for layer in layers}
         read = {n: one.reading.enter_context(standing_in(denoiser, n)) for n in layers}
         guided_call = GuidedCall(run, denoiser, call, layout, acting, read)
+        one.joint = guided_call.joint
         one.reading.enter_context(guided_call.first_pass())
         return guided_call
 
@@ -334,18 +328,17 @@ class GuidanceHandle:
         if run.is_weak or not run.is_inside():
             return None
         try:
-            guided_call = one.guided_call
+            guided_call = one.stop_reading()
+            if output is None and one.joint is not None:
+                one.joint.end()
             if guided_call is None or output is None:  # not guided; or the pass raised an error
                 return None
-            whole = guided_call.divided(stacked(output[0]))
-            one.stop_reading()
-            guided = self._guided(guided_call, whole) if self.attached else whole
-            return with_first(output, guided)
+            return with_first(output, self._guided(guided_call, stacked(output[0])))
         finally:
-            one.stop_reading()
+            one.joint = None
             run.leave()
-            if self._is_for_one_call or not self.attached:
-                self._detach()
+            if self._is_for_one_call:
+                self.remove()
 
     def _guided(self, guided_call: GuidedCall, whole: Tensor) -> Tensor:
         """Return the denoiser's output with the terms of all guidances."""
