@@ -233,7 +233,7 @@ def test_missing_models_say_what_to_do(tmp_path: Path) -> None:
         load_pipeline(str(tmp_path / "nothing"))
     with pytest.raises(ValueError, match="could not be loaded from the Hugging Face hub"):
         load_pipeline("nobody/no-such-model")
-    with pytest.raises(ValueError, match=r"without model_index\.json"):
+    with pytest.raises(ValueError, match=r"has no model_index\.json"):
         load_pipeline(str(tmp_path))
 
 

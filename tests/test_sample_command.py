@@ -337,7 +337,7 @@ def test_classes_of_models_without_are_refused(
 
 def test_foreign_folders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["sample", "--num-samples", 1, "--out", tmp_path / "a.npz", "--model", tmp_path]
-    assert "without model_index.json" in error_of(capsys, *arguments)
+    assert "has no model_index.json" in error_of(capsys, *arguments)
     index = tmp_path / "model_index.json"
     for content, message in {
         "{": "model_index.json cannot be read",

@@ -14,10 +14,12 @@ from PIL import Image
 AT_ONCE = {
     "generate": "PROMPT is missing",
     "generate a --model ./none": "--model='./none' does not exist: give a folder",
-    "generate a --model empty": "--model='empty' is a folder without model_index.json",
+    "generate a --model empty": "--model='empty' has no model_index.json",
     "generate a --model plain.txt": "--model='plain.txt': a single file must be a .safetensors",
     "generate a --model emoji-adm": "--model='emoji-adm' is a pixel-space model",
     "generate a --scheduler eular": "--scheduler='eular' is unknown: the nearest names are",
+    "generate a --device tpu": "--device='tpu' is unknown: use auto, cpu, cuda",
+    "generate a --device cuda:x": "--device='cuda:x' is unknown: use auto, cpu, cuda",
     "generate a --dtype int8": "--dtype='int8' must be one of auto, float32",
     "generate a --guidance pagg": "--guidance='pagg': 'pagg' is no guidance; did you mean pag?",
     "generate a --guidance sag:sigma=1": "--guidance='sag:sigma=1': 'sigma' is no setting of sag",
@@ -71,6 +73,7 @@ AT_ONCE = {
             *("--image plain.png", "--offload model", "--compile"),
         )
     },
+    "sample --num-samples 1 --device tpu": "--device='tpu' is unknown",
     "sample --num-samples 0": "--num-samples=0 must be a whole number",
     "sample --num-samples 1 --model emoji": "--model='emoji' is a Stable Diffusion model",
     "sample --num-samples 1 --out a.zip": "--out='a.zip' must end in .npz",
@@ -81,6 +84,7 @@ AT_ONCE = {
     "info none.png": "FILE='none.png' does not exist",
     "layers ./none": "model='./none' does not exist",
     "demo --model ./none": "--model='./none' does not exist",
+    "demo --device gpu": "--device='gpu' is unknown",
     "demo --max-steps 0": "--max-steps=0 must be a whole number",
     "convert adm none.pt out": "checkpoint='none.pt' must be a file",
     "evaluate none.npz none": "'none.npz' does not exist",
@@ -110,6 +114,7 @@ AT_ONCE = {
     "tune emoji --reference none": "--reference='none' does not exist: give a folder",
     "tune emoji --prompts none.txt": "--prompts='none.txt' cannot be read",
     "tune emoji-adm --prompts plain.txt": "--prompts must not be given: emoji-adm takes no prompts",
+    "tune emoji --out a.json --device tpu": "--device='tpu' is unknown",
     "tune emoji --dtype int8": "--dtype='int8' must be one of auto, float32",
 }
 

@@ -13,7 +13,7 @@ from ..generate.arguments import (
     with_defaults,
 )
 from ..generate.drawing import GeneratedImage, Progress, PromptArtist
-from ..generate.finding import find_prompt_or_pixel_model, is_pixel_model
+from ..generate.finding import find_prompt_or_pixel_model, is_pixel_model, recommended_by
 from ..generate.loaded import settings_of
 from ..generate.metadata import Record
 from ..generate.models import (
@@ -32,7 +32,6 @@ from ..generate.sample_settings import SampleSettings
 from ..generate.schedulers import check_scheduler_name
 from ..generate.settings import GenerationSettings
 from ..guidance import guidance_of
-from ..models.builtin import recommended_settings
 from .labels import choose_labels
 from .tasks import Task
 
@@ -112,7 +111,7 @@ class Model:
             ValueError: A setting is outside its range.
         """
         source = self.find()
-        own = recommended_settings(source)
+        own = recommended_by(source)
         if not is_pixel_model(self.name):
             own = with_defaults(own, prompt_class(self.name, source))
         return settings_of(GenerationSettings, own, **given)

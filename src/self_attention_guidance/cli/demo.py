@@ -51,8 +51,9 @@ class DemoCommand:
         """Serve the page until it is interrupted."""
         _check_gradio()
 
-        from ..generate import check_dtype_name, find_model
+        from ..generate import check_device_name, check_dtype_name, find_model
 
+        check_device_name(self.device)
         check_dtype_name(self.dtype)
         find_model(self.model)
         for name in ("max_steps", "max_size", "max_images", "max_queue"):

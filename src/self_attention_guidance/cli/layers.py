@@ -17,7 +17,8 @@ _KINDS = {False: "self-attention layers", True: "blocks"}
 
 def layers_command(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A builtin model, or a diffusers folder.")
+        str,
+        typer.Argument(metavar="MODEL", help="A builtin model, a diffusers folder or a hub id."),
     ] = "emoji",
 ) -> None:
     """List what guidance can read or weaken in a model, without loading its weights.
@@ -30,9 +31,9 @@ def layers_command(
       sag layers emoji
       sag generate "red heart" --guidance "slg:layers=mid+up.1"
     """
-    from ..generate.finding import find_folder
+    from ..generate.finding import model_folder, model_index
 
-    find_folder(model, lambda _model, _index, _folder: None)
+    model_index(model, model_folder(model))
 
     from ..generate.structure import load_structure
 

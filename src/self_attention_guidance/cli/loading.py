@@ -41,7 +41,7 @@ def check_drawing(options: DrawingOptions, num_images: int, count_name: str = "n
         ValueError: An option is outside its range.
     """
     from ..checks import check_count, check_steps, seeds_of
-    from ..generate import check_dtype_name, check_scheduler_name
+    from ..generate import check_device_name, check_dtype_name, check_scheduler_name
 
     seeds_of(options.seed, num_images, count_name)
     check_count("batch_size", options.batch_size)
@@ -49,6 +49,7 @@ def check_drawing(options: DrawingOptions, num_images: int, count_name: str = "n
         check_steps(options.steps)
     if options.scheduler is not None:
         check_scheduler_name(options.scheduler)
+    check_device_name(options.device)
     check_dtype_name(options.dtype)
 
 

@@ -92,10 +92,12 @@ class SampleCommand(SamplingOptions):
 
     def _classes(self) -> tuple[int, ...] | None:
         from ..generate import find_pixel_model
+        from ..generate.finding import model_folder
 
         if self.classes is None:
             return None
-        return parse_classes(self.classes, class_names(find_pixel_model(self.model)))
+        names = class_names(model_folder(find_pixel_model(self.model)))
+        return parse_classes(self.classes, names)
 
     def run(self) -> None:
         """Draw the missing samples, and write the files."""

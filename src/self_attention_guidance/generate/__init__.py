@@ -33,7 +33,13 @@ if TYPE_CHECKING:
         picture_path,
         save_png,
     )
-    from .finding import check_dtype_name, find_classifier, find_model, find_pixel_model
+    from .finding import (
+        check_device_name,
+        check_dtype_name,
+        find_classifier,
+        find_model,
+        find_pixel_model,
+    )
     from .grid import draw_grid, draw_tiles, overlay_attended
     from .kinds import pipeline_for, why_no_start
     from .metadata import (
@@ -75,6 +81,7 @@ __all__ = [
     "Record",
     "SampleSettings",
     "check_count",
+    "check_device_name",
     "check_dtype_name",
     "check_folder",
     "check_free",
@@ -144,7 +151,10 @@ __getattr__, __dir__ = exported(
             "picture_path",
             "save_png",
         ),
-        ".finding": ("check_dtype_name", "find_classifier", "find_model", "find_pixel_model"),
+        ".finding": (
+            *("check_device_name", "check_dtype_name"),
+            *("find_classifier", "find_model", "find_pixel_model"),
+        ),
         ".grid": ("draw_grid", "draw_tiles", "overlay_attended"),
         ".kinds": ("pipeline_for", "why_no_start"),
         ".metadata": (

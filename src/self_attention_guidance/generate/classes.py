@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from ..checks import parse_number
 
-_FILE = "classes.json"
+CLASSES_FILE = "classes.json"
 
 
 def class_names(folder: str | Path) -> dict[str, int]:
@@ -27,7 +27,7 @@ def class_names(folder: str | Path) -> dict[str, int]:
         ValueError: They have another format.
     """
     path = Path(folder)
-    listed: object = _read(path / _FILE)
+    listed: object = _read(path / CLASSES_FILE)
     if listed is None:
         index = _read(path / "model_index.json")
         listed = cast("dict[str, Any]", index).get("id2label") if isinstance(index, dict) else None

@@ -6,10 +6,17 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, cast
 
-from ..models.builtin import builtin_folder, builtin_names
+from ..models.builtin import (
+    RecommendedSettings,
+    builtin_folder,
+    builtin_names,
+    recommended_settings,
+)
+from .hub import hub_folder, is_hub_id
 from .parts import STABLE_DIFFUSION, Parts, refuse_unfit_parts, refuse_unfit_pixel_parts
 from .single_file import check_single_file
 
@@ -25,10 +32,16 @@ DTYPES = {
 }
 """torch's names of the floating-point types, by the names that users know."""
 
+_DEVICE = re.compile(r"(\w+)(:\d+)?")
+_DEVICE_TYPES = frozenset(
+    (
+        *("auto", "cpu", "cuda", "hip", "mps", "xpu", "hpu", "xla", "mtia", "maia", "ipu", "ve"),
+        *("vulkan", "meta", "privateuseone"),
+    )
+)
+
 IndexCheck = Callable[[str, Mapping[str, Any], Path], object]
 """Called with a model's name, the content of its `model_index.json` and its folder."""
-
-_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
 def find_model(model: str) -> tuple[str, bool]:
@@ -104,17 +117,44 @@ def find_folder(model: str, check_index: IndexCheck, or_else: str = "") -> str:
     Raises:
         ValueError: It is neither, or cannot be loaded.
     """
-    path = builtin_folder(model) if model in builtin_names() else Path(os.path.expanduser(model))
+    folder = model_folder(model, or_else)
+    check_index(model, model_index(model, folder), folder)
+    return model if _is_of_hub(model) else str(folder)
+
+
+def model_folder(model: str, or_else: str = "") -> Path:
+    """The folder of a model in diffusers format, on this machine.
+
+    Args:
+        model: As in `find_folder`. Of a model of the hub, the configs are downloaded, no weights.
+        or_else: As in `find_folder`.
+
+    Raises:
+        ValueError: There is no such model.
+    """
+    if _is_of_hub(model):
+        return hub_folder(model)
+    path = _local_path(model)
     if path.is_dir():
-        check_index(model, model_index(model, path), path)
-        return str(path.resolve())
-    is_weights = path.suffix in (".safetensors", ".ckpt", ".bin", ".pt")
-    if _HUB_ID.fullmatch(model) and not is_weights:
-        return model
+        return path.resolve()
     raise ValueError(
         f"model={model!r} does not exist: give a folder in diffusers format, {or_else}"
         f"a hub id (owner/name), or a builtin model ({_names()})"
     )
+
+
+def recommended_by(source: str) -> RecommendedSettings:
+    """Read what a model recommends.
+
+    Args:
+        source: The folder, file or hub id that was found. A file recommends nothing.
+
+    Raises:
+        ValueError: As in `recommended_settings`.
+    """
+    if os.path.isfile(source):
+        return RecommendedSettings()
+    return recommended_settings(model_folder(source))
 
 
 def find_classifier(folder: str | Path) -> Path:
@@ -141,11 +181,10 @@ def is_pixel_model(model: str) -> bool:
     """Whether a name stands for a folder that is known to hold a pixel-space model.
 
     Args:
-        model: As in `load_pixel_model`, or in `load_pipeline`. Hub ids never count.
+        model: As in `load_pixel_model`, or in `load_pipeline`.
     """
-    folder = builtin_folder(model) if model in builtin_names() else Path(os.path.expanduser(model))
     try:
-        return model_index(model, folder).get("_class_name") in PIXEL_CLASSES
+        return model_index(model, model_folder(model)).get("_class_name") in PIXEL_CLASSES
     except ValueError:
         return False
 
@@ -176,7 +215,7 @@ def check_prompt_index(model: str, index: Mapping[str, Any], folder: Path) -> No
     Args:
         model: As the user named it, for the message.
         index: The content of its `model_index.json`.
-        folder: Folder of its other files, if they are on this machine.
+        folder: Folder of its configs.
 
     Raises:
         ValueError: It is such a model.
@@ -195,23 +234,24 @@ def check_prompt_index(model: str, index: Mapping[str, Any], folder: Path) -> No
     refuse_unfit_parts(model, _parts_of(model, index, folder))
 
 
-def check_pixel_index(model: str, index: Mapping[str, Any], folder: Path | None = None) -> None:
+def check_pixel_index(model: str, index: Mapping[str, Any], folder: Path) -> None:
     """Refuse models that are not pixel-space models.
 
     Args:
         model: As the user named it, for the message.
         index: The content of its `model_index.json`, or of a bare network's config.
-        folder: Folder of its files, if they are on this machine.
+        folder: Folder of its configs.
 
     Raises:
         ValueError: It is of another class, or a network without weights.
     """
     class_name = index.get("_class_name")
-    if class_name == PIXEL_NETWORK and folder and not any(folder.glob("*.safetensors")):
+    has_weights = _is_of_hub(model) or any(folder.glob("*.safetensors"))
+    if class_name == PIXEL_NETWORK and not has_weights:
         raise ValueError(f"model={model!r} is a folder without weights in .safetensors files")
     if class_name in PIXEL_CLASSES:
         is_bare = class_name == PIXEL_NETWORK
-        parts = {"unet": index} if is_bare else _parts_of(model, index, folder or Path(model))
+        parts = {"unet": index} if is_bare else _parts_of(model, index, folder)
         refuse_unfit_pixel_parts(model, parts)
         return
     if is_stable_diffusion(index):
@@ -247,28 +287,45 @@ def check_dtype_name(dtype: str) -> None:
         raise ValueError(f"dtype={dtype!r} must be one of auto, {', '.join(DTYPES)}")
 
 
-def loading_failed(model: str, source: str, error: Exception) -> str:
+def check_device_name(device: str) -> None:
+    """Refuse the name of a device that torch can't know. What this machine has is not checked.
+
+    Args:
+        device: As in `find_device`.
+
+    Raises:
+        ValueError: Unknown name.
+    """
+    found = _DEVICE.fullmatch(device)
+    # A package for other hardware may give torch more types.
+    is_known = found and (found[1] in _DEVICE_TYPES or entry_points(group="torch.backends"))
+    if not is_known:
+        raise ValueError(f"device={device!r} is unknown: use auto, cpu, cuda, cuda:1, mps, ...")
+
+
+def loading_failed(model: str, error: Exception) -> str:
     """Explain in one line why a model could not be loaded.
 
     Args:
         model: As the user gave it.
-        source: Its path or hub id.
         error: The error of the libraries.
     """
-    if Path(source).exists():
-        reason = f"{type(error).__name__}: {_one_line(error)}"
-        if isinstance(error, NotImplementedError) and "meta tensor" in reason:
-            reason = "weights are missing: it is damaged, or of another model"
-        return f"model={model!r} cannot be loaded: {reason}"
-    return (
-        f"model={model!r} is no local folder or file and could not be loaded from the Hugging"
-        f" Face hub (is the id right, the network there, HF_HUB_OFFLINE unset?): give a local"
-        f" path or a builtin model ({_names()})"
-    )
+    reason = f"{type(error).__name__}: {_one_line(error)}"
+    if isinstance(error, NotImplementedError) and "meta tensor" in reason:
+        reason = "weights are missing: it is damaged, or of another model"
+    return f"model={model!r} cannot be loaded: {reason}"
+
+
+def _local_path(model: str) -> Path:
+    return builtin_folder(model) if model in builtin_names() else Path(os.path.expanduser(model))
+
+
+def _is_of_hub(model: str) -> bool:
+    return is_hub_id(model) and not _local_path(model).exists()
 
 
 def _parts_of(model: str, index: Mapping[str, Any], folder: Path) -> Parts:
-    """The configs of a model's parts, of those files that are on this machine."""
+    """The configs of a model's parts, of those files that are there."""
     found: dict[str, Mapping[str, Any]] = {}
     for name, part in index.items():
         if isinstance(part, list) and part and part[-1]:
@@ -283,7 +340,7 @@ def _json_object(model: str, file: Path, advice: str) -> dict[str, Any]:
     try:
         found: object = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"model={model!r} is a folder without {file.name}: {advice}") from None
+        raise ValueError(f"model={model!r} has no {file.name}: {advice}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"model={model!r}: {file.name} cannot be read: {error}") from error
     if not isinstance(found, dict):

@@ -10,14 +10,21 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from huggingface_hub import hf_hub_download
 
 from ..denoiser.families import denoiser_of
-from ..models.builtin import RecommendedSettings, recommended_settings
+from ..models.builtin import RecommendedSettings
 from ..models.versions import dtype_argument
 from ..pipelines.stable_diffusion import StableDiffusionSAGPipeline
 from .arguments import with_defaults
-from .finding import DTYPES, check_dtype_name, find_model, loading_failed, model_index
+from .finding import (
+    DTYPES,
+    check_dtype_name,
+    find_model,
+    loading_failed,
+    model_folder,
+    model_index,
+    recommended_by,
+)
 from .kinds import prompt_pipeline
 from .loaded import Loaded
 from .loras import add_loras
@@ -88,13 +95,13 @@ def load_pipeline(
             arguments |= {"use_safetensors": True, "local_files_only": os.path.isdir(source)}
             pipeline = kind.from_pretrained(source, **arguments)
     except Exception as error:  # libraries raise all kinds of errors for unreadable files
-        raise ValueError(loading_failed(model, source, error)) from error
+        raise ValueError(loading_failed(model, error)) from error
     if os.path.isdir(source):  # files from the hub are checked by their checksums
         refuse_missing_weights(model, pipeline, source)
-    else:  # the parts of a folder were checked when it was found
+    elif is_file:  # the parts of all others were checked when they were found
         refuse_unfit_parts(model, parts_of_pipeline(pipeline))
     refuse_unloaded_weights(model, pipeline)
-    recommended = with_defaults(recommended_settings(source), kind)
+    recommended = with_defaults(recommended_by(source), kind)
     pipeline.guidance = recommended.make_guidance()
     add_loras(pipeline, loras)
     if offload == "sequential":
@@ -125,12 +132,7 @@ def prompt_class(model: str, source: str) -> type[DiffusionPipeline]:
     """
     if os.path.isfile(source):
         return StableDiffusionSAGPipeline
-    folder = Path(source)
-    if not folder.is_dir():
-        try:
-            folder = Path(hf_hub_download(source, "model_index.json")).parent
-        except Exception as error:  # the library raises all kinds of errors if the hub fails
-            raise ValueError(loading_failed(model, source, error)) from error
+    folder = model_folder(source)
     return prompt_pipeline(model, model_index(model, folder), folder)
 
 

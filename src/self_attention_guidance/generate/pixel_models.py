@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
-from ..models.builtin import RecommendedSettings, recommended_settings
+from ..models.builtin import RecommendedSettings
 from ..models.versions import dtype_argument
 from ..pipelines.adm import ADMPipeline
 from .finding import (
-    check_pixel_index,
     find_classifier,
     find_pixel_model,
     is_bare_network,
     loading_failed,
+    model_folder,
+    recommended_by,
 )
 from .loaded import Loaded
 from .models import find_device, find_dtype
-from .parts import parts_of_pipeline, refuse_unfit_pixel_parts
 from .sample_settings import SampleSettings
 from .schedulers import make_pixel_scheduler
 from .weights import refuse_missing_weights
@@ -89,14 +89,12 @@ def load_pixel_model(
     pipeline = _load_pipeline(model, source)
     if os.path.isdir(source):  # files from the hub are checked by their checksums
         refuse_missing_weights(model, pipeline, source)
-    else:  # the parts of a folder were checked when it was found
-        refuse_unfit_pixel_parts(model, parts_of_pipeline(pipeline))
     if classifier is not None:
         size = pipeline.unet.config.sample_size
         pipeline.register_modules(classifier=_load_classifier(classifier, size))
     if dtype == "auto" and pipeline.unet.config.get("use_fp16"):
         wanted = torch.float32
-    recommended = recommended_settings(source)
+    recommended = recommended_by(source)
     if recommended.guidance:
         pipeline.guidance = recommended.make_guidance()
     return LoadedPixelModel(
@@ -106,21 +104,15 @@ def load_pixel_model(
 
 def _load_pipeline(model: str, source: str) -> Any:
     local = os.path.isdir(source)
-    try:
-        index: Any = {} if local else ADMPipeline.load_config(source)
-    except Exception as error:  # libraries raise all kinds of errors for what they cannot read
-        raise ValueError(loading_failed(model, source, error)) from error
-    if not local:  # a folder's index was checked when it was found
-        check_pixel_index(model, index)
     arguments: dict[str, Any] = {"use_safetensors": True, "local_files_only": local}
     arguments |= dtype_argument(torch.float32)
     try:
-        if local and is_bare_network(source):
+        if is_bare_network(model_folder(source)):
             unet: Any = UNet2DModel.from_pretrained(source, **arguments)
             return ADMPipeline(unet, DDPMScheduler())
         return ADMPipeline.from_pretrained(source, **arguments)
-    except Exception as error:
-        raise ValueError(loading_failed(model, source, error)) from error
+    except Exception as error:  # libraries raise all kinds of errors for what they cannot read
+        raise ValueError(loading_failed(model, error)) from error
 
 
 def _load_classifier(folder: str | Path, size: int) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -12,7 +11,7 @@ from torch import nn
 
 from ..denoiser.families import family_of
 from ..models.originals import ADMUNet2DModel, OriginalDiTModel
-from .finding import find_folder
+from .finding import model_folder
 
 _OURS: dict[str, type[nn.Module]] = {
     "ADMUNet2DModel": ADMUNet2DModel,
@@ -24,14 +23,12 @@ def load_structure(model: str) -> nn.Module:
     """Build a model's denoiser from its config alone, on torch's meta device.
 
     Args:
-        model: Name of a builtin model, or a folder in diffusers format.
+        model: Name of a builtin model, a folder in diffusers format, or a hub id.
 
     Raises:
         ValueError: There is no such model, or its denoiser is not supported.
     """
-    folder = Path(find_folder(model, lambda _model, _index, _folder: None))
-    if not folder.is_dir():
-        raise ValueError(f"model={model!r} must be a folder, or a builtin model: download it first")
+    folder = model_folder(model)
     found = [folder / part / "config.json" for part in ("unet", "transformer")]
     path = next((path for path in found if path.is_file()), None)
     if path is None:
