@@ -23,6 +23,7 @@ from self_attention_guidance import (
 from self_attention_guidance.generate import (
     GenerationSettings,
     LoadedPipeline,
+    SampleSettings,
     check_folder,
     check_free,
     compare,
@@ -208,6 +209,35 @@ def test_bad_arguments_are_refused_by_the_call(
 def test_too_small_size_is_refused(pipe: StableDiffusionSAGPipeline) -> None:
     with pytest.raises(ValueError, match="width=8 must be at least 16 for this model"):
         generate(pipe, "a", dataclasses.replace(FEW, width=8, height=32))
+
+
+def test_numbers_of_numpy_are_numbers(pipe: StableDiffusionSAGPipeline) -> None:
+    given: dict[str, Any] = {
+        "num_inference_steps": np.int64(2),
+        "sag_scale": np.float32(0.5),
+        "guidance_scale": np.float64(3.0),
+        "width": np.int32(64),
+        "height": np.int32(64),
+    }
+    usual = GenerationSettings(
+        num_inference_steps=2, sag_scale=0.5, guidance_scale=3.0, width=64, height=64
+    )
+    settings = GenerationSettings(**given)
+    assert repr(settings) == repr(usual)
+    seeds: dict[str, Any] = {"seed": np.int64(3), "num_images": np.int64(2)}
+    found = [
+        *generate(pipe, "a", settings, **seeds),
+        *generate(pipe, "a", usual, seed=3, num_images=2),
+    ]
+    assert [picture.seed for picture in found] == [3, 4, 3, 4]
+    assert found[1].record == found[3].record
+    assert found[1].image.tobytes() == found[3].image.tobytes()
+    samples = SampleSettings(num_inference_steps=given["num_inference_steps"], classes=np.arange(3))
+    assert samples == SampleSettings(num_inference_steps=2, classes=(0, 1, 2))
+    assert repr(samples) == repr(SampleSettings(num_inference_steps=2, classes=(0, 1, 2)))
+    for wrong in (np.array([0.5]), [np.float64(1.5)], "12", 3):
+        with pytest.raises(ValueError, match="classes="):
+            SampleSettings(classes=wrong)  # type: ignore[arg-type]
 
 
 def test_seeds() -> None:

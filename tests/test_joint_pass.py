@@ -44,19 +44,6 @@ def in_two_passes(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
         yield
 
 
-class At(TorchFunctionMode):
-    """Calls a function when a convolution of the U-Net begins; a hook would change the passes."""
-
-    def __init__(self, pipe: Any, act: Callable[[], None], layer: str = "conv_out") -> None:
-        super().__init__()
-        self.act, self.weight = act, denoiser_of(pipe).get_submodule(layer).weight
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.conv2d and args[1] is self.weight:
-            self.act()
-        return func(*args, **(kwargs or {}))
-
-
 class Rows(TorchFunctionMode):
     """The rows of each call of a convolution of the U-Net; a hook would change what guidance does.
 
@@ -64,14 +51,19 @@ class Rows(TorchFunctionMode):
         found: The numbers of rows.
     """
 
-    def __init__(self, pipe: Any, layer: str = "conv_out") -> None:
+    def __init__(
+        self, pipe: Any, layer: str = "conv_out", act: Callable[[], object] | None = None
+    ) -> None:
+        """`act` is called before each call."""
         super().__init__()
         self.found: list[int] = []
-        self.weight = denoiser_of(pipe).get_submodule(layer).weight
+        self.act, self.weight = act, denoiser_of(pipe).get_submodule(layer).weight
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.conv2d and args[1] is self.weight:
             self.found.append(len(args[0]))
+            if self.act is not None:
+                self.act()
         return func(*args, **(kwargs or {}))
 
 
@@ -316,7 +308,7 @@ def test_guidance_can_be_removed_in_the_middle_of_a_pass(method: str, step: int)
             in_thread(handle.remove)
             assert not handle.attached
 
-    with At(pipe, remove):
+    with Rows(pipe, act=remove):
         found = draw_prompts(pipe)
     assert found.shape == plain.shape
     assert torch.equal(found, plain) == (step == 0)
@@ -359,7 +351,7 @@ def test_a_copy_goes_on_when_another_one_ends(method: str) -> None:
         found.append(draw_prompts(pipe, num_inference_steps=1))
         handle.remove()
 
-    with At(other, lambda: in_thread(draw_and_remove)):
+    with Rows(other, act=lambda: in_thread(draw_and_remove)):
         found.append(draw_prompts(other, num_inference_steps=1))
     guided, unguided = found
     assert difference(guided, plain) > 1e-2
@@ -387,7 +379,7 @@ def test_the_next_call_after_an_interruption_is_whole(
             handle.remove()
         raise KeyboardInterrupt
 
-    with At(pipe, stop), pytest.raises(KeyboardInterrupt):
+    with Rows(pipe, act=stop), pytest.raises(KeyboardInterrupt):
         draw_prompts(pipe)
     if not is_for_one_call:
         handle.remove()
@@ -401,7 +393,7 @@ def test_a_network_can_be_copied_after_an_interruption(method: str) -> None:
     pipe = KINDS["Stable Diffusion"].make()
     with METHODS[method](layers="down").attach(pipe):
         expected = draw_prompts(pipe)
-        with At(pipe, interrupt), pytest.raises(KeyboardInterrupt):
+        with Rows(pipe, act=interrupt), pytest.raises(KeyboardInterrupt):
             draw_prompts(pipe)
         other = StableDiffusionPipeline(**{**pipe.components, "unet": copy.deepcopy(pipe.unet)})
         other.set_progress_bar_config(disable=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import numbers
 from collections.abc import Callable, Sequence
@@ -31,6 +32,7 @@ def seeds_of(seed: int, num_images: int, name: str = "num_images") -> range:
     Raises:
         ValueError: An argument is outside its range.
     """
+    seed, num_images = as_python(seed), as_python(num_images)
     check_count(name, num_images, most=_MOST_IMAGES)
     check_seed(seed)
     if seed + num_images > 2**64:
@@ -74,6 +76,12 @@ def as_python(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return value
     return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def keep_python_numbers(settings: Any) -> None:
+    """Replace the numbers in the fields of a frozen dataclass by Python's own."""
+    for each in dataclasses.fields(settings):
+        object.__setattr__(settings, each.name, as_python(getattr(settings, each.name)))
 
 
 def check_count(name: str, value: object, least: int = 1, most: int | None = None) -> int:

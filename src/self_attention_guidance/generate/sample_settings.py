@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..checks import check_count, check_finite
+from ..checks import as_python, check_count, check_finite, keep_python_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +34,12 @@ class SampleSettings:
 
     def __post_init__(self) -> None:
         """Check every setting."""
+        keep_python_numbers(self)
         check_count("num_inference_steps", self.num_inference_steps)
         classes: Any = self.classes
-        if not isinstance(classes, Sequence) or isinstance(classes, str):
+        if not isinstance(classes, Iterable) or isinstance(classes, str):
             raise ValueError(f"classes={self.classes!r:.60} must be a sequence of whole numbers")
+        object.__setattr__(self, "classes", tuple(map(as_python, classes)))
         for label in self.classes:
             check_count("classes", label, least=0)
         for name in ("sag_scale", "classifier_scale"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..checks import check_count, check_finite, check_text
+from ..checks import check_count, check_finite, check_text, keep_python_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,7 @@ class GenerationSettings:
 
     def __post_init__(self) -> None:
         """Check every setting."""
+        keep_python_numbers(self)
         check_text("negative_prompt", self.negative_prompt)
         if self.sag_scale is not None:
             check_finite("sag_scale", self.sag_scale)

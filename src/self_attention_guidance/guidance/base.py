@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast, get_args
 
-from ..checks import as_python, check_count, check_number
+from ..checks import check_count, check_number, keep_python_numbers
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -100,8 +100,7 @@ class Guidance:
 
     def __post_init__(self) -> None:
         """Check every setting."""
-        for each in dataclasses.fields(self):
-            object.__setattr__(self, each.name, as_python(getattr(self, each.name)))
+        keep_python_numbers(self)
         check_number("scale", self.scale, -math.inf, math.inf)
         check_number("start", self.start, 0, 1)
         check_number("stop", self.stop, 0, 1)

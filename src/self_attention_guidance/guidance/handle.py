@@ -133,10 +133,10 @@ class GuidanceHandle:
     Attributes:
         guidances: The settings.
         attached: Whether the denoiser is guided.
-        steps: Number of weakened passes so far: one for each guidance and guided step, except where
-            a held term is added again. With two calls for each step, a run has one more at its
-            first step and at its last, unless its pipeline says whether classifier-free guidance is
-            on.
+        steps: Number of weakened predictions so far: one for each guidance and guided step, except
+            where a held term is added again. With two calls for each step, a run has one more at
+            its first step and at its last, unless its pipeline says whether classifier-free
+            guidance is on.
         x0: The clean sample predicted at the last weakened pass, clipped or thresholded as the
             scheduler does: (pictures, channels, height, width), at least float32.
         term: The term that guidance added at the last guided step to each picture's rows of the
