@@ -184,7 +184,6 @@ def test_the_command_reads_configs_alone(
 
 def test_what_the_command_refuses(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "does not exist" in error_of(capsys, "layers", tmp_path / "none")
-    assert "must be a folder, or a builtin model" in error_of(capsys, "layers", "owner/name")
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "Any"}))
     assert "neither unet/config.json nor" in error_of(capsys, "layers", tmp_path)
     (tmp_path / "unet").mkdir()
