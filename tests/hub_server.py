@@ -16,12 +16,18 @@ REVISION = "0" * 40
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves folders as public models; `requests` lists the paths that were asked for."""
+    """Serves folders as public models.
+
+    Attributes:
+        requests: The paths that were asked for.
+        failure: A status that is the answer to everything; `None` answers as a hub does.
+    """
 
     def __init__(self, models: dict[str, Path], gated: tuple[str, ...] = ()) -> None:
         super().__init__(("127.0.0.1", 0), _Answer)
         self.models, self.gated = models, gated
         self.requests: list[str] = []
+        self.failure: int | None = None
 
     @property
     def address(self) -> str:
@@ -58,7 +64,9 @@ class _Answer(BaseHTTPRequestHandler):
         parts = path.removeprefix("/api/models").strip("/").split("/")
         name, rest = "/".join(parts[:2]), parts[2:]
         folder = self.server.models.get(name)
-        if folder is None:
+        if self.server.failure is not None:
+            self._send(self.server.failure, b"<html>busy</html>")
+        elif folder is None:
             self._send(401, b"", {"X-Error-Code": "RepoNotFound"})
         elif name in self.server.gated and "resolve" in rest:
             self._send(403, b"", {"X-Error-Code": "GatedRepo"})

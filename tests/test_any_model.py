@@ -160,9 +160,16 @@ def test_it_has_the_scheduler_that_was_asked_for(saved: Saved) -> None:
 class TestRefusals:
     """What can't be drawn is refused by what it is, before any weight is read."""
 
+    def write(self, index: dict[str, Any], folder: Path) -> None:
+        """A model without configs, so that its index alone decides."""
+        (folder / "model_index.json").write_text(json.dumps(index))
+        for part in (name for name, value in index.items() if isinstance(value, list)):
+            (folder / part).mkdir()
+            (folder / part / "weights.safetensors").touch()
+
     def refused(self, capsys: pytest.CaptureFixture[str], folder: Path) -> str:
         for weights in folder.rglob("*.safetensors"):
-            weights.unlink()
+            weights.write_bytes(b"no weights")
         capsys.readouterr()  # the progress of saving
         return error_of(capsys, "generate", "red heart", "--model", folder, "--steps", 1)
 
@@ -288,7 +295,7 @@ class TestRefusals:
     ) -> None:
         index = json.loads((saved("stable_diffusion_xl") / "model_index.json").read_text())
         index["_class_name"] = kind.__name__
-        (tmp_path / "model_index.json").write_text(json.dumps(index))
+        self.write(index, tmp_path)
         error = self.refused(capsys, tmp_path)
         assert kind.__name__ in error
         assert reason in error
@@ -298,7 +305,7 @@ class TestRefusals:
     ) -> None:
         index = json.loads((saved("flux") / "model_index.json").read_text())
         index["transformer"] = ["diffusers", "SanaTransformer2DModel"]
-        (tmp_path / "model_index.json").write_text(json.dumps(index))
+        self.write(index, tmp_path)
         assert "SanaTransformer2DModel" in self.refused(capsys, tmp_path)
 
     def test_settings_without_effect(

@@ -87,7 +87,7 @@ def test_a_network_alone_is_sampled(tmp_path: Path, capsys: pytest.CaptureFixtur
     capsys.readouterr()
     assert "of its unet do not hold 'mid_block" in error_of(capsys, *broken)
     weights.unlink()
-    assert "without weights in .safetensors files" in error_of(capsys, *broken)
+    assert "it has no weights in .safetensors files" in error_of(capsys, *broken)
 
 
 @pytest.mark.parametrize(

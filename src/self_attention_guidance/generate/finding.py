@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from ..models.builtin import (
     builtin_names,
     recommended_settings,
 )
-from .hub import hub_folder, is_hub_id
+from .hub import hub_model, is_hub_id
 from .parts import STABLE_DIFFUSION, Parts, refuse_unfit_parts, refuse_unfit_pixel_parts
 from .single_file import check_single_file
 
@@ -118,7 +119,13 @@ def find_folder(model: str, check_index: IndexCheck, or_else: str = "") -> str:
         ValueError: It is neither, or cannot be loaded.
     """
     folder = model_folder(model, or_else)
-    check_index(model, model_index(model, folder), folder)
+    index = model_index(model, folder)
+    check_index(model, index, folder)
+    _refuse_missing_files(model, index, folder)
+    try:
+        recommended_settings(folder)
+    except ValueError as error:
+        raise ValueError(f"model={model!r}: {error}") from error
     return model if _is_of_hub(model) else str(folder)
 
 
@@ -133,12 +140,15 @@ def model_folder(model: str, or_else: str = "") -> Path:
         ValueError: There is no such model.
     """
     if _is_of_hub(model):
-        return hub_folder(model)
+        return hub_model(model).folder
     path = _local_path(model)
     if path.is_dir():
         return path.resolve()
+    near = difflib.get_close_matches(model.lower(), builtin_names(), n=1)
     raise ValueError(
-        f"model={model!r} does not exist: give a folder in diffusers format, {or_else}"
+        f"model={model!r} does not exist: "
+        + (f"did you mean {near[0]}? " if near else "")
+        + f"give a folder in diffusers format, {or_else}"
         f"a hub id (owner/name), or a builtin model ({_names()})"
     )
 
@@ -178,14 +188,19 @@ def find_classifier(folder: str | Path) -> Path:
 
 
 def is_pixel_model(model: str) -> bool:
-    """Whether a name stands for a folder that is known to hold a pixel-space model.
+    """Whether a name stands for a pixel-space model; not if there is no such folder.
 
     Args:
         model: As in `load_pixel_model`, or in `load_pipeline`.
+
+    Raises:
+        ValueError: It is the id of a model of the hub that can't be read.
     """
     try:
         return model_index(model, model_folder(model)).get("_class_name") in PIXEL_CLASSES
     except ValueError:
+        if _is_of_hub(model):
+            raise
         return False
 
 
@@ -206,7 +221,7 @@ def model_index(model: str, folder: Path) -> dict[str, Any]:
         ValueError: There is none, or it can't be read.
     """
     name = "config.json" if is_bare_network(folder) else "model_index.json"
-    return _json_object(model, folder / name, "give the folder that save_pretrained wrote")
+    return _json_object(model, folder / name, "it must be as save_pretrained writes it")
 
 
 def check_prompt_index(model: str, index: Mapping[str, Any], folder: Path) -> None:
@@ -243,12 +258,9 @@ def check_pixel_index(model: str, index: Mapping[str, Any], folder: Path) -> Non
         folder: Folder of its configs.
 
     Raises:
-        ValueError: It is of another class, or a network without weights.
+        ValueError: It is of another class.
     """
     class_name = index.get("_class_name")
-    has_weights = _is_of_hub(model) or any(folder.glob("*.safetensors"))
-    if class_name == PIXEL_NETWORK and not has_weights:
-        raise ValueError(f"model={model!r} is a folder without weights in .safetensors files")
     if class_name in PIXEL_CLASSES:
         is_bare = class_name == PIXEL_NETWORK
         parts = {"unet": index} if is_bare else _parts_of(model, index, folder)
@@ -299,7 +311,7 @@ def check_device_name(device: str) -> None:
     found = _DEVICE.fullmatch(device)
     # A package for other hardware may give torch more types.
     is_known = found and (found[1] in _DEVICE_TYPES or entry_points(group="torch.backends"))
-    if not is_known:
+    if not is_known or (found and found[1] == "cpu" and found[2] not in (None, ":0")):
         raise ValueError(f"device={device!r} is unknown: use auto, cpu, cuda, cuda:1, mps, ...")
 
 
@@ -322,6 +334,35 @@ def _local_path(model: str) -> Path:
 
 def _is_of_hub(model: str) -> bool:
     return is_hub_id(model) and not _local_path(model).exists()
+
+
+def _refuse_missing_files(model: str, index: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a model without the folder of a part, or without weights of its denoiser."""
+    if _is_of_hub(model):
+        files = hub_model(model).files
+        if not files:  # the hub could not be asked
+            return
+    else:
+        files = [f"{each.parent.name}/{each.name}" for each in folder.glob("*/*")]
+        files += [each.name for each in folder.glob("*.safetensors")]
+    parts = () if is_bare_network(folder) else _parts_of(model, index, folder)
+    for part in parts:
+        if not any(file.startswith(f"{part}/") for file in files):
+            raise ValueError(
+                f"model={model!r} cannot be loaded: it has no folder {part!r}, which its index"
+                " names"
+            )
+    weights = [file for file in files if file.endswith(".safetensors")]
+    denoiser = next((part for part in ("unet", "transformer") if part in parts), None)
+    if is_bare_network(folder) and not weights:
+        raise ValueError(
+            f"model={model!r} cannot be loaded: it has no weights in .safetensors files"
+        )
+    if denoiser is not None and not any(file.startswith(f"{denoiser}/") for file in weights):
+        raise ValueError(
+            f"model={model!r} cannot be loaded: its folder {denoiser!r} has no weights in"
+            " .safetensors files"
+        )
 
 
 def _parts_of(model: str, index: Mapping[str, Any], folder: Path) -> Parts:

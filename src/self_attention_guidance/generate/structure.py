@@ -39,7 +39,10 @@ def load_structure(model: str) -> nn.Module:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         name = str(config["_class_name"])
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{str(path)!r} is not the config of a denoiser: {error!r}") from error
+        file = f"{path.parent.name}/{path.name}"
+        raise ValueError(
+            f"model={model!r}: {file} is not the config of a denoiser: {error!r}"
+        ) from error
     cls: Any = _OURS.get(name, getattr(diffusers, name, None))
     if not isinstance(cls, type):
         raise ValueError(f"model={model!r}: there is no denoiser {name!r} in diffusers")
