@@ -23,7 +23,7 @@ from diffusers import (
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor
 
-from self_attention_guidance import SelfAttentionGuidance, StableDiffusionSAGPipeline
+from self_attention_guidance import SelfAttentionGuidance, StableDiffusionSAGPipeline, detach
 from tiny import tiny_pipeline, tiny_scheduler, tiny_unet
 
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn1"
@@ -263,6 +263,20 @@ def test_guidance_survives_offloading_that_rehooks_after_every_picture(
             remove_hook_from_module(pipe.unet, recurse=True)
         assert torch.equal(draw(pipe), expected)
     assert handle.steps == 12
+
+
+def test_guidance_can_be_detached_without_its_handle() -> None:
+    pipe = tiny_pipeline(StableDiffusionPipeline)
+    plain = draw(pipe)
+    for target in (pipe, pipe.unet):
+        SelfAttentionGuidance(2.0).attach(pipe)
+        assert not torch.equal(draw(pipe), plain)
+        detach(target)
+        assert torch.equal(draw(pipe), plain)
+        assert not pipe.unet._forward_hooks
+        detach(target)
+    with pytest.raises(ValueError, match="target=object must be a diffusers pipeline"):
+        detach(object())
 
 
 def test_numbers_of_numpy_are_numbers(sag: StableDiffusionSAGPipeline) -> None:

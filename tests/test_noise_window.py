@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
@@ -243,3 +244,16 @@ def test_settings_go_through_json_and_the_command_line() -> None:
 def test_windows_are_checked(window: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PerturbedAttentionGuidance(**window)
+
+
+def test_every_run_without_a_guided_step_warns() -> None:
+    """Python shows equal warnings of a line once only, unless it is asked for all."""
+    pipe = tiny_pipeline(StableDiffusionPipeline)
+    with SelfAttentionGuidance(start=0.9, stop=0.95).attach(pipe), warnings.catch_warnings():
+        warnings.simplefilter("default")
+        shown: list[str] = []
+        warnings.showwarning = lambda message, *_: shown.append(str(message))
+        for _ in range(3):
+            draw(pipe, num_inference_steps=2)
+    assert len(shown) == 3
+    assert all("no step is guided by" in each for each in shown)

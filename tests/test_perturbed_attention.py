@@ -229,8 +229,8 @@ def test_attaching_several_is_refused_where_one_is_there_already(pipe: Any) -> N
     message = "guided already, by SelfAttentionGuidance.* and PerturbedAttentionGuidance"
     with attach(pipe, SAG, PAG), pytest.raises(ValueError, match=message):
         PAG.attach(pipe)
-    for wrong in ((), ("sag",), (SelfAttentionGuidance,)):
-        with pytest.raises(ValueError, match="attach needs a guidance after its target"):
+    for wrong in ((), ("sag",), (SelfAttentionGuidance,), ([SAG, PAG],), (None,)):
+        with pytest.raises(ValueError, match=r"guidances=.* must be guidances, one after"):
             attach(pipe, *wrong)
     assert not pipe.unet._forward_hooks
 

@@ -36,6 +36,8 @@ import tiny_pixels
 from self_attention_guidance import (
     ADMPipeline,
     DiTSAGPipeline,
+    PerturbedAttentionGuidance,
+    SelfAttentionGuidance,
     StableDiffusionSAGPipeline,
     StableDiffusionXLSAGPipeline,
 )
@@ -128,6 +130,42 @@ def test_arguments_by_position_mean_what_they_mean_there() -> None:
 def test_prompts_are_encoded_with_the_arguments_of_the_parent(cls: Any) -> None:
     theirs: Any = PARENTS[cls]
     assert parameters(cls.encode_prompt) == parameters(theirs.encode_prompt)
+
+
+# The settings of guidance
+
+
+@pytest.mark.parametrize("cls", [SD, XL])
+def test_the_scale_is_that_of_the_guidance_unless_the_call_has_one(cls: type) -> None:
+    pipe = MAKE[cls]()
+    usual = draw(pipe)
+    assert torch.equal(draw(pipe, sag_scale=0.75), usual)
+    for guidance in (SelfAttentionGuidance(3.0), PerturbedAttentionGuidance(2.0)):
+        pipe.guidance = guidance
+        found = draw(pipe)
+        assert not torch.equal(found, usual)
+        assert torch.equal(draw(pipe, sag_scale=guidance.scale), found)
+        with guidance.attach(pipe):
+            assert torch.equal(draw(pipe, sag_scale=0), found)
+
+
+@pytest.mark.parametrize("cls", [SD, XL])
+@pytest.mark.parametrize(
+    "wrong", [None, [PerturbedAttentionGuidance()], "pag", SelfAttentionGuidance]
+)
+def test_what_is_no_guidance_is_refused_when_it_is_set(cls: type, wrong: Any) -> None:
+    pipe = MAKE[cls]()
+    with pytest.raises(ValueError, match=r"guidance=.* must be a guidance, .* sag_scale=0"):
+        pipe.guidance = wrong
+    assert pipe.guidance == SelfAttentionGuidance()
+
+
+def test_a_handle_beside_the_guidance_of_a_pipeline_is_explained() -> None:
+    pipe = MAKE[SD]()
+    with PerturbedAttentionGuidance(2.0).attach(pipe):
+        with pytest.raises(ValueError, match=r"is guided already, .* needs sag_scale=0 beside a"):
+            draw(pipe)
+        draw(pipe, sag_scale=0)
 
 
 # Schedules by hand

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         Step,
         TokenPerturbationGuidance,
         attach,
+        detach,
     )
     from .models.builtin import builtin_model
     from .models.originals import ADMUNet2DModel, NoisyClassifier, OriginalDiTModel, load_original
@@ -44,6 +45,7 @@ __all__ = [
     "GuidanceHandle",
     "GuidanceError",
     "attach",
+    "detach",
     "Family",
     "register_family",
     "register_batch_arguments",
@@ -78,6 +80,7 @@ _exported, __dir__ = exported(
             "Step",
             "TokenPerturbationGuidance",
             "attach",
+            "detach",
         ),
         ".models.builtin": ("builtin_model",),
         ".models.originals": (

@@ -15,7 +15,7 @@ from .slg import SkipLayerGuidance
 from .tpg import TokenPerturbationGuidance
 
 if TYPE_CHECKING:
-    from .handle import GuidanceHandle, attach
+    from .handle import GuidanceHandle, attach, detach
     from .step import Step
 
 __all__ = [
@@ -33,9 +33,10 @@ __all__ = [
     "Step",
     "TokenPerturbationGuidance",
     "attach",
+    "detach",
     "guidance_of",
 ]
 
 __getattr__, __dir__ = exported(
-    __name__, {".handle": ("GuidanceHandle", "attach"), ".step": ("Step",)}
+    __name__, {".handle": ("GuidanceHandle", "attach", "detach"), ".step": ("Step",)}
 )

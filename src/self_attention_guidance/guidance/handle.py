@@ -68,14 +68,13 @@ def attach(
     found = (each.parts if hasattr(type(each), "parts") else (each,) for each in guidances)
     parts: tuple[Any, ...] = tuple(part for several in found for part in several)
     if not parts or not all(isinstance(part, Guidance) for part in parts):
-        raise ValueError("attach needs a guidance after its target: SelfAttentionGuidance(0.75)")
-    _refuse_mixed_limits(parts)
-    denoiser = denoiser_of(target)
-    if denoiser is None:
+        wrong = next((part for part in parts if not isinstance(part, Guidance)), None)
         raise ValueError(
-            f"target={type(target).__name__} must be a diffusers pipeline with a unet or a "
-            f"transformer, or a denoiser; supported denoisers: {', '.join(FAMILIES)}"
+            f"guidances={wrong!r:.80} must be guidances, one after the other:"
+            " attach(pipe, SelfAttentionGuidance(0.75))"
         )
+    _refuse_mixed_limits(parts)
+    denoiser = _denoiser_of(target)
     family_of(denoiser)
     layouts = get_args(BatchLayout)
     if batch_layout not in (None, *layouts):
@@ -83,6 +82,31 @@ def attach(
     pipeline, run = None if denoiser is target else target, Run(is_for_this_thread)
     check_scheduler(_scheduler_of(pipeline, scheduler))
     return GuidanceHandle(denoiser, pipeline, parts, run, scheduler, batch_layout)
+
+
+def detach(target: Any) -> None:
+    """Remove the guidance from a denoiser, as `GuidanceHandle.remove` does; idempotent.
+
+    It serves where the handle was not kept, as in a notebook.
+
+    Args:
+        target: A diffusers pipeline, or a denoiser.
+
+    Raises:
+        ValueError: It has no denoiser.
+    """
+    for handle in _handles_on(_denoiser_of(target)):
+        handle.remove()
+
+
+def _denoiser_of(target: Any) -> nn.Module:
+    denoiser = denoiser_of(target)
+    if denoiser is None:
+        raise ValueError(
+            f"target={type(target).__name__} must be a diffusers pipeline with a unet or a "
+            f"transformer, or a denoiser; supported denoisers: {', '.join(FAMILIES)}"
+        )
+    return denoiser
 
 
 def _scheduler_of(pipeline: Any, given: Scheduler | None) -> Scheduler:
@@ -250,7 +274,11 @@ class GuidanceHandle:
                 if handle.attached:
                     by = " and ".join(str(guidance) for guidance in handle.guidances)
                     name = type(denoiser).__name__
-                    raise ValueError(f"{name} is guided already, by {by}; remove that handle first")
+                    raise ValueError(
+                        f"{name} is guided already, by {by}; remove that handle first, or call"
+                        " `detach`. A pipeline that guides its own calls needs sag_scale=0 beside a"
+                        " handle"
+                    )
             refuse_compiled_in_place(denoiser)
             refuse_caches(denoiser)
             if uncompiled(denoiser) is not denoiser:
@@ -391,11 +419,12 @@ def _check_window(guidance: Guidance, run: Run) -> None:
             "start and stop, or take more steps"
         )
     first = run.step / len(run.schedule)
-    warnings.warn(
-        f"no step is guided by {guidance}: this run has the {len(steps)} steps from {first:.3g} of "
-        "the way on; change start and stop, or take more steps",
-        stacklevel=2,
+    message = (
+        f"no step is guided by {guidance}: this run has {len(steps)} steps, from {first:.3g} of the"
+        " way to its end; change start and stop, or take more steps"
     )
+    # Python shows a warning of the same line and text once only; each such run has one.
+    warnings.warn_explicit(message, UserWarning, __file__, 1, module=__name__, registry={})
 
 
 def _handles_on(denoiser: nn.Module) -> list[GuidanceHandle]:

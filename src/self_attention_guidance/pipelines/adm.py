@@ -44,7 +44,7 @@ class ADMPipeline(GuidedPipelineMixin, DiffusionPipeline):
     model_cpu_offload_seq = "classifier->unet"
     _optional_components = ["classifier"]  # noqa: RUF012  # diffusers reads it from the class
 
-    guidance: Guidance | GuidanceSum = SelfAttentionGuidance(
+    _guidance: Guidance | GuidanceSum = SelfAttentionGuidance(
         0.5, blur_sigma=9.0, blur_kernel_size=31
     )
 

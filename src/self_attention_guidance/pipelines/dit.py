@@ -11,7 +11,7 @@ import torch
 from diffusers import DiTPipeline
 from torch import nn
 
-from .guided import GuidedPipelineMixin
+from .guided import USUAL_SCALE, GuidedPipelineMixin
 
 # The original guides three of the four channels; its comment says "for exact reproducibility".
 CFG_CHANNELS = 3
@@ -34,7 +34,7 @@ class DiTSAGPipeline(GuidedPipelineMixin, DiTPipeline):
         output_type: str | None = "pil",
         return_dict: bool = True,
         *,
-        sag_scale: float = 0.75,
+        sag_scale: float | None = USUAL_SCALE,
         cfg_channels: int | None = CFG_CHANNELS,
     ) -> Any:
         """Draw pictures of classes.
@@ -46,7 +46,8 @@ class DiTSAGPipeline(GuidedPipelineMixin, DiTPipeline):
             num_inference_steps: Steps of denoising, at least 1.
             output_type: "pil", "np" or "pt".
             return_dict: Return an object instead of a tuple.
-            sag_scale: Weight of self-attention guidance, any finite number; 0 is off.
+            sag_scale: Weight of `guidance`, any finite number; 0 is off. If it is not given, the
+                scale of `guidance` counts, which is 0.75 unless it was changed.
             cfg_channels: Number of latent channels that classifier-free guidance changes: the
                 first 3 of 4, as in the original. `None` is all, as in diffusers' class.
 

@@ -20,33 +20,58 @@ from ..guidance import Guidance, GuidanceHandle, GuidanceSum, SelfAttentionGuida
 Call = TypeVar("Call", bound=Callable[..., Any])
 
 
+class UsualScale(float):
+    """The `sag_scale` of a call that names none: it gives way to the scale of `guidance`."""
+
+
+USUAL_SCALE = UsualScale(SelfAttentionGuidance().scale)
+
+
 class GuidedPipelineMixin:
     """Guidance settings of a diffusers pipeline; each call attaches the guidance and removes it.
 
     Attributes:
-        guidance: The settings. To change them, assign a `SelfAttentionGuidance`, another guidance,
-            or a sum of several. The call's `sag_scale` replaces its `scale`.
         guidance_handle: The handle of the running or last guided call: its mask and attention.
         loras: Files and scales of loaded LoRAs, for the metadata.
     """
 
-    guidance: Guidance | GuidanceSum = SelfAttentionGuidance()
+    _guidance: Guidance | GuidanceSum = SelfAttentionGuidance()
     guidance_handle: GuidanceHandle | None = None
     loras: Sequence[tuple[str, float]] = ()
+
+    @property
+    def guidance(self) -> Guidance | GuidanceSum:
+        """The settings. To change them, assign another guidance, or a sum of several, `a + b`.
+
+        If the call has a `sag_scale`, it replaces their `scale`.
+
+        Raises:
+            ValueError: Something else was assigned.
+        """
+        return self._guidance
+
+    @guidance.setter
+    def guidance(self, guidance: Guidance | GuidanceSum) -> None:
+        if not isinstance(cast("object", guidance), Guidance | GuidanceSum):
+            raise ValueError(
+                f"guidance={guidance!r:.80} must be a guidance, such as SelfAttentionGuidance(0.5),"
+                " or a sum of several, a + b; to draw without, call with sag_scale=0"
+            )
+        self._guidance = guidance
 
     @contextmanager
     def guided(self, sag_scale: float | None) -> Generator[None]:
         """Guide the denoiser inside the `with` statement.
 
         Args:
-            sag_scale: Weight of guidance, any finite number; 0 attaches nothing; `None` is the
-                scale of `guidance`.
+            sag_scale: Weight of guidance, any finite number; 0 attaches nothing; `None` and
+                `USUAL_SCALE` are the scale of `guidance`.
 
         Raises:
             ValueError: `sag_scale` is not a finite number, or the pipeline can't be guided.
         """
         guidance = self.guidance
-        if sag_scale is not None:
+        if sag_scale is not None and not isinstance(sag_scale, UsualScale):
             try:
                 guidance = dataclasses.replace(guidance, scale=sag_scale)
             except ValueError as error:

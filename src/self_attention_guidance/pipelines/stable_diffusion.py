@@ -12,7 +12,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
 from ..checks import as_python, check_count
-from .guided import GuidedPipelineMixin, share_tasks, with_arguments_of
+from .guided import USUAL_SCALE, GuidedPipelineMixin, share_tasks, with_arguments_of
 
 Callback = Callable[[int, Any, Tensor], None]
 StepCallback = (
@@ -41,7 +41,7 @@ class StableDiffusionSAGPipeline(GuidedPipelineMixin, StableDiffusionPipeline):
         width: int | None = None,
         num_inference_steps: int | None = 50,
         guidance_scale: float = 7.5,
-        sag_scale: float = 0.75,
+        sag_scale: float | None = USUAL_SCALE,
         negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int | None = 1,
         eta: float = 0.0,
@@ -74,8 +74,8 @@ class StableDiffusionSAGPipeline(GuidedPipelineMixin, StableDiffusionPipeline):
             num_inference_steps: Steps of denoising, at least 1. With `timesteps` or `sigmas`, it
                 has no effect and may be `None`.
             guidance_scale: Weight of classifier-free guidance; 1 is off.
-            sag_scale: Weight of self-attention guidance, any finite number; 0 is off and costs
-                nothing.
+            sag_scale: Weight of `guidance`, any finite number; 0 is off and costs nothing. If it
+                is not given, the scale of `guidance` counts, which is 0.75 unless it was changed.
             negative_prompt: What not to draw.
             num_images_per_prompt: Pictures of each prompt.
             eta: Share of fresh noise in DDIM, 0 to 1.

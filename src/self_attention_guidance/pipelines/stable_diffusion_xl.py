@@ -6,7 +6,7 @@ from typing import Any
 
 from diffusers import StableDiffusionXLPipeline
 
-from .guided import GuidedPipelineMixin, share_tasks, with_arguments_of
+from .guided import USUAL_SCALE, GuidedPipelineMixin, share_tasks, with_arguments_of
 
 
 class StableDiffusionXLSAGPipeline(GuidedPipelineMixin, StableDiffusionXLPipeline):
@@ -17,13 +17,13 @@ class StableDiffusionXLSAGPipeline(GuidedPipelineMixin, StableDiffusionXLPipelin
     """
 
     @with_arguments_of(StableDiffusionXLPipeline.__call__)
-    def __call__(self, *args: Any, sag_scale: float = 0.75, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, sag_scale: float | None = USUAL_SCALE, **kwargs: Any) -> Any:
         """Draw pictures of a prompt.
 
         Args:
             *args: Arguments of diffusers' class.
-            sag_scale: Weight of self-attention guidance, any finite number; 0 is off and costs
-                nothing.
+            sag_scale: Weight of `guidance`, any finite number; 0 is off and costs nothing. If it
+                is not given, the scale of `guidance` counts, which is 0.75 unless it was changed.
             **kwargs: Arguments of diffusers' class.
 
         Returns:
