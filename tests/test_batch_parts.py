@@ -367,6 +367,20 @@ def row(number: int, error: str | None = None) -> dict[str, Any]:
     return {"row": number, "image": 0, "digest": number + 100, "error": error}
 
 
+def test_a_manifest_without_the_newest_column_is_read_and_continued(storage: Storage) -> None:
+    manifest = Manifest(storage)
+    manifest.add([{"row": 0, "image": 0, "digest": 5, "file": "a"}])
+    (name,) = storage.names("manifest.parts")
+    with storage.open(name) as file:
+        table = parquet.read_table(file)
+    with storage.writing(name) as file:
+        parquet.write_table(table.drop_columns(["weakened_predictions"]), file)
+    manifest.add([{"row": 1, "image": 0, "digest": 6, "file": "b", "weakened_predictions": 3}])
+    assert manifest.finished() == {(0, 0): (5, False), (1, 0): (6, False)}
+    manifest.join()
+    assert [row["weakened_predictions"] for row in manifest.rows()] == [None, 3]
+
+
 def test_the_manifest_holds_each_picture_once_and_its_newest_row(storage: Storage) -> None:
     manifest = Manifest(storage)
     manifest.add([row(0), row(1, "failed")])

@@ -334,6 +334,10 @@ def test_a_run_without_a_guided_step_warns(
     assert "warning: no step is guided by SelfAttentionGuidance" in capsys.readouterr().err
     assert run(*asked, "--start", 0.1) == 0
     assert "warning" not in capsys.readouterr().err
+    unguided, guided = (read_record(path) for path in sorted(tmp_path.glob("*.png")))
+    assert (unguided["weakened_predictions"], guided["weakened_predictions"]) == (0, 1)
+    texts = [path.read_bytes() for path in sorted(tmp_path.glob("*.png"))]
+    assert [b"SAG Guidance Enabled: True" in text for text in texts] == [False, True]
 
 
 def test_the_largest_seed(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from ..generate.arguments import (
     refuse_without_effect,
     with_defaults,
 )
-from ..generate.drawing import GeneratedImage, Progress, PromptArtist
+from ..generate.drawing import GeneratedImage, Progress, PromptArtist, weakened_predictions
 from ..generate.finding import find_prompt_or_pixel_model, is_pixel_model, recommended_by
 from ..generate.loaded import settings_of
 from ..generate.metadata import Record
@@ -203,6 +203,9 @@ class PixelArtist:
         labels = [task.label for task in tasks if task.label is not None]
         chosen = labels or choose_labels(self.pipeline, given, seeds)
         pixels = draw_samples(self.pipeline, given, seeds, chosen, self._progress(tasks))
+        scale = given.sag_scale
+        scale = self.pipeline.guidance.scale if scale is None else scale
+        weakened = weakened_predictions(self.pipeline, scale)
         return [
             GeneratedImage(
                 image=picture,
@@ -217,6 +220,7 @@ class PixelArtist:
                     size=picture.size,
                     device=self.pipeline.device.type,
                     together=len(seeds),
+                    weakened_predictions=weakened,
                 ),
             )
             for number, picture in enumerate(map(to_image, pixels))

@@ -282,6 +282,7 @@ def _facts(drawing: GeneratedImage, content: bytes) -> Row:
         "width": width,
         "height": height,
         "flagged": drawing.flagged,
+        "weakened_predictions": record.get("weakened_predictions"),
         "unread": "\n".join(filter(None, (drawing.unread, negative))) or None,
         "sha256": hashlib.sha256(content).hexdigest(),
     }

@@ -49,6 +49,7 @@ SCHEMA = pa.schema(
         ("finished", pa.timestamp("ms", tz="UTC")),
         ("error", pa.string()),
         ("digest", pa.uint64()),
+        ("weakened_predictions", pa.int32()),
     ]
 )
 
@@ -56,6 +57,8 @@ SCHEMA = pa.schema(
 Finished = dict[tuple[int, int], tuple[int, bool]]
 
 _ROWS_IN_MEMORY = 10_000
+# Of version 0.2.0, which did not count weakened predictions.
+_FEWEST_COLUMNS = len(SCHEMA) - 1
 # What pyarrow raises for damaged files.
 _DAMAGE = (pa.ArrowException, OSError, ValueError, LookupError, MemoryError, ArithmeticError)
 
@@ -156,12 +159,20 @@ class Manifest:
     def _of_file(self, file: Any, name: str, columns: list[str] | None) -> Iterator[Any]:
         try:
             table: Any = parquet.ParquetFile(file)
-            if not table.schema_arrow.equals(SCHEMA):
+            known = len(table.schema_arrow)  # an earlier version had only the first columns
+            if known < _FEWEST_COLUMNS or list(table.schema_arrow) != list(SCHEMA)[:known]:
                 raise ValueError("it has other columns")
-            yield from table.iter_batches(batch_size=_ROWS_IN_MEMORY, columns=columns)
+            for batch in table.iter_batches(batch_size=_ROWS_IN_MEMORY, columns=columns):
+                yield batch if columns else _with_all_columns(batch)
         except _DAMAGE as error:
             remedy = "delete it, and what it records is drawn again"
             raise self.storage.damaged(name, error, remedy) from error
+
+
+def _with_all_columns(batch: Any) -> Any:
+    missing = list(SCHEMA)[batch.num_columns :]
+    empty = [pa.nulls(batch.num_rows, field.type) for field in missing]
+    return pa.RecordBatch.from_arrays([*batch.columns, *empty], schema=SCHEMA)
 
 
 def _writable(row: dict[str, Any]) -> dict[str, Any]:

@@ -173,8 +173,20 @@ class PromptArtist:
             size=size,
             device=self.pipeline._execution_device.type,
             together=together,
+            weakened_predictions=weakened_predictions(self.pipeline, self.sag_scale),
             **({"start": digests(self.settings)} if self.settings.image is not None else {}),
         )
+
+
+def weakened_predictions(pipeline: Any, scale: float) -> int:
+    """How many predictions of the weakened network the last call of a pipeline made.
+
+    Args:
+        pipeline: A guided pipeline.
+        scale: The scale of guidance in that call; 0 makes none.
+    """
+    handle: GuidanceHandle | None = pipeline.guidance_handle
+    return 0 if scale == 0 or handle is None else handle.steps
 
 
 def _end(text: str) -> str:

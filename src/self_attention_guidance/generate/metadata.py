@@ -110,12 +110,13 @@ def text_of(record: Mapping[str, Any]) -> str:
         "Seed": record["seed"],
         "Size": "{}x{}".format(*record["size"]),
         "Model": record.get("model"),
-        **_guidance_fields(guidance, steps),
+        **_guidance_fields(guidance, steps, record.get("weakened_predictions") != 0),
     }
     others = {
         **{n: v for n, v in settings.items() if n not in ("width", "height") and v != []},
         "classifier": record.get("networks", {}).get("classifier"),
         "loras": " + ".join(f"{path}:{scale:g}" for path, scale in record.get("loras", [])) or None,
+        "weakened_predictions": record.get("weakened_predictions"),
         "rows": record.get("rows"),
         "columns": record.get("columns"),
         "dtype": record["dtype"],
@@ -248,7 +249,7 @@ def version_label() -> str:
     return f"self-attention-guidance {__version__}"
 
 
-def _guidance_fields(guidance: Mapping[str, Any], steps: int) -> dict[str, Any]:
+def _guidance_fields(guidance: Mapping[str, Any], steps: int, acts: bool) -> dict[str, Any]:
     """All settings of a guidance, "SAG Blur Sigma" and so on."""
     method = guidance["method"]
     fields: dict[str, Any] = {"Guidance Method": method}
@@ -265,7 +266,7 @@ def _guidance_fields(guidance: Mapping[str, Any], steps: int) -> dict[str, Any]:
             name = f"{method_label(own)}{again} {words}"
             fields[_WEB_NAMES.get(name, name)] = "default" if value is None else value
         scales = part["scale"] if isinstance(part["scale"], list) else [part["scale"]]
-        if again or not any(scales):
+        if again or not acts or not any(scales):
             continue
         if own in _WEB_SWITCHES:
             fields[_WEB_SWITCHES[own]] = True

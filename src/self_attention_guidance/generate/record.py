@@ -7,6 +7,7 @@ A record holds JSON values:
 - "scheduler" and "scheduler_config": what `make_scheduler` takes;
 - "version" of this package and "dtype" of the network;
 - "loras": files and scales, if there are any;
+- "weakened_predictions": how many there were; 0 if no step was guided;
 - what the caller adds, such as "model", "prompt", "seed" and "size", (width, height) in pixels.
 """
 

@@ -20,9 +20,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from ..checks import as_python, check_count, check_finite
-from ..guidance import Guidance, GuidanceSum, SelfAttentionGuidance
+from ..guidance import SelfAttentionGuidance
 from .classifier_guidance import classifier_guided_step, log_probability_gradient
-from .guided import GuidedPipelineMixin, show_to_loaders
+from .guided import GuidanceOf, GuidedPipelineMixin, show_to_loaders
 from .sharp_levels import sharp_noise_levels
 
 Labels = int | Sequence[int] | Tensor
@@ -44,9 +44,7 @@ class ADMPipeline(GuidedPipelineMixin, DiffusionPipeline):
     model_cpu_offload_seq = "classifier->unet"
     _optional_components = ["classifier"]  # noqa: RUF012  # diffusers reads it from the class
 
-    _guidance: Guidance | GuidanceSum = SelfAttentionGuidance(
-        0.5, blur_sigma=9.0, blur_kernel_size=31
-    )
+    guidance = GuidanceOf(SelfAttentionGuidance(0.5, blur_sigma=9.0, blur_kernel_size=31))
 
     def __init__(
         self,

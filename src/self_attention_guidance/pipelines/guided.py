@@ -27,37 +27,44 @@ class UsualScale(float):
 USUAL_SCALE = UsualScale(SelfAttentionGuidance().scale)
 
 
-class GuidedPipelineMixin:
-    """Guidance settings of a diffusers pipeline; each call attaches the guidance and removes it.
+class GuidanceOf:
+    """The attribute `guidance` of a pipeline, with the default of its class."""
 
-    Attributes:
-        guidance_handle: The handle of the running or last guided call: its mask and attention.
-        loras: Files and scales of loaded LoRAs, for the metadata.
-    """
+    def __init__(self, usual: Guidance) -> None:
+        """Take the default."""
+        self._usual = usual
 
-    _guidance: Guidance | GuidanceSum = SelfAttentionGuidance()
-    guidance_handle: GuidanceHandle | None = None
-    loras: Sequence[tuple[str, float]] = ()
+    def __get__(self, pipeline: Any, kind: type) -> Guidance | GuidanceSum:
+        """Return the guidance of a pipeline, or the default of a class."""
+        return self._usual if pipeline is None else vars(pipeline).get("_guidance", self._usual)
 
-    @property
-    def guidance(self) -> Guidance | GuidanceSum:
-        """The settings. To change them, assign another guidance, or a sum of several, `a + b`.
-
-        If the call has a `sag_scale`, it replaces their `scale`.
+    def __set__(self, pipeline: Any, guidance: Guidance | GuidanceSum) -> None:
+        """Change the guidance of a pipeline.
 
         Raises:
-            ValueError: Something else was assigned.
+            ValueError: It is something else.
         """
-        return self._guidance
-
-    @guidance.setter
-    def guidance(self, guidance: Guidance | GuidanceSum) -> None:
         if not isinstance(cast("object", guidance), Guidance | GuidanceSum):
             raise ValueError(
                 f"guidance={guidance!r:.80} must be a guidance, such as SelfAttentionGuidance(0.5),"
                 " or a sum of several, a + b; to draw without, call with sag_scale=0"
             )
-        self._guidance = guidance
+        vars(pipeline)["_guidance"] = guidance
+
+
+class GuidedPipelineMixin:
+    """Guidance settings of a diffusers pipeline; each call attaches the guidance and removes it.
+
+    Attributes:
+        guidance: The settings. To change them, assign another guidance, or a sum of several,
+            `a + b`. If the call has a `sag_scale`, it replaces their `scale`.
+        guidance_handle: The handle of the running or last guided call: its mask and attention.
+        loras: Files and scales of loaded LoRAs, for the metadata.
+    """
+
+    guidance = GuidanceOf(SelfAttentionGuidance())
+    guidance_handle: GuidanceHandle | None = None
+    loras: Sequence[tuple[str, float]] = ()
 
     @contextmanager
     def guided(self, sag_scale: float | None) -> Generator[None]:
