@@ -70,12 +70,17 @@ class SamplingOptions(DrawingOptions):
     ] = None
     blur_sigma: Annotated[
         float | None,
-        typer.Option(min=0, help="SAG: width of the blur. [default: the model's, else 1]"),
+        typer.Option(
+            min=0,
+            help="SAG and blur: width of the blur. [default: the model's, else 1, or 9 in pixels]",
+        ),
     ] = None
     blur_kernel_size: Annotated[
         int | None,
         typer.Option(
-            min=1, help="SAG: size of the blur's kernel, odd. [default: the model's, else 9]"
+            min=1,
+            help="SAG and blur: size of the blur's kernel, odd. [default: the model's, else 9, or"
+            " 31 in pixels]",
         ),
     ] = None
     threshold: Annotated[
@@ -218,7 +223,11 @@ class OneScaleOptions(PromptOptions):
     """`PromptOptions` with one scale of guidance; `None` means not given."""
 
     sag_scale: Annotated[
-        float | None, typer.Option(help="Guidance: 0 is off. [default: the model's, else 0.75]")
+        float | None,
+        typer.Option(
+            help="Guidance: 0 is off. [default: the model's, else the method's own: for SAG 0.75,"
+            " or 0.5 in pixels]"
+        ),
     ] = None
 
     def generation_arguments(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +17,6 @@ from .output import counting_progress, hide_loading_bars, print_line
 if TYPE_CHECKING:
     from ..batch import FinishedSamples
     from ..generate import LoadedPixelModel
-    from ..guidance import Guidance, GuidanceSum
     from ..pipelines.adm import ADMPipeline
 
 
@@ -61,17 +60,15 @@ class SampleCommand(SamplingOptions):
     seed: Annotated[int, typer.Option(help="Picture i, from 0, has the seed SEED + i.")] = 0
     batch_size: Annotated[int, typer.Option(help="Pictures made at once.")] = 8
     sag_scale: Annotated[
-        float | None, typer.Option(help="Guidance: 0 is off. [default: the model's, else 0.5]")
+        float | None,
+        typer.Option(
+            help="Guidance: 0 is off. [default: the model's, else the method's own: for SAG 0.5]"
+        ),
     ] = None
     blur_guidance: Annotated[
-        bool, typer.Option("--blur-guidance", help="Blur everywhere: guidance without a mask.")
+        bool,
+        typer.Option("--blur-guidance", help="The same as --guidance blur: SAG without a mask."),
     ] = False
-    blur_sigma: Annotated[
-        float | None, typer.Option(help="SAG: width of the blur. [default: the model's, else 9]")
-    ] = None
-    blur_kernel_size: Annotated[
-        int | None, typer.Option(help="SAG: odd. [default: the model's, else 31]")
-    ] = None
     classifier: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="A classifier to guide with, from `sag convert`."),
@@ -79,6 +76,23 @@ class SampleCommand(SamplingOptions):
     classifier_scale: Annotated[
         float | None, typer.Option(help="Classifier guidance: 0 is off. [default: 1]")
     ] = None
+
+    def guidance_arguments(self) -> dict[str, Any]:
+        """The settings of guidance that were given, for `Guidance.from_dict`.
+
+        Raises:
+            ValueError: As in `SamplingOptions`, or one has no effect with --blur-guidance.
+        """
+        if not self.blur_guidance:
+            return super().guidance_arguments()
+        for name in ("guidance", "threshold", "layer"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} must not be given with --blur-guidance, which"
+                    " blurs everywhere"
+                )
+        chosen = replace(self, blur_guidance=False, guidance=["blur"])
+        return chosen.guidance_arguments()
 
     def sample_arguments(self) -> dict[str, Any]:
         """Arguments of `SampleSettings`; `None` means not given."""
@@ -141,12 +155,6 @@ def _check_before_loading(options: SampleCommand) -> None:
     check_sampling(options, options.num_samples, "num_samples")
     if options.scheduler is not None:
         check_eta(options.eta, options.scheduler)
-    for name in ("guidance", "threshold", "layer") if options.blur_guidance else ():
-        if getattr(options, name) is not None:
-            raise ValueError(
-                f"{name}={getattr(options, name)!r} must not be given with --blur-guidance, which"
-                " blurs everywhere"
-            )
     find_pixel_model(options.model)
     if options.classifier is not None:
         find_classifier(options.classifier)
@@ -160,22 +168,11 @@ def _load(options: SampleCommand) -> LoadedPixelModel:
     loaded = load_pixel_model(options.model, options.device, options.dtype, options.classifier)
     guidance = options.guidance_arguments()
     loaded.use(scheduler=options.scheduler, fast=options.fast, **guidance)
-    if options.blur_guidance:
-        loaded.pipeline.guidance = _without_mask(loaded.pipeline.guidance)
     return loaded
 
 
 def _load_pipeline(options: SampleCommand) -> ADMPipeline:
     return _load(options).pipeline
-
-
-def _without_mask(guidance: Guidance | GuidanceSum) -> Guidance:
-    """Blur guidance with the settings that it shares with another guidance."""
-    from ..guidance import BlurGuidance, Guidance
-
-    own = guidance.to_dict()
-    shared = {name: own[name] for name in BlurGuidance().to_dict() if name in own}
-    return Guidance.from_dict({**shared, "method": BlurGuidance.method})
 
 
 def _summary(finished: FinishedSamples) -> str:
