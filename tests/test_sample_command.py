@@ -169,7 +169,9 @@ def test_command_prints_paths_and_rate(
     assert paths == [str(out), str(tmp_path / "a.png")]
     assert rate.startswith("7 pictures in ")
     assert rate.endswith(" a second")
-    assert captured.err == ""
+    assert captured.err == (
+        "note: drawn by tiny: 16x16, 2 steps, DDIM, sag:scale=1.5, classes 4 0 6, seeds 0 to 6\n"
+    )
     assert arrays_of(out)["arr_1"].tolist() == [4, 0, 6, 4, 0, 6, 4]
     assert "a.npz' exists" in error_of(capsys, *arguments, "--num-samples", "7")
 
@@ -237,6 +239,24 @@ def test_options_reach_the_samples(tmp_path: Path, model: str) -> None:
         assert run(*arguments, tmp_path / f"{name}.npz", *given) == 0, name
     different = {pictures_of(path).tobytes() for path in tmp_path.glob("*.npz")}
     assert len(different) == len(options)
+
+
+def test_the_note_has_all_settings(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, model: str
+) -> None:
+    arguments = ("sample", "--num-samples", 1, "--steps", 3, "--out")
+    settings = ("--eta", 0.5, "--classes", 4, "--scheduler", "ddim", "--dtype", "bfloat16")
+    assert run(*arguments, tmp_path / "a.npz", "--model", model, *settings, "--sag-scale", 0) == 0
+    assert capsys.readouterr().err == (
+        "note: drawn by tiny: 16x16, 3 steps, DDIM, no guidance, eta 0.5, class 4, bfloat16,"
+        " seed 0\n"
+    )
+    # Defaults of SAG, but not those of this model: without them, the text means other pictures.
+    asked = ("--guidance", "sag:scale=2,blur_sigma=1,blur_kernel_size=9")
+    assert run(*arguments, tmp_path / "b.npz", *asked) == 0
+    assert "sag:scale=2,blur_sigma=1,blur_kernel_size=9, seed 0" in capsys.readouterr().err
+    assert run(*arguments, tmp_path / "c.npz", *asked, "--quiet") == 0
+    assert capsys.readouterr().err == ""
 
 
 @pytest.fixture(params=["nothing", "tpg", "sag"])
@@ -352,6 +372,7 @@ def test_it_needs_neither_pyarrow_nor_ray(tmp_path: Path, model: str) -> None:
         "from self_attention_guidance.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     arguments = ["sample", "--model", model, "--num-samples", "1", "--out", tmp_path / "a.npz"]
+    arguments += ["--quiet"]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert len(pictures_of(tmp_path / "a.npz")) == 1

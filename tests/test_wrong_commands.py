@@ -35,7 +35,10 @@ AT_ONCE = {
     "generate a --branch x": "--branch='x' must be 'uncond' or 'cond'",
     "compare a --columns guidance=none,pag:every=0": "--columns='guidance=none,pag:every=0': "
     "guidance='pag:every=0': every=0 must be",
-    "generate a --guidance pag --threshold 1": "'threshold' is no setting of pag",
+    "generate a --guidance pag --threshold 1": "--threshold=1.0: 'threshold' is no setting of pag",
+    "generate a --guidance sag:0.5": "--guidance='sag:0.5': '0.5' must be NAME=VALUE, such as",
+    "generate a --guidance sag:scale=1;every=2": "--guidance='sag:scale=1;every=2': its settings",
+    "generate a --guidance none --start 0.5": "--start must not be given with --guidance none",
     "generate a --steps 0": "--steps=0 must be a whole number, at least 1",
     f"generate a --steps {10**10}": f"--steps={10**10} must be at most 100000",
     f"generate a --seed {2**64}": f"--seed={2**64} is too large: seeds must be below 2**64",

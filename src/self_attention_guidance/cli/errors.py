@@ -11,7 +11,10 @@ from ..generate.failing import OUT_OF_MEMORY
 # Settings whose options have other names.
 _OTHER_NAMES = {"num_inference_steps": "steps", "width": "size", "height": "size"}
 # The places in a message where the settings that it is about are named.
-_SETTING = re.compile(r"(?:^|(?<= below ))([a-z_]+)(?==|: )")
+_SETTING = re.compile(r"(?:^|(?<= below ))([a-z_]+)(?==|: | must not be | was given | of which )")
+
+# Arguments in Python that a message advises to give, and what to type instead.
+_ARGUMENTS = {"overwrite=True": "--overwrite", r"method='(\w+)' has": r"--guidance \1 has"}
 
 
 def as_typed(message: str, command: Any, arguments: Sequence[str]) -> str:
@@ -36,7 +39,10 @@ def as_typed(message: str, command: Any, arguments: Sequence[str]) -> str:
             return name
         return f"{option}: {name}" if name in ("width", "height") else option
 
-    return _SETTING.sub(replaced, message).replace("overwrite=True", "--overwrite")
+    typed_message = _SETTING.sub(replaced, message)
+    for pattern, option in _ARGUMENTS.items():
+        typed_message = re.sub(pattern, option, typed_message)
+    return typed_message
 
 
 def machine_failure(error: BaseException, command: Any, arguments: Sequence[str]) -> str | None:

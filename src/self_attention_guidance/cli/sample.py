@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..generate.classes import class_names, parse_classes
-from .loading import check_sampling
+from .loading import check_sampling, note_fast_without_effect
 from .options import SamplingOptions
-from .output import counting_progress, hide_loading_bars, print_line
+from .output import counting_progress, drawn_with, hide_loading_bars, note, print_line
 
 if TYPE_CHECKING:
     from ..batch import FinishedSamples
@@ -121,9 +121,12 @@ class SampleCommand(SamplingOptions):
         _check_before_loading(self)
 
         from ..batch import SampleJob
+        from ..generate import read_record
         from ..generate.schedulers import check_steps_of
 
-        loaded = _load(self)
+        loaded = _load_model(self)
+        note_fast_without_effect(loaded, self, self.sag_scale == 0)
+        _use(loaded, self)
         settings = loaded.settings(**self.sample_arguments())
         # Before the job, whose folder would bind the next run to these settings.
         loaded.pipeline.check_eta(settings.eta)
@@ -143,6 +146,8 @@ class SampleCommand(SamplingOptions):
         print_line(finished.path)
         print_line(finished.grid)
         print_line(_summary(finished))
+        seeds = range(self.seed, self.seed + self.num_samples)
+        note(drawn_with(loaded, read_record(finished.path), seeds), self.quiet)
 
 
 def _check_before_loading(options: SampleCommand) -> None:
@@ -161,18 +166,22 @@ def _check_before_loading(options: SampleCommand) -> None:
     check_samples_path(options.out, options.overwrite)
 
 
-def _load(options: SampleCommand) -> LoadedPixelModel:
+def _load_model(options: SampleCommand) -> LoadedPixelModel:
     from ..generate import load_pixel_model
 
     hide_loading_bars()
-    loaded = load_pixel_model(options.model, options.device, options.dtype, options.classifier)
+    return load_pixel_model(options.model, options.device, options.dtype, options.classifier)
+
+
+def _use(loaded: LoadedPixelModel, options: SampleCommand) -> None:
     guidance = options.guidance_arguments()
     loaded.use(scheduler=options.scheduler, fast=options.fast, **guidance)
-    return loaded
 
 
 def _load_pipeline(options: SampleCommand) -> ADMPipeline:
-    return _load(options).pipeline
+    loaded = _load_model(options)
+    _use(loaded, options)
+    return loaded.pipeline
 
 
 def _summary(finished: FinishedSamples) -> str:

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
-from ..denoiser.families import denoiser_of
-from ..guidance import Guidance, GuidanceSum, guidance_of
+from ..denoiser.families import denoiser_of, uncompiled
+from ..denoiser.layers import attention_names, beginnings, block_names, resolve
+from ..guidance import METHODS, Guidance, GuidanceSum, guidance_of
 from ..guidance.sag import Blurring
 from ..models.builtin import RecommendedSettings
 from .schedulers import make_scheduler
@@ -55,10 +56,8 @@ class Loaded(Generic[Settings]):
         pipeline: Any = self.pipeline
         pipeline.set_progress_bar_config(disable=True)
         chosen = self.guidance(fast, **guidance)
-        denoiser: Any = denoiser_of(pipeline)
         for part in chosen.parts:
-            if getattr(part, "layer", None) or getattr(part, "layers", None):
-                part.reads(denoiser)  # refuses layers that do not exist, before any picture
+            _check_layers(part, denoiser_of(pipeline))
         pipeline.guidance = chosen
         if scheduler is not None:
             pipeline.scheduler = self.make_scheduler(scheduler)
@@ -81,7 +80,24 @@ class Loaded(Generic[Settings]):
         method = guidance.get("method", own.method)
         if fast or method != own.method:
             own = self.usual(guidance.get("method"), fast)
+        if "method" not in guidance:
+            self._refuse_unknown(own, fast, guidance)
         return guidance_of({**own.to_dict(), **guidance})
+
+    def _refuse_unknown(
+        self, own: Guidance | GuidanceSum, fast: bool, given: Mapping[str, Any]
+    ) -> None:
+        """Refuse settings that a guidance does not have which nobody has named."""
+        known = own.to_dict()
+        for name, value in given.items():
+            others = [n for n in ("sag", *METHODS) if name in vars(METHODS[n]())]
+            if name not in known and others:
+                is_usual = own.method == self.usual(fast=fast).method
+                whose = "which this model recommends" if is_usual else "which is set"
+                raise ValueError(
+                    f"{name}={value!r} is no setting of {own.method}, {whose}: method={others[0]!r}"
+                    " has it"
+                )
 
     def usual(self, method: str | None = None, fast: bool = False) -> Guidance:
         """A guidance as the model recommends it, else with the defaults of its pipeline's class.
@@ -136,6 +152,28 @@ class Loaded(Generic[Settings]):
             name: One of `scheduler_names()`.
         """
         return make_scheduler(name, self.pipeline.scheduler.config)
+
+
+def _check_layers(guidance: Guidance, denoiser: Any) -> None:
+    """Refuse layers that a model does not have, before any picture."""
+    name = "layer" if hasattr(guidance, "layer") else "layers"
+    given = getattr(guidance, name, None)
+    if not given:
+        return
+    has_blocks = getattr(guidance, "has_blocks", False)
+    known = block_names(denoiser) if has_blocks else attention_names(denoiser)
+    kind = "block with self-attention" if has_blocks else "self-attention layer"
+    for each in [given] if isinstance(given, str) else given:
+        try:
+            resolve(denoiser, [each], known, kind)
+        except ValueError:
+            short = beginnings(known)
+            listed = [*short[:12], "..."] if len(short) > 12 else short
+            raise ValueError(
+                f"{name}={each!r} is no {kind} of {type(uncompiled(denoiser)).__name__}: there are,"
+                f" for short, {', '.join(listed)}; `sag layers MODEL` lists all"
+            ) from None
+    guidance.reads(denoiser)
 
 
 def default_guidance(pipeline: Any, method: str) -> Guidance:
