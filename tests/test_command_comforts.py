@@ -86,7 +86,10 @@ def test_a_layer_that_the_model_lacks_ends_a_job_at_once(
     asked = [tmp_path / "a.jsonl", "--model", model, "--out", tmp_path / "job", "--quiet"]
     assert run("batch", *asked, "--layer", "down.9") == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: layer 'down.9' is not a self-attention layer of UNet2D")
+    assert error.startswith("error: --layer='down.9' is no self-attention layer of UNet2D")
+    assert error.endswith(
+        ": there are, for short, down.0, up.1, mid; `sag layers MODEL` lists all\n"
+    )
     assert not (tmp_path / "job/manifest.parquet").exists()
 
 
@@ -142,6 +145,9 @@ def test_the_settings_that_were_used_are_printed(
         (["--sag-scale", 0, "--seed", 5], "64x64, 2 steps, DDIM, CFG 3, no guidance, seed 5"),
         (["--guidance", "pag:layers=mid+up", "--size", "48x40", "--scheduler", "euler-a"],
          "48x40, 2 steps, Euler a, CFG 3, pag:scale=3,layers=mid+up, seed 0"),
+        (["--guidance", "sag:blur_sigma=1", "--negative-prompt", "x y", "--dtype", "bfloat16"],
+         "64x64, 2 steps, DDIM, CFG 3, sag:scale=1.5,blur_sigma=1, negative prompt 'x y', bfloat16,"
+         " seed 0"),
     ):  # fmt: skip
         assert run(*shared, *options) == 0
         assert capsys.readouterr().err == f"note: drawn by tiny: {message}\n"
@@ -160,10 +166,23 @@ def test_fast_says_when_it_changes_nothing(
     nothing = "note: --fast changes nothing"
     assert run(*shared) == 0
     assert nothing not in capsys.readouterr().err
+    (first, *_) = tmp_path.iterdir()
     all_given = ("--start", 0, "--stop", 1, "--every", 1, "--guidance", "sag:scale=1.5")
-    for options in (all_given, ("--sag-scale", 0)):
-        assert run(*shared, *options) == 0
-        assert nothing in capsys.readouterr().err
+    decide = "other options decide all of the guidance"
+    recommended = "what the model recommends is its fast preset already"
+    for options, reason in (
+        (all_given, decide),
+        (("--sag-scale", 0), "guidance is off"),
+        (("--guidance", "none"), "guidance is off"),
+        (("--model", "emoji"), recommended),
+        (("--model", "emoji", "--start", 0.3), recommended),
+        (("--like", first), "the picture was drawn with the fast preset already"),
+    ):
+        assert run(*shared, "--steps", 2, *options) == 0
+        assert f"{nothing}: {reason}\n" in capsys.readouterr().err
+    sample = ("sample", "--num-samples", 1, "--steps", 2, "--out", tmp_path / "a.npz", "--fast")
+    assert run(*sample) == 0
+    assert f"{nothing}: {recommended}\n" in capsys.readouterr().err
 
 
 def test_failures_of_the_machine_are_one_sentence(
@@ -213,6 +232,29 @@ def test_the_traceback_is_there_for_those_who_ask(
     message = capsys.readouterr().err
     assert message.startswith("Traceback (most recent call last):")
     assert message.endswith("error: --steps=0 must be a whole number, at least 1\n")
+
+
+def test_a_setting_that_the_recommended_method_lacks_is_refused_with_one_that_has_it(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    sample = ("sample", "--num-samples", 1, "--steps", 2, "--out", tmp_path / "a.npz")
+    for option, value, shown in (
+        ("--layer", "nope", "'nope'"),
+        ("--blur-sigma", 2, "2.0"),
+        ("--threshold", 1, "1.0"),
+    ):
+        for fast in ([], ["--fast"]):
+            assert error_of(capsys, *sample, option, value, *fast) == (
+                f"error: {option}={shown} is no setting of tpg, which this model recommends:"
+                " --guidance sag has it\n"
+            )
+    assert run(*sample, "--blur-sigma", 2, "--guidance", "sag") == 0
+    like = tmp_path / "like.png"
+    asked = ("generate", "a", "--steps", 2, "--guidance", "pag", "--out", like)
+    assert run(*asked) == 0
+    capsys.readouterr()
+    message = error_of(capsys, "generate", "--like", like, "--threshold", 1, "--out", tmp_path)
+    assert "--threshold=1.0 is no setting of pag, which is set: --guidance sag has it" in message
 
 
 def test_settings_in_the_text_of_guidance_keep_their_names(

@@ -219,6 +219,12 @@ def test_runs_that_go_on_name_the_setting_that_differs(
         (["sag:method=pag"], "'method' is no setting of sag"),
         (["sag:scale"], "'scale' must be NAME=VALUE"),
         (["sag:"], "'' must be NAME=VALUE"),
+        (["sag:0.5"], "'0.5' must be NAME=VALUE, such as scale=0.5\n"),
+        (["sag:scale=0.5;blur_sigma=2"], "its settings must be separated by commas"),
+        (["sag:scale=0.5 blur_sigma=2"], "its settings must be separated by commas"),
+        (["none", "--stop", "0.5"], "--stop must not be given with --guidance none"),
+        (["none", "--sag-scale", "1"], "--sag-scale must not be given with --guidance none"),
+        (["none + sag"], "--guidance='none': 'none' is no guidance; there are "),
         (["sag:scale=1,scale=2"], "scale was given twice"),
         (["sag:scale=x"], "scale='x' must be a number"),
         (["sag:scale=nan"], "scale=nan must be a finite number"),
@@ -226,13 +232,15 @@ def test_runs_that_go_on_name_the_setting_that_differs(
         (["sag:every=0"], "every=0 must be a whole number, at least 1"),
         (["sag:scale=none"], "scale='none' must be a number"),
         (["pag:branch=both"], "branch='both' must be 'uncond' or 'cond'"),
-        (["pag:layers=nowhere"], "nowhere"),
+        (["pag:layers=nowhere"], "layers='nowhere' is no self-attention layer of UNet2D"),
+        (["pag:layers=mid+nowhere"], "error: layers='nowhere' is no self-attention layer of"),
+        (["slg:layers=nowhere"], "layers='nowhere' is no block with self-attention of UNet2D"),
         (["pag:layers="], "layers='' must be a dotted module path"),
         (["pag + sagg"], "'sagg' is no guidance; did you mean sag?"),
         (["pag", "--guidance", "sag:scale=x"], "scale='x' must be a number"),
-        (["pag + sag", "--start", "0"], "start of which guidance? Give it inside --guidance"),
-        (["pag", "--threshold", "1"], "'threshold' is no setting of pag"),
-        (["pag:start=0.2", "--start", "0"], "start was given twice: by --guidance and by"),
+        (["pag + sag", "--start", "0"], "--start of which guidance? Give it inside --guidance"),
+        (["pag", "--threshold", "1"], "--threshold=1.0: 'threshold' is no setting of pag"),
+        (["pag:start=0.2", "--start", "0"], "--start was given twice: by --guidance and by"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("command", ["generate", "sample"])
@@ -251,6 +259,20 @@ def test_errors_are_one_line(
     }[command]
     assert message in error_of(capsys, command, *start, "--guidance", *arguments)
     assert not list(tmp_path.rglob("*.*"))
+
+
+def test_none_is_no_guidance(tmp_path: Path, model: str, pixel_model: str) -> None:
+    generate = ("generate", "a", "--model", model, "--out")
+    sample = ("sample", "--num-samples", 1, "--model", pixel_model, "--out")
+    batch = ("batch", "--num-samples", 1, "--model", pixel_model, "--out")
+    for number, options in enumerate((["--guidance", "None"], ["--sag-scale", 0])):
+        assert run(*generate, tmp_path / f"heart{number}.png", *options) == 0
+        assert run(*sample, tmp_path / f"{number}.npz", *options) == 0
+        assert run(*batch, tmp_path / f"list{number}", *options) == 0
+    for name in ("heart{}.png", "{}.npz", "list{}/images/000000/000000000-000.png"):
+        first, second = (read_record(tmp_path / name.format(number)) for number in range(2))
+        assert first["guidance"] == second["guidance"]
+        assert first["guidance"]["scale"] == 0
 
 
 def test_two_scales_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -67,9 +67,10 @@ class TestLora:
         assert np.abs(none - once).max() > 1
 
     def test_a_picture_is_drawn_again_with_it(
-        self, tmp_path: Path, model: Path, lora: Path
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], model: Path, lora: Path
     ) -> None:
         before = drawn(model, tmp_path / "a", "--lora", f"{lora}:0.3")
+        assert f", LoRA {lora}:0.3, seed 0" in capsys.readouterr().err
         path = tmp_path / "a" / "00000-0.png"
         assert read_record(path)["loras"] == [[str(lora), 0.3]]
         again = tmp_path / "b"

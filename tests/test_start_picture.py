@@ -89,11 +89,15 @@ def test_strength_says_how_much_of_it_is_kept(tmp_path: Path, start: Path) -> No
     assert far[0] < far[1]
 
 
-def test_what_is_masked_out_stays(tmp_path: Path, start: Path, mask: Path) -> None:
+def test_what_is_masked_out_stays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], mask: Path
+) -> None:
     assert run("generate", "red heart", "--steps", 10, "--out", tmp_path / "heart") == 0
     heart = tmp_path / "heart" / "00000-0.png"
-    asked = ["--image", heart, "--mask", mask, "--strength", 1, "--steps", 10]
+    # For inpainting, the strength of diffusers is 1.
+    asked = ["--image", heart, "--mask", mask, "--steps", 10]
     assert run("generate", "grinning face", *asked, "--out", tmp_path / "face") == 0
+    assert f"image {heart}, mask {mask}, strength 1, seed 0" in capsys.readouterr().err
     change = np.abs(pixels(tmp_path / "face" / "00000-0.png") - pixels(heart)).mean(axis=(0, 2))
     assert change[40:].max() < 12 < change[:24].mean()
 
@@ -103,7 +107,7 @@ def test_it_is_drawn_again_from_its_file(
 ) -> None:
     asked = ["--image", start, "--mask", mask, "--strength", 0.6, "--steps", 6, "--seed", 4]
     assert run("generate", "red heart", *asked, "--out", tmp_path / "a") == 0
-    assert f"from {start} with its mask, strength 0.6" in capsys.readouterr().err
+    assert f"image {start}, mask {mask}, strength 0.6" in capsys.readouterr().err
     path = tmp_path / "a" / "00000-4.png"
     assert run("generate", "--like", path, "--out", tmp_path / "b") == 0
     assert (pixels(tmp_path / "b" / "00000-4.png") == pixels(path)).all()

@@ -35,7 +35,7 @@ from self_attention_guidance.generate import (
     load_pixel_model,
     read_record,
 )
-from self_attention_guidance.guidance.text import guidance_text
+from self_attention_guidance.guidance.text import guidance_text, parse_guidance
 from self_attention_guidance.models.builtin import recommended_settings
 from self_attention_guidance.tune import (
     About,
@@ -146,6 +146,19 @@ def test_the_settings_are_picked_up_from_the_folder(model: Path) -> None:
     assert "sag sample --model" in page
     with Image.open(model / "sag_tune" / "report.png") as grid:
         assert grid.width > grid.height / 2
+
+
+def test_commands_of_the_report_draw_its_rows_whatever_the_model_recommends(model: Path) -> None:
+    found = tune(model, "--methods", "blur")
+    page = (model / "sag_tune" / "report.md").read_text("utf-8")
+    tune(model, "--methods", "blur", "--choose", 0)
+    loaded = load_pixel_model(str(model))
+    lines = page.splitlines()
+    for number, row in enumerate(found["rows"][1:], 1):
+        words = shlex.split(lines[lines.index(f"# {number}") + 1])
+        assert words[:2] == ["sag", "sample"]
+        drawn = loaded.guidance(**parse_guidance(words[words.index("--guidance") + 1]))
+        assert guidance_text(drawn.to_dict()) == row["setting"]
 
 
 def test_text_models_are_tuned_in_cfg_too(

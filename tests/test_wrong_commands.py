@@ -35,7 +35,10 @@ AT_ONCE = {
     "generate a --branch x": "--branch='x' must be 'uncond' or 'cond'",
     "compare a --columns guidance=none,pag:every=0": "--columns='guidance=none,pag:every=0': "
     "guidance='pag:every=0': every=0 must be",
-    "generate a --guidance pag --threshold 1": "'threshold' is no setting of pag",
+    "generate a --guidance pag --threshold 1": "--threshold=1.0: 'threshold' is no setting of pag",
+    "generate a --guidance sag:0.5": "--guidance='sag:0.5': '0.5' must be NAME=VALUE, such as",
+    "generate a --guidance sag:scale=1;every=2": "--guidance='sag:scale=1;every=2': its settings",
+    "generate a --guidance none --start 0.5": "--start must not be given with --guidance none",
     "generate a --steps 0": "--steps=0 must be a whole number, at least 1",
     f"generate a --steps {10**10}": f"--steps={10**10} must be at most 100000",
     f"generate a --seed {2**64}": f"--seed={2**64} is too large: seeds must be below 2**64",
@@ -47,8 +50,21 @@ AT_ONCE = {
     "generate a --num-images 0": "--num-images=0 must be a whole number, at least 1",
     "generate a --batch-size 0": "--batch-size=0 must be a whole number, at least 1",
     "generate a --sag-scale nan": "--sag-scale=nan must be a finite number",
-    "generate a --blur-sigma -1": "Invalid value for '--blur-sigma'",
-    "generate a --stop 2": "Invalid value for '--stop'",
+    "generate a --blur-sigma -1": "--blur-sigma=-1 must be at least 0",
+    "generate a --stop 2": "--stop=2 must be from 0 to 1",
+    "generate a -q --stop=2.5": "--stop=2.5 must be from 0 to 1",
+    "generate a --stop 0.5 --stop nan": "--stop=nan must be from 0 to 1",
+    "generate a --every 0": "--every=0 must be at least 1",
+    "generate a --sag-scale abc": "--sag-scale='abc' must be a number",
+    "generate a --sag-scale=": "--sag-scale='' must be a number",
+    "generate a --steps 1.5": "--steps='1.5' must be a whole number",
+    "generate a -q --steps=x --fast": "--steps='x' must be a whole number",
+    "generate a --steps": "Option '--steps' requires an argument",
+    "generate a --config stop.toml": "--stop=2 must be from 0 to 1",
+    "sample --num-samples many": "--num-samples='many' must be a whole number",
+    "sample": "Missing option '--num-samples'",
+    "evaluate a b --bootstrap q": "--bootstrap='q' must be a whole number",
+    "nope": "No such command 'nope'",
     "generate a --out plain.txt": "--out='plain.txt' is or lies below a file",
     "generate --prompts none.txt": "--prompts='none.txt' cannot be read: No such file",
     "generate --prompts empty.txt": "--prompts='empty.txt' holds no prompt",
@@ -110,7 +126,7 @@ AT_ONCE = {
     "tune emoji --out a.json --choose -1": "--choose=-1 must be a whole number, at least 0",
     "tune emoji --out a.json --choose 7": "--choose=7 must be at most 6",
     "tune emoji --out a.json --choose 1": "--choose=1 is a row of a report: there is none in",
-    "tune emoji --features clip": "Invalid value for '--features'",
+    "tune emoji --features clip": "--features='clip' must be one of emoji, inception",
     "tune emoji --reference none": "--reference='none' does not exist: give a folder",
     "tune emoji --prompts none.txt": "--prompts='none.txt' cannot be read",
     "tune emoji-adm --prompts plain.txt": "--prompts must not be given: emoji-adm takes no prompts",
@@ -140,6 +156,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "plain.txt").write_text("mine")
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "taken.png").write_bytes(b"mine")
+    (tmp_path / "stop.toml").write_text("stop = 2")
     Image.new("RGB", (64, 64)).save(tmp_path / "plain.png")
     (tmp_path / "taken.json").write_bytes(b"{}")
     return tmp_path

@@ -22,7 +22,7 @@ from .compare import CompareCommand
 from .config import expand_home
 from .convert import convert_command
 from .demo import DemoCommand
-from .errors import as_typed, machine_failure
+from .errors import as_typed, machine_failure, wrong_value
 from .evaluate import evaluate_command
 from .generate import GenerateCommand
 from .info import info_command
@@ -137,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _quiet_libraries():
             status = command.main(args=given, prog_name="sag", standalone_mode=False)
     except _UsageError as error:
-        return _fail(error.format_message(), 2)
+        return _fail(wrong_value(error, given) or error.format_message(), 2)
     except (ValueError, OSError, FloatingPointError, GuidanceError) as error:
         return _fail(as_typed(reason_of(error), command, given), 2)
     except typer.Abort as error:  # what click makes of an interrupt, and of a file that is cut off

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Sequence
-from typing import Any
+from enum import Enum
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 from ..generate.failing import OUT_OF_MEMORY
 
 # Settings whose options have other names.
 _OTHER_NAMES = {"num_inference_steps": "steps", "width": "size", "height": "size"}
 # The places in a message where the settings that it is about are named.
-_SETTING = re.compile(r"(?:^|(?<= below ))([a-z_]+)(?==|: )")
+_SETTING = re.compile(r"(?:^|(?<= below ))([a-z_]+)(?==|: | must not be | was given | of which )")
+
+# Arguments in Python that a message advises to give, and what to type instead.
+_ARGUMENTS = {"overwrite=True": "--overwrite", r"method='(\w+)' has": r"--guidance \1 has"}
 
 
 def as_typed(message: str, command: Any, arguments: Sequence[str]) -> str:
@@ -36,7 +42,50 @@ def as_typed(message: str, command: Any, arguments: Sequence[str]) -> str:
             return name
         return f"{option}: {name}" if name in ("width", "height") else option
 
-    return _SETTING.sub(replaced, message).replace("overwrite=True", "--overwrite")
+    typed_message = _SETTING.sub(replaced, message)
+    for pattern, option in _ARGUMENTS.items():
+        typed_message = re.sub(pattern, option, typed_message)
+    return typed_message
+
+
+def wrong_value(error: Any, arguments: Sequence[str]) -> str | None:
+    """What to say if an option has a value of another kind, or outside its range.
+
+    Args:
+        error: Typer's error about the command line.
+        arguments: Arguments of the command line.
+
+    Returns:
+        For example "--steps='x' must be a whole number"; `None` if the error is another one.
+    """
+    context, parameter = error.ctx, getattr(error, "param", None)
+    if context is None or parameter is None:
+        return None
+    words = list(arguments[arguments.index(context.info_name) + 1 :])
+    given, *_ = context.command.make_parser(context).parse_args(words)
+    value = given.get(parameter.name, (context.default_map or {}).get(parameter.name))
+    # The command is a dataclass of its options, or a function.
+    hints = get_type_hints(inspect.unwrap(context.command.callback), include_extras=True)
+    kind, option = get_args(hints[parameter.name])[:2]
+    reason = None if value is None else _reason(str(value), kind, option)
+    name = next((each for each in parameter.opts if each.startswith("--")), parameter.name)
+    return None if reason is None else f"{name}={reason}"
+
+
+def _reason(text: str, kind: Any, option: Any) -> str | None:
+    """A value of an option, and the rule that it breaks."""
+    kind = next((each for each in get_args(kind) if each is not NoneType), kind)
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return f"{text!r:.60} must be one of {', '.join(str(each.value) for each in kind)}"
+    if kind not in (int, float):
+        return None
+    try:
+        kind(text)
+    except ValueError:
+        return f"{text!r:.60} must be {'a whole number' if kind is int else 'a number'}"
+    if option.max is None:
+        return f"{text:.60} must be at least {option.min}"
+    return f"{text:.60} must be from {option.min} to {option.max}"
 
 
 def machine_failure(error: BaseException, command: Any, arguments: Sequence[str]) -> str | None:

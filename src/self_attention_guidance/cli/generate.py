@@ -136,4 +136,4 @@ def _draw(
                 warn([f"the model's safety checker blanked {path}"])
     if last is not None:
         seeds = range(options.seed, options.seed + options.num_images)
-        note(drawn_with(last.record, seeds), options.quiet)
+        note(drawn_with(loaded, last.record, seeds), options.quiet)

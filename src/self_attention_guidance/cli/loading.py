@@ -10,6 +10,7 @@ from .output import hide_loading_bars, note
 
 if TYPE_CHECKING:
     from ..generate import LoadedPipeline
+    from ..generate.loaded import Loaded
 
 
 def check_sampling(
@@ -103,12 +104,37 @@ def load_pipeline_of(
         except ValueError as error:
             raise ValueError(f"like={str(vars(options)['like'])!r}: {error}") from error
     guidance = options.guidance_arguments()
-    if options.fast:
-        fast, usual = (loaded.guidance(is_fast, **guidance) for is_fast in (True, False))
-        if fast == usual or options.generation_arguments().get("sag_scale") == 0:
-            note(
-                "--fast changes nothing: other options decide all of the guidance",
-                options.quiet,
-            )
+    is_off = options.generation_arguments().get("sag_scale") == 0
+    note_fast_without_effect(loaded, options, is_off, record is not None)
     loaded.use(scheduler=options.scheduler, fast=options.fast, **guidance)
     return loaded
+
+
+def note_fast_without_effect(
+    loaded: Loaded[Any], options: SamplingOptions, is_off: bool, is_like: bool = False
+) -> None:
+    """Say why `--fast` changes nothing, if it was given and does not.
+
+    Args:
+        loaded: The model, before its guidance is set.
+        options: Options of a command that draws.
+        is_off: Whether an option turns guidance off.
+        is_like: Whether the guidance is that of an earlier picture.
+    """
+    guidance = options.guidance_arguments()
+    fast, usual = (loaded.guidance(is_fast, **guidance) for is_fast in (True, False))
+    is_off = is_off or usual.scale == 0
+    if not options.fast or (fast != usual and not is_off):
+        return
+    named = {name: guidance[name] for name in ("method",) if name in guidance}
+    if "guidances" in guidance:
+        named["guidances"] = [{"method": each["method"]} for each in guidance["guidances"]]
+    if is_off:
+        reason = "guidance is off"
+    elif loaded.guidance(True, **named) != loaded.guidance(False, **named):
+        reason = "other options decide all of the guidance"
+    elif is_like:
+        reason = "the picture was drawn with the fast preset already"
+    else:
+        reason = "what the model recommends is its fast preset already"
+    note(f"--fast changes nothing: {reason}", options.quiet)

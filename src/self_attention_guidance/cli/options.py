@@ -64,18 +64,24 @@ class SamplingOptions(DrawingOptions):
         typer.Option(
             metavar="METHOD[:NAME=VALUE,...]",
             help="sag, blur, pag, seg, slg or tpg, and its settings, for example"
-            " 'sag:scale=0.5,blur_sigma=2'. Other settings are those that the model recommends for"
-            " it, else its defaults. Give it several times, or 'sag + pag', to add them up.",
+            " 'sag:scale=0.5,blur_sigma=2'; or none. Other settings are those that the model"
+            " recommends for it, else its defaults. Give it several times, or 'sag + pag', to add"
+            " them up.",
         ),
     ] = None
     blur_sigma: Annotated[
         float | None,
-        typer.Option(min=0, help="SAG: width of the blur. [default: the model's, else 1]"),
+        typer.Option(
+            min=0,
+            help="SAG and blur: width of the blur. [default: the model's, else 1; pixel-space: 9]",
+        ),
     ] = None
     blur_kernel_size: Annotated[
         int | None,
         typer.Option(
-            min=1, help="SAG: size of the blur's kernel, odd. [default: the model's, else 9]"
+            min=1,
+            help="SAG and blur: size of the blur's kernel, odd. [default: the model's, else 9;"
+            " pixel-space: 31]",
         ),
     ] = None
     threshold: Annotated[
@@ -218,7 +224,11 @@ class OneScaleOptions(PromptOptions):
     """`PromptOptions` with one scale of guidance; `None` means not given."""
 
     sag_scale: Annotated[
-        float | None, typer.Option(help="Guidance: 0 is off. [default: the model's, else 0.75]")
+        float | None,
+        typer.Option(
+            help="Guidance: 0 is off. [default: the model's, else the method's own: for SAG 0.75;"
+            " pixel-space: 0.5]"
+        ),
     ] = None
 
     def generation_arguments(self) -> dict[str, Any]:

@@ -8,10 +8,14 @@ import sys
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+if TYPE_CHECKING:
+    from ..generate.loaded import Loaded
+
+_MOST_CLASSES = 12
 _QUOTED = re.compile(r"""(?<!\w)(['"])(.*?)\1(?!\w)|\S{160,}""")
 
 
@@ -78,38 +82,75 @@ def note(text: str, quiet: bool = False) -> None:
         typer.echo(f"note: {text}", err=True)
 
 
-def drawn_with(record: Mapping[str, Any], seeds: Sequence[int]) -> str:
+def drawn_with(loaded: Loaded[Any], record: Mapping[str, Any], seeds: Sequence[int]) -> str:
     """All settings that pictures were drawn with, in one line.
 
     Args:
-        record: The record of one of the pictures.
+        loaded: The model.
+        record: The record of one of the pictures, or of samples.
         seeds: The seeds of all.
     """
     from ..generate.schedulers import label_of
-    from ..guidance.text import guidance_text
 
     settings = record["settings"]
+    negative = settings.get("negative_prompt")
     parts = [
         "{}x{}".format(*record["size"]),
         f"{settings['num_inference_steps']} steps",
         label_of(record["scheduler"], record["scheduler_config"]),
-        f"CFG {settings['guidance_scale']:g}",
-        guidance_text(record["guidance"]) if record["guidance"]["scale"] else "no guidance",
-        *_start_of(settings),
+        *([f"CFG {settings['guidance_scale']:g}"] if "guidance_scale" in settings else []),
+        _guidance_of(loaded, record["guidance"]),
+        *(f"LoRA {path}:{scale:g}" for path, scale in record.get("loras", [])),
+        *([f"negative prompt {negative!r:.60}"] if negative else []),
+        *_start_of(loaded, settings),
+        *_of_samples(settings),
+        *([] if record["dtype"] == "float32" else [record["dtype"]]),
         f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}",
     ]
     return f"drawn by {record['model']}: {', '.join(parts)}"
 
 
-def _start_of(settings: Mapping[str, Any]) -> list[str]:
+def _guidance_of(loaded: Loaded[Any], guidance: Mapping[str, Any]) -> str:
+    """A guidance as `--guidance` takes it, such that this model is guided in the same way."""
+    from ..guidance import METHODS
+    from ..guidance.text import guidance_text
+
+    if not guidance["scale"]:
+        return "no guidance"
+    if "guidances" in guidance:
+        return guidance_text(guidance)
+    usual = loaded.usual(guidance["method"]).to_dict()
+    plain = METHODS[guidance["method"]]().to_dict()
+    return guidance_text(guidance, [name for name in usual if usual[name] != plain[name]])
+
+
+def _start_of(loaded: Loaded[Any], settings: Mapping[str, Any]) -> list[str]:
     """The picture that drawing began with, if it was not noise."""
-    if settings["image"] is None:
+    from ..generate.kinds import own_strength
+
+    if settings.get("image") is None:
         return []
-    strength = settings["strength"]
-    masked = " with its mask" if settings["mask"] is not None else ""
-    return [f"from {settings['image']}{masked}"] + (
-        [f"strength {strength:g}"] if strength is not None else []
-    )
+    mask, strength = settings["mask"], settings["strength"]
+    if strength is None:
+        strength = own_strength(type(loaded.pipeline), mask is not None)
+    return [
+        f"image {settings['image']}",
+        *([f"mask {mask}"] if mask is not None else []),
+        *([f"strength {strength:g}"] if strength is not None else []),
+    ]
+
+
+def _of_samples(settings: Mapping[str, Any]) -> list[str]:
+    """Settings that only pixel-space models have; those that are off are left out."""
+    labels = {"classifier_scale": "classifier", "eta": "eta"}
+    numbers = {label: settings.get(name) for name, label in labels.items()}
+    found = [f"{label} {value:g}" for label, value in numbers.items() if value]
+    classes: list[int] = settings.get("classes") or []
+    if classes:
+        label = "class" if len(classes) == 1 else "classes"
+        more = " ..." if len(classes) > _MOST_CLASSES else ""
+        found.append(f"{label} {' '.join(map(str, classes[:_MOST_CLASSES]))}{more}")
+    return found
 
 
 @contextmanager

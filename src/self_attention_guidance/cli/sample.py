@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..generate.classes import class_names, parse_classes
-from .loading import check_sampling
+from .loading import check_sampling, note_fast_without_effect
 from .options import SamplingOptions
-from .output import counting_progress, hide_loading_bars, print_line
+from .output import counting_progress, drawn_with, hide_loading_bars, note, print_line
 
 if TYPE_CHECKING:
     from ..batch import FinishedSamples
     from ..generate import LoadedPixelModel
-    from ..guidance import Guidance, GuidanceSum
     from ..pipelines.adm import ADMPipeline
 
 
@@ -61,17 +60,15 @@ class SampleCommand(SamplingOptions):
     seed: Annotated[int, typer.Option(help="Picture i, from 0, has the seed SEED + i.")] = 0
     batch_size: Annotated[int, typer.Option(help="Pictures made at once.")] = 8
     sag_scale: Annotated[
-        float | None, typer.Option(help="Guidance: 0 is off. [default: the model's, else 0.5]")
+        float | None,
+        typer.Option(
+            help="Guidance: 0 is off. [default: the model's, else the method's own: for SAG 0.5]"
+        ),
     ] = None
     blur_guidance: Annotated[
-        bool, typer.Option("--blur-guidance", help="Blur everywhere: guidance without a mask.")
+        bool,
+        typer.Option("--blur-guidance", help="The same as --guidance blur: SAG without a mask."),
     ] = False
-    blur_sigma: Annotated[
-        float | None, typer.Option(help="SAG: width of the blur. [default: the model's, else 9]")
-    ] = None
-    blur_kernel_size: Annotated[
-        int | None, typer.Option(help="SAG: odd. [default: the model's, else 31]")
-    ] = None
     classifier: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="A classifier to guide with, from `sag convert`."),
@@ -79,6 +76,23 @@ class SampleCommand(SamplingOptions):
     classifier_scale: Annotated[
         float | None, typer.Option(help="Classifier guidance: 0 is off. [default: 1]")
     ] = None
+
+    def guidance_arguments(self) -> dict[str, Any]:
+        """The settings of guidance that were given, for `Guidance.from_dict`.
+
+        Raises:
+            ValueError: As in `SamplingOptions`, or one has no effect with --blur-guidance.
+        """
+        if not self.blur_guidance:
+            return super().guidance_arguments()
+        for name in ("guidance", "threshold", "layer"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} must not be given with --blur-guidance, which"
+                    " blurs everywhere"
+                )
+        chosen = replace(self, blur_guidance=False, guidance=["blur"])
+        return chosen.guidance_arguments()
 
     def sample_arguments(self) -> dict[str, Any]:
         """Arguments of `SampleSettings`; `None` means not given."""
@@ -107,9 +121,12 @@ class SampleCommand(SamplingOptions):
         _check_before_loading(self)
 
         from ..batch import SampleJob
+        from ..generate import read_record
         from ..generate.schedulers import check_steps_of
 
-        loaded = _load(self)
+        loaded = _load_model(self)
+        note_fast_without_effect(loaded, self, self.sag_scale == 0)
+        _use(loaded, self)
         settings = loaded.settings(**self.sample_arguments())
         # Before the job, whose folder would bind the next run to these settings.
         loaded.pipeline.check_eta(settings.eta)
@@ -129,6 +146,8 @@ class SampleCommand(SamplingOptions):
         print_line(finished.path)
         print_line(finished.grid)
         print_line(_summary(finished))
+        seeds = range(self.seed, self.seed + self.num_samples)
+        note(drawn_with(loaded, read_record(finished.path), seeds), self.quiet)
 
 
 def _check_before_loading(options: SampleCommand) -> None:
@@ -141,41 +160,28 @@ def _check_before_loading(options: SampleCommand) -> None:
     check_sampling(options, options.num_samples, "num_samples")
     if options.scheduler is not None:
         check_eta(options.eta, options.scheduler)
-    for name in ("guidance", "threshold", "layer") if options.blur_guidance else ():
-        if getattr(options, name) is not None:
-            raise ValueError(
-                f"{name}={getattr(options, name)!r} must not be given with --blur-guidance, which"
-                " blurs everywhere"
-            )
     find_pixel_model(options.model)
     if options.classifier is not None:
         find_classifier(options.classifier)
     check_samples_path(options.out, options.overwrite)
 
 
-def _load(options: SampleCommand) -> LoadedPixelModel:
+def _load_model(options: SampleCommand) -> LoadedPixelModel:
     from ..generate import load_pixel_model
 
     hide_loading_bars()
-    loaded = load_pixel_model(options.model, options.device, options.dtype, options.classifier)
+    return load_pixel_model(options.model, options.device, options.dtype, options.classifier)
+
+
+def _use(loaded: LoadedPixelModel, options: SampleCommand) -> None:
     guidance = options.guidance_arguments()
     loaded.use(scheduler=options.scheduler, fast=options.fast, **guidance)
-    if options.blur_guidance:
-        loaded.pipeline.guidance = _without_mask(loaded.pipeline.guidance)
-    return loaded
 
 
 def _load_pipeline(options: SampleCommand) -> ADMPipeline:
-    return _load(options).pipeline
-
-
-def _without_mask(guidance: Guidance | GuidanceSum) -> Guidance:
-    """Blur guidance with the settings that it shares with another guidance."""
-    from ..guidance import BlurGuidance, Guidance
-
-    own = guidance.to_dict()
-    shared = {name: own[name] for name in BlurGuidance().to_dict() if name in own}
-    return Guidance.from_dict({**shared, "method": BlurGuidance.method})
+    loaded = _load_model(options)
+    _use(loaded, options)
+    return loaded.pipeline
 
 
 def _summary(finished: FinishedSamples) -> str:

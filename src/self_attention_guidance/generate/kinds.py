@@ -89,6 +89,19 @@ def pipeline_for(pipeline: Any, settings: GenerationSettings) -> Any:
     return other
 
 
+def own_strength(pipeline: type, has_mask: bool = False) -> float | None:
+    """How much of a start picture changes if no strength is given; `None` if that is not known.
+
+    Args:
+        pipeline: The class of a model's pipeline for prompts.
+        has_mask: Whether a mask is given, too.
+    """
+    kind: Any = pipeline if _begins_with_pictures(pipeline) else _class_for(pipeline, has_mask)
+    if kind is None:
+        return None
+    return inspect.signature(kind.__call__).parameters["strength"].default
+
+
 def why_no_start(pipeline: type, has_mask: bool = False) -> str | None:
     """Why a model can't begin with a picture; `None` if it can.
 

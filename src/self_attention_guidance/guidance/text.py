@@ -13,6 +13,7 @@ from .base import METHODS
 PLUS = " + "
 """The text between guidances that act together."""
 
+_NONE = "none"  # no guidance
 _NUMBERS = {float: "a number", int: "a whole number"}
 _TRUTH = {"true": True, "false": False}
 
@@ -23,7 +24,7 @@ def settings_of(
     """The settings of guidance that a command line gives, checked.
 
     Args:
-        texts: Values of `--guidance`; several act together.
+        texts: Values of `--guidance`; several act together. "none" alone is a scale of 0.
         options: Settings from their own options, by name.
         has_scale: Whether an option of its own gives the scale.
 
@@ -34,6 +35,10 @@ def settings_of(
         ValueError: A guidance is unknown, or a setting is unknown, given twice or outside its
             range.
     """
+    if [text.strip().lower() for text in texts] == [_NONE]:
+        for name in [*options, *(["sag_scale"] if has_scale else [])]:
+            raise ValueError(f"{name} must not be given with --guidance {_NONE}")
+        return {"scale": 0.0}
     given = parse_guidance(PLUS.join(texts)) if texts else {}
     if "guidances" in given:
         for name in options:
@@ -46,7 +51,8 @@ def settings_of(
     known = _names(method)
     for name in options:
         if name not in known:
-            raise ValueError(_unknown(name, known, f"setting of {method}"))
+            reason = _unknown(name, known, f"setting of {method}")
+            raise ValueError(f"{name}={options[name]!r}: {reason}")
     METHODS[method](**settings)
     return {**given, **options}
 
@@ -100,7 +106,7 @@ def parse_guidance(text: str) -> dict[str, Any]:
 
 def _parts(text: str) -> list[str]:
     """The guidances of a text; a plus sign without spaces may separate layers."""
-    return text.split(PLUS if ":" in text else "+")
+    return [part.strip() for part in text.split(PLUS if ":" in text else "+")]
 
 
 def _split(text: str) -> tuple[str, dict[str, str]]:
@@ -111,10 +117,13 @@ def _split(text: str) -> tuple[str, dict[str, str]]:
         raise ValueError(f"guidance={text!r}: {_unknown(method, METHODS, 'guidance')}")
     known = _names(method)
     given: dict[str, str] = {}
+    if any("=" in part.partition("=")[2] for part in rest.split(",")) or ";" in rest:
+        raise ValueError(f"guidance={text!r}: its settings must be separated by commas")
     for part in rest.split(",") if colon else ():
         name, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals:
-            raise ValueError(f"guidance={text!r}: {part!r} must be NAME=VALUE")
+            hint = f", such as scale={name}" if _is_number(name) else ""
+            raise ValueError(f"guidance={text!r}: {part!r} must be NAME=VALUE{hint}")
         if name not in known:
             reason = _unknown(name, known, f"setting of {method}")
             raise ValueError(f"guidance={text!r}: {reason}")
@@ -141,6 +150,14 @@ def _value(name: str, text: str, kind: Any) -> Any:
         return _TRUTH[text]
     is_list = any(get_origin(each) is Sequence for each in kinds)
     return text.split("+") if is_list else text
+
+
+def _is_number(text: str) -> bool:
+    try:
+        parse_number(text, float)
+    except ValueError:
+        return False
+    return True
 
 
 def _names(method: str) -> list[str]:

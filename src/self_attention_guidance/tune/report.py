@@ -15,7 +15,11 @@ from ..evaluate import Estimate
 from ..evaluate.report import format_estimate
 from ..generate.files import whole_file
 from ..generate.grid import draw_grid
+from ..generate.loaded import default_guidance
+from ..guidance import Guidance
 from ..guidance.text import guidance_text
+from ..pipelines.adm import ADMPipeline
+from ..pipelines.guided import GuidedPipelineMixin
 from .gallery import Gallery
 from .plan import MOST_SHOWN
 from .result import Tuned
@@ -200,26 +204,27 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]
 
 
 def _commands(found: Tuned, about: About) -> Iterator[str]:
-    chosen = found.rows[found.chosen].candidate
+    kind = GuidedPipelineMixin if about.takes_prompts else ADMPipeline
+    known = [found.rows[found.chosen].candidate.guidance, found.own.guidance]
     for number, row in enumerate(found.rows):
+        default = default_guidance(kind, row.candidate.guidance.method)
         words = ["sag", "generate", about.prompts[0]] if about.takes_prompts else ["sag", "sample"]
         words += ["--model", about.model, "--steps", str(found.steps)]
         words += [] if about.takes_prompts else ["--num-samples", "64"]
-        words += _typed(row.candidate, [chosen, found.own])
+        words += _typed(row.candidate, [*known, default])
         words += [] if about.scheduler is None else ["--scheduler", about.scheduler]
         # cmd.exe knows neither single quotes nor comments behind a command.
         yield f"# {number}"
         yield subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
-def _typed(candidate: Candidate, others: Sequence[Candidate]) -> list[str]:
-    """Options that give a setting, whichever of the others the model recommends."""
+def _typed(candidate: Candidate, others: Sequence[Guidance]) -> list[str]:
+    """Options that give a setting, whichever of the others fills what they leave out."""
     cfg = [] if candidate.cfg is None else ["--guidance-scale", f"{candidate.cfg:g}"]
     if candidate.is_unguided:
         return ["--sag-scale", "0", *cfg]
     settings = candidate.guidance.to_dict()
-    # If the model recommends the same method, its values fill what a text leaves out.
-    rivals = [each.guidance.to_dict() for each in others]
+    rivals = [each.to_dict() for each in others]
     always = {
         name
         for rival in rivals
