@@ -10,12 +10,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from command_line import error_of, run
-from self_attention_guidance import PerturbedAttentionGuidance, SelfAttentionGuidance
+from self_attention_guidance import (
+    BlurGuidance,
+    PerturbedAttentionGuidance,
+    SelfAttentionGuidance,
+)
 from self_attention_guidance.generate import (
     AXES,
     Axis,
+    Comparison,
     GenerationSettings,
     LoadedPipeline,
     compare_axes,
@@ -29,7 +35,8 @@ from tiny import save_tiny_model
 from tiny_pixels import one_thread
 
 SETTINGS = {
-    "guidance": {"scale": 1.5, "blur_sigma": 2.0},
+    # All of it differs from what the method or the network has by default.
+    "guidance": {"scale": 1.5, "start": 0.1, "blur_sigma": 2.0, "layer": "up.1.attentions.0"},
     "generation": {"guidance_scale": 3.0, "num_inference_steps": 2},
 }
 VALUES: dict[str, list[Any]] = {
@@ -72,10 +79,10 @@ def alone(loaded: LoadedPipeline, changes: dict[str, Any]) -> np.ndarray:
         guidance, scale = usual, 0.0
     if "window" in changes:
         guidance = replace(guidance, start=changes["window"][0], stop=changes["window"][1])
-    if "layer" in changes and isinstance(guidance, PerturbedAttentionGuidance):
-        guidance = replace(guidance, layers=changes["layer"])
-    elif "layer" in changes:
-        guidance = replace(guidance, layer=changes["layer"])
+    layer = changes.get("layer")
+    if layer is not None:
+        name = "layers" if isinstance(guidance, PerturbedAttentionGuidance) else "layer"
+        guidance = replace(guidance, **{name: layer})
     if "blur" in changes:
         guidance = replace(guidance, blur_sigma=changes["blur"])
     loaded.pipeline.guidance = guidance
@@ -120,6 +127,79 @@ def test_cells_are_what_their_settings_draw(
     assert loaded.pipeline.guidance == usual
 
 
+@pytest.mark.parametrize(
+    ("axis", "given", "options"),
+    [
+        ("layer=default,mid", (), [(), ("--layer", "mid")]),
+        (
+            "layer=default,up.1.attentions.0,mid+up.1",
+            ("--guidance", "pag"),
+            [
+                (),
+                ("--guidance", "pag:layers=up.1.attentions.0"),
+                ("--guidance", "pag:layers=mid+up.1"),
+            ],
+        ),
+        (
+            "window=0-0.5,0.5-1",
+            (),
+            [("--start", 0, "--stop", 0.5), ("--start", 0.5, "--stop", 1)],
+        ),
+        ("blur=0.5,3", ("--fast",), [("--blur-sigma", 0.5), ("--blur-sigma", 3)]),
+        ("scale=0,2.5", ("--guidance", "sag + pag"), [("--sag-scale", 0), ("--sag-scale", 2.5)]),
+        ("cfg=1,5", (), [("--guidance-scale", 1), ("--guidance-scale", 5)]),
+        ("steps=2,3", ("--every", 2), [("--steps", 2), ("--steps", 3)]),
+        ("seed=0,9", (), [("--seed", 0), ("--seed", 9)]),
+        (
+            "guidance=none,sag,pag,seg:scale=2,sag:every=2 + pag",
+            (),
+            [
+                ("--sag-scale", 0),
+                (),
+                ("--guidance", "pag"),
+                ("--guidance", "seg:scale=2"),
+                ("--guidance", "sag:every=2 + pag"),
+            ],
+        ),
+        ("guidance=sag,pag", ("--fast",), [(), ("--guidance", "pag")]),
+        (
+            "guidance=sag,pag",
+            ("--start", 0.5),
+            [(), ("--guidance", "pag")],
+        ),
+    ],
+)
+def test_a_value_draws_what_its_option_draws(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    model: str,
+    axis: str,
+    given: tuple[object, ...],
+    options: list[tuple[object, ...]],
+) -> None:
+    from self_attention_guidance import generate as package
+
+    grids: list[Comparison] = []
+
+    def seen(*arguments: Any, **settings: Any) -> Comparison:
+        grids.append(compare_axes(*arguments, **settings))
+        return grids[-1]
+
+    monkeypatch.setattr(package, "compare_axes", seen)
+    out = tmp_path / "grid.png"
+    assert run("compare", "cat", "--model", model, *given, "--columns", axis, "--out", out) == 0
+    (found,) = grids
+    pictures = [column[0].image for column in found.columns]
+    for number, (picture, own) in enumerate(zip(pictures, options, strict=True)):
+        folder = tmp_path / str(number)
+        rest = () if own[:1] == given[:1] else given
+        assert run("generate", "cat", "--model", model, *rest, *own, "--out", folder) == 0
+        (drawn,) = folder.iterdir()
+        expected = np.asarray(Image.open(drawn))
+        assert np.array_equal(np.asarray(picture), expected), own
+    assert len({picture.tobytes() for picture in pictures}) == len(pictures)
+
+
 def test_a_blur_is_of_the_guidances_that_have_one(loaded: LoadedPipeline) -> None:
     def drawn(guidance: Any) -> list[bytes]:
         axes = Axis("guidance", [None, guidance]), Axis("blur", [1.0, 3.0])
@@ -133,6 +213,9 @@ def test_a_blur_is_of_the_guidances_that_have_one(loaded: LoadedPipeline) -> Non
         drawn(PerturbedAttentionGuidance())
     with pytest.raises(ValueError, match="nowhere"):
         compare_axes(loaded.pipeline, Axis("layer", ["mid", "nowhere"]), Axis("seed", [1]))
+    loaded.pipeline.guidance = BlurGuidance()
+    with pytest.raises(ValueError, match="layer=default has no effect on blur, which has no layer"):
+        compare_axes(loaded.pipeline, Axis("layer", [None]), Axis("seed", [1]))
 
 
 def test_costs_count_rows_of_the_network(loaded: LoadedPipeline) -> None:
@@ -214,6 +297,7 @@ def test_axes_are_read_as_they_were_written() -> None:
         (["--rows", "window=0-1", "--guidance", "pag:stop=0.5 + seg"], "stop must not be given"),
         (["--rows", "scale=1,2", "--columns", "guidance=none,pag:scale=2"], "scale must not be"),
         (["--rows", "guidance=pag", "--guidance", "sag"], "--guidance must not be given"),
+        (["--start", 0.5, "--columns", "guidance=sag,sag + pag"], "start of which guidance?"),
         (["b", "--rows", "cfg=1", "--columns", "steps=2"], "2 prompts: give them by --rows"),
     ],
 )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..generate.axes import parse_axis, with_guidances
-from ..guidance.text import parse_guidance
+from ..guidance.text import parse_guidance, settings_of
 from .like import given_names
 from .loading import check_prompting, load_pipeline_of
 from .options import PromptOptions, parse_numbers
@@ -135,10 +135,14 @@ def _axes(options: CompareCommand) -> dict[str, Axis]:
             reason = " that replace it" if has_axis else ", which draw one picture a cell"
             raise ValueError(f"{option} must not be given with --rows or --columns{reason}")
     texts = [*(options.guidance or [])]
+    shared = options.guidance_arguments()
     for axis in axes.values():
-        texts += [each for each in axis.values if axis.name == "guidance" and each is not None]
+        if axis.name == "guidance":
+            texts += [each for each in axis.values if each is not None]
     for text in texts:
         named = parse_guidance(text)
+        if "guidance" in names and "guidances" in named:
+            settings_of([text], shared)  # refuses options that say nothing of which guidance
         for part in named.get("guidances", [named]):
             for setting in part.keys() & set(replaced):
                 raise ValueError(
