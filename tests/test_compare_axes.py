@@ -24,13 +24,16 @@ from self_attention_guidance.generate import (
     Comparison,
     GenerationSettings,
     LoadedPipeline,
+    compare,
     compare_axes,
+    draw_grid,
     generate,
     load_pipeline,
     read_parameters,
     read_record,
 )
 from self_attention_guidance.generate.axes import parse_axis
+from self_attention_guidance.generate.metadata import text_of
 from tiny import save_tiny_model
 from tiny_pixels import one_thread
 
@@ -256,6 +259,117 @@ def test_the_command_draws_them_and_the_file_tells(
         assert run(*shared, *options) == 0
     assert read_record(out)["prompts"] == ["a", "b, c"]
     assert read_record(out)["guidance"]["method"] == "pag"
+
+
+WHOLE = "sag: scale=1.5, start=0.1, blur_sigma=2, layer=up.1.attentions.0"
+
+
+@pytest.mark.parametrize(
+    ("options", "lines"),
+    [
+        (("--columns", "cfg=1,3"), [WHOLE]),
+        (("--columns", "cfg=1,3", "--quiet"), []),
+        (
+            ("--columns", "guidance=none,sag,pag,sag:start=0,scale=2"),
+            [
+                WHOLE,
+                "pag: scale=3",
+                "sag:start=0,scale=2: blur_sigma=2, layer=up.1.attentions.0",
+            ],
+        ),
+        (
+            ("--columns", "guidance=sag,pag:layers=down_blocks.0 + sag:layer=mid"),
+            [
+                WHOLE,
+                "pag + sag: pag scale=3, layers=down.0 + sag scale=1.5, start=0.1, blur_sigma=2,"
+                " layer=mid",
+            ],
+        ),
+        (
+            ("--columns", "guidance=sag,pag", "--rows", "window=0-1,0-0.5"),
+            ["sag: scale=1.5, blur_sigma=2, layer=up.1.attentions.0", "pag: scale=3"],
+        ),
+        (
+            ("--columns", "scale=0,1", "--rows", "layer=default,mid"),
+            ["sag: start=0.1, blur_sigma=2, default layer=up.1.attentions.0"],
+        ),
+        (("--columns", "guidance=none,seg", "--rows", "scale=0,2"), ["seg: defaults"]),
+        (("--sag-scales", "0,1"), [WHOLE.replace(" scale=1.5,", "")]),
+        (
+            ("--sag-scales", "2", "--every", 2),
+            ["sag: scale=2, start=0.1, every=2, blur_sigma=2, layer=up.1.attentions.0"],
+        ),
+    ],
+)
+def test_a_note_has_each_guidance(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    model: str,
+    options: tuple[object, ...],
+    lines: list[str],
+) -> None:
+    assert run("compare", "a", "--model", model, *options, "--out", tmp_path / "a.png") == 0
+    assert capsys.readouterr().err.splitlines() == [f"note: {line}" for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("count", "labels", "seed"),
+    [(1, ["a", "b"], "  ·  seed 0"), (2, [f"{p}, seed {s}" for p in "ab" for s in (0, 1)], "")],
+)
+def test_what_all_pictures_share_is_below_the_grid(
+    loaded: LoadedPipeline, count: int, labels: list[str], seed: str
+) -> None:
+    settings = loaded.settings()
+    found = compare(
+        loaded.pipeline, ["a", "b"], [0, 2], settings, num_images=count, model_name="tiny"
+    )
+    rows = list(zip(*([each.image for each in column] for column in found.columns), strict=True))
+    line = WHOLE.replace(" scale=1.5,", "")
+    footer = f"model tiny  ·  sampler DDIM  ·  steps 2  ·  CFG 3{seed}\n{line}"
+    expected = draw_grid(rows, labels, ["without SAG", "SAG 2"], footer)
+    assert np.array_equal(np.asarray(found.grid), np.asarray(expected))
+
+
+@pytest.mark.parametrize(
+    ("axis", "place", "name"),
+    [
+        ("steps", "settings", "num_inference_steps"),
+        ("cfg", "settings", "guidance_scale"),
+        ("scale", "guidance", "scale"),
+        ("blur", "guidance", "blur_sigma"),
+        ("window", "guidance", "start"),
+        ("window", "guidance", "stop"),
+        ("layer", "guidance", "layer"),
+        ("seed", "", "seed"),
+        ("guidance", "", "guidance"),
+    ],
+)
+def test_the_record_holds_only_what_all_pictures_share(
+    loaded: LoadedPipeline, axis: str, place: str, name: str
+) -> None:
+    def drawn(values: list[Any]) -> dict[str, Any]:
+        axes = Axis("prompt", ["a", "b"]), Axis(axis, values)
+        return dict(compare_axes(loaded.pipeline, *axes, loaded.settings()).record)
+
+    several = drawn(VALUES[axis])
+    assert name not in (several[place] if place else several)
+    words = {"num_inference_steps": "Steps", "guidance_scale": "CFG scale", "seed": "Seed"}
+    words |= {each: f"SAG {each.title()}" for each in ("layer", "start", "stop")}
+    is_shown = {each: f"{word}: " in text_of(several) for each, word in words.items()}
+    varied = {"guidance": ("layer", "start", "stop"), "window": ("start", "stop")}.get(
+        axis, (name,)
+    )
+    assert is_shown == {each: each not in varied for each in words}
+    one = drawn(VALUES[axis][-1:])
+    if axis == "guidance":
+        assert several["guidances"] == [None, PerturbedAttentionGuidance(2.0).to_dict()]
+    else:
+        assert name in (one[place] if place else one)
+
+
+def test_the_record_names_the_default_layer(loaded: LoadedPipeline) -> None:
+    found = compare_axes(loaded.pipeline, Axis("layer", [None, "mid"]), Axis("seed", [1]))
+    assert found.record["rows"] == "layer=up.1.attentions.0,mid"
 
 
 def test_axes_are_read_as_they_were_written() -> None:

@@ -14,7 +14,7 @@ from ..guidance.text import parse_guidance, settings_of
 from .like import given_names
 from .loading import check_prompting, load_pipeline_of
 from .options import PromptOptions, parse_numbers
-from .output import print_line, progress, warn
+from .output import note, print_line, progress, warn
 
 if TYPE_CHECKING:
     from ..generate import Axis, Comparison, GenerationSettings, LoadedPipeline
@@ -95,6 +95,8 @@ class CompareCommand(PromptOptions):
         drawn = [each for column in comparison.columns for each in column]
         warn(dict.fromkeys(text for picture in drawn for text in picture.warnings))
         print_line(self.out)
+        for line in comparison.guidances:
+            note(line, self.quiet)
 
 
 # What an axis replaces: options, and settings in the text of a guidance.
