@@ -10,26 +10,36 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from command_line import error_of, run
-from self_attention_guidance import PerturbedAttentionGuidance, SelfAttentionGuidance
+from self_attention_guidance import (
+    BlurGuidance,
+    PerturbedAttentionGuidance,
+    SelfAttentionGuidance,
+)
 from self_attention_guidance.generate import (
     AXES,
     Axis,
+    Comparison,
     GenerationSettings,
     LoadedPipeline,
+    compare,
     compare_axes,
+    draw_grid,
     generate,
     load_pipeline,
     read_parameters,
     read_record,
 )
 from self_attention_guidance.generate.axes import parse_axis
+from self_attention_guidance.generate.metadata import text_of
 from tiny import save_tiny_model
 from tiny_pixels import one_thread
 
 SETTINGS = {
-    "guidance": {"scale": 1.5, "blur_sigma": 2.0},
+    # All of it differs from what the method or the network has by default.
+    "guidance": {"scale": 1.5, "start": 0.1, "blur_sigma": 2.0, "layer": "up.1.attentions.0"},
     "generation": {"guidance_scale": 3.0, "num_inference_steps": 2},
 }
 VALUES: dict[str, list[Any]] = {
@@ -72,10 +82,10 @@ def alone(loaded: LoadedPipeline, changes: dict[str, Any]) -> np.ndarray:
         guidance, scale = usual, 0.0
     if "window" in changes:
         guidance = replace(guidance, start=changes["window"][0], stop=changes["window"][1])
-    if "layer" in changes and isinstance(guidance, PerturbedAttentionGuidance):
-        guidance = replace(guidance, layers=changes["layer"])
-    elif "layer" in changes:
-        guidance = replace(guidance, layer=changes["layer"])
+    layer = changes.get("layer")
+    if layer is not None:
+        name = "layers" if isinstance(guidance, PerturbedAttentionGuidance) else "layer"
+        guidance = replace(guidance, **{name: layer})
     if "blur" in changes:
         guidance = replace(guidance, blur_sigma=changes["blur"])
     loaded.pipeline.guidance = guidance
@@ -120,6 +130,79 @@ def test_cells_are_what_their_settings_draw(
     assert loaded.pipeline.guidance == usual
 
 
+@pytest.mark.parametrize(
+    ("axis", "given", "options"),
+    [
+        ("layer=default,mid", (), [(), ("--layer", "mid")]),
+        (
+            "layer=default,up.1.attentions.0,mid+up.1",
+            ("--guidance", "pag"),
+            [
+                (),
+                ("--guidance", "pag:layers=up.1.attentions.0"),
+                ("--guidance", "pag:layers=mid+up.1"),
+            ],
+        ),
+        (
+            "window=0-0.5,0.5-1",
+            (),
+            [("--start", 0, "--stop", 0.5), ("--start", 0.5, "--stop", 1)],
+        ),
+        ("blur=0.5,3", ("--fast",), [("--blur-sigma", 0.5), ("--blur-sigma", 3)]),
+        ("scale=0,2.5", ("--guidance", "sag + pag"), [("--sag-scale", 0), ("--sag-scale", 2.5)]),
+        ("cfg=1,5", (), [("--guidance-scale", 1), ("--guidance-scale", 5)]),
+        ("steps=2,3", ("--every", 2), [("--steps", 2), ("--steps", 3)]),
+        ("seed=0,9", (), [("--seed", 0), ("--seed", 9)]),
+        (
+            "guidance=none,sag,pag,seg:scale=2,sag:every=2 + pag",
+            (),
+            [
+                ("--sag-scale", 0),
+                (),
+                ("--guidance", "pag"),
+                ("--guidance", "seg:scale=2"),
+                ("--guidance", "sag:every=2 + pag"),
+            ],
+        ),
+        ("guidance=sag,pag", ("--fast",), [(), ("--guidance", "pag")]),
+        (
+            "guidance=sag,pag",
+            ("--start", 0.5),
+            [(), ("--guidance", "pag")],
+        ),
+    ],
+)
+def test_a_value_draws_what_its_option_draws(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    model: str,
+    axis: str,
+    given: tuple[object, ...],
+    options: list[tuple[object, ...]],
+) -> None:
+    from self_attention_guidance import generate as package
+
+    grids: list[Comparison] = []
+
+    def seen(*arguments: Any, **settings: Any) -> Comparison:
+        grids.append(compare_axes(*arguments, **settings))
+        return grids[-1]
+
+    monkeypatch.setattr(package, "compare_axes", seen)
+    out = tmp_path / "grid.png"
+    assert run("compare", "cat", "--model", model, *given, "--columns", axis, "--out", out) == 0
+    (found,) = grids
+    pictures = [column[0].image for column in found.columns]
+    for number, (picture, own) in enumerate(zip(pictures, options, strict=True)):
+        folder = tmp_path / str(number)
+        rest = () if own[:1] == given[:1] else given
+        assert run("generate", "cat", "--model", model, *rest, *own, "--out", folder) == 0
+        (drawn,) = folder.iterdir()
+        expected = np.asarray(Image.open(drawn))
+        assert np.array_equal(np.asarray(picture), expected), own
+    assert len({picture.tobytes() for picture in pictures}) == len(pictures)
+
+
 def test_a_blur_is_of_the_guidances_that_have_one(loaded: LoadedPipeline) -> None:
     def drawn(guidance: Any) -> list[bytes]:
         axes = Axis("guidance", [None, guidance]), Axis("blur", [1.0, 3.0])
@@ -133,6 +216,9 @@ def test_a_blur_is_of_the_guidances_that_have_one(loaded: LoadedPipeline) -> Non
         drawn(PerturbedAttentionGuidance())
     with pytest.raises(ValueError, match="nowhere"):
         compare_axes(loaded.pipeline, Axis("layer", ["mid", "nowhere"]), Axis("seed", [1]))
+    loaded.pipeline.guidance = BlurGuidance()
+    with pytest.raises(ValueError, match="layer=default has no effect on blur, which has no layer"):
+        compare_axes(loaded.pipeline, Axis("layer", [None]), Axis("seed", [1]))
 
 
 def test_costs_count_rows_of_the_network(loaded: LoadedPipeline) -> None:
@@ -175,6 +261,117 @@ def test_the_command_draws_them_and_the_file_tells(
     assert read_record(out)["guidance"]["method"] == "pag"
 
 
+WHOLE = "sag: scale=1.5, start=0.1, blur_sigma=2, layer=up.1.attentions.0"
+
+
+@pytest.mark.parametrize(
+    ("options", "lines"),
+    [
+        (("--columns", "cfg=1,3"), [WHOLE]),
+        (("--columns", "cfg=1,3", "--quiet"), []),
+        (
+            ("--columns", "guidance=none,sag,pag,sag:start=0,scale=2"),
+            [
+                WHOLE,
+                "pag: scale=3",
+                "sag:start=0,scale=2: blur_sigma=2, layer=up.1.attentions.0",
+            ],
+        ),
+        (
+            ("--columns", "guidance=sag,pag:layers=down_blocks.0 + sag:layer=mid"),
+            [
+                WHOLE,
+                "pag + sag: pag scale=3, layers=down.0 + sag scale=1.5, start=0.1, blur_sigma=2,"
+                " layer=mid",
+            ],
+        ),
+        (
+            ("--columns", "guidance=sag,pag", "--rows", "window=0-1,0-0.5"),
+            ["sag: scale=1.5, blur_sigma=2, layer=up.1.attentions.0", "pag: scale=3"],
+        ),
+        (
+            ("--columns", "scale=0,1", "--rows", "layer=default,mid"),
+            ["sag: start=0.1, blur_sigma=2, default layer=up.1.attentions.0"],
+        ),
+        (("--columns", "guidance=none,seg", "--rows", "scale=0,2"), ["seg: defaults"]),
+        (("--sag-scales", "0,1"), [WHOLE.replace(" scale=1.5,", "")]),
+        (
+            ("--sag-scales", "2", "--every", 2),
+            ["sag: scale=2, start=0.1, every=2, blur_sigma=2, layer=up.1.attentions.0"],
+        ),
+    ],
+)
+def test_a_note_has_each_guidance(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    model: str,
+    options: tuple[object, ...],
+    lines: list[str],
+) -> None:
+    assert run("compare", "a", "--model", model, *options, "--out", tmp_path / "a.png") == 0
+    assert capsys.readouterr().err.splitlines() == [f"note: {line}" for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("count", "labels", "seed"),
+    [(1, ["a", "b"], "  ·  seed 0"), (2, [f"{p}, seed {s}" for p in "ab" for s in (0, 1)], "")],
+)
+def test_what_all_pictures_share_is_below_the_grid(
+    loaded: LoadedPipeline, count: int, labels: list[str], seed: str
+) -> None:
+    settings = loaded.settings()
+    found = compare(
+        loaded.pipeline, ["a", "b"], [0, 2], settings, num_images=count, model_name="tiny"
+    )
+    rows = list(zip(*([each.image for each in column] for column in found.columns), strict=True))
+    line = WHOLE.replace(" scale=1.5,", "")
+    footer = f"model tiny  ·  sampler DDIM  ·  steps 2  ·  CFG 3{seed}\n{line}"
+    expected = draw_grid(rows, labels, ["without SAG", "SAG 2"], footer)
+    assert np.array_equal(np.asarray(found.grid), np.asarray(expected))
+
+
+@pytest.mark.parametrize(
+    ("axis", "place", "name"),
+    [
+        ("steps", "settings", "num_inference_steps"),
+        ("cfg", "settings", "guidance_scale"),
+        ("scale", "guidance", "scale"),
+        ("blur", "guidance", "blur_sigma"),
+        ("window", "guidance", "start"),
+        ("window", "guidance", "stop"),
+        ("layer", "guidance", "layer"),
+        ("seed", "", "seed"),
+        ("guidance", "", "guidance"),
+    ],
+)
+def test_the_record_holds_only_what_all_pictures_share(
+    loaded: LoadedPipeline, axis: str, place: str, name: str
+) -> None:
+    def drawn(values: list[Any]) -> dict[str, Any]:
+        axes = Axis("prompt", ["a", "b"]), Axis(axis, values)
+        return dict(compare_axes(loaded.pipeline, *axes, loaded.settings()).record)
+
+    several = drawn(VALUES[axis])
+    assert name not in (several[place] if place else several)
+    words = {"num_inference_steps": "Steps", "guidance_scale": "CFG scale", "seed": "Seed"}
+    words |= {each: f"SAG {each.title()}" for each in ("layer", "start", "stop")}
+    is_shown = {each: f"{word}: " in text_of(several) for each, word in words.items()}
+    varied = {"guidance": ("layer", "start", "stop"), "window": ("start", "stop")}.get(
+        axis, (name,)
+    )
+    assert is_shown == {each: each not in varied for each in words}
+    one = drawn(VALUES[axis][-1:])
+    if axis == "guidance":
+        assert several["guidances"] == [None, PerturbedAttentionGuidance(2.0).to_dict()]
+    else:
+        assert name in (one[place] if place else one)
+
+
+def test_the_record_names_the_default_layer(loaded: LoadedPipeline) -> None:
+    found = compare_axes(loaded.pipeline, Axis("layer", [None, "mid"]), Axis("seed", [1]))
+    assert found.record["rows"] == "layer=up.1.attentions.0,mid"
+
+
 def test_axes_are_read_as_they_were_written() -> None:
     texts = ("guidance=none,sag:scale=1,every=2,pag", "cfg=1,7.5", "seed=3,4", "prompt=a, b|c")
     texts += ("blur=0.5,inf", "window=0-0.5,0.2-0.65", "layer=default,mid,up.1+mid")
@@ -214,6 +411,7 @@ def test_axes_are_read_as_they_were_written() -> None:
         (["--rows", "window=0-1", "--guidance", "pag:stop=0.5 + seg"], "stop must not be given"),
         (["--rows", "scale=1,2", "--columns", "guidance=none,pag:scale=2"], "scale must not be"),
         (["--rows", "guidance=pag", "--guidance", "sag"], "--guidance must not be given"),
+        (["--start", 0.5, "--columns", "guidance=sag,sag + pag"], "start of which guidance?"),
         (["b", "--rows", "cfg=1", "--columns", "steps=2"], "2 prompts: give them by --rows"),
     ],
 )

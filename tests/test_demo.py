@@ -311,12 +311,32 @@ def test_what_the_page_cannot_take_from_a_picture_is_named(
         assert not values and message.startswith("This picture ")
 
 
-def test_a_grid_gives_its_sides_back(demo: tuple[str, LoadedPipeline], client: Client) -> None:
-    sides = {"rows": "prompt", "row_values": "a|b, c", "columns": "cfg", "column_values": "1,3"}
-    path = client.predict(**{**SETTINGS, "steps": 1}, **sides, api_name="/sweep")
+@pytest.mark.parametrize(
+    ("rows", "row_values", "columns", "column_values", "kept"),
+    [
+        ("prompt", "a|b, c", "cfg", "1,3", {"steps": "2", "seed": "4"}),
+        ("steps", "1,2", "seed", "5,6", {"guidance_scale": str(SETTINGS["guidance_scale"])}),
+        ("window", "0-0.5,0.5-1", "blur", "1,3", {"sag_scale": "2.5", "steps": "2"}),
+        ("guidance", "none,sag,pag", "cfg", "1,3", {"method": "pag", "sag_scale": "2.5"}),
+    ],
+)
+def test_a_grid_gives_its_sides_back(
+    demo: tuple[str, LoadedPipeline],
+    client: Client,
+    rows: str,
+    row_values: str,
+    columns: str,
+    column_values: str,
+    kept: dict[str, str],
+) -> None:
+    sides = {"rows": rows, "row_values": row_values}
+    sides |= {"columns": columns, "column_values": column_values}
+    own = {"steps": 2, "sag_scale": 2.5, "method": kept.get("method", "sag")}
+    path = client.predict(**{**SETTINGS, **own}, **sides, api_name="/sweep")
     values, message = values_of(path, Studio(demo[1], Limits()))
     assert message == "The page now has its settings."
     assert values.items() >= sides.items()
+    assert values.items() >= kept.items()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import ControlNetModel, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
-from PIL import Image, ImageChops
+from PIL import Image, ImageChops, ImageFont
 from safetensors.torch import load_file, save_file
 
 from self_attention_guidance import (
@@ -44,6 +44,7 @@ from self_attention_guidance.generate import (
     scheduler_names,
     seeds_of,
 )
+from self_attention_guidance.generate.grid import wrap
 from single_file import CONFIGURATION_OF_SD1, save_single_file
 from tiny import (
     put_into_hub_cache,
@@ -567,6 +568,33 @@ def test_grid_labels_stay_beside_the_pictures() -> None:
     assert with_label.width < 2.5 * without.width
     margin = with_label.crop((0, 0, 8, with_label.height))
     assert ImageChops.invert(margin.convert("L")).getbbox() is None
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("slg:layers=mid+up.1,stop=0.5", ["slg:layers=mid+up.1,", "stop=0.5"]),
+        ("a=1,b=2,c=3", ["a=1,b=2,c=3"]),
+        ("sag:every=2,scale=1 + pag", ["sag:every=2,scale=1", "+ pag"]),
+        ("layer=up.1.attentions.0.attn1", ["layer=", "up.1.attentions.0.", "attn1"]),
+        ("W" * 20, ["W" * 10, "W" * 10]),
+    ],
+)
+def test_labels_break_between_settings_first(text: str, lines: list[str]) -> None:
+    font = ImageFont.load_default(14)
+    width = font.getlength("W" * 10) if text[0] == "W" else font.getlength("slg:layers=mid+up.1,s")
+    assert wrap(text, width, font, most=3) == lines
+
+
+def test_a_grid_has_room_for_a_long_footer() -> None:
+    def below(footer: str) -> Image.Image:
+        grid = draw_grid([[Image.new("RGB", (64, 64))]], ["a"], ["b"], footer)
+        return grid.crop((0, 192, grid.width, grid.height))
+
+    short, long = (below("  ·  ".join(["setting 1"] * count)) for count in (1, 12))
+    assert long.height > short.height
+    ink = ImageChops.invert(long.convert("L")).getbbox()
+    assert ink is not None and 4 < long.height - ink[3] < 30 and ink[2] < long.width - 8
 
 
 def test_grid_refuses_uneven_rows() -> None:

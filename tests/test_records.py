@@ -170,7 +170,8 @@ def test_a_grid_of_compare(tmp_path: Path, model: str, method: str) -> None:
     arguments = ("compare", "a", "", "--model", model, *OPTIONS, "--num-images", 2, "--seed", 3)
     assert run(*arguments, "--guidance", text, "--sag-scales", "0,2", "--out", path) == 0
     record = read_record(path)
-    assert record["guidance"] == {**Guidance.from_dict(record["guidance"]).to_dict(), "scale": 2.0}
+    guidance = Guidance.from_dict(record["guidance"]).to_dict()
+    assert record["guidance"] == {n: v for n, v in guidance.items() if n != "scale"}
     loaded = load_pipeline(model, "cpu")
     loaded.pipeline.set_progress_bar_config(disable=True)
     grid = compare(

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..generate.axes import parse_axis, with_guidances
-from ..guidance.text import parse_guidance
+from ..guidance.text import parse_guidance, settings_of
 from .like import given_names
 from .loading import check_prompting, load_pipeline_of
 from .options import PromptOptions, parse_numbers
-from .output import print_line, progress, warn
+from .output import note, print_line, progress, warn
 
 if TYPE_CHECKING:
     from ..generate import Axis, Comparison, GenerationSettings, LoadedPipeline
@@ -95,6 +95,8 @@ class CompareCommand(PromptOptions):
         drawn = [each for column in comparison.columns for each in column]
         warn(dict.fromkeys(text for picture in drawn for text in picture.warnings))
         print_line(self.out)
+        for line in comparison.guidances:
+            note(line, self.quiet)
 
 
 # What an axis replaces: options, and settings in the text of a guidance.
@@ -135,10 +137,14 @@ def _axes(options: CompareCommand) -> dict[str, Axis]:
             reason = " that replace it" if has_axis else ", which draw one picture a cell"
             raise ValueError(f"{option} must not be given with --rows or --columns{reason}")
     texts = [*(options.guidance or [])]
+    shared = options.guidance_arguments()
     for axis in axes.values():
-        texts += [each for each in axis.values if axis.name == "guidance" and each is not None]
+        if axis.name == "guidance":
+            texts += [each for each in axis.values if each is not None]
     for text in texts:
         named = parse_guidance(text)
+        if "guidance" in names and "guidances" in named:
+            settings_of([text], shared)  # refuses options that say nothing of which guidance
         for part in named.get("guidances", [named]):
             for setting in part.keys() & set(replaced):
                 raise ValueError(

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..generate import read_record
+from ..generate import Record, parse_axis, read_record
 from ..generate.record import difference
+from ..guidance import METHODS
 from .limits import VisitorSettings
 from .studio import OF_GUIDANCE, Studio
 from .visits import FILES, SETTINGS
@@ -32,6 +33,7 @@ def values_of(path: str, studio: Studio) -> tuple[dict[str, str], str]:
         message = f"This picture was drawn by {drawn_by}, and this page draws with {own}"
         return {}, f"{message}: nothing was changed."
     try:
+        record = _completed(record, studio)
         values = _values(record, studio)
         asked = VisitorSettings(**{name: values[name] for name in SETTINGS if name not in FILES})
         studio.check(asked)
@@ -52,11 +54,41 @@ def values_of(path: str, studio: Studio) -> tuple[dict[str, str], str]:
     return texts, " ".join(filter(None, sentences))
 
 
+def _completed(record: Mapping[str, Any], studio: Studio) -> Record:
+    """A record with the page's usual values for what it leaves out.
+
+    Of guidance that was off, only the method is recorded. Of a grid, what its sides change is not.
+    """
+    completed: Record = dict(record)
+    if "rows" in record:
+        usual = studio.model.settings()
+        varied = {
+            "num_inference_steps": min(usual.num_inference_steps, studio.limits.max_steps),
+            "guidance_scale": usual.guidance_scale,
+        }
+        completed = {"seed": 0, **record, "settings": {**varied, **record["settings"]}}
+        if "guidances" in record:
+            completed["guidance"] = _chosen(record, studio)
+    guidance = completed["guidance"]
+    own = studio.model.usual(guidance.get("method")).to_dict()
+    return {**completed, "guidance": {**own, **guidance}}
+
+
+def _chosen(record: Mapping[str, Any], studio: Studio) -> dict[str, Any]:
+    """The guidance of the controls: in an axis of guidances, that with other values than usual."""
+    sides = [parse_axis(side, record[side]) for side in ("rows", "columns")]
+    (texts,) = (side.values for side in sides if side.name == "guidance")
+    for text, drawn in zip(texts, record["guidances"], strict=True):
+        if text in METHODS:  # the text has no settings of its own
+            usual = studio.model.usual(text).to_dict()
+            if {**usual, **drawn} != usual:
+                return drawn
+    return {}
+
+
 def _values(record: Mapping[str, Any], studio: Studio) -> dict[str, Any]:
     """Values of controls, by their names in the page's address."""
-    settings = record["settings"]
-    # Nothing else is recorded of guidance that was off.
-    guidance = {**studio.model.usual(record["guidance"]["method"]).to_dict(), **record["guidance"]}
+    settings, guidance = record["settings"], record["guidance"]
     sides: dict[str, str] = {}
     for side in ("row", "column") if "rows" in record else ():
         name, _, values = record[f"{side}s"].partition("=")

@@ -46,7 +46,7 @@ class Axis:
             (its `start` and `stop`) or "layer" (its `layer` or `layers`).
         values: At least one text or number. For "guidance", each is a `Guidance`, or `None` for no
             guidance; for "window", a pair; for "layer", a text with plus signs between several
-            layers, or `None` for the default.
+            layers, or `None` for those that the guidance has without this axis.
         labels: Names of the values in the grid; if empty, the values themselves.
 
     Raises:
@@ -267,10 +267,13 @@ def _changed(guidance: Guidance | GuidanceSum, name: str, value: Any) -> Guidanc
     elif name == "blur":
         new = {"blur_sigma": value}
     else:
-        new = {"layer": value, "layers": value and value.split("+")}
+        new = {"layer": value, "layers": (value or "").split("+")}
     known = [{each.name for each in fields(part)} & new.keys() for part in guidance.parts]
     if not any(known):
-        raise ValueError(f"{name}={value} has no effect on {guidance.method}, which has no {name}")
+        text = "default" if value is None else value
+        raise ValueError(f"{name}={text} has no effect on {guidance.method}, which has no {name}")
+    if value is None:
+        return guidance
     parts = tuple(
         replace(part, **{each: new[each] for each in own})
         for part, own in zip(guidance.parts, known, strict=True)

@@ -14,12 +14,12 @@ from ..guidance.sag import Blurring
 from .axes import Axis, Cell, cells_of
 from .cost import Cost, generate_one
 from .drawing import GeneratedImage, Progress
-from .grid import EMPTY_PROMPT, draw_grid, overlay_attended
-from .metadata import method_label, text_of, written
-from .record import describe
+from .grid import BETWEEN, EMPTY_PROMPT, draw_grid, overlay_attended
+from .metadata import Record, method_label, text_of, written
 from .sampling import generate
 from .schedulers import check_steps_of, label_of
 from .settings import GenerationSettings
+from .shared import guidance_line, layers_of, shared_guidance, shared_record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,15 +29,18 @@ class Comparison:
     Attributes:
         grid: The labelled grid.
         columns: The pictures, column by column.
-        record: The settings of the grid, from which it can be drawn again: see `describe`. From
-            `compare`, it has "prompts", "num_images" and "sag_scales"; from `compare_axes`,
-            "prompts", "rows" and "columns".
+        record: The settings that all pictures share (see `describe`), and what differs. From
+            `compare`, that is "prompts", "seed" (of each prompt's first row), "num_images" and
+            "sag_scales"; from `compare_axes`, "prompts", "rows" and "columns". If one of these is
+            an axis of guidances, "guidances" has the settings of each, or `None` for no guidance.
+        guidances: The guidances of the pictures for readers, one line each, as below the grid.
         costs: From `compare_axes`: the cost of each picture, column by column.
     """
 
     grid: Image.Image
     columns: Sequence[Sequence[GeneratedImage]]
     record: Mapping[str, Any]
+    guidances: Sequence[str] = ()
     costs: Sequence[Sequence[Cost]] = ()
 
     @property
@@ -95,16 +98,15 @@ def compare(
         list(generate(pipeline, prompts, of_scale, model_name=model_name, **run, **others))
         for of_scale in (replace(settings, sag_scale=scale) for scale in scales)
     ]
-    # The record of a guided column, if there is one, has all settings of the guidance.
-    guided = [column for column, scale in zip(columns, scales, strict=True) if scale != 0]
-    shared = (guided or columns)[0][0].record.items()
-    record: dict[str, Any] = {n: v for n, v in shared if n not in ("prompt", "together")}
+    record = shared_record([picture.record for column in columns for picture in column])
+    lines = [guidance_line(record["guidance"], pipeline.guidance.method)]
+    footer = _footer(record, lines)
     record |= {"prompts": prompts, "sag_scales": scales, "show_attention": show_attention, **run}
     headings, pictures = _drawn_columns(columns, scales, method_label(pipeline.guidance.method))
     rows = list(zip(*pictures, strict=True))
     labels = _row_labels(columns[0], num_images)
-    grid = draw_grid(rows, labels, headings, _footer(record))
-    return Comparison(grid=grid, columns=columns, record=record)
+    grid = draw_grid(rows, labels, headings, footer)
+    return Comparison(grid=grid, columns=columns, record=record, guidances=lines)
 
 
 def compare_axes(
@@ -149,18 +151,16 @@ def compare_axes(
         drawn = [[_draw(pipeline, cell, on_progress) for cell in row] for row in cells]
     finally:
         pipeline.guidance = own
-    prompts = [prompt]
-    for axis in (rows, columns):
-        prompts = list(axis.values) if axis.name == "prompt" else prompts
-    first = drawn[0][0][0].record
-    of_all: dict[str, Any] = {name: first[name] for name in ("size", "device")}
-    of_all |= {"model": model_name, "seed": seed, "prompts": prompts}
-    record = describe(pipeline, settings, **of_all, rows=str(rows), columns=str(columns))
+    record, lines = _described(
+        [[{**picture.record, "model": model_name} for picture, _ in row] for row in drawn],
+        {"rows": rows, "columns": columns},
+        prompt,
+    )
     grid = draw_grid(
         [[picture.image for picture, _ in row] for row in drawn],
         rows.headings,
         columns.headings,
-        _footer(record, (rows.name, columns.name)),
+        _footer(record, lines),
         [[str(cost) for _, cost in row] for row in drawn],
     )
     turned = list(zip(*drawn, strict=True))
@@ -168,6 +168,7 @@ def compare_axes(
         grid=grid,
         columns=[[picture for picture, _ in column] for column in turned],
         record=record,
+        guidances=lines,
         costs=[[cost for _, cost in column] for column in turned],
     )
 
@@ -206,17 +207,56 @@ def _drawn_columns(
     return headings, drawn
 
 
-def _footer(record: Mapping[str, Any], varied: Sequence[str] = ()) -> str:
-    """The settings that all pictures share."""
-    settings = record["settings"]
-    guidance = {} if "guidance" in varied else record["guidance"]
+def _described(
+    records: Sequence[Sequence[Record]], axes: Mapping[str, Axis], prompt: str
+) -> tuple[Record, list[str]]:
+    """The record of a grid and the lines on its guidances, from the pictures' records by row."""
+    by_side = {"rows": records, "columns": list(zip(*records, strict=True))}
+    side_of = {axis.name: side for side, axis in axes.items()}
+    shared = shared_record([each for row in records for each in row])
+    shared["prompts"] = list(axes[side_of["prompt"]].values) if "prompt" in side_of else [prompt]
+    layers = axes[side_of["layer"]].values if "layer" in side_of else ()
+    default = list(layers).index(None) if None in layers else None
+
+    if "guidance" in side_of:
+        axis, groups = axes[side_of["guidance"]], by_side[side_of["guidance"]]
+        shared.pop("guidance", None)
+        shared["guidances"] = [
+            None if value is None else shared_guidance(group)
+            for value, group in zip(axis.values, groups, strict=True)
+        ]
+        lines = [
+            guidance_line(guidance, heading, "" if default is None else _layers([group[default]]))
+            for heading, guidance, group in zip(
+                axis.headings, shared["guidances"], groups, strict=True
+            )
+            if guidance is not None
+        ]
+        return {**shared, **{side: str(axis) for side, axis in axes.items()}}, lines
+
+    guidance = shared["guidance"]
+    layer = "" if default is None else _layers(by_side[side_of["layer"]][default])
+    if layer:  # the record says which layer that is
+        known = axes[side_of["layer"]]
+        explicit = replace(known, values=[layer if each is None else each for each in layers])
+        axes = {**axes, side_of["layer"]: explicit}
+    sides = {side: str(axis) for side, axis in axes.items()}
+    return {**shared, **sides}, [guidance_line(guidance, guidance["method"], layer)]
+
+
+def _layers(records: Sequence[Record]) -> str:
+    return layers_of(shared_guidance(records))
+
+
+def _footer(shared: Mapping[str, Any], guidances: Sequence[str]) -> str:
+    """The settings that all pictures share, and a line on each guidance."""
+    settings = shared["settings"]
     shown = {
-        "model": record["model"],
-        "sampler": label_of(record["scheduler"], record["scheduler_config"]),
-        "steps": None if "steps" in varied else settings["num_inference_steps"],
-        "CFG": None if "cfg" in varied else settings["guidance_scale"],
-        "seed": None if "seed" in varied else record["seed"],
-        "blur sigma": None if "blur" in varied else guidance.get("blur_sigma"),
-        "threshold": guidance.get("threshold"),
+        "model": shared["model"],
+        "sampler": label_of(shared["scheduler"], shared["scheduler_config"]),
+        "steps": settings.get("num_inference_steps"),
+        "CFG": settings.get("guidance_scale"),
+        "seed": shared.get("seed"),
     }
-    return "  ·  ".join(f"{label} {written(v)}" for label, v in shown.items() if v is not None)
+    items = [f"{label} {written(value)}" for label, value in shown.items() if value is not None]
+    return "\n".join([BETWEEN.join(items), *guidances])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +18,8 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 # Pillow's own font has little more than ASCII; these are common on desktops and servers.
 _WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf")
 EMPTY_PROMPT = "(empty prompt)"
+BETWEEN = "  ·  "
+"""The text between the settings of a footer, where its lines are broken first."""
 _PAPER = (255, 255, 255)
 _INK = (28, 30, 36)
 _FAINT_INK = (120, 124, 134)
@@ -34,6 +37,7 @@ class _Layout:
     cell: tuple[int, int]
     headings: Sequence[str]
     labels: Sequence[str]
+    footer: str = ""
     has_captions: bool = False
 
     @property
@@ -81,9 +85,15 @@ class _Layout:
         lines = 1 + max(heading.count("\n") for heading in self.wrapped_headings)
         return int(self.font_size * (0.55 + 1.35 * lines))
 
+    @cached_property
+    def footer_lines(self) -> list[str]:
+        width = self.size[0] - 2 * self.margin
+        lines = self.footer.split("\n")
+        return [each for line in lines for each in _wrap_settings(line, width, self.small_font)]
+
     @property
     def footer_height(self) -> int:
-        return int(self.font_size * 2.2)
+        return int(self.font_size * (1.1 + 1.1 * max(1, len(self.footer_lines))))
 
     def corner(self, row: int, column: int) -> tuple[int, int]:
         """Left and top of a cell; row -1 is for headings, column -1 for labels."""
@@ -98,7 +108,7 @@ class _Layout:
     @property
     def size(self) -> tuple[int, int]:
         right, bottom = self.corner(len(self.labels), len(self.headings))
-        return right - self.gap + self.margin, bottom + self.footer_height
+        return right - self.gap + self.margin, bottom
 
 
 def draw_grid(
@@ -114,7 +124,7 @@ def draw_grid(
         rows: The pictures, row by row; pictures under 192 pixels are enlarged.
         labels: One text for each row, wrapped beside it.
         headings: One text for each column, wrapped above it.
-        footer: One line below the grid, wrapped if it is too long.
+        footer: Lines below the grid, wrapped where they are too long.
         captions: A short line below each picture, row by row; empty for none.
 
     Returns:
@@ -130,8 +140,9 @@ def draw_grid(
         )
     factor = _enlargement(rows[0][0].size)
     cell = (rows[0][0].width * factor, rows[0][0].height * factor)
-    layout = _Layout(cell, headings, labels, bool(captions))
-    grid = Image.new("RGB", layout.size, _PAPER)
+    layout = _Layout(cell, headings, labels, footer, bool(captions))
+    width, height = layout.size
+    grid = Image.new("RGB", (width, height + layout.footer_height), _PAPER)
     draw = ImageDraw.Draw(grid)
     _draw_headings(draw, layout)
     for number, row in enumerate(rows):
@@ -141,7 +152,7 @@ def draw_grid(
     for number, row in enumerate(captions):
         for column, caption in enumerate(row):
             _draw_caption(draw, layout, (number, column), caption)
-    _draw_footer(draw, layout, footer)
+    _draw_footer(draw, layout)
     return grid
 
 
@@ -253,20 +264,19 @@ def _draw_caption(
     draw.text(centre, caption, fill=_FAINT_INK, font=layout.small_font, anchor="mm")
 
 
-def _draw_footer(draw: ImageDraw.ImageDraw, layout: _Layout, footer: str) -> None:
-    font = layout.small_font
-    left = layout.margin
-    width = layout.size[0] - 2 * layout.margin
-    text = "\n".join(wrap(footer, width, font, most=2))
-    middle = layout.size[1] - layout.footer_height // 2
-    draw.multiline_text((left, middle), text, fill=_FAINT_INK, font=font, anchor="lm")
+def _draw_footer(draw: ImageDraw.ImageDraw, layout: _Layout) -> None:
+    for number, line in enumerate(layout.footer_lines):
+        middle = layout.size[1] + int(layout.font_size * 1.1 * (number + 1))
+        place = (layout.margin, middle)
+        draw.text(place, line, fill=_FAINT_INK, font=layout.small_font, anchor="lm")
 
 
 def wrap(text: str, width: float, font: Font, most: int) -> list[str]:
     """Break a text into lines.
 
     Args:
-        text: Any text; a word that is too wide is broken, too.
+        text: Any text; a word that is too wide is broken as well, between settings if there are
+            several.
         width: Width of a line, in pixels.
         font: Font of the text.
         most: Largest number of lines; an ellipsis ends the last one if there is more text.
@@ -275,7 +285,8 @@ def wrap(text: str, width: float, font: Font, most: int) -> list[str]:
         The lines; none for an empty text.
     """
     lines: list[str] = []
-    for word in _fitting(text.split(), width, font):
+    words = (part for word in text.split() for part in _fitting(word, width, font))
+    for word in words:
         joined = f"{lines[-1]} {word}" if lines else word
         if lines and font.getlength(joined) <= width:
             lines[-1] = joined
@@ -289,11 +300,34 @@ def wrap(text: str, width: float, font: Font, most: int) -> list[str]:
     return [*lines[: most - 1], last.rstrip() + "…"]
 
 
-def _fitting(words: Iterable[str], width: float, font: Font) -> Iterable[str]:
-    for word in words:
-        start = 0
-        for end in range(1, len(word) + 1):
-            if end - start > 1 and font.getlength(word[start:end]) > width:
-                yield word[start : end - 1]
-                start = end - 1
-        yield word[start:]
+def _wrap_settings(text: str, width: float, font: Font) -> list[str]:
+    """Break a line of a footer, but not within a setting that fits into a line."""
+    between = BETWEEN if BETWEEN in text else " "
+    items = text.split(BETWEEN) if BETWEEN in text else re.split("(?<=,) ", text)
+    lines: list[str] = []
+    for item in items:
+        joined = f"{lines[-1]}{between}{item}" if lines else item
+        if lines and font.getlength(joined) <= width:
+            lines[-1] = joined
+        else:
+            lines += wrap(item, width, font, most=len(item) + 1)
+    return lines
+
+
+# Words are broken behind these: between settings, around their values, and last within a path.
+_BREAKS = (",", ":=+", "._")
+
+
+def _fitting(word: str, width: float, font: Font, breaks: Sequence[str] = _BREAKS) -> list[str]:
+    """Break a word into parts that fit into lines."""
+    if font.getlength(word) <= width or len(word) < 2:
+        return [word]
+    # At the end there is nothing left but letters.
+    pattern = f"[^{breaks[0]}]*[{breaks[0]}]|[^{breaks[0]}]+" if breaks else "(?s)."
+    found: list[str] = []
+    for part in re.findall(pattern, word):
+        if found and font.getlength(found[-1] + part) <= width:
+            found[-1] += part
+        else:
+            found += _fitting(part, width, font, breaks[1:])
+    return found

@@ -95,22 +95,25 @@ def text_of(record: Mapping[str, Any]) -> str:
     """A record as text for web interfaces, with all its other settings, too.
 
     Args:
-        record: The record of a picture, or of a grid with "prompts" and "sag_scales".
+        record: The record of a picture, or of a grid, which has only what its pictures share.
     """
     settings = dict(record["settings"])
-    guidance = dict(record["guidance"])
+    guidance = dict(record.get("guidance", {}))
     if "sag_scales" in record:
         guidance["scale"] = record["sag_scales"]
     negative = settings.pop("negative_prompt", "")
-    steps: int = settings.pop("num_inference_steps")
+    steps: int | None = settings.pop("num_inference_steps", None)
+    seed: Any = record.get("seed")
+    rows = record.get("num_images", 1)
+    acts = record.get("weakened_predictions") != 0
     named = {
         "Steps": steps,
         "Sampler": label_of(record["scheduler"], record["scheduler_config"]),
         "CFG scale": settings.pop("guidance_scale", None),
-        "Seed": record["seed"],
+        "Seed": seed if rows == 1 else list(range(seed, seed + rows)),
         "Size": "{}x{}".format(*record["size"]),
         "Model": record.get("model"),
-        **_guidance_fields(guidance, steps, record.get("weakened_predictions") != 0),
+        **(_guidance_fields(guidance, steps, acts) if guidance else {}),
     }
     others = {
         **{n: v for n, v in settings.items() if n not in ("width", "height") and v != []},
@@ -249,12 +252,12 @@ def version_label() -> str:
     return f"self-attention-guidance {__version__}"
 
 
-def _guidance_fields(guidance: Mapping[str, Any], steps: int, acts: bool) -> dict[str, Any]:
-    """All settings of a guidance, "SAG Blur Sigma" and so on."""
+def _guidance_fields(guidance: Mapping[str, Any], steps: int | None, acts: bool) -> dict[str, Any]:
+    """All settings of a guidance, "SAG Blur Sigma" and so on; a grid may have no one `steps`."""
     method = guidance["method"]
     fields: dict[str, Any] = {"Guidance Method": method}
     if "guidances" in guidance:
-        fields["Guidance Scale"] = guidance["scale"]
+        fields["Guidance Scale"] = guidance.get("scale")
     for number, part in enumerate(guidance.get("guidances", [guidance])):
         own = part["method"]
         before = [each["method"] for each in guidance.get("guidances", [])[:number]]
@@ -265,12 +268,13 @@ def _guidance_fields(guidance: Mapping[str, Any], steps: int, acts: bool) -> dic
             words = setting.removeprefix(f"{own}_").replace("_", " ").title()
             name = f"{method_label(own)}{again} {words}"
             fields[_WEB_NAMES.get(name, name)] = "default" if value is None else value
-        scales = part["scale"] if isinstance(part["scale"], list) else [part["scale"]]
-        if again or not acts or not any(scales):
+        scale = part.get("scale", True)  # of grids with several, it is left out
+        is_on = any(cast("list[float]", scale)) if isinstance(scale, list) else scale
+        if again or not acts or not is_on:
             continue
         if own in _WEB_SWITCHES:
             fields[_WEB_SWITCHES[own]] = True
-        if own in _COUNT_STEPS:
+        if own in _COUNT_STEPS and steps is not None and {"start", "stop"} <= part.keys():
             begin, end = (math.ceil(part[name] * steps - 1e-9) for name in ("start", "stop"))
             fields |= {f"{own.upper()} Start Step": begin, f"{own.upper()} End Step": end - 1}
     return fields
