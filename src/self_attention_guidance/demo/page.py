@@ -165,7 +165,7 @@ class _Builder:
         start, cancel = _buttons("compare", "Draw without and with guidance")
         with gr.Row():
             slider = gr.ImageSlider(
-                label="Unguided (left) and guided (right): drag the handle",
+                label="Unguided left, guided right",
                 format="png",
                 type="filepath",
                 buttons=["download", "fullscreen"],
