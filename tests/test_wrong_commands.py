@@ -96,6 +96,33 @@ AT_ONCE = {
     "sample --num-samples 1 --eta 0.5 --scheduler euler": "--eta=0.5 has no effect with Euler",
     f"sample --num-samples {10**20}": f"--num-samples={10**20} must be at most 10000000",
     f"sample --num-samples 9 --seed {2**64 - 8}": f"--seed={2**64 - 8} with num_samples=9: seeds",
+    # What needs no model is wrong whether or not the hub can be reached.
+    **{
+        f"{line} no/one {option}": answer
+        for line, option, answer in (
+            ("generate a --model", "--steps 0", "--steps=0 must be"),
+            ("generate a --model", "--out plain.txt", "--out='plain.txt' is or lies below a file"),
+            ("generate a --model", "--out taken.png", "--out: 'taken.png' exists"),
+            ("generate a --model", "--out a.jpg", "--out='a.jpg' must end in .png"),
+            ("sample --num-samples 1 --model", "--classes heart,", "--classes='heart,' must be"),
+            ("sample --num-samples 1 --model", "--classes 1 --steps 0", "--steps=0 must be"),
+            ("sample --num-samples 1 --model", "--classes 1 --out a.zip", "--out='a.zip' must end"),
+            ("sample --num-samples 1 --model", "--classifier none", "--classifier='none' must be"),
+            ("sample --num-samples 1 --model", "--blur-guidance --layer x", "--layer='x' must not"),
+            ("batch --num-samples 1 --model", "--steps 2000", "--steps=2000 must be at most 1000"),
+            ("batch --num-samples 1 --model", "--batch-size 0", "--batch-size=0 must be"),
+            ("batch --num-samples 1 --model", "--shard-size 0", "--shard-size=0 must be"),
+            ("demo --model", "--max-steps 0", "--max-steps=0 must be"),
+            ("demo --model", "--port 0", "--port=0 must be between 1 and 65535"),
+            ("tune", "--budget 5x", "--budget='5x' must be a time"),
+            ("tune", "--steps 0", "--steps=0 must be"),
+            ("tune", "--reference none", "--reference='none' does not exist"),
+            ("tune", "", "--out must be given: 'no/one' is no folder of yours"),
+            ("tune", "--out taken.json", "--out: 'taken.json' exists"),
+            ("tune", "--out a.json --choose 7", "--choose=7 must be at most 6"),
+            ("tune", "--out a.json --work plain.txt", "--work='plain.txt' is or lies below"),
+        )
+    },
     "generate a --model ./inpaint": "--model='./inpaint' is for inpainting: its U-Net takes 9",
     "info none.png": "FILE='none.png' does not exist",
     "layers ./none": "model='./none' does not exist",
