@@ -129,6 +129,8 @@ AT_ONCE = {
     "demo --model ./none": "--model='./none' does not exist",
     "demo --device gpu": "--device='gpu' is unknown",
     "demo --max-steps 0": "--max-steps=0 must be a whole number",
+    "convert adm plain.txt out": "'plain.txt' is not the name of a published file of adm: give --",
+    "convert adm plain.txt out --preset x": "--preset='x' must be one of 64x64_diffusion",
     "convert adm none.pt out": "checkpoint='none.pt' must be a file",
     "evaluate none.npz none": "'none.npz' does not exist",
     "evaluate plain.png plain.png --features clip": "--features='clip' must be one of emoji, inc",
