@@ -502,7 +502,7 @@ def test_converted_checkpoints_draw(
 ) -> None:
     original, out = ORIGINALS / kind, tmp_path / "converted"
     arguments = ["convert", kind, original / "model.pt", out]
-    assert "config=None must be given" in error_of(capsys, *arguments)
+    assert "'model.pt' is not the name of a published file of" in error_of(capsys, *arguments)
     assert run(*arguments, "--config", original / "config.json") == 0
     assert capsys.readouterr().out == f"{out}\n"
     drawn = ["sample", "--model", out, "--num-samples", 1, "--steps", 2, "--sag-scale", 0]

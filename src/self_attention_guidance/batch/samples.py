@@ -28,7 +28,14 @@ from PIL import Image
 from ..checks import check_count, seeds_of
 from ..denoiser.noise import check_scheduler
 from ..generate.drawing import Progress
-from ..generate.files import check_free, check_samples_path, grid_path, parts_folder, save_png
+from ..generate.files import (
+    check_folder,
+    check_free,
+    check_samples_path,
+    grid_path,
+    parts_folder,
+    save_png,
+)
 from ..generate.grid import draw_tiles
 from ..generate.metadata import RECORD_KEY, read_record
 from ..generate.pixel_drawing import to_image
@@ -108,6 +115,7 @@ class SampleJob:
         """
         self.pipeline = pipeline
         self.out = check_samples_path(out, overwrite)
+        check_folder(self.out.parent)
         self.model_name = model_name
         settings = settings or SampleSettings()
         check_count("num_samples", num_samples)

@@ -87,21 +87,21 @@ class BatchCommand(OneScaleOptions):
     ] = None
     max_steps: Annotated[int, typer.Option(help="Largest number of sampling steps.")] = 1000
 
-    def defaults(self, settings: GenerationSettings) -> Defaults:
+    def defaults(self, settings: GenerationSettings, takes_prompts: bool) -> Defaults:
         """The values for empty cells of a row.
 
         Args:
             settings: Settings of the pictures.
+            takes_prompts: Whether the model does.
 
         Raises:
             ValueError: A setting is outside its range.
         """
         from ..batch import Defaults
-        from ..generate.finding import is_pixel_model
 
         names = ("seed", "num_images", "max_size", "max_steps")
         given = {name: getattr(self, name) for name in names}
-        return Defaults(settings=settings, takes_prompts=not is_pixel_model(self.model), **given)
+        return Defaults(settings=settings, takes_prompts=takes_prompts, **given)
 
     def run(self) -> None:
         """Draw the missing pictures, and report on the list."""
@@ -153,7 +153,8 @@ def _check_before_loading(options: BatchCommand) -> None:
     from ..generate.finding import find_prompt_or_pixel_model
 
     given = options.generation_arguments().items()
-    options.defaults(GenerationSettings(**{n: value for n, value in given if value is not None}))
+    settings = GenerationSettings(**{n: value for n, value in given if value is not None})
+    options.defaults(settings, takes_prompts=True)
     check_sampling(options, options.num_images)
     if options.shard_size is not None:
         check_count("shard_size", options.shard_size)
@@ -205,6 +206,7 @@ def _job(source: PromptList | int, options: BatchCommand) -> BatchJob:
 
 def _model_and_defaults(options: BatchCommand) -> tuple[Model, Defaults]:
     from ..batch import Model
+    from ..generate.finding import is_pixel_model
 
     model = Model(
         name=options.model,
@@ -214,7 +216,8 @@ def _model_and_defaults(options: BatchCommand) -> tuple[Model, Defaults]:
         guidance=options.guidance_arguments(),
         max_size=options.max_size,
     )
-    return model, options.defaults(model.settings(**options.generation_arguments()))
+    settings = model.settings(**options.generation_arguments())
+    return model, options.defaults(settings, takes_prompts=not is_pixel_model(options.model))
 
 
 @contextmanager

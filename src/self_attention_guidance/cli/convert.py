@@ -48,11 +48,19 @@ def convert_command(
         raise ValueError("config and preset must not both be given")
     chosen = preset if config is None else _read_config(config)
 
-    from ..models.originals import convert_original, preset_names
+    from ..models.originals import preset_names
 
     names = preset_names(kind)
     if preset is not None and preset not in names:
         raise ValueError(f"preset={preset!r} must be one of {', '.join(names)}")
+    if chosen is None and checkpoint.stem not in names:
+        raise ValueError(
+            f"{checkpoint.name!r} is not the name of a published file of {kind}: give --preset with"
+            f" the file that it was, or --config; published are {', '.join(names)}"
+        )
+
+    from ..models.originals import convert_original
+
     print_line(convert_original(cast("Any", kind), checkpoint, out, chosen))
 
 

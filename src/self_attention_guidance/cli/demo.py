@@ -55,10 +55,10 @@ class DemoCommand:
 
         check_device_name(self.device)
         check_dtype_name(self.dtype)
-        find_model(self.model)
         for name in ("max_steps", "max_size", "max_images", "max_queue"):
             check_count(name, getattr(self, name), least=8 if name == "max_size" else 1)
         _check_address(self.host, self.port)
+        find_model(self.model)
 
         from ..demo import Limits, build_page
         from ..generate import load_pipeline

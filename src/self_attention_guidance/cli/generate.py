@@ -64,6 +64,7 @@ class GenerateCommand(OneScaleOptions):
     def run(self) -> None:
         """Draw and save the pictures, and print their paths."""
         from ..generate import check_folder, check_free, next_index, picture_path, seeds_of
+        from ..generate.files import check_place
 
         options, given = self, given_names(self.context)
         prompts = [*(self.prompts or []), *prompts_of(self.prompts_file)]
@@ -75,14 +76,15 @@ class GenerateCommand(OneScaleOptions):
             raise ValueError('PROMPT is missing: give at least one ("" is one, too)')
         seeds = [*seeds_of(options.seed, self.num_images)] * len(prompts)
         arguments = arguments_like(options.generation_arguments(), record, given)
-        check_prompting(options, self.num_images, arguments)
         if _is_file(self.out, len(seeds)):
             folder, paths = self.out.parent, [self.out]
         else:
             folder, first = self.out, 0 if self.overwrite else next_index(self.out)
             paths = [picture_path(folder, first + k, seed) for k, seed in enumerate(seeds)]
-        check_folder(folder)
+        check_place(folder)
         check_free(paths, self.overwrite)
+        check_prompting(options, self.num_images, arguments)
+        check_folder(folder)
         _draw(prompts, paths, options, arguments, record)
 
 

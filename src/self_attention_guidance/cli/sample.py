@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..generate.classes import class_names, parse_classes
+from ..generate.classes import class_names, parse_classes, refuse_empty_names
 from .loading import check_sampling, note_fast_without_effect
 from .options import SamplingOptions
 from .output import counting_progress, drawn_with, hide_loading_bars, note, print_line
@@ -95,16 +95,20 @@ class SampleCommand(SamplingOptions):
         return chosen.guidance_arguments()
 
     def sample_arguments(self) -> dict[str, Any]:
-        """Arguments of `SampleSettings`; `None` means not given."""
+        """Arguments of `SampleSettings` but for the classes; `None` means not given."""
         return {
             "num_inference_steps": self.steps,
-            "classes": self._classes(),
             "sag_scale": self.sag_scale,
             "classifier_scale": self.classifier_scale,
             "eta": self.eta,
         }
 
-    def _classes(self) -> tuple[int, ...] | None:
+    def chosen_classes(self) -> tuple[int, ...] | None:
+        """The classes by their numbers; `None` means not given.
+
+        Raises:
+            ValueError: The model has no such class, or there is no such model.
+        """
         from ..generate import find_pixel_model
         from ..generate.finding import model_folder
 
@@ -127,7 +131,7 @@ class SampleCommand(SamplingOptions):
         loaded = _load_model(self)
         note_fast_without_effect(loaded, self, self.sag_scale == 0)
         _use(loaded, self)
-        settings = loaded.settings(**self.sample_arguments())
+        settings = loaded.settings(**self.sample_arguments(), classes=self.chosen_classes())
         # Before the job, whose folder would bind the next run to these settings.
         loaded.pipeline.check_eta(settings.eta)
         check_steps_of(loaded.pipeline.scheduler, settings.num_inference_steps)
@@ -160,10 +164,13 @@ def _check_before_loading(options: SampleCommand) -> None:
     check_sampling(options, options.num_samples, "num_samples")
     if options.scheduler is not None:
         check_eta(options.eta, options.scheduler)
-    find_pixel_model(options.model)
     if options.classifier is not None:
         find_classifier(options.classifier)
     check_samples_path(options.out, options.overwrite)
+    if options.classes is not None:
+        refuse_empty_names(options.classes)
+    find_pixel_model(options.model)
+    SampleSettings(classes=options.chosen_classes() or ())
 
 
 def _load_model(options: SampleCommand) -> LoadedPixelModel:

@@ -168,7 +168,8 @@ def _check_before_loading(options: TuneCommand) -> "tuple[TuneSettings, Path, Pa
         The settings of the run, the file of settings, and the folder of the run.
     """
     from ..generate import check_count, check_folder, check_free
-    from ..generate.finding import find_prompt_or_pixel_model, is_pixel_model
+    from ..generate.files import check_place
+    from ..generate.hub import is_hub_id
     from ..tune import TuneSettings, make_plan, parse_budget
     from ..tune.plan import BEST
     from ..tune.settings import RESULT_FILE
@@ -176,9 +177,6 @@ def _check_before_loading(options: TuneCommand) -> "tuple[TuneSettings, Path, Pa
     methods = tuple(name.strip() for name in (options.methods or "").split(",") if name.strip())
     check_methods(methods)
     check_drawing(options, 1)
-    find_prompt_or_pixel_model(options.model)
-    if is_pixel_model(options.model) and options.prompts_file is not None:
-        raise ValueError(f"--prompts must not be given: {options.model} takes no prompts")
     settings = TuneSettings(
         budget=parse_budget(options.budget),
         methods=methods,
@@ -198,6 +196,9 @@ def _check_before_loading(options: TuneCommand) -> "tuple[TuneSettings, Path, Pa
             f"reference={str(options.reference)!r} does not exist: give a folder of pictures or an"
             " .npz file"
         )
+    # A model on this machine is found at once, and one on the hub after all other checks.
+    if not is_hub_id(options.model):
+        _check_model(options)
     out = _out(options)
     work = out.parent / _WORK if options.work is None else options.work
     if options.choose is not None:
@@ -206,11 +207,24 @@ def _check_before_loading(options: TuneCommand) -> "tuple[TuneSettings, Path, Pa
             raise ValueError(
                 f"choose={options.choose} is a row of a report: there is none in {str(work)!r} yet"
             )
-    check_folder(out.parent)
+    check_place(out.parent)
     # If the same command ran before, the file is its own and may be replaced.
     check_free([out], options.overwrite or _is_own(out, work / _WRITTEN))
+    check_place(work, "work")
+    if is_hub_id(options.model):
+        _check_model(options)
+    check_folder(out.parent)
     check_folder(work, "work")
     return settings, out, work
+
+
+def _check_model(options: TuneCommand) -> None:
+    """Refuse a model that does not exist, or that takes no prompts if some are given."""
+    from ..generate.finding import find_prompt_or_pixel_model, is_pixel_model
+
+    find_prompt_or_pixel_model(options.model)
+    if is_pixel_model(options.model) and options.prompts_file is not None:
+        raise ValueError(f"--prompts must not be given: {options.model} takes no prompts")
 
 
 def _is_own(out: Path, written: Path) -> bool:

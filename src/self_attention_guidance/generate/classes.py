@@ -47,6 +47,21 @@ def class_names(folder: str | Path) -> dict[str, int]:
     return {f"{name} ({n})" if count[name] > 1 else name: n for name, n in named}
 
 
+def refuse_empty_names(text: str) -> None:
+    """Refuse a list of classes with nothing between two commas, or at an end.
+
+    Args:
+        text: As in `parse_classes`.
+
+    Raises:
+        ValueError: It is such a list.
+    """
+    if not all(part.strip() for part in text.split(",")):
+        raise ValueError(
+            f"classes={text!r} must be numbers or names between single commas, such as 207,360"
+        )
+
+
 def parse_classes(text: str, names: Mapping[str, int]) -> tuple[int, ...]:
     """Read classes like "207,360" or "heart,food-fruit".
 
@@ -55,8 +70,9 @@ def parse_classes(text: str, names: Mapping[str, int]) -> tuple[int, ...]:
         names: What `class_names` returned.
 
     Raises:
-        ValueError: A name is unknown; the message lists the nearest ones.
+        ValueError: A name is empty or unknown; the message lists the nearest ones.
     """
+    refuse_empty_names(text)
     return tuple(_number(part.strip(), names) for part in text.split(","))
 
 

@@ -48,16 +48,34 @@ def check_folder(folder: str | Path, argument: str = "out") -> Path:
     Raises:
         ValueError: The path is a file, or nothing can be written there.
     """
-    path = Path(folder)
+    path = check_place(folder, argument)
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise ValueError(
-            f"{argument}={str(path)!r} is or lies below a file: name a folder"
-        ) from None
     except OSError as error:
         raise ValueError(f"{argument}={str(path)!r} cannot be made: {error.strerror}") from error
-    if not os.access(path, os.W_OK | os.X_OK):
+    return path
+
+
+def check_place(folder: str | Path, argument: str = "out") -> Path:
+    """Like `check_folder`, but create nothing yet.
+
+    Args:
+        folder: The folder.
+        argument: Name of the argument that gave it, for messages.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: As in `check_folder`.
+    """
+    path = Path(folder)
+    nearest = Path(os.path.abspath(path))
+    while not os.path.lexists(nearest):
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise ValueError(f"{argument}={str(path)!r} is or lies below a file: name a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
         raise ValueError(f"{argument}={str(path)!r} is not writable: name another folder")
     return path
 
@@ -86,7 +104,7 @@ def check_free(paths: Sequence[Path], overwrite: bool = False) -> None:
 
 
 def check_samples_path(out: str | Path, overwrite: bool = False) -> Path:
-    """Check the file of samples, and create its folder.
+    """Check the file of samples; create nothing yet.
 
     Args:
         out: The `.npz` file.
@@ -102,7 +120,7 @@ def check_samples_path(out: str | Path, overwrite: bool = False) -> Path:
     path = Path(os.path.expanduser(out))
     if path.suffix != ".npz":
         raise ValueError(f"out={str(out)!r} must end in .npz")
-    check_folder(path.parent)
+    check_place(path.parent)
     # A run that was killed may have written the files already, just before it was done.
     check_free([path, grid_path(path)], overwrite or parts_folder(path).is_dir())
     return path
