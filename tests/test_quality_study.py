@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import bfloat16
 import drawing
 import methods
+import plots
 import report
 import results
 import study
@@ -377,6 +378,27 @@ def test_pages_keep_their_text_and_get_the_tables(
     assert (kept / "docs" / "images" / "quality-text.png").stat().st_size > 10_000
     report.write_report()
     assert page.read_text() == first
+
+
+def test_points_of_plots_stand_at_their_cost_and_differ() -> None:
+    every = [point for point in points() if (point.task, point.budget) == ("adm", "every")]
+    names = list(dict.fromkeys(point.method for point in every))
+    rows = [
+        report.Row(Point("adm", "every", name), invented(seed, steps=20 + seed % 3))
+        for seed, name in enumerate(names)
+    ]
+    by_cost, by_row = plots.frontier("title", [("every", rows), ("double", rows[:1])]).axes
+    expected = {
+        (row.result.setting.evaluations, row.result.estimate("frechet_distance").value)
+        for row in rows
+    }
+    drawn = {tuple(line.get_xydata()[0]) for line in by_cost.lines if len(line.get_xdata()) == 1}
+    assert drawn == expected
+    labels = [label.get_text() for label in by_row.get_yticklabels()]
+    assert labels[1:] == [f"{row.title}, {row.result.setting.evaluations}" for row in rows]
+    assert len({plots.look(name) for name in names}) == len(names)
+    assert plots.look("sag")[0] == plots.look("sag-fast-dpm++")[0] != plots.look("pag")[0]
+    assert plots.look("sag-fast")[1] == plots.look("pag-fast")[1] != plots.look("sag")[1]
 
 
 def test_the_summary_names_the_best_cheap_method_whichever_it_is(kept: Path) -> None:

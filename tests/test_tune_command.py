@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -159,6 +160,32 @@ def test_commands_of_the_report_draw_its_rows_whatever_the_model_recommends(mode
         assert words[:2] == ["sag", "sample"]
         drawn = loaded.guidance(**parse_guidance(words[words.index("--guidance") + 1]))
         assert guidance_text(drawn.to_dict()) == row["setting"]
+
+
+def test_rows_of_the_grid_show_all_that_differs(model: Path, tmp_path: Path) -> None:
+    found, gallery = job_of(model, tmp_path / "work", budget=Budget(pictures=104)).run()
+    about = About(
+        model=str(model),
+        takes_prompts=False,
+        scheduler=None,
+        prompts=[""],
+        seed=0,
+        reference=None,
+        features="colours",
+        settings_file=model / "sag_settings.json",
+    )
+    blank = [Image.new("RGB", (64, 64))] * 64
+    pictures: Any = SimpleNamespace(unit=gallery.unit, shown=lambda *_: blank)  # pyright: ignore[reportUnknownLambdaType]
+
+    def grid_of(**settings: Any) -> bytes:
+        guidance = PerturbedAttentionGuidance(6.9, **settings)
+        first, *others = found.rows
+        rows = [replace(first, candidate=replace(first.candidate, guidance=guidance)), *others]
+        write_report(tmp_path, replace(found, rows=rows), pictures, about)
+        with Image.open(tmp_path / "report.png") as grid:
+            return grid.tobytes()
+
+    assert len({grid_of(), grid_of(every=2), grid_of(stop=0.65), grid_of(layers="mid")}) == 4
 
 
 def test_text_models_are_tuned_in_cfg_too(

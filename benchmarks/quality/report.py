@@ -99,7 +99,10 @@ def write_report() -> None:
     for name, task in TASKS.items():
         # What the model recommends is another row's setting, so it would be drawn twice.
         budgets = [
-            (each, [row for row in rows_of(name, each) if row.point.method != "shipped"])
+            (
+                BUDGETS[each].title,
+                [row for row in rows_of(name, each) if row.point.method != "shipped"],
+            )
             for each in BUDGETS
             if each != "few"
         ]

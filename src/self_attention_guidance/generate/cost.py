@@ -20,7 +20,8 @@ class Cost:
     Attributes:
         seconds: Time from prompt to picture.
         evaluations: Network evaluations, counted for each row of a batch: two a step with
-            classifier-free guidance, and one more in guided steps.
+            classifier-free guidance, and one more in guided steps. That one counts as one even if a
+            method computes only a part of it.
     """
 
     seconds: float

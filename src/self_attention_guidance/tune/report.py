@@ -85,7 +85,7 @@ def _grid(found: Tuned, gallery: Gallery, about: About) -> Image.Image:
     chunks = -(-min(MOST_SHOWN, found.seeds[1]) // gallery.unit)
     end = first + chunks * gallery.unit
     rows = [gallery.shown(row.candidate, first, end)[:MOST_SHOWN] for row in found.rows]
-    labels = [f"{number}: {_short(row.candidate)}" for number, row in enumerate(found.rows)]
+    labels = [f"{number}: {row.candidate}" for number, row in enumerate(found.rows)]
     titles = [f"seed {about.seed + first + number}" for number in range(len(rows[0]))]
     return draw_grid(rows, labels, titles, f"{_name(about)}, {found.steps} steps")
 
@@ -94,12 +94,6 @@ def _name(about: About) -> str:
     """The model's name; "." and ".." have none, but their folders do."""
     name = Path(os.path.abspath(about.model)).name
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _short(candidate: Candidate) -> str:
-    guidance = candidate.guidance
-    text = "no guidance" if candidate.is_unguided else f"{guidance.method} {guidance.scale:g}"
-    return text if candidate.cfg is None else f"{text}, CFG {candidate.cfg:g}"
 
 
 def _page(found: Tuned, about: About) -> Iterator[str]:
