@@ -21,5 +21,6 @@ detail = SelfAttentionGuidance(2.0, blur_sigma=3.0, start=0.3, stop=0.65)
 seed = torch.Generator().manual_seed(4)
 with attach(pipe, shape, detail) as handle:
     image = pipe("fruit", sag_scale=0, num_inference_steps=25, generator=seed).images[0]
-    print(f"{handle.steps} guided steps")
+    # A step that both guide has two.
+    print(f"{handle.steps} predictions of weakened networks in 25 steps")
 image.save(sys.argv[1] if len(sys.argv) > 1 else "two_guidances.png")

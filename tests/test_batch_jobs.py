@@ -204,7 +204,9 @@ def test_pictures_of_other_rows_or_models_are_not_mixed(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=rf"row 1 \(from 0\) was drawn with {message}"):
             job(listed(tmp_path / "b.jsonl", ["a", other]), tmp_path / "out").run()
     scaled = Defaults(settings=GenerationSettings(num_inference_steps=5, sag_scale=2))
-    with pytest.raises(ValueError, match=r"row 0 \(from 0\) was drawn with sag_scale=0\.0, not 2"):
+    with pytest.raises(
+        ValueError, match=r"sag_scale=0\.0, not 2: go on with the same list and options"
+    ):
         BatchJob(
             PromptList(str(tmp_path / "a.jsonl")), str(tmp_path / "out"), StandIn(), scaled
         ).run()

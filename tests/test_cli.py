@@ -251,7 +251,7 @@ def test_generate_draws_like_a_picture(
         ({"settings": {"guidance_scale": 1, "foo": 1}}, "settings: 'foo' is unknown"),
         ({"settings": {"guidance_scale": 1, "num_inference_steps": True}}, "num_inference_steps="),
         ({"settings": {"guidance_scale": 1, "image": 5}}, "image: 5 must be a text"),
-        ({"settings": {"guidance_scale": 1, "mask": "a.png"}}, "mask='a.png' needs an image"),
+        ({"settings": {"guidance_scale": 1, "mask": "a.png"}}, "mask='a.png' needs image"),
         ({"guidance": ["sag"]}, "guidance=['sag'] must be an object"),
         ({"seed": "5"}, "seed='5' must be a whole number"),
         ({"seed": 5.0}, "seed=5.0 must be a whole number"),
@@ -340,6 +340,26 @@ def test_info_shows_how_a_picture_was_made(
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [record["settings"]["num_inference_steps"] for record in records] == [3, 3]
     assert "does not exist" in error_of(capsys, "info", tmp_path / "none.png")
+    (tmp_path / "plain.txt").write_text("mine")
+    for options in ([], ["--json"]):
+        message = error_of(capsys, "info", tmp_path / "plain.txt", *options)
+        assert message.endswith("plain.txt' is no PNG picture\n")
+
+
+def test_info_shows_how_samples_were_made(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "a.npz"
+    sample = ("sample", "--num-samples", 2, "--steps", 2, "--classes", "heart,3", "--out", out)
+    assert run(*sample) == 0
+    assert "classes heart face-neutral" in capsys.readouterr().err
+    assert run("info", out) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("Steps: 2, ")
+    assert run("info", tmp_path / "a.png") == 0
+    assert capsys.readouterr().out.strip() == shown.strip()
+    assert run("info", out, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["class_names"][0] == "heart"
 
 
 @pytest.mark.parametrize("options", [[], ["--json"]])

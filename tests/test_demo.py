@@ -213,7 +213,7 @@ def test_start_pictures_are_bounded(client: Client, tmp_path: Path, start: Path)
         ({"image": huge}, "8000x8000 pixels are too many"),
         ({"image": other}, "other.png is no picture that can be read"),
         ({"image": tmp_path / "half.png"}, "image='half.png' is no picture that can be read"),
-        ({"mask": start}, "mask='start.png' needs an image"),
+        ({"mask": start}, "mask='start.png' needs image"),
     ):
         files = {name: handle_file(path) for name, path in given.items()}
         with pytest.raises(AppError, match=message) as raised:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from command_line import run
 from self_attention_guidance import builtin_model
+from self_attention_guidance.batch.manifest import SCHEMA
 from self_attention_guidance.cli import app
 from self_attention_guidance.denoiser import families
 from self_attention_guidance.generate.metadata import png_text
@@ -185,3 +186,12 @@ def test_nothing_is_skipped_that_is_not_there() -> None:
     text = "\n".join(all_blocks)
     for name in REPLACED:
         assert name in text, name
+
+
+def test_every_column_of_the_manifest_is_documented() -> None:
+    text = (ROOT / "docs" / "batch.md").read_text(encoding="utf-8")
+    table = text[
+        text.index("The manifest has these columns") : text.index("`manifest.parts` holds")
+    ]
+    first_cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert sorted(re.findall("`([a-z0-9_]+)`", " ".join(first_cells))) == sorted(SCHEMA.names)

@@ -189,7 +189,7 @@ def test_table_names_all_figures(sets: Path, capsys: pytest.CaptureFixture[str])
     assert titles[-1] == "recall ↑"
     assert len(titles) == len(KEYS)
     assert all("[" in row for row in rows[2:] if "precision" not in row)
-    assert footnote.endswith("95 % intervals from 10 halves of the samples")
+    assert footnote.endswith("95 % intervals from 10 random halves of the samples")
 
 
 def test_plot_is_a_picture_of_all_sets(sets: Path, tmp_path: Path) -> None:
@@ -284,10 +284,10 @@ def test_few_pictures_for_a_figure_are_a_warning(
 
     of_all = "Fréchet distance (64 features), sFID (128 features) and Inception Score (23 classes)"
     assert warnings_of(12, 64, 12) == [
-        f"warning: 12 and the reference: 12 pictures are few for {of_all}; compare such figures"
-        " between sets of as many only",
+        f"warning: 12 and the reference: 12 pictures are few for {of_all}; compare only sets"
+        " with the same number of pictures",
         "warning: 64: 64 pictures are few for Fréchet distance (64 features) and sFID (128"
-        " features); compare such figures between sets of as many only",
+        " features); compare only sets with the same number of pictures",
     ]
     assert warnings_of(129, 130) == []
 

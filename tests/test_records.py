@@ -350,6 +350,8 @@ def test_files_without_a_record_say_so(tmp_path: Path) -> None:
     np.savez(tmp_path / "plain.npz", arr_0=np.zeros(3))
     (tmp_path / "no.npz").write_bytes(b"nothing")
     (tmp_path / "no.png").write_bytes(b"nothing")
-    for name in ("plain.png", "plain.npz", "no.npz", "no.png"):
-        with pytest.raises(ValueError, match=f"{name}' has no 'sag_settings' text"):
+    without, png, npz = "has no 'sag_settings' text", "is no PNG picture", "is no .npz file"
+    files = {"plain.png": without, "plain.npz": without, "no.npz": npz, "no.png": png}
+    for name, reason in files.items():
+        with pytest.raises(ValueError, match=f"{name}' {reason}"):
             read_record(tmp_path / name)

@@ -198,11 +198,17 @@ def test_classes_have_names(
     assert arrays_of(tmp_path / "a.npz")["arr_1"].tolist() == [2, 0, 1, 1, 0]
     assert (pictures_of(tmp_path / "a.npz") == pictures_of(tmp_path / "b.npz")).all()
     capsys.readouterr()
+    assert run("info", tmp_path / "a.npz") == 0
+    shown = capsys.readouterr().out
+    assert 'Classes: "2, 0, 1, 1, 0"' in shown
+    assert 'Class names: "food-fruit, tench, heart, heart, tench"' in shown
     for wrong, message in (
         ("hart", "--classes='hart' is no class of this model: the nearest are heart"),
         ("1,fruit", "--classes='fruit' is no class of this model: the nearest are food-fruit"),
         ("zzz", "--classes='zzz' is no class of this model, which has tench, tinca tinca, heart"),
         ("7", "classes=7 must be from 0 to 6"),
+        ("heart,", "--classes='heart,' must be numbers or names between single commas"),
+        (",,1", "--classes=',,1' must be numbers or names between single commas"),
     ):
         assert message in error_of(capsys, *asked, tmp_path / "c.npz", "--classes", wrong)
     (model / "classes.json").write_text("[1, 2]")

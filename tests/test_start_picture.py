@@ -147,8 +147,8 @@ def test_rows_of_a_list_begin_with_pictures(tmp_path: Path, start: Path) -> None
     [
         (["--image", "none.png"], "--image='none.png' does not exist"),
         (["--image", __file__], "is no picture that can be read"),
-        (["--mask", "START"], "needs an image"),
-        (["--strength", 0.5], "--strength=0.5 needs an image"),
+        (["--mask", "START"], "start.png' needs --image\n"),
+        (["--strength", 0.5], "--strength=0.5 needs --image\n"),
         (["--image", "START", "--strength", 0], "--strength=0.0 must be above 0 and at most 1"),
         (["--image", "START", "--strength", 1.5], "--strength=1.5 must be above 0 and at most 1"),
         (["--image", "START", "--max-size", 64], "has 72x64 pixels, and a side must have at most"),

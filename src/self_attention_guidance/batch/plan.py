@@ -105,8 +105,8 @@ class Plan:
         if digest != item.digest and not is_bad:  # otherwise it is missing, or was corrected
             raise ValueError(
                 f"prompts: row {item.row} (from 0) was drawn with {self._difference(item)}: go on"
-                " with the same list (rows may be added at its end), choose another place, or"
-                " start again with --overwrite"
+                " with the same list and options (rows may be added at the list's end), choose"
+                " another place, or start again with --overwrite"
             )
         if digest == item.digest and not (is_bad and self.retry_failed):
             self.done += not is_bad

@@ -94,6 +94,7 @@ class SampleJob:
         seed: int = 0,
         overwrite: bool = False,
         model_name: str | None = None,
+        class_names: Mapping[str, int] | None = None,
     ) -> None:
         """Look at earlier files, and refuse what cannot be done; draw nothing.
 
@@ -107,6 +108,7 @@ class SampleJob:
             seed: Seed of the first sample.
             overwrite: Whether `out`, and what a run with other settings left, may be replaced.
             model_name: Name for the metadata; `None` leaves it out.
+            class_names: Numbers of classes by their names, for the metadata.
 
         Raises:
             ValueError: An argument is outside its range or does not fit the model, or the
@@ -117,6 +119,7 @@ class SampleJob:
         self.out = check_samples_path(out, overwrite)
         check_folder(self.out.parent)
         self.model_name = model_name
+        self.class_names = class_names or {}
         settings = settings or SampleSettings()
         check_count("num_samples", num_samples)
         check_scheduler(pipeline.scheduler)
@@ -269,6 +272,10 @@ class SampleJob:
             "size": [width, height],
             "num_samples": len(self.tasks),
         }
+        names = {number: name for name, number in reversed(list(self.class_names.items()))}
+        chosen = self.record["settings"]["classes"]
+        if chosen and names:
+            described["class_names"] = [names.get(number, str(number)) for number in chosen]
         record = {**self.record, **described}
         tiles = draw_tiles([to_image(pixels) for pixels in first])
         save_png(tiles, grid_path(self.out), record, overwrite=True)

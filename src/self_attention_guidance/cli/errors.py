@@ -17,7 +17,11 @@ _OTHER_NAMES = {"num_inference_steps": "steps", "width": "size", "height": "size
 _SETTING = re.compile(r"(?:^|(?<= below ))([a-z_]+)(?==|: | must not be | was given | of which )")
 
 # Arguments in Python that a message advises to give, and what to type instead.
-_ARGUMENTS = {"overwrite=True": "--overwrite", r"method='(\w+)' has": r"--guidance \1 has"}
+_ARGUMENTS = {
+    "overwrite=True": "--overwrite",
+    r"method='(\w+)' has": r"--guidance \1 has",
+    r"^(--(?:mask|strength)=.*) needs image$": r"\1 needs --image",
+}
 
 
 def as_typed(message: str, command: Any, arguments: Sequence[str]) -> str:

@@ -20,8 +20,8 @@ def info_command(
 ) -> None:
     """Show how pictures were made.
 
-    Without --json, it prints the text that web interfaces read. Pictures from other programs hold
-    only that text.
+    Without --json, it prints the text that web interfaces read, for files of samples, too. Pictures
+    from other programs hold only that text.
 
     A file that can't be read is an error; the others are shown nevertheless.
 
@@ -29,24 +29,28 @@ def info_command(
     Examples:
       sag info out/00000-0.png
       sag info out/*.png --json
+      sag info samples.npz
     """
     from ..generate import read_record, read_text
+    from ..generate.metadata import text_of
 
     failed = False
     for file in files:
         try:
             if not file.is_file():
                 raise ValueError(f"FILE={str(file)!r} does not exist")
-            if as_json or file.suffix == ".npz":
+            if as_json:
                 # In ASCII: any terminal can show it, and any path.
                 text = json.dumps({"path": str(file), **read_record(file)})
+            elif file.suffix == ".npz":
+                text = text_of(read_record(file)).strip()
             else:
                 text = read_text(file)
         except (ValueError, OSError) as error:
             print_error(reason_of(error).removeprefix("path="))
             failed = True
             continue
-        if len(files) > 1 and not as_json and file.suffix != ".npz":
+        if len(files) > 1 and not as_json:
             print_line(f"{file}:")
         print_line(text)
     if failed:

@@ -103,7 +103,7 @@ def drawn_with(loaded: Loaded[Any], record: Mapping[str, Any], seeds: Sequence[i
         *(f"LoRA {path}:{scale:g}" for path, scale in record.get("loras", [])),
         *([f"negative prompt {negative!r:.60}"] if negative else []),
         *_start_of(loaded, settings),
-        *_of_samples(settings),
+        *_of_samples(settings, record.get("class_names")),
         *([] if record["dtype"] == "float32" else [record["dtype"]]),
         f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}",
     ]
@@ -140,12 +140,12 @@ def _start_of(loaded: Loaded[Any], settings: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _of_samples(settings: Mapping[str, Any]) -> list[str]:
+def _of_samples(settings: Mapping[str, Any], names: Sequence[str] | None) -> list[str]:
     """Settings that only pixel-space models have; those that are off are left out."""
     labels = {"classifier_scale": "classifier", "eta": "eta"}
     numbers = {label: settings.get(name) for name, label in labels.items()}
     found = [f"{label} {value:g}" for label, value in numbers.items() if value]
-    classes: list[int] = settings.get("classes") or []
+    classes: Sequence[Any] = names or settings.get("classes") or []
     if classes:
         label = "class" if len(classes) == 1 else "classes"
         more = " ..." if len(classes) > _MOST_CLASSES else ""

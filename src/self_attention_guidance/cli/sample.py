@@ -103,19 +103,24 @@ class SampleCommand(SamplingOptions):
             "eta": self.eta,
         }
 
+    def class_names(self) -> dict[str, int]:
+        """The numbers of the model's classes by their names.
+
+        Raises:
+            ValueError: There is no such model, or its names have another format.
+        """
+        from ..generate import find_pixel_model
+        from ..generate.finding import model_folder
+
+        return class_names(model_folder(find_pixel_model(self.model)))
+
     def chosen_classes(self) -> tuple[int, ...] | None:
         """The classes by their numbers; `None` means not given.
 
         Raises:
             ValueError: The model has no such class, or there is no such model.
         """
-        from ..generate import find_pixel_model
-        from ..generate.finding import model_folder
-
-        if self.classes is None:
-            return None
-        names = class_names(model_folder(find_pixel_model(self.model)))
-        return parse_classes(self.classes, names)
+        return None if self.classes is None else parse_classes(self.classes, self.class_names())
 
     def run(self) -> None:
         """Draw the missing samples, and write the files."""
@@ -143,6 +148,7 @@ class SampleCommand(SamplingOptions):
             seed=self.seed,
             overwrite=self.overwrite,
             model_name=loaded.name,
+            class_names=None if self.classes is None else self.class_names(),
         )
         with counting_progress(self.num_samples, job.drawn, self.quiet) as advance:
             load = functools.partial(_load_pipeline, self)

@@ -54,8 +54,8 @@ def _of_few(names: str, like: FeatureSet) -> list[str]:
     ]
     if few:
         notes.append(
-            f"{names}: {count} pictures are few for {_listed(few)}; compare such figures between"
-            " sets of as many only"
+            f"{names}: {count} pictures are few for {_listed(few)}; compare only sets with the same"
+            " number of pictures"
         )
     return notes
 

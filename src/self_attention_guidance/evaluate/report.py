@@ -108,7 +108,7 @@ def footnote(report: Report) -> str:
     count = "" if features is None else f", {len(features.features)} pictures"
     intervals = ""
     if report.repetitions > 1:
-        intervals = f"; 95 % intervals from {report.repetitions} halves of the samples"
+        intervals = f"; 95 % intervals from {report.repetitions} random halves of the samples"
     return f"reference: {report.reference.path}{count}; features: {report.encoder}{intervals}"
 
 

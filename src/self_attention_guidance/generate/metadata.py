@@ -117,6 +117,7 @@ def text_of(record: Mapping[str, Any]) -> str:
     }
     others = {
         **{n: v for n, v in settings.items() if n not in ("width", "height") and v != []},
+        "class_names": record.get("class_names"),
         "classifier": record.get("networks", {}).get("classifier"),
         "loras": " + ".join(f"{path}:{scale:g}" for path, scale in record.get("loras", [])) or None,
         "weakened_predictions": record.get("weakened_predictions"),
@@ -213,8 +214,10 @@ def _npz_text(path: str | Path, key: str) -> str:
             return str(arrays[key].item())
     except FileNotFoundError:
         raise
+    except KeyError:
+        raise ValueError(f"path={str(path)!r} has no {key!r} text") from None
     except Exception as error:  # numpy raises all kinds of errors for what is no such archive
-        raise ValueError(f"path={str(path)!r} has no {key!r} text") from error
+        raise ValueError(f"path={str(path)!r} is no .npz file") from error
 
 
 def _png_chunk(path: str | Path, key: str) -> str:
@@ -223,7 +226,7 @@ def _png_chunk(path: str | Path, key: str) -> str:
             image.load()
             text: object = image.info.get(key)
     except UnidentifiedImageError:
-        text = None
+        raise ValueError(f"path={str(path)!r} is no PNG picture") from None
     except FileNotFoundError:
         raise
     except (OSError, SyntaxError, ValueError) as error:

@@ -51,7 +51,7 @@ class GenerationSettings:
                 raise ValueError(f"{name}={pixels} must be a multiple of 8")
         for name in ("mask", "strength"):
             if getattr(self, name) is not None and self.image is None:
-                raise ValueError(f"{name}={getattr(self, name)!r} needs an image")
+                raise ValueError(f"{name}={getattr(self, name)!r} needs image")
         if self.strength is not None and not 0 < check_finite("strength", self.strength) <= 1:
             raise ValueError(f"strength={self.strength} must be above 0 and at most 1")
         if self.strength is not None and self.strength * self.num_inference_steps < 1:
