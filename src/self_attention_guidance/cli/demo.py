@@ -57,8 +57,8 @@ class DemoCommand:
         check_dtype_name(self.dtype)
         for name in ("max_steps", "max_size", "max_images", "max_queue"):
             check_count(name, getattr(self, name), least=8 if name == "max_size" else 1)
-        _check_address(self.host, self.port)
         find_model(self.model)
+        _check_address(self.host, self.port)
 
         from ..demo import Limits, build_page
         from ..generate import load_pipeline
