@@ -451,7 +451,7 @@ def test_a_guided_run_of_sdxl_may_be_divided_between_two_pipelines(stop: float) 
         warnings.simplefilter("always")
         second = latents(refiner, image=first, denoising_start=0.5)
     assert handle.steps == (2 if stop == 1 else 0)
-    unguided_part = "this run has the 2 steps from 0.5 of the way on"
+    unguided_part = "this run has 2 steps, from 0.5 of the way to its end"
     assert any(unguided_part in str(each.message) for each in caught) == (stop == 0.5)
     assert torch.equal(second, whole)
     unguided = latents(refiner, image=first, denoising_start=0.5)
