@@ -532,7 +532,7 @@ def test_a_file_that_is_cut_off_is_one_line(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a.npz").touch()
-    assert "has no" in error_of(capsys, "info", tmp_path / "a.npz")
+    assert "is no .npz file" in error_of(capsys, "info", tmp_path / "a.npz")
 
     def cut_off(path: object) -> dict[str, object]:
         raise EOFError("no data left in file")

@@ -52,13 +52,17 @@ class DemoCommand:
         _check_gradio()
 
         from ..generate import check_device_name, check_dtype_name, find_model
+        from ..generate.hub import is_hub_id
 
         check_device_name(self.device)
         check_dtype_name(self.dtype)
         for name in ("max_steps", "max_size", "max_images", "max_queue"):
             check_count(name, getattr(self, name), least=8 if name == "max_size" else 1)
-        find_model(self.model)
+        # A model on this machine is found at once, and one on the hub after all other checks.
+        if not is_hub_id(self.model):
+            find_model(self.model)
         _check_address(self.host, self.port)
+        find_model(self.model)
 
         from ..demo import Limits, build_page
         from ..generate import load_pipeline
