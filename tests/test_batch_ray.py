@@ -18,7 +18,7 @@ from ray.cluster_utils import Cluster
 
 from dying import die
 from self_attention_guidance import builtin_model
-from self_attention_guidance.batch import BatchJob, Defaults, Model, SampleJob, workers
+from self_attention_guidance.batch import BatchJob, Defaults, Model, SampleJob, on_ray
 from self_attention_guidance.batch.workers import Crew, distribute
 from self_attention_guidance.generate import SampleSettings
 from stand_in import StandIn
@@ -154,7 +154,7 @@ def test_units_are_asked_for_when_someone_can_take_them(cluster: Cluster) -> Non
 def test_workers_that_die_before_they_can_start_end_the_work(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workers, "_PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(on_ray, "_PATIENCE_SECONDS", 1.0)
     with pytest.raises(ChildProcessError, match="workers die before they can start"):
         list(distribute(range(4), die, Crew(workers=1, address="auto")))
 
@@ -166,7 +166,7 @@ def test_workers_that_die_before_they_can_start_end_the_work(
 def test_workers_that_no_node_has_room_for_are_named(
     cluster: Cluster, asked: dict[str, Any], room: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workers, "_PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(on_ray, "_PATIENCE_SECONDS", 1.0)
     lines: list[str] = []
 
     def note(line: str) -> None:
@@ -195,7 +195,7 @@ def test_workers_that_no_node_has_room_for_are_named(
     ],
 )
 def test_the_room_of_a_node(node: dict[str, float], threads: int, gpus: float, room: int) -> None:
-    assert workers._room(node, threads, gpus) == room
+    assert on_ray._room(node, threads, gpus) == room
 
 
 def test_a_cluster_that_is_not_there_is_one_line_at_once(tmp_path: Path) -> None:

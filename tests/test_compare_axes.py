@@ -363,6 +363,7 @@ def test_the_record_holds_only_what_all_pictures_share(
     one = drawn(VALUES[axis][-1:])
     if axis == "guidance":
         assert several["guidances"] == [None, PerturbedAttentionGuidance(2.0).to_dict()]
+        assert 'Guidances: "none | pag:scale=2"' in text_of(several)
     else:
         assert name in (one[place] if place else one)
 

@@ -282,6 +282,9 @@ def test_texts_tell_what_a_model_would_fill_in() -> None:
     assert guidance_text(plain) == "sag:scale=2"
     assert guidance_text({**plain, "scale": 0.1234567}) == "sag:scale=0.1234567"
     assert guidance_text(plain, {"start", "layer"}) == "sag:scale=2,start=0,layer=none"
+    plain.pop("scale")
+    assert guidance_text(plain) == "sag"
+    assert guidance_text({"guidances": [{**plain, "every": 2, "scale": 3.0}]}) == "sag:every=2"
 
 
 def test_a_plan_says_what_it_is() -> None:

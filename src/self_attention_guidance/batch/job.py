@@ -12,6 +12,7 @@ from typing import Any
 
 from ..checks import check_count
 from .artists import Artist, Model
+from .crew import Crew, Lost
 from .drawing import (
     IMAGES,
     JOB,
@@ -27,7 +28,7 @@ from .manifest import MANIFEST, PARTS, Manifest
 from .plan import Plan, Source, after_death
 from .storage import Storage, json_object
 from .tasks import Defaults
-from .workers import Crew, Lost, distribute
+from .workers import distribute
 
 # A part of the manifest is written after this many rows or seconds; `kill -9` loses no more.
 _ROWS_IN_PART = 1000

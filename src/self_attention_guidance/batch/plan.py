@@ -7,11 +7,11 @@ import itertools
 from collections.abc import Iterable, Iterator
 
 from ..generate.record import difference
+from .crew import TRIES
 from .drawing import Unit, row_of_task, shard_file
 from .lists import PromptList
 from .manifest import Finished, Manifest
 from .tasks import COLUMNS, BadRow, Defaults, Task, bad_row, tasks_of, unconditional_tasks
-from .workers import TRIES
 
 Item = Task | BadRow
 Source = PromptList | int

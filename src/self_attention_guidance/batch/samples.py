@@ -43,12 +43,13 @@ from ..generate.record import describe_samples, difference
 from ..generate.sample_settings import SampleSettings
 from ..pipelines.adm import ADMPipeline
 from .artists import PixelArtist
+from .crew import Crew, Lost
 from .drawing import IMAGES, JOB, Unit, UnitWorker, picture_file
 from .labels import choose_labels
 from .npz import StreamedArray, write_npz
 from .storage import LOCK, UNFINISHED, Storage, json_object
 from .tasks import Task
-from .workers import Crew, Lost, distribute
+from .workers import distribute
 
 _MOST_TILES = 64
 

@@ -110,7 +110,7 @@ class BatchCommand(OneScaleOptions):
         if (self.prompts is None) == (self.num_samples is None):
             raise ValueError("give either PROMPTS or --num-samples")
 
-        from ..batch.workers import Crew, check_reachable
+        from ..batch.crew import Crew, check_reachable
 
         crew = Crew(
             workers=self.workers,

@@ -72,10 +72,6 @@ class CompareCommand(PromptOptions):
 
         given = self.sag_scales
         given_scales = check_scales(parse_numbers(given)) if given is not None else []
-        if is_pixel_model(self.model):
-            raise ValueError(
-                f"model={self.model!r} takes no prompts: comparisons need a model that takes them"
-            )
         check_prompting(self, self.num_images)
         if self.out.suffix.lower() not in (".png", ""):
             raise ValueError(
@@ -84,6 +80,11 @@ class CompareCommand(PromptOptions):
         axes = _axes(self)
         check_free([self.out], self.overwrite)
         check_folder(self.out.parent)
+        # Last, because it may ask the hub.
+        if is_pixel_model(self.model):
+            raise ValueError(
+                f"model={self.model!r} takes no prompts: comparisons need a model that takes them"
+            )
 
         from ..generate import check_own_size, save_png
 
@@ -226,4 +227,4 @@ def _default_scales(loaded: LoadedPipeline, options: CompareCommand) -> Sequence
     is_own = guidance.method == recommended.make_guidance().method
     if is_own and recommended.compare_sag_scales and "scale" not in options.guidance_arguments():
         return recommended.compare_sag_scales
-    return (0, guidance.scale)
+    return tuple(dict.fromkeys((0, guidance.scale)))

@@ -124,7 +124,7 @@ class SampleCommand(SamplingOptions):
 
     def run(self) -> None:
         """Draw the missing samples, and write the files."""
-        from ..batch.workers import Crew
+        from ..batch.crew import Crew
 
         crew = Crew(workers=self.workers)
         _check_before_loading(self)

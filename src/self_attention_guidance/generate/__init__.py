@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .classes import class_names, parse_classes
     from .comparison import Comparison, compare, compare_axes
     from .cost import Cost, generate_one
+    from .devices import check_device_name, check_dtype_name, find_device, find_dtype
     from .drawing import GeneratedImage, PromptArtist
     from .files import (
         check_folder,
@@ -33,13 +34,7 @@ if TYPE_CHECKING:
         picture_path,
         save_png,
     )
-    from .finding import (
-        check_device_name,
-        check_dtype_name,
-        find_classifier,
-        find_model,
-        find_pixel_model,
-    )
+    from .finding import find_classifier, find_model, find_pixel_model
     from .grid import draw_grid, draw_tiles, overlay_attended
     from .kinds import pipeline_for, why_no_start
     from .metadata import (
@@ -52,7 +47,7 @@ if TYPE_CHECKING:
         read_record,
         read_text,
     )
-    from .models import LoadedPipeline, find_device, find_dtype, load_pipeline
+    from .models import LoadedPipeline, load_pipeline
     from .pixel_drawing import draw_samples, to_image, to_uint8
     from .pixel_models import LoadedPixelModel, load_pixel_model
     from .sample_settings import SampleSettings
@@ -142,6 +137,7 @@ __getattr__, __dir__ = exported(
         ".classes": ("class_names", "parse_classes"),
         ".comparison": ("Comparison", "compare", "compare_axes"),
         ".cost": ("Cost", "generate_one"),
+        ".devices": ("check_device_name", "check_dtype_name", "find_device", "find_dtype"),
         ".drawing": ("GeneratedImage", "PromptArtist"),
         ".files": (
             "check_folder",
@@ -151,10 +147,7 @@ __getattr__, __dir__ = exported(
             "picture_path",
             "save_png",
         ),
-        ".finding": (
-            *("check_device_name", "check_dtype_name"),
-            *("find_classifier", "find_model", "find_pixel_model"),
-        ),
+        ".finding": ("find_classifier", "find_model", "find_pixel_model"),
         ".grid": ("draw_grid", "draw_tiles", "overlay_attended"),
         ".kinds": ("pipeline_for", "why_no_start"),
         ".metadata": (
@@ -167,7 +160,7 @@ __getattr__, __dir__ = exported(
             "read_record",
             "read_text",
         ),
-        ".models": ("LoadedPipeline", "find_device", "find_dtype", "load_pipeline"),
+        ".models": ("LoadedPipeline", "load_pipeline"),
         ".pixel_drawing": ("draw_samples", "to_image", "to_uint8"),
         ".pixel_models": ("LoadedPixelModel", "load_pixel_model"),
         ".sample_settings": ("SampleSettings",),

@@ -1,13 +1,11 @@
-"""Search for models, classifiers and dtypes by name, without loading them. No heavy import."""
+"""Search for models and classifiers by name, without loading them. No heavy import."""
 
 from __future__ import annotations
 
 import difflib
 import json
 import os
-import re
 from collections.abc import Callable, Mapping
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,23 +21,6 @@ from .single_file import check_single_file
 
 PIXEL_NETWORK = "UNet2DModel"
 PIXEL_CLASSES = ("ADMPipeline", "DDPMPipeline", "DDIMPipeline", PIXEL_NETWORK)
-DTYPES = {
-    "float32": "float32",
-    "float16": "float16",
-    "bfloat16": "bfloat16",
-    "fp32": "float32",
-    "fp16": "float16",
-    "bf16": "bfloat16",
-}
-"""torch's names of the floating-point types, by the names that users know."""
-
-_DEVICE = re.compile(r"(\w+)(:\d+)?")
-_DEVICE_TYPES = frozenset(
-    (
-        *("auto", "cpu", "cuda", "hip", "mps", "xpu", "hpu", "xla", "mtia", "maia", "ipu", "ve"),
-        *("vulkan", "meta", "privateuseone"),
-    )
-)
 
 IndexCheck = Callable[[str, Mapping[str, Any], Path], object]
 """Called with a model's name, the content of its `model_index.json` and its folder."""
@@ -284,35 +265,6 @@ def is_stable_diffusion(index: Mapping[str, Any]) -> bool:
     """
     components = {key for key in index if not key.startswith("_")}
     return {"unet", "text_encoder"} <= components <= STABLE_DIFFUSION
-
-
-def check_dtype_name(dtype: str) -> None:
-    """Refuse the name of a dtype that `find_dtype` does not know.
-
-    Args:
-        dtype: As in `find_dtype`.
-
-    Raises:
-        ValueError: Unknown name.
-    """
-    if dtype != "auto" and dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} must be one of auto, {', '.join(DTYPES)}")
-
-
-def check_device_name(device: str) -> None:
-    """Refuse the name of a device that torch can't know. What this machine has is not checked.
-
-    Args:
-        device: As in `find_device`.
-
-    Raises:
-        ValueError: Unknown name.
-    """
-    found = _DEVICE.fullmatch(device)
-    # A package for other hardware may give torch more types.
-    is_known = found and (found[1] in _DEVICE_TYPES or entry_points(group="torch.backends"))
-    if not is_known or (found and found[1] == "cpu" and found[2] not in (None, ":0")):
-        raise ValueError(f"device={device!r} is unknown: use auto, cpu, cuda, cuda:1, mps, ...")
 
 
 def loading_failed(model: str, error: Exception) -> str:

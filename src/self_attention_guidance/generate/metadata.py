@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from .. import __version__
+from ..guidance.text import guidance_text
 from .schedulers import label_of
 
 Record = dict[str, Any]
@@ -121,6 +122,7 @@ def text_of(record: Mapping[str, Any]) -> str:
         "classifier": record.get("networks", {}).get("classifier"),
         "loras": " + ".join(f"{path}:{scale:g}" for path, scale in record.get("loras", [])) or None,
         "weakened_predictions": record.get("weakened_predictions"),
+        "guidances": _guidances_text(record.get("guidances", [])),
         "rows": record.get("rows"),
         "columns": record.get("columns"),
         "dtype": record["dtype"],
@@ -281,6 +283,12 @@ def _guidance_fields(guidance: Mapping[str, Any], steps: int | None, acts: bool)
             begin, end = (math.ceil(part[name] * steps - 1e-9) for name in ("start", "stop"))
             fields |= {f"{own.upper()} Start Step": begin, f"{own.upper()} End Step": end - 1}
     return fields
+
+
+def _guidances_text(guidances: Sequence[Mapping[str, Any] | None]) -> str | None:
+    """Each guidance of a grid that has several, as `--guidance` takes it."""
+    texts = ["none" if each is None else guidance_text(each) for each in guidances]
+    return " | ".join(texts) or None
 
 
 def _quoted(text: str) -> str:

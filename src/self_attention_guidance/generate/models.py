@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import DiffusionPipeline
 
 from ..denoiser.families import denoiser_of
@@ -16,9 +15,8 @@ from ..models.builtin import RecommendedSettings
 from ..models.versions import dtype_argument
 from ..pipelines.stable_diffusion import StableDiffusionSAGPipeline
 from .arguments import with_defaults
+from .devices import find_device, find_dtype
 from .finding import (
-    DTYPES,
-    check_dtype_name,
     find_model,
     loading_failed,
     model_folder,
@@ -134,55 +132,3 @@ def prompt_class(model: str, source: str) -> type[DiffusionPipeline]:
         return StableDiffusionSAGPipeline
     folder = model_folder(source)
     return prompt_pipeline(model, model_index(model, folder), folder)
-
-
-def find_device(device: str) -> torch.device:
-    """Find the device with a name.
-
-    Args:
-        device: "cpu", "cuda", "cuda:1", "mps", ..., or "auto" for the best one on this machine.
-
-    Returns:
-        The device.
-
-    Raises:
-        ValueError: There is no such device on this machine.
-    """
-    if device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-        torch.ones(1, device=found).item()  # "meta" has tensors, but no values in them
-    except Exception as error:  # backends that are not there raise all kinds of errors
-        raise ValueError(
-            f"device={device!r} is not available here: use one of {', '.join(_devices())}"
-        ) from error
-    return found
-
-
-def find_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """Find the floating-point type with a name.
-
-    Args:
-        dtype: "float32", "float16", "bfloat16" (or "fp32", "fp16", "bf16"), or "auto" for
-            float32 on a CPU and float16 elsewhere.
-        device: The device of the model.
-
-    Returns:
-        The type.
-
-    Raises:
-        ValueError: The name is unknown.
-    """
-    check_dtype_name(dtype)
-    if dtype == "auto":
-        return torch.float32 if device.type == "cpu" else torch.float16
-    return getattr(torch, DTYPES[dtype])
-
-
-def _devices() -> list[str]:
-    devices = ["auto", "cpu"]
-    devices += [f"cuda:{number}" for number in range(torch.cuda.device_count())]
-    return devices + (["mps"] if torch.backends.mps.is_available() else [])

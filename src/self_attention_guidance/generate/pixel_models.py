@@ -13,6 +13,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from ..models.builtin import RecommendedSettings
 from ..models.versions import dtype_argument
 from ..pipelines.adm import ADMPipeline
+from .devices import find_device, find_dtype
 from .finding import (
     find_classifier,
     find_pixel_model,
@@ -22,7 +23,6 @@ from .finding import (
     recommended_by,
 )
 from .loaded import Loaded
-from .models import find_device, find_dtype
 from .sample_settings import SampleSettings
 from .schedulers import make_pixel_scheduler
 from .weights import refuse_missing_weights

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..checks import check_count, check_finite, check_seed, check_text
-from .finding import check_dtype_name
+from .devices import check_dtype_name
 from .settings import GenerationSettings
 
 _TEXTS = ("prompt", "model", "dtype", "scheduler")

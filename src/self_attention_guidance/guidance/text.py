@@ -175,14 +175,12 @@ def guidance_text(settings: Mapping[str, Any], always: Collection[str] = ()) -> 
     """Write a guidance as `--guidance` takes it, without settings that have their defaults.
 
     Args:
-        settings: What `Guidance.to_dict` returned.
+        settings: What `Guidance.to_dict` returned; the scale may be missing, and is left out then.
         always: Names of settings to write even if they have their defaults, because a model
             recommends other values. They do not apply to several guidances.
     """
     if "guidances" in settings:
-        factor = settings["scale"]
-        parts = [{**each, "scale": each["scale"] * factor} for each in settings["guidances"]]
-        return PLUS.join(map(guidance_text, parts))
+        return PLUS.join(guidance_text(_scaled(each, settings)) for each in settings["guidances"])
     method = settings["method"]
     usual = METHODS[method]().to_dict()
     changed = [
@@ -190,8 +188,14 @@ def guidance_text(settings: Mapping[str, Any], always: Collection[str] = ()) -> 
         for name, value in settings.items()
         if name != "scale" and (value != usual[name] or name in always)
     ]
-    texts = [f"{name}={_text_of(settings[name])}" for name in ("scale", *changed)]
-    return f"{method}:{','.join(texts)}"
+    names = ["scale", *changed] if "scale" in settings else changed
+    texts = [f"{name}={_text_of(settings[name])}" for name in names]
+    return f"{method}:{','.join(texts)}" if texts else method
+
+
+def _scaled(part: Mapping[str, Any], several: Mapping[str, Any]) -> dict[str, Any]:
+    rest = {name: value for name, value in part.items() if name != "scale"}
+    return {**rest, "scale": part["scale"] * several["scale"]} if "scale" in several else rest
 
 
 def _text_of(value: Any) -> str:
