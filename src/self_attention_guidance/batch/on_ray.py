@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import pickle
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -30,9 +31,6 @@ class _Station:
 
     def prepare(self) -> None:
         """Make the worker. Ray reports errors badly if this happens when the actor is made."""
-        import torch
-
-        torch.set_num_threads(self.threads)
         try:
             make_worker: Callable[[], Worker[Any, Any]] = pickle.loads(self.make_worker)
         except ImportError as error:
@@ -41,6 +39,9 @@ class _Station:
                 " every node"
             ) from error
         self.worker = make_worker()
+        # A worker without networks starts sooner without torch.
+        if torch := sys.modules.get("torch"):
+            torch.set_num_threads(self.threads)
 
     def work(self, unit: Any) -> Any:
         """Do a unit of work."""
