@@ -20,9 +20,10 @@ export OMP_WAIT_POLICY := PASSIVE
 run: $(VENV)/.run
 	$(BIN)/sag compare $(PROMPTS) --out $(PICTURE) --overwrite
 
-# A process for each core, with one thread: small networks gain nothing from more.
+# A process for each core, with one thread: small networks gain nothing from more. A file's tests
+# stay together, so that what they share is made once.
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 # Tries 15,000 generated inputs; some minutes.
 nightly: $(VENV)/.dev

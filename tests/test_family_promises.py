@@ -178,8 +178,14 @@ def test_every_picture_is_guided_while_weights_are_offloaded(method: str, name: 
     assert torch.equal(draw(pipe), plain)
 
 
-@every_method
-@few_kinds
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        *((method, "Stable Diffusion") for method in METHODS),
+        *(("pag", "Stable Diffusion 3.5"), ("tpg", "Stable Diffusion 3.5")),
+        *(("seg", "Flux"), ("slg", "Flux")),
+    ],
+)
 def test_a_compiled_denoiser_is_guided_in_whole_graphs(method: str, name: str) -> None:
     counters.clear()
     pipe, draw = KINDS[name].make(), KINDS[name].draw

@@ -174,9 +174,13 @@ def test_what_a_scheduler_refuses_stays_refused(name: str) -> None:
         pipe("a red apple", num_inference_steps=STEPS, output_type="latent")
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize(
-    "option", ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"]
+    ("option", "prediction_type"),
+    [
+        ("use_karras_sigmas", "v_prediction"),
+        ("use_exponential_sigmas", "epsilon"),
+        ("use_beta_sigmas", "v_prediction"),
+    ],
 )
 @pytest.mark.parametrize("name", WITH_SIGMA_TABLES)
 def test_other_sigma_tables(name: str, option: str, prediction_type: str) -> None:

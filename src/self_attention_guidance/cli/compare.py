@@ -68,7 +68,6 @@ class CompareCommand(PromptOptions):
     def run(self) -> None:
         """Draw the grid, save it and print its path."""
         from ..generate import check_folder, check_free, check_scales
-        from ..generate.finding import is_pixel_model
 
         given = self.sag_scales
         given_scales = check_scales(parse_numbers(given)) if given is not None else []
@@ -80,11 +79,6 @@ class CompareCommand(PromptOptions):
         axes = _axes(self)
         check_free([self.out], self.overwrite)
         check_folder(self.out.parent)
-        # Last, because it may ask the hub.
-        if is_pixel_model(self.model):
-            raise ValueError(
-                f"model={self.model!r} takes no prompts: comparisons need a model that takes them"
-            )
 
         from ..generate import check_own_size, save_png
 
