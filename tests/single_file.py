@@ -58,7 +58,8 @@ def save_single_file(pipe: StableDiffusionPipeline, path: Path) -> Path:
         stored = value[:, :, None, None] if is_matrix else value
         tensors["first_stage_model." + _vae_name(name, levels)] = stored
     for name, value in pipe.text_encoder.state_dict().items():
-        tensors["cond_stage_model.transformer.text_model." + name] = value
+        own = name.removeprefix("text_model.")  # older versions of transformers have it
+        tensors["cond_stage_model.transformer.text_model." + own] = value
     save_file({name: value.clone() for name, value in tensors.items()}, path)
     return path
 
