@@ -413,7 +413,7 @@ def test_axes_are_read_as_they_were_written() -> None:
         (["--rows", "scale=1,2", "--columns", "guidance=none,pag:scale=2"], "scale must not be"),
         (["--rows", "guidance=pag", "--guidance", "sag"], "--guidance must not be given"),
         (["--start", 0.5, "--columns", "guidance=sag,sag + pag"], "start of which guidance?"),
-        (["--model", "emoji-adm"], "which takes no prompts: draw from it with `sag sample`"),
+        (["--model", "emoji-adm"], "comparisons need a model that takes them"),
         (["b", "--rows", "cfg=1", "--columns", "steps=2"], "2 prompts: give them by --rows"),
     ],
 )

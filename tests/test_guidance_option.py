@@ -273,6 +273,9 @@ def test_none_is_no_guidance(tmp_path: Path, model: str, pixel_model: str) -> No
         first, second = (read_record(tmp_path / name.format(number)) for number in range(2))
         assert first["guidance"] == second["guidance"]
         assert first["guidance"]["scale"] == 0
+    grid = tmp_path / "grid.png"
+    assert run("compare", "a", "--model", model, "--guidance", "none", "--out", grid) == 0
+    assert read_record(grid)["sag_scales"] == [0]
 
 
 def test_two_scales_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -68,9 +68,14 @@ class CompareCommand(PromptOptions):
     def run(self) -> None:
         """Draw the grid, save it and print its path."""
         from ..generate import check_folder, check_free, check_scales
+        from ..generate.finding import is_pixel_model
 
         given = self.sag_scales
         given_scales = check_scales(parse_numbers(given)) if given is not None else []
+        if is_pixel_model(self.model):
+            raise ValueError(
+                f"model={self.model!r} takes no prompts: comparisons need a model that takes them"
+            )
         check_prompting(self, self.num_images)
         if self.out.suffix.lower() not in (".png", ""):
             raise ValueError(
