@@ -78,8 +78,10 @@ def measure(
     found: dict[str, Record] = {name: {} for name in draws}
     record["variants"] = found
     for name, draw in draws.items():
+        before = counters["stats"]["unique_graphs"]
         with noted_errors(found[name]):
             draw()  # warm-up
+        found[name]["graphs"] = counters["stats"]["unique_graphs"] - before
     record["graphs_first"] = counters["stats"]["unique_graphs"]
     latents: dict[str, Tensor] = {}
     for name in working(found):
@@ -161,6 +163,10 @@ def _difference(value: Tensor, other: Tensor | None) -> float | None:
     return float((a - b).norm() / b.norm())
 
 
+# All blocks of a kind share their code, and here all variants as well. torch's own limit is 8.
+RECOMPILE_LIMIT = 32
+
+
 @contextmanager
 def compiled(denoiser: Any, backend: str, record: Record) -> Generator[None]:
     """Compile the repeated blocks of a denoiser, and note what came of it afterwards.
@@ -177,7 +183,8 @@ def compiled(denoiser: Any, backend: str, record: Record) -> Generator[None]:
     logger.addHandler(limit)
     denoiser.compile_repeated_blocks(backend=backend)
     try:
-        yield
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+            yield
     finally:
         logger.removeHandler(limit)
         record["graphs"] = counters["stats"]["unique_graphs"]

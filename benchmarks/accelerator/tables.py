@@ -105,9 +105,12 @@ def _cells(record: Record) -> list[str]:
 
 
 def _graphs(case: Record) -> str:
+    variants = {name: found.get("graphs") for name, found in case.get("variants", {}).items()}
+    added = ", ".join(f"{name} {count}" for name, count in variants.items() if count is not None)
+    total = f"{case['graphs']} graphs" + (f" ({added})" if added else "")
     return (
-        f"{case['graphs']} graphs, {case['graph_breaks']} breaks, {case['recompilations']} "
-        f"compiled after the first pictures, {case['recompile_limit_reached']} at the limit"
+        f"{total}, {case['graph_breaks']} breaks, {case['recompilations']} compiled after the first"
+        f" pictures, {case['recompile_limit_reached']} at the limit"
     )
 
 
