@@ -20,6 +20,7 @@ from self_attention_guidance.generate import (
     generate,
     load_pipeline,
     read_record,
+    why_no_start,
 )
 from self_attention_guidance.generate.start_picture import start_arguments
 from test_any_model import pixels, saved  # noqa: F401  # a fixture
@@ -47,7 +48,13 @@ def test_it_is_what_diffusers_draws(
     is_masked: bool,
 ) -> None:
     kind: Any = AutoPipelineForInpainting if is_masked else AutoPipelineForImage2Image
-    theirs = kind.from_pretrained(saved(name))
+    try:
+        theirs = kind.from_pretrained(saved(name))
+    except ValueError as error:
+        if "can't find a pipeline" not in str(error):
+            raise
+        assert why_no_start(type(load_pipeline(str(saved(name))).pipeline), is_masked)
+        pytest.skip("this version of diffusers has no such pipeline")
     theirs.set_progress_bar_config(disable=True)
     loaded = load_pipeline(str(saved(name)))
     masks = {"mask": str(mask)} if is_masked else {}

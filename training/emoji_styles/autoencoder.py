@@ -144,11 +144,15 @@ def encode(model: AutoencoderKL, pixels: Tensor) -> Tensor:
     Returns:
         Posterior means, (pictures, 2, 11, 4, 16, 16) float16 on the CPU: as they are, and mirrored.
     """
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     colours = data.palette().to(pixels.device)
     both = torch.stack([pixels, pixels.flip(2)], dim=1).flatten(0, 1)
     encoded: list[Tensor] = []
     for pictures in both.split(32):
         every = pictures.repeat_interleave(len(colours), dim=0)
         shown = data.on_background(every, colours.repeat(len(pictures), 1))
-        encoded.append(model.encode(shown).latent_dist.mode().half().cpu())
+        shown = shown.to(memory_format=torch.channels_last)
+        # Errors of 0.005 in latents of variance 1, for nearly three times the speed on a CPU.
+        with torch.autocast(shown.device.type, dtype=torch.bfloat16):
+            encoded.append(model.encode(shown).latent_dist.mode().half().cpu())
     return torch.cat(encoded).unflatten(0, (len(pixels), 2, len(colours)))
