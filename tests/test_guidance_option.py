@@ -261,7 +261,9 @@ def test_errors_are_one_line(
     assert not list(tmp_path.rglob("*.*"))
 
 
-def test_none_is_no_guidance(tmp_path: Path, model: str, pixel_model: str) -> None:
+def test_none_is_no_guidance(
+    tmp_path: Path, model: str, pixel_model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     generate = ("generate", "a", "--model", model, "--out")
     sample = ("sample", "--num-samples", 1, "--model", pixel_model, "--out")
     batch = ("batch", "--num-samples", 1, "--model", pixel_model, "--out")
@@ -276,6 +278,7 @@ def test_none_is_no_guidance(tmp_path: Path, model: str, pixel_model: str) -> No
     grid = tmp_path / "grid.png"
     assert run("compare", "a", "--model", model, "--guidance", "none", "--out", grid) == 0
     assert read_record(grid)["sag_scales"] == [0]
+    assert "note: sag: no guidance\n" in capsys.readouterr().err
 
 
 def test_two_scales_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

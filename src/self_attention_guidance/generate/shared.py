@@ -49,6 +49,8 @@ def guidance_line(guidance: Mapping[str, Any], heading: str, default_layer: str 
         heading: Its name in the grid. Settings that this holds are left out.
         default_layer: The layer that "default" means in the grid, if it is to be shown.
     """
+    if not guidance.get("scale", 1):
+        return f"{heading}: no guidance"
     parts: Sequence[Mapping[str, Any]] = guidance.get("guidances", [guidance])
     if len(parts) > 1:
         texts = [f"{each['method']} {', '.join(_changed(each))}" for each in parts]
