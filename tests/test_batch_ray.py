@@ -152,6 +152,21 @@ def test_units_are_asked_for_when_someone_can_take_them(cluster: Cluster) -> Non
     time.sleep(0.1)
 
 
+def test_workers_have_their_number_of_threads_and_torch_only_for_networks(cluster: Cluster) -> None:
+    def make_idle() -> Any:
+        return lambda unit: "torch" in sys.modules
+
+    def make_drawing() -> Any:
+        import torch
+
+        torch.set_num_threads(3)
+        return lambda unit: torch.get_num_threads()
+
+    crew = Crew(workers=1, address="auto")
+    assert list(distribute(range(1), make_idle, crew)) == [(0, False)]
+    assert list(distribute(range(1), make_drawing, crew)) == [(0, 1)]
+
+
 def test_workers_that_die_before_they_can_start_end_the_work(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:

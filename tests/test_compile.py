@@ -126,6 +126,7 @@ def test_a_guided_unet_is_lowered(pipe: Any, guided: Tensor) -> None:
     compile_in_place(pipe, fullgraph=True, backend="aot_eager")
     with SelfAttentionGuidance(1.0).attach(pipe):
         assert difference(draw(pipe), guided) < 1e-4
+    assert graphs()
 
 
 def test_the_pipeline_with_a_compiled_unet(guided: Tensor, plain: Tensor) -> None:

@@ -213,9 +213,10 @@ def test_the_command_line_draws_with_every_method(tmp_path: Path, guidance: str)
 def test_finite_blur_tends_to_the_mean_of_the_queries() -> None:
     pipe = tiny_pipeline(StableDiffusionPipeline)
     drawn = []
-    for sigma in (0.5, 8.0, 1e6, float("inf")):
+    for sigma in (0.5, 2.0, 1e6, float("inf")):
         with SmoothedEnergyGuidance(2.0, blur_sigma=sigma).attach(pipe):
             drawn.append(draw(pipe))
     distances = [difference(each, drawn[-1]) for each in drawn[:-1]]
-    assert distances[0] > 2 * max(distances[1:])
-    assert max(distances[1:]) < 0.02  # mirrored borders count half
+    assert distances[0] > 3 * distances[1]
+    assert distances[1] >= distances[2]
+    assert distances[2] < 0.02  # mirrored borders count half
