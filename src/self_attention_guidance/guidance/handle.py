@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import threading
-import warnings
 import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -29,6 +28,7 @@ from ..denoiser.run import Run
 from ..denoiser.safety import refuse_caches, refuse_compiled_in_place, run_uncompiled
 from .base import Guidance
 from .guided_call import GuidedCall
+from .window import acts, check_window
 
 if TYPE_CHECKING:
     from .several import GuidanceSum
@@ -307,13 +307,13 @@ class GuidanceHandle:
         if run.is_new:
             refuse_caches(module)
             for guidance in self.guidances:
-                _check_window(guidance, run)
+                check_window(guidance, run)
         for guidance in self.guidances:
             if guidance.scale != 0 and guidance.depends_on_step:
                 run.refuse_several_timesteps(call, guidance)
             if guidance.scale != 0 and guidance.counts_steps:
                 run.refuse_skipped_steps(guidance)
-        acting = [n for n in self._numbers if _acts(self.guidances[n], run, run.step)]
+        acting = [n for n in self._numbers if acts(self.guidances[n], run, run.step)]
         if acting:
             one.guided_call = self._begin(one, module, call, caller, acting)
         else:
@@ -394,37 +394,6 @@ def _refuse_mixed_limits(guidances: Sequence[Guidance]) -> None:
             "guidances are limited and rescaled together: give them one rescale, one norm_limit "
             f"and one branch, not {' and '.join(found)}"
         )
-
-
-def _acts(guidance: Guidance, run: Run, step: int) -> bool:
-    """Whether a guidance acts at a step of a run."""
-    noise = run.schedule.noise(step) if guidance.has_noise_window else None
-    return guidance.acts_at(step, len(run.schedule), noise)
-
-
-def _check_window(guidance: Guidance, run: Run) -> None:
-    """Refuse a window of noise levels without a step in the rest of the run.
-
-    An empty window of fractions is only a warning: a run may be divided between pipelines, only one
-    of which is guided.
-    """
-    steps = range(run.step, len(run.schedule))
-    if guidance.scale == 0 or any(_acts(guidance, run, step) for step in steps):
-        return
-    if guidance.has_noise_window:
-        levels = [run.schedule.noise(step) for step in steps]
-        raise ValueError(
-            f"no step is guided by {guidance}: the noise of this run's {len(levels)} steps goes "
-            f"from {max(levels):.4g} down to {min(levels):.4g}; change noise_from and noise_to, or "
-            "start and stop, or take more steps"
-        )
-    first = run.step / len(run.schedule)
-    message = (
-        f"no step is guided by {guidance}: this run has {len(steps)} steps, from {first:.3g} of the"
-        " way to its end; change start and stop, or take more steps"
-    )
-    # Python shows a warning of the same line and text once only; each such run has one.
-    warnings.warn_explicit(message, UserWarning, __file__, 1, module=__name__, registry={})
 
 
 def _handles_on(denoiser: nn.Module) -> list[GuidanceHandle]:
